@@ -1,0 +1,46 @@
+"""What can go wrong, by whose hand. `cli` turns these into one short message and an exit code."""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something the user can put right; nothing was trained. Exit code 2."""
+
+
+class ConfigError(UserError):
+    """One or more wrong settings, listed together.
+
+    Args:
+        problems: each as `key: what is wrong; what to do`.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(UserError):
+    """The data set cannot be read as configured."""
+
+
+class CheckpointError(UserError):
+    """No good checkpoint to resume from, or weights that do not fit."""
+
+
+class TrackingError(UserError):
+    """The tracking store does not answer or cannot be used."""
+
+
+class NonFiniteLoss(Exception):
+    """Training produced NaN or infinity; the run failed. Exit code 1."""
+
+
+class Interrupted(BaseException):
+    """A signal ended the run after a checkpoint was written. Exit code 128 + signal number.
+
+    Derives from BaseException, like KeyboardInterrupt, so that no `except Exception` takes it for a failure.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(f"stopped by signal {signal_number}")
