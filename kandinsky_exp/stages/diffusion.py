@@ -35,9 +35,7 @@ def training_target(
     return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
 
-def min_snr_weights(
-    timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, prediction_type: PredictionType
-) -> Tensor:
+def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, prediction_type: PredictionType) -> Tensor:
     """Min-SNR-γ loss weights, (B,), section 3.4 of Hang et al. 2023 (arXiv:2303.09556).
 
     `min(snr, γ)` for sample-prediction, divided by `snr` for ε and by `snr + 1` for v. Written so that it stays finite

@@ -1,16 +1,16 @@
 """The tiny Kandinsky 2.2: the five real classes at a size that trains on two CPU cores.
 
 Images are 64 px, latents (4, 16, 16), CLIP embeddings 64 wide. What is trained ships as fp16 safetensors under
-`assets/`; the two CLIP encoders are random, rebuilt from a seed, and called so: they are fixed random features.
+`assets/`; the text encoder is random, rebuilt from a seed, and called so: its states are fixed random features.
 """
 
 import gzip
-import json
 import zlib
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, PriorTransformer, UNet2DConditionModel, UnCLIPScheduler, VQModel
+from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -154,5 +154,9 @@ def decoder_scheduler() -> DDPMScheduler:
     )
 
 
-def vocabulary(tokenizer: CLIPTokenizer) -> str:
-    return json.dumps(tokenizer.get_vocab(), ensure_ascii=False)
+def trained(name: str) -> nn.Module:
+    """A part that ships, through its fp16 file: `image_encoder`, `movq`, `unet` or `prior`."""
+    module: nn.Module = globals()[name]()
+    tensors = load_file(ASSETS / f"{name}.safetensors")
+    module.load_state_dict({key: value.float() for key, value in tensors.items()})
+    return module.eval().requires_grad_(False)

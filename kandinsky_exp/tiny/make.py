@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,14 +101,6 @@ def save(name: str, module: nn.Module) -> None:
     save_file(tensors, architecture.ASSETS / f"{name}.safetensors")
 
 
-def trained(name: str) -> nn.Module:
-    """A part that an earlier step made, as it will load: through its fp16 file."""
-    module: nn.Module = getattr(architecture, name)()
-    tensors = load_file(architecture.ASSETS / f"{name}.safetensors")
-    module.load_state_dict({key: value.float() for key, value in tensors.items()})
-    return module.eval().requires_grad_(False)
-
-
 def make_pictures(emoji: Emoji) -> None:
     for split in SHIPPED:
         target = architecture.ASSETS / "emoji" / split
@@ -161,7 +153,9 @@ def make_movq(emoji: Emoji) -> None:
             noisy = latents + 0.05 * torch.randn(latents.shape, generator=generator)
             decoded = model.decode(noisy, force_not_quantize=True).sample
             spread = (latents.std((0, 2, 3)) - 1).square().mean() + latents.mean((0, 2, 3)).square().mean()
-            edges = F.l1_loss(decoded.diff(dim=-1), pixels.diff(dim=-1)) + F.l1_loss(decoded.diff(dim=-2), pixels.diff(dim=-2))
+            edges = F.l1_loss(decoded.diff(dim=-1), pixels.diff(dim=-1)) + F.l1_loss(
+                decoded.diff(dim=-2), pixels.diff(dim=-2)
+            )
             yield F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels) + edges + 0.1 * spread
 
     fit("movq", model, losses(), steps, lr=1e-3)
@@ -184,7 +178,9 @@ def fit_codebook(model: nn.Module, pixels: Tensor, rounds: int = 5) -> None:
 
 @torch.no_grad()
 def embed(pixels: Tensor) -> Tensor:
-    return torch.cat([trained("image_encoder")(chunk).image_embeds for chunk in to_clip_pixels(pixels).split(128)])
+    return torch.cat(
+        [architecture.trained("image_encoder")(chunk).image_embeds for chunk in to_clip_pixels(pixels).split(128)]
+    )
 
 
 def make_unet(emoji: Emoji) -> None:
@@ -192,10 +188,12 @@ def make_unet(emoji: Emoji) -> None:
     from kandinsky_exp.stages import diffusion
 
     torch.manual_seed(4)
-    model, steps, size = architecture.unet().train(), 9000, 48
-    scheduler, encoder = architecture.decoder_scheduler(), trained("movq")
+    model, steps, size = architecture.unet().train(), 7500, 48
+    scheduler, encoder = architecture.decoder_scheduler(), architecture.trained("movq")
     embeds = embed(emoji.pixels)
-    null = trained("image_encoder")(torch.zeros(1, 3, architecture.IMAGE_SIZE, architecture.IMAGE_SIZE)).image_embeds
+    null = architecture.trained("image_encoder")(
+        torch.zeros(1, 3, architecture.IMAGE_SIZE, architecture.IMAGE_SIZE)
+    ).image_embeds
     with torch.no_grad():
         latents = torch.cat([encoder.encode(chunk).latents for chunk in emoji.pixels.split(64)])
 
@@ -206,9 +204,14 @@ def make_unet(emoji: Emoji) -> None:
             condition = torch.where(torch.rand(size, 1) < 0.1, null, embeds[rows])
             noisy = scheduler.add_noise(clean, noise, timesteps)
             output = model(noisy, timesteps, None, added_cond_kwargs={"image_embeds": condition}).sample
-            yield F.mse_loss(output[:, :4], noise) + 0.001 * 1000 * diffusion.variational_bound(
-                output[:, :4].detach(), output[:, 4:], clean, noisy, timesteps, scheduler.alphas_cumprod
-            ).mean()
+            yield (
+                F.mse_loss(output[:, :4], noise)
+                + 0.001
+                * 1000
+                * diffusion.variational_bound(
+                    output[:, :4].detach(), output[:, 4:], clean, noisy, timesteps, scheduler.alphas_cumprod
+                ).mean()
+            )
 
     save("unet", fit("unet", model, losses(), steps, lr=1e-3))
 

@@ -1,0 +1,81 @@
+"""Which weights train: all of them, or a low-rank adapter beside frozen ones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kandinsky_exp.errors import ConfigError
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+# `add_k_proj` and `add_v_proj` are where the image embedding enters the decoder's attention.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+
+
+def attach_lora(
+    network: Any,
+    *,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    target_modules: list[str] | None,
+    use_dora: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Freeze the network in `dtype` and give it a trainable fp32 adapter, initialised as the identity.
+
+    Args:
+        alpha: the adapter's output is scaled by alpha / rank; None = rank, so no scaling.
+        target_modules: endings of module names; None = every attention projection.
+
+    Raises:
+        ConfigError: no module of the network has such a name.
+    """
+    from peft import LoraConfig
+
+    network.requires_grad_(False)
+    network.to(dtype)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules or ATTENTION),
+        use_dora=use_dora,
+        init_lora_weights=True,
+    )
+    try:
+        network.add_adapter(config)
+    except ValueError as error:
+        raise ConfigError(
+            f"adapter.target_modules: {target_modules} match no module of {type(network).__name__}; "
+            f"use names such as {', '.join(ATTENTION)}"
+        ) from error
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def has_adapter(network: nn.Module) -> bool:
+    return bool(getattr(network, "peft_config", None))
+
+
+def save(network: Any, folder: Path) -> None:
+    """Write the trained weights: a diffusers model, or the adapter as diffusers' own `save_lora_adapter` does."""
+    if has_adapter(network):
+        network.save_lora_adapter(folder, weight_name=WEIGHTS_NAME)
+    else:
+        network.save_pretrained(folder)
+
+
+@torch.no_grad()
+def load(network: Any, folder: Path) -> None:
+    """Put weights that `save` wrote back into the network, in place and exactly."""
+    if has_adapter(network):
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(network, load_file(folder / WEIGHTS_NAME))
+    else:
+        source = type(network).from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        network.load_state_dict(source.state_dict())

@@ -1,0 +1,271 @@
+"""From a validated config to the objects of a run. The only place that calls Hydra's `instantiate`."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers.training_utils import EMAModel
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from kandinsky_exp import adapters
+from kandinsky_exp.data import sources
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, cache_key, collate, encode_table
+from kandinsky_exp.data.sampler import StreamBatchSampler
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.loop import LoopSettings, Training
+from kandinsky_exp.pipelines import SampleSettings
+from kandinsky_exp.stages.base import DiffusionStage, Features, enable_attention
+from kandinsky_exp.weights import Weights
+
+COLLECTIVE_TIMEOUT = timedelta(hours=6)  # other processes wait while the first encodes or draws images
+
+
+def accelerator(cfg: DictConfig) -> Accelerator:
+    """Device, precision, accumulation and processes.
+
+    Raises:
+        ConfigError: the precision cannot work on this device, or another run of this process chose another.
+    """
+    if cfg.precision.tf32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        made = Accelerator(
+            mixed_precision=cfg.precision.mixed_precision,
+            gradient_accumulation_steps=cfg.trainer.grad_accumulation,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        )
+    except ValueError as error:
+        raise ConfigError(f"precision: {str(error).splitlines()[0]}; set precision=fp32 or bf16") from error
+    if made.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ConfigError(
+            f"accelerate launch: {made.distributed_type.value} shards the weights, which checkpoints of this runner do "
+            "not handle; launch with --multi_gpu, or with one process"
+        )
+    return made
+
+
+def weights(cfg: DictConfig) -> Weights:
+    sources = {key: cfg.weights[key] for key in ("prior", "decoder", "prior_revision", "decoder_revision", "variant")}
+    cache_folder = Path(cfg.output_root).expanduser() / "cache"
+    return Weights(**sources, cache_folder=cache_folder, frozen_dtype=cfg.precision.frozen_dtype)
+
+
+def data(cfg: DictConfig) -> sources.Splits:
+    """The configured source, cut down to `max_samples`, with a held-out part.
+
+    Raises:
+        DataError: it cannot be read, or is too small to hold anything out.
+    """
+    source = get_method(cfg.data._target_)
+    accepted = inspect.signature(source).parameters
+    splits = instantiate({key: value for key, value in cfg.data.items() if key == "_target_" or key in accepted})
+    splits = sources.subset(splits, cfg.data.max_samples, cfg.seed)
+    return sources.split(splits, cfg.validation.fraction, cfg.seed)
+
+
+def stage_class(cfg: DictConfig) -> type[DiffusionStage]:
+    cls: type[DiffusionStage] = get_class(cfg.model._target_)
+    return cls
+
+
+def prompts(value: Any) -> list[str]:
+    """A list of prompts, or the lines of the text file that a string names."""
+    if isinstance(value, str):
+        lines = Path(value).expanduser().read_text("utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    return [str(prompt) for prompt in value]
+
+
+def sample_settings(cfg: DictConfig) -> SampleSettings:
+    """How validation images are drawn: at the training resolution."""
+    return SampleSettings(
+        inference_steps=cfg.validation.inference_steps,
+        guidance_scale=cfg.validation.guidance_scale,
+        seed=cfg.validation.seed,
+        batch_size=cfg.validation.batch_size,
+        height=cfg.data.resolution,
+        width=cfg.data.resolution,
+    )
+
+
+def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
+    """The stage, with its network as it will train: adapter, attention, checkpointing."""
+    made: DiffusionStage = instantiate(cfg.model, _convert_="all")(parts, resolution=cfg.data.resolution)
+    if cfg.adapter.name != "none":
+        adapters.attach_lora(
+            made.network,
+            rank=cfg.adapter.rank,
+            alpha=cfg.adapter.alpha,
+            dropout=cfg.adapter.dropout,
+            target_modules=OmegaConf.to_object(cfg.adapter.target_modules) if cfg.adapter.target_modules else None,
+            use_dora=cfg.adapter.name == "dora",
+            dtype=getattr(torch, cfg.precision.frozen_dtype),
+        )
+    enable_attention(made.network, cfg.trainer.attention)
+    if cfg.trainer.gradient_checkpointing:
+        made.enable_gradient_checkpointing()
+    if cfg.trainer.compile:
+        made.network.compile()
+    return made
+
+
+def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_steps: int) -> Training:
+    """Optimizer, schedule and EMA around the stage's network, prepared by Accelerate."""
+    network = made.network.to(device.device)
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = _optimizer(cfg, trainable, device)
+    # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
+    scheduler = instantiate(cfg.scheduler, _convert_="all")(optimizer, total_steps=total_steps)
+    ema = None
+    if cfg.trainer.ema_decay is not None:
+        ema = EMAModel(trainable, decay=cfg.trainer.ema_decay, foreach=True)
+    prepared, prepared_optimizer = device.prepare(network, optimizer)
+    return Training(made, prepared, prepared_optimizer, scheduler, ema)
+
+
+def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: Accelerator) -> torch.optim.Optimizer:
+    settings = OmegaConf.to_container(cfg.optimizer, resolve=True)
+    assert isinstance(settings, dict)
+    if "fused" in settings and settings["fused"] is None:
+        settings["fused"] = device.device.type in ("cuda", "cpu", "mps", "xpu")
+    try:
+        made: torch.optim.Optimizer = instantiate(settings, _convert_="all")(trainable)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {cfg.optimizer._target_} refuses its settings: {error}") from error
+    return made
+
+
+def total_steps(cfg: DictConfig, rows: int, num_processes: int) -> int:
+    """Optimizer steps of the whole run: `max_steps`, or the end of `max_epochs`, whichever comes first."""
+    if cfg.trainer.max_epochs is None:
+        return int(cfg.trainer.max_steps)
+    per_step = cfg.trainer.batch_size * cfg.trainer.grad_accumulation * num_processes
+    return int(min(cfg.trainer.max_steps, -(-rows * cfg.trainer.max_epochs // per_step)))
+
+
+def loop_settings(cfg: DictConfig, steps: int, device: Accelerator) -> LoopSettings:
+    return LoopSettings(
+        max_steps=steps,
+        grad_accumulation=cfg.trainer.grad_accumulation,
+        max_grad_norm=cfg.trainer.max_grad_norm,
+        log_every=cfg.trainer.log_every,
+        validate_every=cfg.validation.every,
+        checkpoint_every=cfg.checkpoint.every,
+        total_batch=cfg.trainer.batch_size * cfg.trainer.grad_accumulation * device.num_processes,
+        progress=device.is_main_process and sys.stderr.isatty(),
+    )
+
+
+@dataclass
+class FeatureReader:
+    """Rows of a data set as features on the device, whether they come from a cache or from the encoders.
+
+    Args:
+        dataset: by visit (index, epoch).
+        encode: the stage, where rows are pixels and token ids still.
+    """
+
+    dataset: CachedFeatures | OnlineExamples
+    device: torch.device
+    encode: DiffusionStage | None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def rows(self, indices: list[int]) -> Features:
+        """These rows, each as epoch 0 sees it."""
+        features = self._to_device(collate([self.dataset[index, 0] for index in indices]))
+        features.pop("index")
+        return features
+
+    def stream(self, cfg: DictConfig, start_step: int, steps: int, processes: Accelerator) -> Iterator[Features]:
+        """Micro-batches from the first one after `start_step` on."""
+        sampler = StreamBatchSampler(
+            len(self),
+            cfg.seed,
+            batch_size=cfg.trainer.batch_size,
+            grad_accumulation=cfg.trainer.grad_accumulation,
+            num_processes=processes.num_processes,
+            rank=processes.process_index,
+            start_step=start_step,
+            total_steps=steps,
+        )
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=sampler,  # type: ignore[arg-type]
+            num_workers=cfg.data.num_workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=False,
+        )
+        for batch in loader:
+            yield self._to_device(batch)
+
+    def _to_device(self, batch: Features) -> Features:
+        index = batch.pop("index")
+        if self.encode is not None:
+            batch = self.encode.encode(batch)
+        moved = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        return {**moved, "index": index}
+
+
+def readers(
+    cfg: DictConfig, splits: sources.Splits, made: DiffusionStage, device: Accelerator, log: Any
+) -> tuple[FeatureReader, FeatureReader | None]:
+    """Training and held-out features; encodes what is not cached yet. Called by every process; the first one encodes."""
+    encoder = made.weights.fingerprint(made.encoders)
+    cache = Path(cfg.output_root).expanduser() / "cache"
+
+    def reader(source: sources.Source) -> FeatureReader:
+        if not cfg.data.cache:
+            return FeatureReader(OnlineExamples(source, made.preprocess, cfg.seed), device.device, made)
+        key = cache_key(source.fingerprint, encoder, made.preprocess, cfg.data.cache_dtype)
+        with device.main_process_first(), encoders_for(made, cache / key, device):
+            table = encode_table(
+                source,
+                made,
+                cache / key,
+                dtype=cfg.data.cache_dtype,
+                batch_size=cfg.data.encode_batch,
+                num_workers=cfg.data.num_workers,
+                log=log,
+            )
+        return FeatureReader(CachedFeatures(table, cfg.seed), device.device, None)
+
+    with device.main_process_first():
+        made.use_null_condition(null_condition(made, cache / f"null-{made.name}-{encoder[:32]}.safetensors"))
+    if not cfg.data.cache:
+        for part in made.encoders:
+            made.weights.load(part).to(device.device)
+    found = reader(splits.train), None if splits.validation is None else reader(splits.validation)
+    if cfg.data.cache and not prompts(cfg.validation.prompts):
+        made.weights.release(made.encoders)
+    return found
+
+
+def encoders_for(made: DiffusionStage, folder: Path, device: Accelerator) -> Any:
+    """The frozen encoders on the device while there is something to encode; not even loaded where there is not."""
+    parts = () if folder.is_dir() else made.encoders
+    return made.weights.on_device(parts, device.device)
+
+
+def null_condition(made: DiffusionStage, file: Path) -> Features:
+    """The null condition, kept beside the caches: a run from cached features loads no encoder for it."""
+    if file.is_file():
+        return load_file(file)
+    features = {key: value.cpu() for key, value in made.encode_null().items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".part")
+    save_file(features, aside)
+    aside.replace(file)
+    return features

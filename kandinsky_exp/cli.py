@@ -1,0 +1,165 @@
+"""Verbs → Hydra apps. The only place that prints a user's error and decides an exit code.
+
+0 done · 2 the configuration or the data is wrong and nothing was trained · 1 failed while running ·
+128 + n stopped by signal n (130 SIGINT, 143 SIGTERM) after a checkpoint was written.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kandinsky_exp import command_line, config
+from kandinsky_exp.errors import ConfigError, Interrupted, NonFiniteLoss, UserError
+
+# For conf/hydra: the first value that is not null. Here, for a process-based launcher imports this module with `Job`.
+OmegaConf.register_new_resolver("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
+OmegaConf.register_new_resolver(
+    "verbs", lambda: "\n".join(f"{name:<10} {verb.purpose}" for name, verb in VERBS.items()), replace=True
+)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row of the table: a root config of the verb's name in conf/, and what runs on it."""
+
+    function: str  # "module:function" taking the config; imported when it is called, for it imports torch
+    purpose: str
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb("kandinsky_exp.run:run", "fine-tune the prior or the decoder (the default)"),
+    "generate": Verb("kandinsky_exp.generate:generate", "make images from prompts"),
+}
+
+
+@dataclass
+class Job:
+    """What Hydra calls, once per job. A class and not a closure, so that process-based launchers can pickle it."""
+
+    function: str
+    called: bool = field(default=False, init=False)
+    failure: Exception | None = field(default=None, init=False)
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        self.called = True
+        settings = HydraConfig.get()
+        sweeping = settings.mode == RunMode.MULTIRUN
+        if sweeping:  # Hydra's sweeper writes the command line there, passwords and all
+            (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
+        try:
+            config.validate(cfg)  # also the first thing the function does; here, before its module imports torch
+            module, _, name = self.function.partition(":")
+            return getattr(import_module(module), name)(cfg)
+        except Exception as error:
+            self.failure = error
+            if sweeping:  # the sweeper decides what becomes of the other jobs
+                raise
+            return None  # kept for `main`: raised from here, Hydra would print a line of its own
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `kandinsky-exp [VERB] [overrides]`; returns when done, else raises SystemExit with the exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        if arguments == ["--version"]:
+            print(f"kandinsky-exp {version('kandinsky-exp')}")
+        else:
+            verb, rest = _split_verb(arguments)
+            _run(verb, command_line.parse(rest, VERBS))
+    except (Exception, KeyboardInterrupt, Interrupted) as error:
+        sys.exit(_report(error, verbose))
+
+
+def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
+    """Takes the verb off the arguments, or off the line that a shell asks to complete."""
+    if "-sc" in arguments and "COMP_LINE" in os.environ:
+        program, _, line = os.environ["COMP_LINE"].partition(" ")
+        first, space, rest = line.partition(" ")
+        if space and first in VERBS:
+            os.environ["COMP_LINE"] = f"{program} {rest}"
+            return first, arguments
+        print(" ".join(verb for verb in VERBS if verb.startswith(line)))
+    elif arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
+        if arguments[0] not in VERBS:
+            raise ConfigError(command_line.unknown_verb(arguments[0], VERBS))
+        return arguments[0], arguments[1:]
+    return "train", arguments
+
+
+def _run(verb: str, line: command_line.CommandLine) -> None:
+    job = Job(VERBS[verb].function)
+    app = hydra.main(config_path="pkg://kandinsky_exp.conf", config_name=verb, version_base="1.3")(job)
+    extra = [] if line.shows_something else command_line.job_naming(line.overrides)
+    try:
+        # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
+        with _replaced(sys, "argv", [_program(), *line.arguments, *extra]), _full_error():
+            app()
+    except Exception as error:
+        composing = isinstance(error, (HydraException, OmegaConfBaseException)) or not line.sweeps
+        if composing and not job.called:
+            raise command_line.explain(error, verb, line) from error
+        raise
+    if job.failure is not None:
+        raise job.failure
+
+
+def _program() -> str:
+    return sys.argv[0] if sys.argv and not sys.argv[0].endswith(".py") else "kandinsky-exp"
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _full_error() -> Iterator[None]:
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _report(error: BaseException, verbose: bool) -> int:
+    """Prints what went wrong, with a traceback where it helps; returns the exit code."""
+    known = isinstance(error, (UserError, NonFiniteLoss, Interrupted, KeyboardInterrupt))
+    if verbose or not known:
+        traceback.print_exception(error)
+    if isinstance(error, Interrupted):
+        return 128 + error.signal_number
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if known and not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):  # the same on all ranks
+        print(_message(error), file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _message(error: BaseException) -> str:
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    if len(problems) == 1:
+        return f"error: {problems[0]}"
+    return "\n".join([f"error: {len(problems)} settings are wrong", *(f"  {problem}" for problem in problems)])

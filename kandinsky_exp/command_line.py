@@ -1,0 +1,191 @@
+"""What was typed: flags and overrides, and a plain explanation where Hydra refuses them.
+
+Hydra stops at the first thing it cannot compose and answers a misspelt key with "use +modle=decoder", which
+then would be silently ignored. `explain` looks at every override and names all that is wrong.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_module
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from kandinsky_exp import config
+from kandinsky_exp.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The arguments after the verb. `arguments` has the flags first, then the overrides, as argparse likes them."""
+
+    arguments: list[str]
+    overrides: list[str]
+    sweeps: bool
+    shows_something: bool  # --help, --cfg, --info, completion: nothing runs
+    config_dir: str | None
+
+
+def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
+    """Checks the flags with Hydra's own parser; raises ConfigError where that would print its usage."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        flag = message.partition("unrecognized arguments: --")[2].replace("=", " ").partition(" ")[0]
+        meant = config.suggest(flag, config.all_keys()) if flag else ""
+        raise ConfigError(f"{message}; settings are written key=value, without dashes; see kandinsky-exp --help{meant}")
+
+    vars(parser)["error"] = refuse
+    known = parser.parse_intermixed_args(arguments)
+    overrides = [_expand_home(text) for text in known.overrides]
+    problems = [_not_a_setting(text, verbs) for text in overrides if "=" not in text and not text.startswith("~")]
+    if problems:
+        raise ConfigError(problems)
+    flags = [text for text in arguments if text not in known.overrides]
+    return CommandLine(
+        arguments=[*flags, *overrides],
+        overrides=overrides,
+        sweeps=known.multirun or any(text.startswith("sweep=") for text in overrides),
+        shows_something=bool(known.help or known.hydra_help or known.cfg or known.info or known.shell_completion),
+        config_dir=known.config_dir,
+    )
+
+
+def unknown_verb(word: str, verbs: Iterable[str]) -> str:
+    """The message for a first word that is neither a verb nor a setting."""
+    names = list(verbs)
+    return (
+        f"{word}: no such verb, the verbs are {', '.join(names)}; a setting is written key=value, without spaces "
+        f"around the = sign{_did_you_mean(word, names)}"
+    )
+
+
+def job_naming(overrides: list[str]) -> list[str]:
+    """Hydra settings by which a sweep's jobs are named after what they vary, and nothing else."""
+    parser = OverridesParser.create()
+    try:
+        fixed = [text for text in map(parser.parse_override, overrides) if not text.is_sweep_override()]
+    except HydraException:
+        return []  # `explain` will say it better
+    names = sorted({override.key_or_group for override in fixed})
+    return [f"hydra.job.config.override_dirname.exclude_keys={names}".replace(" ", "")] if names else []
+
+
+def explain(error: Exception, verb: str, line: CommandLine) -> UserError:
+    """All that is wrong with a command line for which Hydra raised `error`, as one error to show."""
+    GlobalHydra.instance().clear()
+    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
+        try:
+            return ConfigError(_problems(verb, line) or [_condense(error)])
+        except Exception:  # whatever it is, the config cannot be composed at all: a yaml file of the user's
+            return ConfigError(_condense(error))
+
+
+def _problems(verb: str, line: CommandLine) -> list[str]:
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create()
+    search_path = [f"hydra.searchpath=[file://{Path(line.config_dir).resolve()}]"] if line.config_dir else []
+    problems: list[str] = []
+    groups: list[Override] = []
+    keys: list[Override] = []
+    for text in line.overrides:
+        try:
+            override = parser.parse_override(text)
+            if not override.key_or_group:
+                raise HydraException("no key")
+        except HydraException:
+            problems.append(f"{text}: cannot be read: , : = ( ) [ ] and quotes mean something here; {_quoted(text)}")
+            continue
+        if override.is_sweep_override():
+            if not line.sweeps:
+                problems.append(f"{text}: several values need --multirun; if this is one text, {_quoted(text)}")
+            continue
+        options = loader.get_group_options(override.key_or_group, config_name=verb, overrides=search_path)
+        if not options:
+            keys.append(override)
+        elif problem := _wrong_option(override, options):
+            problems.append(problem)
+        else:
+            groups.append(override)
+    chosen = [*search_path, *(str(override.input_line) for override in groups)]
+    cfg = compose(verb, chosen)
+    wrong = {str(o.input_line): problem for o in keys if (problem := _wrong_key(o, cfg, loader, verb))}
+    problems += wrong.values()
+    if problems:  # and whatever else is wrong: everything is to be listed at once
+        rest = [str(override.input_line) for override in keys if str(override.input_line) not in wrong]
+        problems += config.problems(compose(verb, [*chosen, *rest]))
+    return problems
+
+
+def _exists(override: Override, cfg: DictConfig) -> bool:
+    key = override.key_or_group
+    if key.startswith("hydra."):
+        return True  # Hydra's own
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return isinstance(node, DictConfig) and last in node.keys()  # noqa: SIM118 (`in node` is false for ???)
+
+
+def _wrong_option(override: Override, options: list[str]) -> str | None:
+    value, group = override.value(), override.key_or_group
+    chosen = value if isinstance(value, list) else [value]
+    if override.is_delete() or all(choice in options for choice in chosen):
+        return None
+    if not all(isinstance(choice, str) for choice in chosen):
+        return f"{group}: needs a name; choose one of {', '.join(options)}, or set one of its keys, {group}.<key>=..."
+    wrong = next(choice for choice in chosen if choice not in options)
+    return f"{group}: there is no {group}={wrong}; the choices are {', '.join(options)}{_did_you_mean(wrong, options)}"
+
+
+def _wrong_key(override: Override, cfg: DictConfig, loader: ConfigLoader, verb: str) -> str | None:
+    key, exists = override.key_or_group, _exists(override, cfg)
+    if override.is_add() and exists:
+        return f"{key}: exists already; write {str(override.input_line).lstrip('+')}, without the +"
+    if exists or override.is_add() or override.is_force_add():
+        return None  # `config.problems` looks at what was added
+    group, _, _ = key.partition(".")
+    for option in loader.get_group_options(group) if "." in key else []:
+        other = compose(verb, [f"{group}={option}"])
+        if _exists(override, other):
+            return f"{key}: not a setting of the {group} that is chosen; it is one of {group}={option}"
+    groups = [name for name in loader.list_groups("") if name != "hydra"]
+    return f"{key}: no such setting{config.suggest(key, [*config.dotted_keys(cfg), *groups])}"
+
+
+def _expand_home(text: str) -> str:
+    """`data.path=~/pictures`: shells leave that ~ alone and Hydra's grammar has no place for it."""
+    key, equals, value = text.partition("=")
+    return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else text
+
+
+def _quoted(text: str) -> str:
+    """How to write a text that has signs of Hydra's grammar in it."""
+    key, _, value = text.partition("=")
+    if key.endswith("prompts") or "[" in value or '"' in value or "'" in value:
+        return f'quote each text: \'{key}=["a fox, in snow", "a house"]\', or give a text file with one prompt per line'
+    return f"quote it twice: '{key}=\"{value}\"'"
+
+
+def _not_a_setting(text: str, verbs: Iterable[str]) -> str:
+    if text in verbs:
+        return f"{text}: the verb comes first: kandinsky-exp {text} ..."
+    return f"{text}: not a setting; settings are written key=value, without spaces around the = sign"
+
+
+def _did_you_mean(word: Any, choices: Iterable[str]) -> str:
+    close = get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _condense(error: Any) -> str:
+    """Hydra's message without its blank lines, search paths and links."""
+    lines = [text.strip().rstrip(".") for text in str(error).splitlines()]
+    return "; ".join(text for text in lines if text and not text.startswith(("full_key", "object_type", "Set the env")))

@@ -1,0 +1,258 @@
+"""The check of a whole config before anything is loaded, and its flat and written forms.
+
+Everything that is wrong is found at once. Only `targets.check` may import torch, and only for a config that is good
+otherwise, or has arguments that no schema knows: a misspelt number is answered at once.
+"""
+
+import math
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kandinsky_exp import targets, weights
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.fitting import misfit
+from kandinsky_exp.schema import ROOTS, OpenNode
+
+Values = dict[str, Any]
+NEEDED = {  # what to do about a key that is not set
+    "data.path": "give the folder of your images, data.path=<folder>, or take data=hub or data=emoji",
+    "data.name": "give the data set's id on the hub, e.g. data.name=lambdalabs/naruto-blip-captions",
+}
+ALIASES = {  # what the diffusers scripts and other trainers call these
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler": "scheduler",
+    "lr_warmup_steps": "scheduler.warmup_steps",
+    "steps": "trainer.max_steps",
+    "max_train_steps": "trainer.max_steps",
+    "num_train_epochs": "trainer.max_epochs",
+    "train_batch_size": "trainer.batch_size",
+    "gradient_accumulation_steps": "trainer.grad_accumulation",
+    "mixed_precision": "precision",
+    "dataset_name": "data.name",
+    "train_data_dir": "data.path",
+    "output_dir": "output_root",
+    "checkpointing_steps": "checkpoint.every",
+    "checkpoints_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "push_to_hub": "hub.push",
+    "use_ema": "trainer.ema_decay",
+    "lora_rank": "adapter.rank",
+}
+
+
+def validate(cfg: DictConfig) -> None:
+    """Checks a composed root config; loads no weights and reads no images.
+
+    Raises:
+        ConfigError: with every problem, each as `key: what is wrong; what to do`.
+    """
+    found = problems(cfg)
+    if found:
+        raise ConfigError(found)
+
+
+def flatten(cfg: DictConfig) -> Values:
+    """The resolved config as {dotted key: value}, secrets aside. Lists and empty mappings stay values."""
+    return dict(_leaves(_without_secrets(_resolved(cfg))))
+
+
+def to_yaml(cfg: DictConfig) -> str:
+    """The resolved config as yaml, secrets aside."""
+    return OmegaConf.to_yaml(OmegaConf.create(_without_secrets(_resolved(cfg))))
+
+
+def problems(cfg: DictConfig) -> list[str]:
+    """All that is wrong with a composed root config, each as `key: what is wrong; what to do`."""
+    try:
+        values = _resolved(cfg)
+    except OmegaConfBaseException as error:
+        return [f"{error.full_key or 'config'}: {str(error).splitlines()[0]}; name a key that exists"]
+    root = max(ROOTS, key=lambda schema: len(_hints(schema).keys() & values.keys()))
+    wrong = dict(_check_schema(values, root))
+    good = {key: value for key, value in _leaves(values) if key not in wrong and value != "???"}
+    wrong |= {key: text for key, text in _check_files(good) if key not in wrong}
+    found = [f"{key}: {text}" for key, text in wrong.items()]
+    found += [text for text in _check_together(good) if text.partition(":")[0] not in wrong]
+    return found + _check_targets(values, root, quick=bool(found))
+
+
+def _resolved(cfg: DictConfig) -> Values:
+    return typing.cast(Values, OmegaConf.to_container(cfg, resolve=True))
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and (node or not key):
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
+
+
+def _without_secrets(values: Values) -> Values:
+    """Masks the password of every URL, such as that of tracker.uri; all else stays."""
+
+    def mask(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: mask(value) for name, value in node.items()}
+        if isinstance(node, list):
+            return [mask(value) for value in node]
+        return re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:***@", node) if isinstance(node, str) else node
+
+    return typing.cast(Values, mask(values))
+
+
+# --- the schema
+
+
+def _hints(schema: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(schema, include_extras=True)
+
+
+def _check_schema(values: Values, schema: type[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) of a mapping and the mappings in it."""
+    hints = _hints(schema)
+    for item in fields(schema):
+        key, annotation = f"{prefix}{item.name}", hints[item.name]
+        if item.name not in values:
+            if item.default is MISSING:
+                yield key, "is missing; it was deleted from the config, put it back"
+        elif is_dataclass(annotation) and isinstance(annotation, type):
+            yield from _check_node(key, values[item.name], annotation)
+        elif problem := _check_value(key, values[item.name], annotation):
+            yield key, problem
+    if not issubclass(schema, OpenNode):
+        names = [item.name for item in fields(schema)]
+        for name in values.keys() - set(names):
+            known = [*names, *all_keys()] if not prefix else [f"{prefix}{text}" for text in names]
+            yield f"{prefix}{name}", f"nothing reads this key; remove it{suggest(f'{prefix}{name}', known)}"
+
+
+def _check_node(key: str, value: Any, schema: type[Any]) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        yield from _check_schema(value, schema, f"{key}.")
+    else:
+        yield key, f"has to be a group of settings, not {value!r}; choose one with {key}=<option>"
+
+
+def _check_value(key: str, value: Any, annotation: Any) -> str | None:
+    if value == "???":
+        return f"is not set; {NEEDED.get(key, f'give it a value, {key}=...')}"
+    return misfit(value, annotation)
+
+
+def _schema_keys(schemas: Iterable[type[Any]], prefix: str = "") -> Iterator[str]:
+    for schema in schemas:
+        for name, annotation in _hints(schema).items():
+            yield f"{prefix}{name}"
+            if isinstance(annotation, type) and is_dataclass(annotation):
+                yield from _schema_keys([annotation], f"{prefix}{name}.")
+
+
+def dotted_keys(cfg: DictConfig) -> list[str]:
+    """The dotted keys of all settings of an unresolved config."""
+    return [key for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False))]
+
+
+def all_keys() -> list[str]:
+    """The dotted keys of all verbs."""
+    return list(_schema_keys(ROOTS))
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` for a key that does not exist, or nothing; a right last part counts most."""
+    choices = list(dict.fromkeys(known))
+    last = key.rpartition(".")[2]
+    close = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    close = close or [ALIASES[last]] * (ALIASES.get(last) in choices)
+    close = close or get_close_matches(key, choices, n=1, cutoff=0.75)
+    by_last = {choice.rpartition(".")[2]: choice for choice in reversed(choices)}
+    close = close or [by_last[text] for text in get_close_matches(last, by_last, n=1, cutoff=0.65)]
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+# --- beyond single values
+
+
+def _check_files(good: Values) -> Iterator[tuple[str, str]]:
+    """What the settings name on this machine has to be there. `good` has the keys whose values are well-formed."""
+    folder = good.get("data.path")
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        yield "data.path", f"there is no folder '{folder}' here; check the path ({Path.cwd()} is the working directory)"
+    resume = good.get("checkpoint.resume", "auto")
+    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
+        yield "checkpoint.resume", f"'{resume}' is no folder; give auto, never or the folder of a checkpoint"
+    root = Path(good.get("output_root", ".")).expanduser()
+    if root.exists() and not root.is_dir():
+        yield "output_root", f"'{root}' is a file; give a folder"
+    for key in ("validation.prompts", "prompts"):
+        if key in good and (problem := _check_prompts(key, good[key])):
+            yield key, problem
+    if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
+        yield from _check_weights(good)
+
+
+def _check_prompts(key: str, prompts: Any) -> str | None:
+    if isinstance(prompts, list):
+        return (
+            "is empty; give a list, or a text file with one prompt per line"
+            if key == "prompts" and not prompts
+            else None
+        )
+    file = Path(prompts).expanduser()
+    if not file.is_file():
+        return f"there is no text file '{prompts}'; a list of prompts is written '{key}=[\"{prompts}\"]'"
+    try:
+        return None if file.read_text("utf-8").strip() else f"'{prompts}' is empty; write one prompt per line"
+    except (OSError, UnicodeDecodeError):
+        return f"'{prompts}' is not a text file in UTF-8"
+
+
+def _check_weights(good: Values) -> Iterator[tuple[str, str]]:
+    sides: tuple[weights.Side, ...] = ("prior", "decoder")
+    for side in sides:
+        source = good.get(f"weights.{side}")
+        if source is not None and (problem := weights.check_source(source, side)):
+            yield f"weights.{side}", problem
+
+
+def _check_together(good: Values) -> Iterator[str]:
+    """Settings that contradict each other, or ask for a package that is not there."""
+    if good.get("hub.push") and good.get("hub.repo_id", "") is None:
+        yield "hub.repo_id: hub.push is on but there is no repository; give hub.repo_id=<user>/<name>"
+    if good.get("adapter.name") == "none":
+        for key in ("rank", "alpha", "target_modules"):
+            if good.get(f"adapter.{key}") is not None:
+                yield f"adapter.{key}: is set, but adapter=none trains all weights; add adapter=lora, or remove it"
+    elif good.get("adapter.rank", 1) is None:
+        yield "adapter.rank: has to be a whole number, at least 1, not null"
+    if good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
+        yield f"trainer.attention: xformers is not installed; {targets.how_to_install('xformers')}, or take sdpa"
+    if good.get("tracker.name") == "mlflow" and not targets.is_installed("mlflow"):
+        yield "tracker: mlflow is not installed; pip install mlflow, or take tracker=none"
+    lr, lr_end = good.get("optimizer.lr", math.inf), good.get("scheduler.lr_end", 0.0)
+    if lr_end >= lr:
+        yield f"scheduler.lr_end: {lr_end} is not below optimizer.lr, {lr}; make it smaller"
+    uri = good.get("tracker.uri")
+    if uri and not urlsplit(uri).scheme:
+        yield f"tracker.uri: '{uri}' is no address; e.g. sqlite:///runs/mlflow.db or http://localhost:5000"
+
+
+def _check_targets(values: Values, root: type[Any], *, quick: bool) -> list[str]:
+    """With `quick`, nodes whose keys the schema has judged already are not looked at again."""
+    found = []
+    for key, node in targets.nodes(values):
+        annotation = _hints(root).get(key)
+        schema = annotation if isinstance(annotation, type) and issubclass(annotation, OpenNode) else OpenNode
+        problem = targets.check_root_package(key, node)
+        judged = node.keys() <= {item.name for item in fields(schema)}
+        found += problem if problem or (quick and judged) else targets.check(key, node, schema)
+    return found

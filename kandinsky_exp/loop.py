@@ -1,0 +1,308 @@
+"""The training loop: Accelerate's mechanics and nothing of diffusion."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from kandinsky_exp.errors import Interrupted, NonFiniteLoss
+from kandinsky_exp.randomness import NoiseSource, derive_seed, validation_generator
+from kandinsky_exp.stages.base import Features, Stage
+from kandinsky_exp.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Training:
+    """All that changes while a run trains, and so all that a checkpoint holds.
+
+    Args:
+        network: the stage's network as Accelerate prepared it.
+        scheduler: the learning-rate schedule, stepped once per optimizer step.
+        step: optimizer steps done.
+    """
+
+    stage: Stage
+    network: nn.Module
+    optimizer: Any
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    step: int = 0
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how often, in optimizer steps; `total_batch` is samples per step over all processes."""
+
+    max_steps: int
+    grad_accumulation: int
+    max_grad_norm: float | None
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+    total_batch: int
+    progress: bool
+
+
+class Events(Protocol):
+    """What happens between steps. Both are called on every process."""
+
+    def validate(self, step: int) -> None: ...
+
+    def checkpoint(self, step: int) -> None: ...
+
+
+class Stop(Protocol):
+    """A wish to stop that a signal handler notes down; read between steps."""
+
+    signal_number: int | None
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """While it is open, a first signal only sets `signal_number`."""
+
+
+def train(
+    training: Training,
+    batches: Iterator[Features],
+    noise: NoiseSource,
+    *,
+    accelerator: Accelerator,
+    tracker: Tracker,
+    settings: LoopSettings,
+    events: Events,
+    stop: Stop,
+) -> float | None:
+    """Train up to `settings.max_steps`; the last `train/loss` that was logged, None when no step was left.
+
+    Raises:
+        NonFiniteLoss: a loss or gradient was NaN or infinite; no checkpoint was written after it.
+        Interrupted: `stop` was set; a checkpoint was written.
+    """
+    meter = Meter(accelerator, settings.total_batch, training.step)
+    training.network.train()
+    saved = training.step
+    with progress_bar(training.step, settings) as bar, stop.deferred():
+        while training.step < settings.max_steps:
+            loss, norm, rows = optimizer_step(training, batches, noise, accelerator, settings)
+            training.step += 1
+            step, last = training.step, training.step == settings.max_steps
+            meter.add(loss, norm, rows)
+            bar.update()
+            validate, save = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
+            if due(step, settings.log_every, last) or validate or save:
+                meter.check(step, training.scheduler.get_last_lr()[0])
+            if due(step, settings.log_every, last):
+                report(meter.read(training), step, tracker, bar)
+            stopping = stop_agreed(stop, accelerator, step, settings.log_every)
+            with meter.paused():
+                if validate and stopping is None:
+                    events.validate(step)
+                if save or (stopping is not None and saved != step):
+                    meter.check(step, training.scheduler.get_last_lr()[0])
+                    events.checkpoint(step)
+                    saved = step
+            if stopping is not None:
+                raise Interrupted(stopping)
+    return meter.last_loss
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    return last or step % every == 0
+
+
+def optimizer_step(
+    training: Training,
+    batches: Iterator[Features],
+    noise: NoiseSource,
+    accelerator: Accelerator,
+    settings: LoopSettings,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One optimizer step: its mean loss and gradient norm, still on the device, and the rows it saw."""
+    losses, rows = [], []
+    norm: Any = None
+    for micro in range(settings.grad_accumulation):
+        features = next(batches)
+        rows.append(features.pop("index"))
+        with accelerator.accumulate(training.network):
+            result = training.stage.loss(training.network, features, noise.at(training.step, micro))
+            accelerator.backward(result.loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(training.trainable(), settings.max_grad_norm or math.inf)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+        losses.append(result.loss.detach())
+    training.scheduler.step()
+    if training.ema is not None:
+        training.ema.step(training.trainable())
+    return torch.stack(losses).mean(), norm, rows
+
+
+def stop_agreed(stop: Stop, accelerator: Accelerator, step: int, log_every: int) -> int | None:
+    """The signal to stop for. Several processes agree at log points only: asking costs a wait for the device."""
+    if accelerator.num_processes == 1:
+        return stop.signal_number
+    if step % log_every:
+        return None
+    flag = torch.tensor([stop.signal_number or 0], device=accelerator.device)
+    return int(accelerator.gather(flag).max().item()) or None  # type: ignore[union-attr]
+
+
+def report(metrics: dict[str, float], step: int, tracker: Tracker, bar: "tqdm[Any]") -> None:
+    tracker.log_metrics(metrics, step)
+    bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", lr=f"{metrics['train/lr']:.1e}")
+    if bar.disable:
+        logger.info(
+            "step %d of %d: loss %.4f, lr %.2e, gradient norm %.3f, %.1f samples/s, about %s left",
+            step,
+            bar.total,
+            metrics["train/loss"],
+            metrics["train/lr"],
+            metrics["train/grad_norm"],
+            metrics["train/samples_per_second"],
+            tqdm.format_interval((bar.total - step) / metrics["steps_per_second"]),
+        )
+
+
+@contextmanager
+def progress_bar(step: int, settings: LoopSettings) -> Iterator["tqdm[Any]"]:
+    """A bar with steps/s, ETA and loss on a terminal; elsewhere `report` writes plain lines."""
+    with tqdm(
+        total=settings.max_steps, initial=step, unit="step", disable=not settings.progress, dynamic_ncols=True
+    ) as bar:
+        bar.total = settings.max_steps
+        yield bar
+
+
+@dataclass
+class Meter:
+    """Losses stay on the device until they are read, every `log_every` steps."""
+
+    accelerator: Accelerator
+    total_batch: int
+    step: int
+    last_loss: float | None = None
+    _losses: list[Tensor] = field(default_factory=list)
+    _norms: list[Tensor] = field(default_factory=list)
+    _rows: list[list[Tensor]] = field(default_factory=list)
+    _unchecked: int = 0
+    _started: float = field(default_factory=time.monotonic)
+
+    def add(self, loss: Tensor, norm: Tensor, rows: list[Tensor]) -> None:
+        self._losses.append(loss)
+        self._norms.append(torch.as_tensor(norm, device=loss.device))
+        self._rows.append(rows)
+        self._unchecked += 1
+
+    def check(self, step: int, lr: float) -> None:
+        """Stop at the first step since the last check whose loss, or gradient without a scaler, is not finite."""
+        if self._unchecked == 0:
+            return
+        losses, norms = (torch.stack(values[-self._unchecked :]) for values in (self._losses, self._norms))
+        # A loss scaler skips steps with infinite gradients; that is its work, not a failure.
+        bad = ~losses.isfinite() if self.accelerator.scaler is not None else ~(losses.isfinite() & norms.isfinite())
+        worst = self.accelerator.gather(bad.any().reshape(1))
+        if bool(worst.any()):  # type: ignore[union-attr]
+            first = int(bad.nonzero()[0]) if bool(bad.any()) else 0
+            rows = torch.cat([part.flatten() for part in self._rows[first - self._unchecked]]).tolist()
+            raise NonFiniteLoss(
+                f"the loss or its gradient is not finite at step {step - self._unchecked + first + 1} "
+                f"(loss {float(losses[first]):.4g}, gradient norm {float(norms[first]):.4g}, lr {lr:.3g}, rows {rows}); "
+                "the last checkpoint is from before it. Lower optimizer.lr, raise scheduler.warmup_steps, or look at "
+                "these rows"
+            )
+        self._unchecked = 0
+
+    def read(self, training: Training) -> dict[str, float]:
+        """Mean over the steps since the last reading and over all processes; empties the meter."""
+        means = torch.stack([torch.stack(self._losses).mean(), torch.stack(self._norms).mean().float()])
+        loss, norm = self.accelerator.reduce(means, reduction="mean").tolist()  # type: ignore[union-attr]
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        steps = training.step - self.step
+        self.last_loss, self.step = loss, training.step
+        self._losses, self._norms, self._rows = [], [], []
+        self._started = time.monotonic()
+        return {
+            "train/loss": loss,
+            "train/lr": training.scheduler.get_last_lr()[0],
+            "train/grad_norm": norm,
+            "train/samples_per_second": steps * self.total_batch / elapsed,
+            "steps_per_second": steps / elapsed,
+        }
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        before = time.monotonic()
+        yield
+        self._started += time.monotonic() - before
+
+
+@contextmanager
+def averaged_weights(training: Training) -> Iterator[None]:
+    """The EMA weights in place of the raw ones; nothing where there is no EMA."""
+    if training.ema is None:
+        yield
+        return
+    training.ema.store(training.trainable())
+    training.ema.copy_to(training.trainable())
+    try:
+        yield
+    finally:
+        training.ema.restore(training.trainable())
+
+
+@torch.no_grad()
+def validate(
+    stage: Stage,
+    network: nn.Module,
+    load: Callable[[list[int]], Features],
+    rows: int,
+    *,
+    accelerator: Accelerator,
+    seed: int,
+    draws: int,
+    batch_size: int,
+) -> float:
+    """Mean unweighted loss over held-out rows, with noise and timesteps that depend on (seed, row, draw) alone.
+
+    The draws of a row fall into equal parts of the timestep range, so that the estimate falls smoothly. It does not
+    depend on batch size or number of processes (beyond rounding), nor on a run's loss weighting or dropped conditions.
+
+    Args:
+        load: row numbers to features on the device.
+        rows: number of held-out rows.
+    """
+    network.eval()
+    mine = list(range(accelerator.process_index, rows, accelerator.num_processes))
+    total = torch.zeros(2, device=accelerator.device)
+    for start in range(0, len(mine), batch_size):
+        chunk = mine[start : start + batch_size]
+        features = load(chunk)
+        for draw in range(draws):
+            generators = [validation_generator(seed, row, draw) for row in chunk]
+            timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)
+            with accelerator.autocast():
+                losses = stage.loss(network, features, generators, timesteps).per_sample
+            total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
+    network.train()
+    summed: Tensor = accelerator.reduce(total, reduction="sum")  # type: ignore[assignment]
+    return float(summed[0] / summed[1])
+
+
+def spread_timesteps(seed: int, rows: list[int], draw: int, draws: int, num_timesteps: int) -> Tensor:
+    """One timestep per row from part `draw` of `draws` equal parts of [0, T): a row's offset is the same in each."""
+    offsets = [derive_seed("timestep", seed, row) / (1 << 63) for row in rows]
+    return torch.tensor([int(num_timesteps * (draw + offset) / draws) for offset in offsets])

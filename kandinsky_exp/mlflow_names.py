@@ -1,0 +1,65 @@
+"""What MLflow accepts as names and values, and what of a value may be shown."""
+
+import getpass
+import json
+import posixpath
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MAX_PARAM = 6000  # characters; MLflow's limits
+MAX_TAG = 8000
+MAX_KEY = 250
+MAX_DIGEST = 36
+
+
+def masked(text: str) -> str:
+    """`text` with the credentials in its URIs replaced by `***`."""
+    text = re.sub(r"://[^/\s]*@", "://***@", text)
+    return re.sub(r"([?&][\w-]*(?:password|passwd|pwd|token|secret|key)=)[^&\s]+", r"\1***", text, flags=re.I)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong, without credentials."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return masked(lines[0].strip().rstrip("."))[:300]
+
+
+def legal_name(key: str) -> str:
+    """`key` as MLflow accepts it for metrics, parameters, tags and images: other characters become `_`."""
+    cleaned = posixpath.normpath(re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)).lstrip("./ ")
+    return cleaned[:MAX_KEY].rstrip("/ ") or "_"
+
+
+def param_text(value: Any) -> str:
+    """A parameter as text: as in YAML (null, true, 1e-05, ["a", 1]), strings as they are, at most 6,000 characters."""
+    plain = value is None or isinstance(value, (bool, int, float, list, tuple, dict))
+    text = json.dumps(value, ensure_ascii=False, default=str) if plain else str(value)
+    return shortened(masked(text), MAX_PARAM)
+
+
+def tag_texts(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags with names and values that MLflow accepts, without credentials."""
+    return {legal_name(key): shortened(masked(str(value)), MAX_TAG) for key, value in tags.items()}
+
+
+def run_tags(tags: Mapping[str, str], parent_run_id: str | None) -> dict[str, str]:
+    """The tags of a new run: `tags`, and those that MLflow's UI shows in columns of its own."""
+    system = {"mlflow.source.name": "kandinsky-exp", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
+    if parent_run_id:
+        system["mlflow.parentRunId"] = parent_run_id
+    if "git_commit" in tags:
+        system["mlflow.source.git.commit"] = tags["git_commit"]
+    return {**system, **tag_texts(tags)}
+
+
+def shortened(text: str, limit: int) -> str:
+    """`text` in at most `limit` characters, with an ellipsis where it was cut."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container may have no name for its user
+        return "unknown"

@@ -1,0 +1,167 @@
+"""Diffusers pipelines made of parts already in memory: samples; and complete pipeline folders: results."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from kandinsky_exp.weights import COMBINED, PARTS, Side, Weights, pipeline_folder, side_parts
+
+Embeds = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How images are drawn.
+
+    Args:
+        seed: prompt i always starts from the noise of (seed, i), on every device.
+        batch_size: prompts drawn at once.
+        height, width: in pixels.
+    """
+
+    inference_steps: int = 25
+    guidance_scale: float = 4.0
+    seed: int = 0
+    batch_size: int = 8
+    height: int = 512
+    width: int = 512
+
+    def generator(self, index: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % (1 << 63))
+
+
+def prior_pipeline(weights: Weights, network: nn.Module | None = None) -> Any:
+    """The prior pipeline around a trained network, or around the base one."""
+    pipeline = diffusers.KandinskyV22PriorPipeline(
+        prior=weights.load("prior") if network is None else network,
+        image_encoder=weights.load("image_encoder"),
+        text_encoder=weights.load("text_encoder"),
+        tokenizer=weights.load("tokenizer"),
+        scheduler=weights.load("prior_scheduler"),
+        image_processor=weights.load("image_processor"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def decoder_pipeline(weights: Weights, network: nn.Module | None = None) -> Any:
+    """The decoder pipeline around a trained network, or around the base one."""
+    unet = weights.load("unet") if network is None else network
+    pipeline = diffusers.KandinskyV22Pipeline(
+        unet=unet, scheduler=weights.load("decoder_scheduler"), movq=weights.load("movq")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def embed_prompts(
+    pipeline: Any, prompts: list[str], settings: SampleSettings, negative_prompt: str | None = None
+) -> Embeds:
+    """Prompts to image embeddings (N, E) and the embeddings to guide away from (N, E)."""
+    embeds, negatives = [], []
+    for start in range(0, len(prompts), settings.batch_size):
+        chunk = prompts[start : start + settings.batch_size]
+        generators = [settings.generator(index) for index in range(start, start + len(chunk))]
+        negative = None if negative_prompt is None else [negative_prompt] * len(chunk)
+        if negative is not None:
+            # The pipeline draws the negative prompts in the same batch: they need noise of their own.
+            generators += [settings.generator(-1 - index) for index in range(start, start + len(chunk))]
+        image_embeds, null_embeds = pipeline(
+            chunk,
+            negative_prompt=negative,
+            num_inference_steps=settings.inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=generators,
+            return_dict=False,
+        )
+        embeds.append(image_embeds)
+        negatives.append(null_embeds)
+    return torch.cat(embeds), torch.cat(negatives)
+
+
+def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Image.Image]:
+    """Image embeddings to images."""
+    images: list[Image.Image] = []
+    device, dtype = pipeline.unet.device, pipeline.unet.dtype
+    for start in range(0, len(embeds[0]), settings.batch_size):
+        chunk, null = (part[start : start + settings.batch_size].to(device, dtype) for part in embeds)
+        images += pipeline(
+            chunk,
+            null,
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=[settings.generator(index) for index in range(start, start + len(chunk))],
+        ).images
+    return images
+
+
+def save_result(weights: Weights, side: Side, folder: Path, save_network: Callable[[Path], None]) -> None:
+    """Write a complete pipeline: the trained network, and everything else linked from where it was loaded.
+
+    A prior becomes a prior pipeline (`DiffusionPipeline.from_pretrained`), a decoder a combined one: from a local folder
+    `AutoPipelineForText2Image.from_pretrained` needs both halves.
+    """
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    trained = "prior" if side == "prior" else "unet"
+    index: dict[str, Any] = {"_class_name": "KandinskyV22PriorPipeline" if side == "prior" else COMBINED}
+    index["_diffusers_version"] = diffusers.__version__
+    for part in side_parts("prior") + (side_parts("decoder") if side == "decoder" else []):
+        owner, name = PARTS[part]
+        name = f"prior_{name}" if side == "decoder" and owner == "prior" else name
+        index[name] = _index_entry(weights, part)
+        if part == trained:
+            save_network(aside / name)
+        else:
+            link_part(weights.folder(part), aside / name, weights.variant)
+    (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.rename(folder)
+
+
+def _index_entry(weights: Weights, part: str) -> list[str]:
+    """[library, class] of a part, as the pipeline it came from names it."""
+    folder = weights.folder(part)
+    index = json.loads((folder.parent / "model_index.json").read_text("utf-8"))
+    entry: list[str] = index[folder.name]
+    return entry
+
+
+def link_part(source: Path, target: Path, variant: str | None) -> None:
+    """Hard-link a part's files, or copy them where the file system cannot; weights of a variant lose its suffix."""
+    target.mkdir(parents=True)
+    for name, file in _files(source, variant):
+        try:
+            os.link(file.resolve(), target / name)
+        except OSError:
+            shutil.copyfile(file, target / name)
+
+
+def _files(source: Path, variant: str | None) -> Iterator[tuple[str, Path]]:
+    suffix = f".{variant}.safetensors"
+    has_variant = variant is not None and any(source.glob(f"*{suffix}"))
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        if file.suffix in (".bin", ".msgpack", ".h5", ".ckpt", ".pt"):
+            continue
+        if not has_variant:
+            yield file.name, file
+        elif file.name.endswith(suffix):
+            yield file.name.removesuffix(suffix) + ".safetensors", file
+        elif file.suffix != ".safetensors":
+            yield file.name, file
+
+
+def is_run_folder(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and pipeline_folder(folder) != folder

@@ -1,0 +1,35 @@
+"""Where the running code comes from: the commit and the installed packages."""
+
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+
+
+def git_commit() -> str | None:
+    """The commit (40 hex digits) of this package's checkout or of what pip installed from git; None if neither."""
+    package = Path(__file__).resolve().parent
+    # A virtual environment often lies inside somebody else's repository, whose commit would be a lie.
+    if _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is not None:
+        return _git(package, "rev-parse", "HEAD")
+    try:
+        origin = importlib.metadata.distribution("kandinsky_exp").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    commit = json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
+    return str(commit) if commit else None
+
+
+def pip_freeze() -> str:
+    """The installed distributions, one `name==version` a line, sorted."""
+    found = {(dist.metadata["Name"], dist.version) for dist in importlib.metadata.distributions()}
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found, key=str) if name)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,263 @@
+"""One run, from a config to a trained network: the story of the whole package in one function."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from kandinsky_exp import adapters, build, checkpoint, config, hub, loop, pipelines, processes, tracking, workspace
+from kandinsky_exp.data import sources
+from kandinsky_exp.errors import Interrupted
+from kandinsky_exp.randomness import NoiseSource
+from kandinsky_exp.validation import HeldOut, Validator
+from kandinsky_exp.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> float:
+    """Train as the config says.
+
+    Returns:
+        The last fixed-noise validation loss, lower is better; the last `train/loss` where nothing is held out.
+
+    Raises:
+        UserError: the config, data, weights, checkpoint or store is not usable; nothing was trained.
+        NonFiniteLoss: training diverged.
+        Interrupted: a signal came; a checkpoint was written.
+    """
+    config.validate(cfg)
+    with processes.stop_signals() as stop, processes.released(build.accelerator(cfg)) as accelerator:
+        weights = build.weights(cfg)
+        space = processes.on_main_process(lambda: prepare(cfg, weights))
+        splits = build.data(cfg)
+        steps = build.total_steps(cfg, len(splits.train), accelerator.num_processes)
+        with workspace.logging_to(space.folder / "train.log", accelerator.is_main_process):
+            if space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps:
+                return nothing_left(space)
+            tracker = start_tracker(cfg, accelerator, space)
+            with recorded(space, accelerator), tracking.tracked(tracker):
+                set_seed(cfg.seed)
+                stage = build.stage(cfg, weights)
+                train_rows, held_rows = build.readers(cfg, splits, stage, accelerator, logger.info)
+                describe(cfg, tracker, space, weights, splits)
+                training = build.training(cfg, stage, accelerator, steps)
+                if space.start is not None:
+                    checkpoint.load(training, space.start, stage.part, accelerator)
+                    logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
+                events = Events(cfg, accelerator, space, training, tracker, splits, held_rows)
+                if training.step == 0:
+                    events.validate(0)
+                train_loss = loop.train(
+                    training,
+                    train_rows.stream(cfg, training.step, steps, accelerator),
+                    NoiseSource(cfg.seed, accelerator.process_index, accelerator.device),
+                    accelerator=accelerator,
+                    tracker=tracker,
+                    settings=build.loop_settings(cfg, steps, accelerator),
+                    events=events,
+                    stop=stop,
+                )
+                if events.validator.loss is None:
+                    events.validate(training.step)
+                save_result(cfg, accelerator, space, training, weights)
+                result = events.validator.loss if held_rows is not None else train_loss
+                space.record.validation_loss = result
+        return float("nan") if result is None else result
+
+
+def prepare(cfg: DictConfig, weights: Weights) -> workspace.Workspace:
+    """All that can be found wrong before weights load: the store, the data, the run's folder. Main process only."""
+    if cfg.tracker.name == "mlflow":
+        tracking.probe(tracker_uri(cfg))
+    reads_captions = "text_encoder" in build.stage_class(cfg).encoders
+    splits = build.data(cfg)
+    report = sources.check(splits, reads_captions, weights.load("tokenizer") if reads_captions else None)
+    root, name = place(cfg)
+    space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume)
+    workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
+    if not space.is_resumed:
+        space.write_record()
+    print(f"{space.folder}\n{report}", file=sys.stderr)
+    return space
+
+
+def place(cfg: DictConfig) -> tuple[Path, str | None]:
+    """(folder, name): a job of a sweep goes into the sweep's folder, under what it varies."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        sweep = HydraConfig.get().sweep
+        return Path(sweep.dir).expanduser().absolute(), str(sweep.subdir)
+    return Path(cfg.output_root).expanduser().absolute(), cfg.name
+
+
+def tracker_uri(cfg: DictConfig) -> str:
+    return str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
+
+
+def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> tracking.Tracker:
+    """The MLflow run, new or gone on with; only the main process records."""
+    if cfg.tracker.name == "none" or not accelerator.is_main_process:
+        return tracking.NullTracker()
+    tags = {"stage": build.stage_class(cfg).name, "run_folder": str(space.folder)}
+    if space.parent_run_id is not None:
+        tags["resumed_from"] = space.parent_run_id
+    tracker = tracking.MlflowTracker(
+        tracker_uri(cfg),
+        cfg.tracker.experiment,
+        space.folder.name,
+        tracking.default_artifact_root(cfg.output_root),
+        run_id=space.record.run_id,
+        tags=tags,
+        parent_run_id=sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None,
+    )
+    space.record.run_id = tracker.run_id
+    return tracker
+
+
+def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
+    """The MLflow run that holds a sweep's jobs together: made by the first job, found by the others."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    with workspace.locked(folder / ".sweep.lock"):
+        record = workspace.read_record(folder) or workspace.Record()
+        if record.run_id is None:
+            parent = tracking.MlflowTracker(
+                tracker_uri(cfg),
+                cfg.tracker.experiment,
+                folder.name,
+                tracking.default_artifact_root(cfg.output_root),
+                tags={"sweep": folder.name},
+            )
+            # It trains nothing itself: there is nothing that could still go wrong with it.
+            parent.finish("FINISHED")
+            record = workspace.Record(parent.run_id, "FINISHED")
+            workspace.Workspace(folder, record).write_record()
+        return record.run_id
+
+
+@contextlib.contextmanager
+def recorded(space: workspace.Workspace, accelerator: Accelerator) -> Iterator[None]:
+    """The run folder's own record of how the run ended, true without any tracker."""
+    space.record.status = "RUNNING"
+    try:
+        if accelerator.is_main_process:
+            space.write_record()
+        yield
+        space.record.status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        space.record.status = "KILLED"
+        raise
+    except BaseException:
+        space.record.status = "FAILED"
+        raise
+    finally:
+        if accelerator.is_main_process:
+            space.write_record()
+
+
+def nothing_left(space: workspace.Workspace) -> float:
+    logger.info(
+        "%s is finished: nothing left to do. Raise trainer.max_steps to train on, or choose another name", space.folder
+    )
+    loss = space.record.validation_loss
+    return float("nan") if loss is None else loss
+
+
+def describe(
+    cfg: DictConfig, tracker: tracking.Tracker, space: workspace.Workspace, weights: Weights, splits: sources.Splits
+) -> None:
+    """Parameters, origins and the data set, for whoever compares this run later."""
+    if isinstance(tracker, tracking.NullTracker):
+        return
+    tracker.log_params(config.flatten(cfg))
+    part = build.stage_class(cfg).part
+    side = "prior" if part == "prior" else "decoder"
+    revision = weights.revision(side)
+    tags = {
+        "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
+        "data_fingerprint": splits.train.fingerprint,
+        "git_commit": tracking.git_commit() or "unknown",
+    }
+    tracker.set_tags(tags)
+    tracker.log_artifact(space.folder / "config.yaml")
+    tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
+    for context, source in (("training", splits.train), ("validation", splits.validation)):
+        if source is not None:
+            tracker.log_dataset(source.name, source.fingerprint, source.name, len(source), context)
+
+
+class Events:
+    """What happens between steps: validation, checkpoints."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        accelerator: Accelerator,
+        space: workspace.Workspace,
+        training: loop.Training,
+        tracker: tracking.Tracker,
+        splits: sources.Splits,
+        held_rows: build.FeatureReader | None,
+    ) -> None:
+        self.keep, self.accelerator, self.space = cfg.checkpoint.keep, accelerator, space
+        self.training, self.tracker = training, tracker
+        held_out = None
+        if held_rows is not None and splits.validation is not None:
+            pictures = splits.validation
+            held_out = HeldOut(held_rows.rows, len(held_rows), lambda row: pictures[row].image())
+        self.validator = Validator(
+            training,
+            accelerator,
+            tracker,
+            space.folder / "samples",
+            held_out,
+            build.prompts(cfg.validation.prompts),
+            build.sample_settings(cfg),
+            draws=cfg.validation.draws,
+            reconstructions=cfg.validation.reconstructions,
+        )
+
+    def validate(self, step: int) -> None:
+        self.validator(step)
+
+    def checkpoint(self, step: int) -> None:
+        measured = self.validator.loss if self.validator.loss_step == step else None
+        part = self.training.stage.part
+        folder = checkpoint.save(self.training, self.space.checkpoints, part, self.accelerator, measured)
+        self.space.record.step = step
+        if self.accelerator.is_main_process:
+            self.space.write_record()
+            checkpoint.prune(self.space.checkpoints, self.keep)
+            self.tracker.flush()
+            logger.info("step %d: checkpoint %s", step, folder)
+
+
+def save_result(
+    cfg: DictConfig,
+    accelerator: Accelerator,
+    space: workspace.Workspace,
+    training: loop.Training,
+    weights: Weights,
+) -> None:
+    """`adapter/` or `pipeline/`, with the averaged weights where there are any; then, if asked, the hub."""
+    if accelerator.is_main_process:
+        network = accelerator.unwrap_model(training.network)
+        with loop.averaged_weights(training):
+            if adapters.has_adapter(network):
+                result = space.folder / "adapter"
+                training.stage.save(network, result)
+            else:
+                result = space.folder / "pipeline"
+                side = "prior" if training.stage.part == "prior" else "decoder"
+                pipelines.save_result(weights, side, result, lambda folder: training.stage.save(network, folder))
+        logger.info("result: %s", result)
+        if cfg.hub.push:
+            hub.push(result, cfg.hub.repo_id, config.flatten(cfg))
+    accelerator.wait_for_everyone()

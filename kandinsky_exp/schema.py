@@ -1,0 +1,228 @@
+"""The typed schema of what our own code reads: one dataclass per root config and per group of conf/.
+
+A field with a default may be absent. An `OpenNode` is built through its `_target_`: further keys are that target's
+arguments and are checked against its signature (`targets`). Defaults and explanations of the keys are in conf/.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value has to be beyond its type; `wants` goes on from "has to be"."""
+
+    holds: Callable[[Any], bool]
+    wants: str
+
+
+def at_least(low: int) -> Rule:
+    return Rule(lambda value: math.isfinite(value) and value >= low, f"at least {low}")
+
+
+def _is_folder_name(text: str) -> bool:
+    return text.strip() == text and text not in ("", ".", "..") and not set(text) & set('/\\:*?"<>|\n')
+
+
+ABOVE_ZERO = Rule(lambda value: math.isfinite(value) and value > 0, "above 0")
+FRACTION = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
+BELOW_ONE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+BETAS = Rule(
+    lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two of them, each at least 0 and below 1"
+)
+SIDE = Rule(lambda value: value > 0 and value % 8 == 0, "a multiple of 8, such as 512 or 768")
+SEED = Rule(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")
+FILLED = Rule(lambda text: text.strip() != "", "something other than nothing")
+FOLDER_NAME = Rule(_is_folder_name, "a folder's name, without / \\ : * ? \" < > |")
+
+Count = Annotated[int, at_least(1)]
+CountOrZero = Annotated[int, at_least(0)]
+Positive = Annotated[float, ABOVE_ZERO]
+PositiveOrZero = Annotated[float, at_least(0)]
+Text = Annotated[str, FILLED]
+Seed = Annotated[int, SEED]
+Side = Annotated[int, SIDE]
+Name = Annotated[str, FOLDER_NAME]
+Prompts = list[Text] | Text
+
+
+@dataclass
+class OpenNode:
+    """A node with a `_target_`. Subclasses type the arguments that are ours to judge; none has to be there."""
+
+    given_later: ClassVar[frozenset[str]] = frozenset()  # arguments that the run hands over: not settings
+    beside: ClassVar[frozenset[str]] = frozenset()  # keys that our code reads and the target does not take
+
+    _target_: Text
+    _partial_: bool = True
+
+
+@dataclass
+class Model(OpenNode):
+    given_later = frozenset({"weights", "resolution"})
+
+    snr_gamma: Positive | None = None
+    condition_dropout: Annotated[float, FRACTION] = 0.0
+    vlb_weight: PositiveOrZero = 0.0
+
+
+@dataclass
+class Optimizer(OpenNode):
+    given_later = frozenset({"params"})
+
+    lr: Positive = 1.0
+    weight_decay: PositiveOrZero = 0.0
+    betas: Annotated[list[float], BETAS] | None = None
+    eps: Positive | list[Positive] = 1.0
+    momentum: Annotated[float, BELOW_ONE] = 0.0
+    fused: bool | None = None
+
+
+@dataclass
+class Scheduler(OpenNode):
+    given_later = frozenset({"optimizer", "total_steps"})
+
+    warmup_steps: CountOrZero = 0
+    num_cycles: Count = 1
+    power: Positive = 1.0
+    lr_end: PositiveOrZero = 0.0
+
+
+@dataclass
+class _DataKeys:
+    resolution: Side
+    max_samples: Count | None
+    num_workers: CountOrZero
+    cache: bool
+    cache_dtype: Literal["fp16", "fp32"]
+    encode_batch: Count
+
+
+@dataclass
+class Data(OpenNode, _DataKeys):
+    beside = frozenset(_DataKeys.__annotations__)
+
+    _partial_: bool = False
+    path: Text = "."
+    name: Text = "."
+    image_column: Text = "image"
+    caption_column: Text = "text"
+
+
+@dataclass
+class Weights:
+    prior: Text
+    decoder: Text
+    prior_revision: Text | None
+    decoder_revision: Text | None
+    variant: Text | None
+
+
+@dataclass
+class Precision:
+    name: Text
+    mixed_precision: Literal["no", "fp16", "bf16"]
+    frozen_dtype: Literal["float32", "float16", "bfloat16"]
+    tf32: bool
+
+
+@dataclass
+class Adapter:
+    name: Literal["none", "lora", "dora"]
+    rank: Count | None
+    alpha: Positive | None
+    dropout: Annotated[float, BELOW_ONE]
+    target_modules: list[Text] | None
+
+
+@dataclass
+class Trainer:
+    max_steps: Count
+    max_epochs: Count | None
+    batch_size: Count
+    grad_accumulation: Count
+    max_grad_norm: Positive | None
+    gradient_checkpointing: bool
+    compile: bool
+    attention: Literal["sdpa", "xformers", "eager"]
+    ema_decay: Annotated[float, BELOW_ONE] | None
+    log_every: Count
+
+
+@dataclass
+class Checkpoint:
+    every: Count
+    keep: Count
+    resume: Text
+
+
+@dataclass
+class Validation:
+    every: Count
+    prompts: Prompts
+    inference_steps: Count
+    guidance_scale: PositiveOrZero
+    seed: Seed
+    fraction: Annotated[float, BELOW_ONE]
+    batch_size: Count
+    draws: Count
+    reconstructions: CountOrZero
+
+
+@dataclass
+class Tracker:
+    name: Literal["mlflow", "none"]
+    uri: Text | None
+    experiment: Text
+
+
+@dataclass
+class Hub:
+    push: bool
+    repo_id: Text | None
+
+
+@dataclass
+class Train:
+    name: Name | None
+    output_root: Text
+    seed: Seed
+    model: Model
+    weights: Weights
+    data: Data
+    optimizer: Optimizer
+    scheduler: Scheduler
+    precision: Precision
+    adapter: Adapter
+    trainer: Trainer
+    checkpoint: Checkpoint
+    validation: Validation
+    tracker: Tracker
+    hub: Hub
+
+
+@dataclass
+class Generate:
+    name: Name | None
+    output_root: Text
+    seed: Seed
+    weights: Weights
+    precision: Precision
+    tracker: Tracker
+    prior: Text
+    decoder: Text
+    prompts: Prompts
+    negative_prompt: str
+    num_images: Count
+    guidance_scale: PositiveOrZero
+    inference_steps: Count
+    prior_guidance_scale: PositiveOrZero
+    prior_inference_steps: Count
+    height: Side | None
+    width: Side | None
+    log_to_run: bool
+
+
+ROOTS: list[type[Any]] = [Train, Generate]

@@ -1,0 +1,203 @@
+"""The seam between the loop and what is trained, and the part of the objective that both stages share.
+
+The loop prepares `stage.network` and hands the prepared network back in. A stage reads features, never pixels: they come
+from a cache or from `encode` on the fly, and the loss cannot tell. A third stage is one subclass and one yaml.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from kandinsky_exp import adapters
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.pipelines import SampleSettings
+from kandinsky_exp.stages import diffusion
+from kandinsky_exp.weights import Weights
+
+Features = dict[str, Tensor]
+Generators = torch.Generator | list[torch.Generator]
+
+
+@dataclass
+class StageLoss:
+    """What one batch says.
+
+    Args:
+        loss: scalar with a gradient: weighted, with every term.
+        per_sample: (B,), detached: the plain squared error, comparable between runs whatever their weighting.
+        timesteps: (B,).
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    timesteps: Tensor
+
+
+class Stage(Protocol):
+    """What the loop, the cache and the validation know of a stage.
+
+    Args:
+        part: the network's name among the parts of Kandinsky, and its folder's in a checkpoint.
+        encoders: the frozen parts that `encode` needs.
+    """
+
+    name: ClassVar[str]
+    part: ClassVar[str]
+    encoders: ClassVar[tuple[str, ...]]
+    network: nn.Module
+    preprocess: Preprocess
+
+    @property
+    def num_timesteps(self) -> int:
+        """Length T of the noise schedule."""
+
+    def encode(self, examples: dict[str, Tensor]) -> Features:
+        """Frozen encoders over preprocessed examples; no gradient."""
+
+    def null_condition(self) -> Features:
+        """The features that stand for «no condition», as single rows."""
+
+    def loss(
+        self, network: nn.Module, features: Features, generator: Generators, timesteps: Tensor | None = None
+    ) -> StageLoss:
+        """The objective on one batch. Conditions are dropped only while `network.training`."""
+
+    def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]:
+        """Images for prompts, through the whole of Kandinsky."""
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """Write the network in diffusers layout, or its adapter alone where that is what trains."""
+
+
+class DiffusionStage(ABC):
+    """The shared objective: noise the clean features, ask the network, weigh the squared error.
+
+    Args:
+        weights: where the parts come from.
+        snr_gamma: Min-SNR-γ, None for no weighting.
+        condition_dropout: probability of the null condition per sample, for classifier-free guidance.
+    """
+
+    name: ClassVar[str]
+    part: ClassVar[str]
+    encoders: ClassVar[tuple[str, ...]]
+    network: nn.Module
+    preprocess: Preprocess
+    alphas_cumprod: Tensor
+    prediction_type: diffusion.PredictionType
+
+    def __init__(self, weights: Weights, *, snr_gamma: float | None, condition_dropout: float) -> None:
+        self.weights = weights
+        self.snr_gamma = snr_gamma
+        self.condition_dropout = condition_dropout
+        self._null: Features | None = None
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @abstractmethod
+    def clean(self, features: Features) -> Tensor:
+        """x_0, (B, …): what is noised and learned."""
+
+    @abstractmethod
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, features: Features) -> Tensor:
+        """The network's answer; channels beyond those of x_0 are a learned variance."""
+
+    @abstractmethod
+    def encode_null(self) -> Features:
+        """The null condition from the frozen encoders, rows of batch size 1."""
+
+    @abstractmethod
+    def encode(self, examples: dict[str, Tensor]) -> Features: ...
+
+    def null_condition(self) -> Features:
+        if self._null is None:
+            self._null = self.encode_null()
+        return self._null
+
+    def use_null_condition(self, features: Features) -> None:
+        """Take the null condition from a cache, so that no encoder has to load."""
+        self._null = features
+
+    def loss(
+        self, network: nn.Module, features: Features, generator: Generators, timesteps: Tensor | None = None
+    ) -> StageLoss:
+        """The objective of section 5 of the design on one batch.
+
+        Args:
+            generator: one for the batch, or one per sample (then `timesteps` must be given).
+            timesteps: (B,); drawn uniformly when None.
+        """
+        clean = self.clean(features)
+        self._follow(clean.device)
+        noise = randn_tensor(tuple(clean.shape), generator=generator, device=clean.device, dtype=clean.dtype)
+        if timesteps is None:
+            size = (len(clean),)
+            timesteps = torch.randint(len(self.alphas_cumprod), size, generator=generator, device=clean.device)  # type: ignore[arg-type]
+        if network.training and self.condition_dropout > 0:
+            features = self._drop_condition(features, generator, clean)
+        noisy = diffusion.add_noise(clean, noise, timesteps, self.alphas_cumprod)
+        output = self.predict(network, noisy, timesteps, features).float()
+        target = diffusion.training_target(clean, noise, timesteps, self.alphas_cumprod, self.prediction_type)
+        prediction, variance = output[:, : clean.shape[1]], output[:, clean.shape[1] :]
+        per_sample = (prediction - target).square().flatten(1).mean(1)
+        loss = self._weigh(per_sample, timesteps).mean()
+        extra = self.variance_term(prediction, variance, clean, noisy, timesteps)
+        return StageLoss(loss if extra is None else loss + extra, per_sample.detach(), timesteps)
+
+    def variance_term(
+        self, prediction: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor
+    ) -> Tensor | None:
+        """A loss for the learned variance; none unless a stage has one."""
+        return None
+
+    def _weigh(self, per_sample: Tensor, timesteps: Tensor) -> Tensor:
+        if self.snr_gamma is None:
+            return per_sample
+        weights = diffusion.min_snr_weights(timesteps, self.alphas_cumprod, self.snr_gamma, self.prediction_type)
+        return per_sample * weights
+
+    def _drop_condition(self, features: Features, generator: Generators, like: Tensor) -> Features:
+        drop = torch.rand(len(like), generator=generator, device=like.device) < self.condition_dropout  # type: ignore[arg-type]
+        replaced = {
+            key: torch.where(drop.view(-1, *[1] * (features[key].ndim - 1)), null.to(features[key]), features[key])
+            for key, null in self.null_condition().items()
+        }
+        return {**features, **replaced}
+
+    def _follow(self, device: torch.device) -> None:
+        if self.alphas_cumprod.device != device:
+            self.alphas_cumprod = self.alphas_cumprod.to(device)
+            if self.condition_dropout > 0:
+                self._null = {key: value.to(device) for key, value in self.null_condition().items()}
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        adapters.save(network, folder)
+
+
+def enable_attention(network: Any, attention: str) -> None:
+    """`sdpa` (torch's fused), `xformers` (memory efficient, CUDA) or `eager` (plain matrix products).
+
+    Raises:
+        ConfigError: xformers is asked for where it cannot work.
+    """
+    if attention == "eager":
+        network.set_default_attn_processor()
+    elif attention == "xformers":
+        try:
+            import xformers.ops  # noqa: F401
+        except (ImportError, OSError) as error:
+            raise ConfigError(
+                "trainer.attention: xformers is not installed; pip install 'kandinsky-exp[xformers]', or set sdpa"
+            ) from error
+        if not torch.cuda.is_available():
+            raise ConfigError("trainer.attention: xformers needs a CUDA device and none is here; set sdpa")
+        network.enable_xformers_memory_efficient_attention()

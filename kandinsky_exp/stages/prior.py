@@ -1,0 +1,105 @@
+"""The prior: from a caption to the CLIP embedding of an image that it could describe."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kandinsky_exp import pipelines
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.stages.base import DiffusionStage, Features
+from kandinsky_exp.weights import Weights
+
+
+class PriorStage(DiffusionStage):
+    """Trains `PriorTransformer` to predict the normalised image embedding from its noised self and the caption.
+
+    Features: `image_embeds` (B, E), `text_embeds` (B, E), `text_states` (B, 77, E), `text_mask` (B, 77) bool.
+
+    Args:
+        resolution: side of the validation images in pixels; training itself sees the encoder's own size.
+    """
+
+    name = "prior"
+    part = "prior"
+    encoders = ("image_encoder", "text_encoder")
+
+    def __init__(
+        self, weights: Weights, *, resolution: int = 512, snr_gamma: float | None = None, condition_dropout: float = 0.1
+    ) -> None:
+        super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
+        self.resolution = resolution
+        self.network = weights.load_trainable("prior")
+        config = weights.load("prior_scheduler").config
+        schedule = DDPMScheduler(num_train_timesteps=config.num_train_timesteps, beta_schedule="squaredcos_cap_v2")
+        self.alphas_cumprod = schedule.alphas_cumprod
+        self.prediction_type = config.prediction_type
+        self._freeze_statistics(self.network)
+        self.preprocess = Preprocess(weights.load("image_processor"), weights.load("tokenizer"), None)
+
+    def _freeze_statistics(self, network: Any) -> None:
+        """`clip_mean` and `clip_std` are parameters that no forward uses: trainable, they break distributed training."""
+        network.clip_mean.requires_grad_(False)
+        network.clip_std.requires_grad_(False)
+        if not bool((network.clip_std > 0).all()):
+            raise ConfigError(
+                "weights.prior: its clip_std has zeros, so embeddings cannot be normalised; a prior made from scratch "
+                "needs clip_mean and clip_std set to those of its image embeddings"
+            )
+        self.mean, self.std = network.clip_mean.detach().clone(), network.clip_std.detach().clone()
+
+    @torch.no_grad()
+    def encode(self, examples: dict[str, Tensor]) -> Features:
+        """`clip_pixels` (B, 3, S, S) and/or `input_ids`, `text_mask` (B, 77) → the features they give."""
+        features = {}
+        if "clip_pixels" in examples:
+            encoder = self.weights.load("image_encoder")
+            features["image_embeds"] = encoder(examples["clip_pixels"].to(encoder.device, encoder.dtype)).image_embeds
+        if "input_ids" in examples:
+            encoder = self.weights.load("text_encoder")
+            output = encoder(examples["input_ids"].to(encoder.device))
+            features["text_embeds"], features["text_states"] = output.text_embeds, output.last_hidden_state
+            features["text_mask"] = examples["text_mask"].to(encoder.device)
+        return features
+
+    def encode_null(self) -> Features:
+        """The empty caption with its own mask, as the pipeline uses it."""
+        tokens = {key: value.unsqueeze(0) for key, value in self.preprocess(None, "").items()}
+        return self.encode(tokens)
+
+    def clean(self, features: Features) -> Tensor:
+        embeds = features["image_embeds"].float()
+        return (embeds - self.mean) / self.std
+
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, features: Features) -> Tensor:
+        output: Tensor = network(
+            noisy,
+            timestep=timesteps,
+            proj_embedding=features["text_embeds"].float(),
+            encoder_hidden_states=features["text_states"].float(),
+            attention_mask=features["text_mask"],
+        ).predicted_image_embedding
+        return output
+
+    def _follow(self, device: torch.device) -> None:
+        super()._follow(device)
+        if self.mean.device != device:
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each transformer block in the backward pass: `PriorTransformer` has no such switch of its own."""
+        for block in self.network.transformer_blocks:  # type: ignore[union-attr]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def sample(self, network: nn.Module, prompts: list[str], settings: pipelines.SampleSettings) -> list[Image.Image]:
+        """The trained prior, then the base decoder."""
+        device = next(network.parameters()).device
+        with self.weights.on_device(("text_encoder", "image_encoder"), device):
+            embeds = pipelines.embed_prompts(pipelines.prior_pipeline(self.weights, network), prompts, settings)
+        with self.weights.on_device(("unet", "movq"), device):
+            return pipelines.decode(pipelines.decoder_pipeline(self.weights), embeds, settings)

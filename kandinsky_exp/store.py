@@ -1,0 +1,223 @@
+"""The MLflow store behind a URI: where it is by default, whether it answers, and how it is opened."""
+
+import contextlib
+import logging
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kandinsky_exp.errors import TrackingError
+from kandinsky_exp.mlflow_names import masked, reason
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+LOCK_TIMEOUT = 300.0  # seconds; the first process makes the schema, the others wait for it
+
+
+def default_uri(output_root: str | Path) -> str:
+    """The absolute sqlite URI of `<output_root>/mlflow.db`, the same from every working directory."""
+    return _sqlite_uri(Path(output_root).expanduser().resolve() / "mlflow.db")
+
+
+def artifact_root(output_root: str | Path) -> Path:
+    """The folder for the artifacts of a store that has no artifact store of its own."""
+    return Path(output_root).expanduser().resolve() / "mlartifacts"
+
+
+def probe(uri: str, timeout: float = 5.0) -> None:
+    """Ask the store at `uri` for a sign of life.
+
+    MLflow's own client retries a dead server for minutes, so this is asked before any weights load.
+
+    Args:
+        uri: as `tracker.uri`.
+        timeout: seconds until a silent store counts as dead.
+
+    Raises:
+        TrackingError: the store does not answer, cannot be written, or is of a kind MLflow refuses.
+    """
+    kind = _kind(uri)
+    if kind == "sqlite":
+        _within(timeout, uri, lambda: _probe_sqlite(uri))
+    elif kind == "http":
+        from mlflow.utils import rest_utils  # noqa: F401  (imported here, so that the clock runs on the server alone)
+
+        _within(timeout, uri, lambda: _probe_server(uri, timeout))
+    elif kind in DATABASE_PORTS:
+        _within(timeout, uri, lambda: _probe_database(uri, timeout))
+
+
+def connect(uri: str) -> "tuple[MlflowClient, str]":
+    """Open the store at `uri`, making an sqlite store (once, whoever comes first) where there is none.
+
+    Returns:
+        The client and the absolute URI it uses.
+
+    Raises:
+        TrackingError: the store cannot be opened.
+    """
+    kind = _kind(uri)
+    try:
+        from mlflow import MlflowClient
+    except ImportError as error:
+        raise TrackingError(f"tracker: mlflow cannot be imported ({error}); install it or set tracker=none.") from error
+    # Two lines about tables being made, with MLflow's own time stamps, would only puzzle the user.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    with explained(uri):
+        if kind != "sqlite":
+            return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
+        from filelock import FileLock
+
+        path = _sqlite_path(uri)
+        absolute = _sqlite_uri(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Processes that first touch a fresh store together race in MLflow's schema creation, and most of them die.
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT):
+            return MlflowClient(tracking_uri=absolute, registry_uri=absolute), absolute
+
+
+def find_experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+    """The id of the experiment called `name`, made with the folder `artifacts` (None: the server's) if it is new."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException:  # another process was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"tracker.experiment: '{name}' was deleted in this store; choose another name, or bring it back with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
+        )
+    return str(found.experiment_id)
+
+
+@contextlib.contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turn whatever a store throws into a TrackingError of one paragraph, without credentials."""
+    try:
+        yield
+    except TrackingError:
+        raise
+    except Exception as error:
+        raise TrackingError(f"tracker.uri: {masked(uri)} cannot be used: {reason(error)}. {_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    text = str(error)
+    if "out-of-date database schema" in text:
+        return "Back the database up and run `mlflow db upgrade <tracker.uri>`, or name a new store."
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            "Install that driver, or name the one you have in the URI: postgresql:// wants psycopg (version 3), "
+            "postgresql+psycopg2:// wants psycopg2."
+        )
+    return "Correct tracker.uri, start the server, or set tracker=none."
+
+
+def _kind(uri: str) -> str:
+    scheme = uri.partition(":")[0].lower() if "://" in uri or uri.startswith("file:") else ""
+    kind = scheme.partition("+")[0]
+    if kind in ("http", "https"):
+        return "http"
+    if kind == "sqlite" or kind in DATABASE_PORTS or scheme == "databricks" or uri == "databricks":
+        return kind or uri
+    if kind in ("", "file"):
+        problem = "is a folder, and MLflow no longer takes a folder as its store"
+    else:
+        problem = "is of a kind that MLflow does not know"
+    raise TrackingError(
+        f"tracker.uri: '{masked(uri)}' {problem}; use sqlite:///<absolute path>.db, http(s)://<server>:<port> "
+        "or postgresql://…, or leave it out for a store in output_root."
+    )
+
+
+def _sqlite_uri(path: Path) -> str:
+    return "sqlite:///" + path.as_posix().replace("%", "%25").replace("?", "%3F")
+
+
+def _sqlite_path(uri: str) -> Path:
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database
+    if not database or database == ":memory:":
+        raise TrackingError(f"tracker.uri: '{uri}' names no file; use sqlite:///<absolute path>.db.")
+    return Path(database).expanduser().resolve()
+
+
+def _within(timeout: float, uri: str, check: Callable[[], None]) -> None:
+    """Run `check`, but no longer than `timeout`: name look-ups and network file systems know no time-outs."""
+    problems: list[Exception] = []
+
+    def run() -> None:
+        try:
+            with explained(uri):
+                check()
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=run, name="probe", daemon=True)
+    thread.start()
+    thread.join(timeout + 0.5)
+    if thread.is_alive():
+        raise TrackingError(
+            f"tracker.uri: {masked(uri)} did not answer within {timeout:g} s. Correct tracker.uri, start the server, "
+            "or set tracker=none."
+        )
+    if problems:
+        raise problems[0]
+
+
+def _probe_sqlite(uri: str) -> None:
+    import sqlite3
+
+    path = _sqlite_path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():  # not made here: whoever does that holds the lock
+        tempfile.TemporaryFile(dir=path.parent).close()
+        return
+    with contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            connection.rollback()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):  # locked: somebody is writing, so it is alive
+                raise
+
+
+def _probe_server(uri: str, timeout: float) -> None:
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    search = "/api/2.0/mlflow/experiments/search"
+    options = {"max_retries": 0, "timeout": timeout, "raise_on_status": False}
+    server = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
+    answer = http_request(server, search, "GET", params={"max_results": 1}, **options)  # type: ignore[no-untyped-call]
+    if answer.status_code in (401, 403):
+        raise ValueError(
+            f"the server refused the request ({answer.status_code}: {answer.text[:100]!r}); set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    if answer.status_code != 200 or not answer.text.lstrip().startswith("{"):
+        raise ValueError(f"something answers there, but not as an MLflow server does (status {answer.status_code})")
+
+
+def _probe_database(uri: str, timeout: float) -> None:
+    import sqlalchemy
+
+    url = sqlalchemy.engine.make_url(uri)
+    if url.host:
+        port = url.port or DATABASE_PORTS[url.get_backend_name()]
+        socket.create_connection((url.host, port), timeout=timeout).close()
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool)
+    engine.connect().close()

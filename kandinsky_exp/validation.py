@@ -1,0 +1,128 @@
+"""What a run shows of itself: the fixed-noise loss, images for prompts, reconstructions and a labelled grid."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from PIL import Image
+
+from kandinsky_exp import loop
+from kandinsky_exp.data.preprocess import center_crop_resize
+from kandinsky_exp.grid import labelled_grid
+from kandinsky_exp.pipelines import SampleSettings
+from kandinsky_exp.stages.base import Features
+from kandinsky_exp.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HeldOut:
+    """The held-out rows.
+
+    Args:
+        load: row numbers to features on the device.
+        rows: how many there are.
+        image: a row's picture, as its file has it.
+    """
+
+    load: Callable[[list[int]], Features]
+    rows: int
+    image: Callable[[int], Image.Image]
+
+
+@dataclass
+class Validator:
+    """Measures and draws at one step, always from the same noise, with the averaged weights where there are any.
+
+    Args:
+        folder: where `samples/` go; its subfolders are named after the step.
+        reconstructions: how many held-out images a decoder redraws from their own embeddings.
+    """
+
+    training: loop.Training
+    accelerator: Accelerator
+    tracker: Tracker
+    folder: Path
+    held_out: HeldOut | None
+    prompts: Sequence[str]
+    settings: SampleSettings
+    draws: int
+    reconstructions: int
+    loss: float | None = None
+    loss_step: int | None = None
+
+    def __call__(self, step: int) -> None:
+        with loop.averaged_weights(self.training):
+            self._measure(step)
+            if self.accelerator.is_main_process:
+                self._draw(step)
+        self.accelerator.wait_for_everyone()
+
+    def _measure(self, step: int) -> None:
+        if self.held_out is None:
+            return
+        self.loss = loop.validate(
+            self.training.stage,
+            self.accelerator.unwrap_model(self.training.network),
+            self.held_out.load,
+            self.held_out.rows,
+            accelerator=self.accelerator,
+            seed=self.settings.seed,
+            draws=self.draws,
+            batch_size=self.settings.batch_size,
+        )
+        self.loss_step = step
+        self.tracker.log_metrics({"validation/loss": self.loss}, step)
+        logger.info("step %d: validation loss %.5f", step, self.loss)
+
+    def _draw(self, step: int) -> None:
+        network = self.accelerator.unwrap_model(self.training.network)
+        network.eval()
+        with self.accelerator.autocast():
+            drawn = self.training.stage.sample(network, list(self.prompts), self.settings) if self.prompts else []
+            redrawn = self._reconstruct()
+        network.train()
+        if not drawn and not redrawn:
+            return
+        folder = self.folder / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, (image, prompt) in enumerate(zip(drawn, self.prompts, strict=True)):
+            image.save(folder / f"{index:02d}.png")
+            self.tracker.log_image(f"validation/{index:02d}", image, step, prompt)
+        for index, (image, original) in enumerate(redrawn):
+            del original
+            image.save(folder / f"reconstruction-{index:02d}.png")
+            self.tracker.log_image(f"reconstruction/{index:02d}", image, step, f"held-out image {index}")
+        grid = self._grid(drawn, redrawn)
+        grid.save(folder / "grid.png")
+        self.tracker.log_image("validation/grid", grid, step)
+
+    def _reconstruct(self) -> list[tuple[Image.Image, Image.Image]]:
+        """(redrawn, original) pairs; a prior has no say in what an embedding looks like."""
+        reconstruct = getattr(self.training.stage, "reconstruct", None)
+        if reconstruct is None or self.held_out is None or self.reconstructions == 0:
+            return []
+        rows = list(range(min(self.reconstructions, self.held_out.rows)))
+        embeds = self.held_out.load(rows)["image_embeds"]
+        # Other noise than the prompts have, so that a shared flaw of the noise cannot pass for a success.
+        settings = replace(self.settings, seed=self.settings.seed + 1)
+        network = self.accelerator.unwrap_model(self.training.network)
+        images: list[Image.Image] = reconstruct(network, embeds, settings)
+        originals = [to_image(self.held_out.image(row), self.settings.width) for row in rows]
+        return list(zip(images, originals, strict=True))
+
+    def _grid(self, drawn: list[Image.Image], redrawn: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
+        images, labels = list(drawn), list(self.prompts[: len(drawn)])
+        for index, (image, original) in enumerate(redrawn):
+            images += [original, image]
+            labels += [f"held out {index}", f"held out {index}, redrawn"]
+        return labelled_grid(images, labels)
+
+
+def to_image(image: Image.Image, resolution: int) -> Image.Image:
+    """The picture as the decoder is trained to draw it: centre square, bicubic."""
+    pixels = ((center_crop_resize(image, resolution) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -1,0 +1,167 @@
+"""The folder of a run: its name, what an earlier start left there, and the record of how far it came.
+
+<output_root>/<name>/  config.yaml  run.json  train.log  checkpoints/  samples/  pipeline/ or adapter/
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock
+
+from kandinsky_exp import checkpoint
+from kandinsky_exp.errors import CheckpointError, ConfigError
+
+RECORD = "run.json"
+
+
+@dataclass
+class Record:
+    """What must outlive a process: the MLflow run to go on in, and how far the run came.
+
+    Args:
+        status: RUNNING, FINISHED, FAILED or KILLED.
+        validation_loss: what `run` returned, once finished.
+    """
+
+    run_id: str | None = None
+    status: str = "RUNNING"
+    step: int = 0
+    validation_loss: float | None = None
+
+
+@dataclass
+class Workspace:
+    """A claimed run folder.
+
+    Args:
+        start: the checkpoint to go on from, None to start from the pretrained weights.
+        parent_run_id: MLflow run that `start` belongs to, where that is another run.
+    """
+
+    folder: Path
+    record: Record
+    start: Path | None = None
+    parent_run_id: str | None = None
+    is_resumed: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def write_record(self) -> None:
+        write_atomically(self.folder / RECORD, json.dumps(asdict(self.record), indent=2) + "\n")
+
+
+def claim(output_root: Path, name: str | None, stage: str, resume: str) -> Workspace:
+    """Find or make the run's folder; nothing in an existing one is changed.
+
+    Args:
+        name: null for `<stage>-<date>-<time>`, with a suffix where that is taken.
+        resume: `auto`, `never`, or a checkpoint's or run's folder to start a new run from.
+
+    Raises:
+        ConfigError: the name is taken and may not be resumed, or the place cannot be written.
+        CheckpointError: there is no checkpoint where `resume` says.
+    """
+    try:
+        output_root.mkdir(parents=True, exist_ok=True)
+        if name is None:
+            workspace = Workspace(_fresh_folder(output_root, f"{stage}-{datetime.now():%Y%m%d-%H%M%S}"), Record())
+        else:
+            workspace = _named(output_root / name, resume)
+    except OSError as error:
+        raise ConfigError(f"output_root: {output_root} cannot be written ({error.strerror}); choose another") from error
+    if resume not in ("auto", "never") and not workspace.is_resumed:
+        workspace.start, workspace.parent_run_id = _starting_point(Path(resume).expanduser())
+    return workspace
+
+
+def _fresh_folder(output_root: Path, name: str) -> Path:
+    for suffix in ("", *(f"-{count}" for count in range(2, 1000))):
+        folder = output_root / f"{name}{suffix}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise ConfigError(f"name: a thousand runs are called {name}; set name=…")
+
+
+def _named(folder: Path, resume: str) -> Workspace:
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        return Workspace(folder, Record())
+    record = read_record(folder)
+    if record is None:
+        if any(folder.iterdir()):
+            raise ConfigError(f"name: {folder} exists and is not a run; choose another name or move it away")
+        return Workspace(folder, Record())
+    if resume == "never":
+        raise ConfigError(
+            f"name: the run {folder} exists and checkpoint.resume=never; choose another name, or checkpoint.resume=auto "
+            "to go on with it"
+        )
+    return Workspace(folder, record, start=checkpoint.newest(folder / "checkpoints"), is_resumed=True)
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a run folder, None where there is none that can be read."""
+    try:
+        return Record(**json.loads((folder / RECORD).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _starting_point(source: Path) -> tuple[Path, str | None]:
+    """The checkpoint that `checkpoint.resume=<folder>` means, and the MLflow run that made it."""
+    run_folder = source if (source / "checkpoints").is_dir() else source.parent.parent
+    found = checkpoint.newest(source / "checkpoints") if run_folder == source else source
+    if found is None or not found.is_dir():
+        raise CheckpointError(f"checkpoint.resume: there is no checkpoint in {source}; give a run or a step-… folder")
+    checkpoint.read_state(found)
+    record = read_record(run_folder)
+    return found, record.run_id if record is not None else None
+
+
+def locked(file: Path) -> FileLock:
+    """A lock that other processes of this machine respect."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, whole."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, "utf-8")
+    os.replace(aside, path)
+
+
+@contextmanager
+def logging_to(file: Path, is_main: bool) -> Iterator[None]:
+    """Our own log records, in `train.log` and on stderr, from the main process only."""
+    root = logging.getLogger("kandinsky_exp")
+    level, propagate = root.level, root.propagate
+    root.setLevel(logging.INFO if is_main else logging.ERROR)
+    root.propagate = False
+    handlers: list[logging.Handler] = []
+    if is_main:
+        handlers = [logging.FileHandler(file, encoding="utf-8"), logging.StreamHandler(sys.stderr)]
+        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers[1].setFormatter(logging.Formatter("%(message)s"))
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(level)
+        root.propagate = propagate

@@ -1,0 +1,525 @@
+"""Reading pictures and captions: folders, hub data sets, splits, checks, and what preprocessing makes of them."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kandinsky_exp.data import sources
+from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize, to_rgb
+from kandinsky_exp.errors import DataError
+from kandinsky_exp.tiny import architecture
+
+ROWS = [{"file_name": "a.png", "text": "a red square"}, {"file_name": "b.png", "text": "a blue square"}]
+
+
+def write_folder(folder, rows=ROWS, kind="jsonl"):
+    """Pictures for every named file, and their metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(rows):
+        Image.new("RGB", (20, 12), (40 * number, 100, 200)).save(folder / next(iter(row.values())))
+    if kind == "jsonl":
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    else:
+        with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+def many(count):
+    return [{"file_name": f"{number:03}.png", "text": f"picture {number}"} for number in range(count)]
+
+
+def ids(source):
+    return [source[index].id for index in range(len(source))]
+
+
+# ---- sources
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_folder_reads_rows_in_order(tmp_path, kind):
+    splits = sources.folder(write_folder(tmp_path, kind=kind))
+    assert splits.validation is None
+    assert ids(splits.train) == ["a.png", "b.png"]
+    assert splits.train[1].captions == ("a blue square",)
+    assert splits.train[1].image().getpixel((0, 0)) == (40, 100, 200)
+    assert str(sources.check(splits, requires_captions=True)) == "2 images, 2 captions"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_folder_with_train_and_validation_inside(tmp_path, kind):
+    write_folder(tmp_path / "train", many(5), kind)
+    write_folder(tmp_path / "validation", ROWS, kind)
+    splits = sources.folder(str(tmp_path))
+    assert (len(splits.train), len(splits.validation)) == (5, 2)
+    assert str(sources.check(splits, True)) == "5 images + 2 held out, 7 captions"
+
+
+def test_folder_with_metadata_above_the_pictures(tmp_path):
+    write_folder(tmp_path / "train")
+    shutil.move(tmp_path / "train" / "metadata.jsonl", tmp_path)
+    rows = [{**row, "file_name": f"train/{row['file_name']}"} for row in ROWS]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = sources.folder(tmp_path)
+    assert ids(splits.train) == ["train/a.png", "train/b.png"]
+    assert sources.check(splits, True).images == 2
+
+
+def test_columns_by_name(tmp_path):
+    write_folder(tmp_path, [{"picture": "a.png", "caption": "one"}])
+    splits = sources.folder(tmp_path, image_column="picture", caption_column="caption")
+    assert (ids(splits.train), splits.train[0].captions) == (["a.png"], ("one",))
+
+
+def test_the_default_image_column_is_accepted_for_file_name(tmp_path):
+    assert ids(sources.folder(write_folder(tmp_path, [{"image": "a.png", "text": "one"}])).train) == ["a.png"]
+
+
+def test_a_list_of_captions(tmp_path):
+    splits = sources.folder(write_folder(tmp_path, [{"file_name": "a.png", "text": ["one", "two"]}]))
+    assert splits.train[0].captions == ("one", "two")
+    assert sources.check(splits, True).captions == 2
+
+
+def test_blank_lines_byte_order_mark_and_other_scripts(tmp_path):
+    write_folder(tmp_path)
+    text = '\ufeff{"file_name": "a.png", "text": "кошка\u2028猫 🐈"}\n\n{"file_name": "b.png", "text": "x"}\r\n'
+    (tmp_path / "metadata.jsonl").write_bytes(text.encode())
+    train = sources.folder(tmp_path).train
+    assert train[0].captions == ("кошка\u2028猫 🐈",)
+    assert train[1].where.endswith("line 3")
+
+
+def test_csv_captions_with_commas_quotes_and_line_ends(tmp_path):
+    rows = [{"file_name": "a.png", "text": 'a "cat", asleep'}, {"file_name": "b.png", "text": "two\nlines"}]
+    train = sources.folder(write_folder(tmp_path, rows, "csv")).train
+    assert [example.captions for example in train] == [('a "cat", asleep',), ("two\nlines",)]
+
+
+def test_emoji_ship_with_captions_and_a_validation_split():
+    splits = sources.emoji()
+    report = sources.check(splits, True, architecture.tokenizer())
+    assert (report.images, report.validation_images, report.captions) == (64, 16, 80)
+    assert (report.truncated, report.max_tokens) == (0, 77)
+    assert splits.train[0].image().size == (64, 64)
+
+
+def test_truncated_captions_are_counted(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": ["cat " * 75, "cat " * 76]},
+        {"file_name": "b.png", "text": "cat " * 300},
+    ]
+    report = sources.check(sources.folder(write_folder(tmp_path, rows)), True, architecture.tokenizer())
+    assert report.truncated == 2
+    assert str(report) == "2 images, 3 captions, 2 of them longer than 77 tokens and cut"
+
+
+def test_the_fingerprint_follows_the_content_wherever_it_lies(tmp_path):
+    first = sources.folder(write_folder(tmp_path / "one")).train.fingerprint
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert sources.folder(tmp_path / "two").train.fingerprint == first
+    Image.new("RGB", (20, 12), "white").save(tmp_path / "two" / "b.png")
+    second = sources.folder(tmp_path / "two").train.fingerprint
+    write_folder(tmp_path / "three", [ROWS[0], ROWS[1] | {"text": "another caption"}])
+    third = sources.folder(tmp_path / "three").train.fingerprint
+    write_folder(tmp_path / "four", ROWS[::-1])
+    fourth = sources.folder(tmp_path / "four").train.fingerprint
+    assert len({first, second, third, fourth}) == 4
+
+
+def test_sources_travel_to_workers(tmp_path):
+    splits = sources.split(sources.folder(write_folder(tmp_path, many(6))), 0.5, 0)
+    again = pickle.loads(pickle.dumps(splits))
+    assert ids(again.train) == ids(splits.train)
+    assert again.validation.fingerprint == splits.validation.fingerprint
+    assert again.train[0].image().size == (20, 12)
+
+
+# ---- subset and split
+
+
+def test_subset_is_drawn_by_seed_and_nested(tmp_path):
+    splits = sources.folder(write_folder(tmp_path, many(30)))
+    few, more, other = (sources.subset(splits, count, seed).train for count, seed in ((5, 0), (9, 0), (5, 1)))
+    assert len(few) == 5
+    assert set(ids(few)) < set(ids(more))
+    assert ids(few) != ids(other)
+    assert ids(few) == sorted(ids(few))
+    assert len({few.fingerprint, more.fingerprint, other.fingerprint}) == 3
+
+
+def test_subset_takes_no_more_than_there_is(tmp_path):
+    splits = sources.folder(write_folder(tmp_path))
+    assert sources.subset(splits, None, 0) is splits
+    assert len(sources.subset(splits, 100, 0).train) == 2
+    with pytest.raises(DataError, match=r"data\.max_samples: 0"):
+        sources.subset(splits, 0, 0)
+
+
+def test_subset_bounds_the_validation_split_too():
+    few = sources.subset(sources.emoji(), 4, 0)
+    assert (len(few.train), len(few.validation)) == (4, 4)
+
+
+@pytest.mark.parametrize(("rows", "fraction", "held_out"), [(2, 0.05, 1), (2, 1.0, 1), (40, 0.05, 2), (10, 1.0, 9)])
+def test_split_holds_out_at_least_one_and_never_all(tmp_path, rows, fraction, held_out):
+    splits = sources.split(sources.folder(write_folder(tmp_path, many(rows))), fraction, 0)
+    assert (len(splits.train), len(splits.validation)) == (rows - held_out, held_out)
+    assert sorted(ids(splits.train) + ids(splits.validation)) == [row["file_name"] for row in many(rows)]
+
+
+def test_split_of_nothing_of_a_part_and_of_a_set_that_has_one(tmp_path):
+    splits = sources.folder(write_folder(tmp_path, many(9)))
+    assert sources.split(splits, 0, 0).validation is None
+    assert ids(sources.split(splits, 0.4, 0).validation) == ids(sources.split(splits, 0.4, 0).validation)
+    assert ids(sources.split(splits, 0.4, 0).validation) != ids(sources.split(splits, 0.4, 1).validation)
+    assert len(sources.split(sources.emoji(), 0.5, 0).validation) == 16
+
+
+def test_split_refuses_one_image_and_odd_fractions(tmp_path):
+    splits = sources.folder(write_folder(tmp_path, many(1)))
+    with pytest.raises(DataError, match=r"validation\.fraction=0"):
+        sources.split(splits, 0.05, 0)
+    with pytest.raises(DataError, match=r"1\.5 is not between"):
+        sources.split(splits, 1.5, 0)
+
+
+# ---- what is wrong with a folder
+
+
+def lines(*texts):
+    def break_it(folder):
+        (folder / "metadata.jsonl").write_text("\n".join(texts) + "\n")
+
+    return break_it
+
+
+def table(text):
+    def break_it(folder):
+        (folder / "metadata.jsonl").unlink()
+        (folder / "metadata.csv").write_text(text)
+
+    return break_it
+
+
+def content(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def truncate(folder):
+    data = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(data).save(folder / "b.png")
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:3000])
+
+
+def swap_for_folder(folder):
+    (folder / "b.png").unlink()
+    (folder / "b.png").mkdir()
+
+
+GOOD = '{"file_name": "a.png", "text": "fine"}'
+BAD_FOLDERS = {
+    "no folder": (shutil.rmtree, ["data.path", "is not a folder"]),
+    "no metadata": (lambda folder: (folder / "metadata.jsonl").unlink(), ["data.path", "neither metadata.jsonl nor"]),
+    "both kinds": (content("metadata.csv", b"file_name,text\n"), ["holds both", "keep one"]),
+    "empty file": (lines(""), ["metadata.jsonl has no rows"]),
+    "empty table": (table("file_name,text\n"), ["metadata.csv has no rows"]),
+    "empty csv": (table(""), ["metadata.csv has no rows"]),
+    "broken json": (lines(GOOD, '{"file_name": "b.png"'), ["metadata.jsonl, line 2", "not JSON"]),
+    "json list": (lines(GOOD, "", '["b.png", "x"]'), ["metadata.jsonl, line 3", "not a JSON object"]),
+    "not utf-8": (
+        content("metadata.jsonl", b'{"file_name": "a.png", "text": "caf\xe9"}'),
+        ["metadata.jsonl, line 1: not UTF-8"],
+    ),
+    "ragged csv": (table("file_name,text\na.png,one, two\n"), ["metadata.csv, line 2", "do not match the header"]),
+    "short csv": (table("file_name,text\na.png,one\nb.png\n"), ["metadata.csv, line 3", "do not match the header"]),
+    "csv quotes": (table('file_name,text\na.png,"one"x\n'), ["metadata.csv, line 2", "not CSV"]),
+    "no image column": (lines(GOOD, '{"text": "x"}'), ["line 2: no image file in column 'file_name' (columns: text)"]),
+    "empty file name": (lines('{"file_name": "", "text": "x"}'), ["line 1: no image file in column 'file_name'"]),
+    "number as file": (lines('{"file_name": 7, "text": "x"}'), ["line 1: no image file in column 'file_name'"]),
+    "missing file": (lambda folder: (folder / "b.png").unlink(), ["line 2: image b.png: No such file"]),
+    "folder as image": (swap_for_folder, ["line 2: image b.png: Is a directory"]),
+    "text as image": (content("b.png", b"a red square"), ["line 2: image b.png: not an image that Pillow can read"]),
+    "empty image": (content("b.png", b""), ["line 2: image b.png: not an image that Pillow can read"]),
+    "half an image": (truncate, ["line 2: image b.png: ", "truncated"]),
+    "empty caption": (lines(GOOD, '{"file_name": "b.png", "text": "  "}'), ["line 2: an empty caption in 'text'"]),
+    "no captions": (lines(GOOD, '{"file_name": "b.png", "text": []}'), ["line 2: an empty caption in 'text'"]),
+    "one empty of two": (lines('{"file_name": "b.png", "text": ["x", ""]}'), ["line 1: an empty caption in 'text'"]),
+    "null caption": (lines(GOOD, '{"file_name": "b.png", "text": null}'), ["line 2: 'text' holds None"]),
+    "number caption": (lines(GOOD, '{"file_name": "b.png", "text": 3}'), ["line 2: 'text' holds 3; a caption is"]),
+    "mixed captions": (lines('{"file_name": "b.png", "text": ["x", 3]}'), ["line 1: 'text' holds ['x', 3]"]),
+    "other column": (
+        lines('{"file_name": "a.png", "caption": "x"}', '{"file_name": "b.png", "caption": "y"}'),
+        ["line 1 and every other row: no column 'text' among file_name, caption; set data.caption_column"],
+    ),
+    "no caption in one": (lines(GOOD, '{"file_name": "b.png"}'), ["line 2: no column 'text' among file_name"]),
+    "nul in the name": (lines('{"file_name": "b\\u0000.png", "text": "x"}'), ["line 1: image b", "null"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_bad_folders_are_refused_with_file_and_line(tmp_path, case):
+    break_it, expected = BAD_FOLDERS[case]
+    folder = write_folder(tmp_path / "pictures")
+    break_it(folder)
+    with pytest.raises(DataError) as caught:
+        sources.check(sources.folder(folder), requires_captions=True)
+    message = str(caught.value)
+    for part in expected:
+        assert part in message
+    assert message.count("\n") == 0
+    assert len(message) < 400
+    assert "pictures" in message
+
+
+def test_an_image_column_that_was_asked_for_counts_alone(tmp_path):
+    with pytest.raises(DataError, match=r"line 1: no image file in column 'img' \(columns: file_name, text\)"):
+        sources.folder(write_folder(tmp_path), image_column="img")
+
+
+def test_only_the_first_problems_are_listed(tmp_path):
+    write_folder(tmp_path, many(20))
+    for row in many(20)[3:]:
+        (tmp_path / row["file_name"]).write_text("no picture")
+    with pytest.raises(DataError) as caught:
+        sources.check(sources.folder(tmp_path), True)
+    reported = str(caught.value).splitlines()
+    assert len(reported) == 6
+    assert "line 4: image 003.png" in reported[0]
+    assert reported[-1] == "… and 12 more"
+
+
+def test_a_validation_split_without_metadata_is_an_error(tmp_path):
+    write_folder(tmp_path / "train")
+    (tmp_path / "validation").mkdir()
+    with pytest.raises(DataError, match="validation holds neither"):
+        sources.folder(tmp_path)
+
+
+def test_problems_of_the_validation_split_are_found(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "validation")
+    (tmp_path / "validation" / "a.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"validation.metadata\.jsonl, line 1"):
+        sources.check(sources.folder(tmp_path), True)
+
+
+def test_captions_may_be_missing_where_none_are_needed(tmp_path):
+    splits = sources.folder(write_folder(tmp_path, [{"file_name": "a.png"}, {"file_name": "b.png"}]))
+    assert sources.check(splits, requires_captions=False).captions == 0
+
+
+def test_a_check_may_leave_the_pictures_out(tmp_path):
+    splits = sources.folder(write_folder(tmp_path))
+    (tmp_path / "b.png").unlink()
+    assert sources.check(splits, True, images=False).images == 2
+    with pytest.raises(DataError, match=r"line 2: image b\.png cannot be read"):
+        _ = splits.train.fingerprint
+
+
+# ---- hub
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    os.environ.setdefault("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets
+
+
+@pytest.fixture
+def rows(datasets, tmp_path):
+    write_folder(tmp_path / "pictures", many(6))
+    files = [str(tmp_path / "pictures" / row["file_name"]) for row in many(6)]
+    texts = [[row["text"], "again"] for row in many(6)]
+    made = datasets.Dataset.from_dict({"image": files, "text": texts, "other": list(range(6))})
+    return made.cast_column("image", datasets.Image())
+
+
+def test_hub_reads_parquet(rows, tmp_path):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    splits = sources.hub(str(tmp_path / "set"))
+    assert splits.validation is None
+    assert str(sources.check(splits, True)) == "6 images, 12 captions"
+    example = splits.train[3]
+    assert (example.id, example.captions) == ("row 3", ("picture 3", "again"))
+    assert example.image().getpixel((0, 0)) == (120, 100, 200)
+    assert len(sources.split(splits, 0.2, 0).validation) == 1
+
+
+def test_hub_reads_what_was_saved_to_disk(datasets, rows, tmp_path):
+    both = datasets.DatasetDict({"train": rows, "test": rows.select([0, 1])})
+    both.save_to_disk(str(tmp_path / "both"))
+    rows.save_to_disk(str(tmp_path / "one"))
+    splits = sources.hub(str(tmp_path / "both"), validation_split="test")
+    assert (len(splits.train), len(splits.validation)) == (6, 2)
+    again = pickle.loads(pickle.dumps(splits))
+    assert again.validation.fingerprint == splits.validation.fingerprint != splits.train.fingerprint
+    assert len(sources.hub(str(tmp_path / "one")).train) == 6
+    assert sources.hub(str(tmp_path / "both"), validation_split=None).validation is None
+
+
+def test_hub_names_what_is_wrong(datasets, rows, tmp_path):
+    name = str(tmp_path / "set")
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    for arguments, message in [
+        ({"split": "training"}, "data.split: .* has no split 'training'; it has train"),
+        ({"validation_split": "val"}, "data.validation_split: .* has no split 'val'; it has train"),
+        ({"image_column": "img"}, r"data.image_column: 'img' is no column of images .* it has image \(Image\), text"),
+        ({"image_column": "text"}, "data.image_column: 'text' is no column of images"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            sources.hub(name, **arguments)
+    with pytest.raises(DataError, match="row 0 and every other row: no column 'caption' among image; set"):
+        sources.check(sources.hub(name, caption_column="caption"), True)
+    with pytest.raises(DataError, match="row 0: 'other' holds 0; a caption is"):
+        sources.check(sources.hub(name, caption_column="other"), True)
+
+
+def test_hub_rows_without_an_image_are_found(datasets, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    made = datasets.Dataset.from_dict({"image": [None], "text": ["a caption"]}, features)
+    made.save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(DataError, match="row 0: image row 0: the row has no image"):
+        sources.check(sources.hub(str(tmp_path / "set")), True)
+
+
+def test_a_data_set_that_cannot_be_loaded(datasets, tmp_path):
+    with pytest.raises(DataError, match=r"data\.name: .* cannot be loaded: ") as caught:
+        sources.hub(str(tmp_path / "nowhere"))
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_a_folder_imports_neither_datasets_nor_transformers():
+    code = (
+        "import sys; from kandinsky_exp.data import sources; sources.check(sources.emoji(), True); print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {"datasets", "transformers", "diffusers", "accelerate", "mlflow", "hydra", "omegaconf"} & set(loaded)
+
+
+# ---- preprocessing
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 64), (63, 120), (64, 33), (7, 5), (901, 640)])
+def test_center_crop_resize_is_the_published_guides(size):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), np.uint8))
+    side = min(size)
+    box = ((size[0] - side) / 2, (size[1] - side) / 2, (size[0] + side) / 2, (size[1] + side) / 2)
+    expected = image.crop(box).resize((64, 64), resample=Image.BICUBIC, reducing_gap=1)
+    expected = torch.from_numpy(np.transpose(np.array(expected).astype(np.float32) / 127.5 - 1, [2, 0, 1]))
+    assert torch.equal(center_crop_resize(image, 64), expected)
+
+
+def test_preprocess_gives_the_keys_of_its_parts():
+    processor, tokenizer = architecture.image_processor(), architecture.tokenizer()
+    image = sources.emoji().train[0].image()
+    both = Preprocess(processor, tokenizer, 32)(image, "a photo of a cat")
+    assert set(both) == {"clip_pixels", "pixels", "input_ids", "text_mask"}
+    assert both["clip_pixels"].shape == (3, 64, 64)
+    assert torch.equal(both["clip_pixels"], processor([image], return_tensors="pt").pixel_values[0])
+    assert (both["pixels"].shape, both["pixels"].min() >= -1, both["pixels"].max() <= 1) == ((3, 32, 32), True, True)
+    assert both["input_ids"][:7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert (both["input_ids"].shape, both["text_mask"].dtype) == ((77,), torch.bool)
+    assert both["text_mask"].tolist() == [True] * 7 + [False] * 70
+    assert set(Preprocess(processor, None, 32)(image, "a caption")) == {"clip_pixels", "pixels"}
+    assert set(Preprocess(processor, tokenizer, None)(image, None)) == {"clip_pixels"}
+    assert set(Preprocess(processor, tokenizer, None)(None, "")) == {"input_ids", "text_mask"}
+
+
+def test_a_long_caption_is_cut_at_77_tokens():
+    tokens = Preprocess(None, architecture.tokenizer(), None)(None, "cat " * 300)
+    assert tokens["input_ids"].shape == (77,)
+    assert tokens["input_ids"][-1] == 49407
+    assert tokens["text_mask"].all()
+
+
+def test_the_fingerprint_of_preprocessing_follows_its_parts():
+    processor, tokenizer = architecture.image_processor(), architecture.tokenizer()
+    made = [
+        Preprocess(processor, tokenizer, None),
+        Preprocess(processor, None, None),
+        Preprocess(processor, None, 64),
+        Preprocess(processor, None, 32),
+        Preprocess(type(processor)(size={"shortest_edge": 32}, crop_size=32), None, 32),
+    ]
+    assert len({preprocess.fingerprint() for preprocess in made}) == len(made)
+    again = Preprocess(architecture.image_processor(), architecture.tokenizer(), None)
+    assert again.fingerprint() == made[0].fingerprint()
+    assert pickle.loads(pickle.dumps(made[0])).fingerprint() == made[0].fingerprint()
+
+
+def colour(path, xy=(0, 0)):
+    with Image.open(path) as image:
+        return to_rgb(image).getpixel(xy)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    ramp = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    for name in ("ramp.png", "ramp.tiff"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        assert [colour(tmp_path / name, (x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "wide.tiff")
+    assert [colour(tmp_path / "wide.tiff", (x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+
+
+def test_transparency_lies_on_white(tmp_path):
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "rgba.png")
+    Image.new("LA", (2, 2), (0, 0)).save(tmp_path / "la.png")
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    palette.save(tmp_path / "palette.gif", transparency=1)
+    palette.save(tmp_path / "bytes.png", transparency=bytes([255, 0]))
+    Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "key.png", transparency=(1, 2, 3))
+    for name in ("rgba.png", "la.png", "palette.png", "palette.gif", "bytes.png", "key.png"):
+        assert colour(tmp_path / name) == (255, 255, 255), name
+    Image.new("RGBA", (2, 2), (255, 0, 0, 128)).save(tmp_path / "half.png")
+    assert colour(tmp_path / "half.png") == pytest.approx((255, 127, 127), abs=1)
+
+
+def test_other_colour_models_become_rgb(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
+    assert colour(tmp_path / "cmyk.jpg") == pytest.approx((255, 0, 0), abs=3)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.save(tmp_path / "palette.png")
+    assert colour(tmp_path / "palette.png") == (200, 0, 0)
+    Image.new("1", (2, 2), 1).save(tmp_path / "bits.png")
+    Image.new("L", (2, 2), 77).save(tmp_path / "grey.png")
+    assert (colour(tmp_path / "bits.png"), colour(tmp_path / "grey.png")) == ((255,) * 3, (77,) * 3)
+
+
+def test_pictures_stand_upright(tmp_path):
+    image = Image.new("RGB", (8, 4), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        upright = to_rgb(turned)
+    assert (upright.size, upright.getpixel((3, 0))) == ((4, 8), (255, 255, 255))
+
+
+@pytest.mark.parametrize(("pixels", "reason"), [(np.float32(0.5), "floating-point"), (np.int32(1 << 20), "32-bit")])
+def test_pixel_formats_without_one_meaning_are_refused(tmp_path, pixels, reason):
+    write_folder(tmp_path)
+    Image.fromarray(np.full((4, 4), pixels)).save(tmp_path / "b.tiff")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.tiff", "text": "x"}')
+    with pytest.raises(DataError, match=f"line 1: image b.tiff: {reason} pixels; save it with 8"):
+        sources.check(sources.folder(tmp_path), True)

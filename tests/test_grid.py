@@ -1,0 +1,76 @@
+"""Grids of labelled pictures."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from kandinsky_exp import grid
+from kandinsky_exp.grid import labelled_grid
+
+
+def red(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> Image.Image:
+    return Image.new("RGB", size, "red").convert(mode)
+
+
+def count(image: Image.Image, colour: tuple[int, int, int]) -> int:
+    return int((np.asarray(image) == colour).all(axis=-1).sum())
+
+
+def test_small_pictures_are_enlarged_by_a_whole_factor_and_their_pixels_kept() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 200, (64, 64, 3), dtype=np.uint8))
+    sheet = labelled_grid([noise], [""])
+    part = sheet.crop((grid.GAP, grid.GAP, grid.GAP + 192, grid.GAP + 192))
+    assert np.array_equal(np.asarray(part)[1::3, 1::3], np.asarray(noise))
+
+
+def test_every_picture_is_there_in_full() -> None:
+    sheet = labelled_grid([red() for _ in range(5)], ["a"] * 5)
+    assert sheet.mode == "RGB"
+    assert count(sheet, (255, 0, 0)) == 5 * 192 * 192
+
+
+@pytest.mark.parametrize(("columns", "across"), [(None, 3), (1, 1), (2, 2), (7, 7), (99, 7)])
+def test_columns(columns: int | None, across: int) -> None:
+    sheet = labelled_grid([red() for _ in range(7)], ["a cat"] * 7, columns)
+    assert sheet.width == across * (192 + grid.GAP) + grid.GAP
+    assert count(sheet, (255, 0, 0)) == 7 * 192 * 192
+
+
+def test_large_pictures_are_reduced() -> None:
+    assert labelled_grid([red((1024, 1024)), red((512, 256))], ["a", "b"]).width == 2 * (512 + grid.GAP) + grid.GAP
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16"])
+def test_modes(mode: str) -> None:
+    picture = Image.new("I;16", (64, 64), 7) if mode == "I;16" else red(mode=mode)
+    assert labelled_grid([picture], ["a"]).mode == "RGB"
+
+
+def test_what_is_transparent_is_white() -> None:
+    assert labelled_grid([Image.new("RGBA", (64, 64), (0, 0, 0, 0))], [""]).getextrema() == ((255, 255),) * 3
+
+
+def test_labels_are_drawn_below() -> None:
+    sheet = labelled_grid([red()], ["a cat"])
+    assert np.asarray(sheet.crop((0, grid.GAP + 192, sheet.width, sheet.height))).min() < 100
+
+
+def test_labels_wrap_and_end_in_an_ellipsis() -> None:
+    font = ImageFont.load_default(grid.FONT_SIZE)
+    lines = grid._wrapped("a very long caption about nothing at all " * 9, font, 192)
+    assert len(lines) == grid.LINES and lines[-1].endswith("…")
+    assert all(font.getlength(line) <= 192 for line in lines)
+    assert grid._wrapped("a cat", font, 192) == ["a cat"]
+    assert grid._wrapped("  \n ", font, 192) == []
+    broken = grid._wrapped("x" * 60, font, 192)
+    assert "".join(broken) == "x" * 60 and all(font.getlength(line) <= 192 for line in broken)
+
+
+def test_any_script() -> None:
+    labelled_grid([red()] * 3, ["кот", "猫 と 犬", "🐈"])
+
+
+def test_wrong_arguments() -> None:
+    for images, labels, columns in [([], [], None), ([red()], [], None), ([red()], ["a"], 0)]:
+        with pytest.raises(ValueError, match="labelled_grid"):
+            labelled_grid(images, labels, columns)

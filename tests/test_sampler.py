@@ -1,0 +1,92 @@
+"""The order of visits: complete epochs, equal whatever the division into processes, exact after a resume."""
+
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from kandinsky_exp.data.sampler import StreamBatchSampler, choose_caption, order, positions
+
+
+def flat(sampler):
+    return [visit for batch in sampler for visit in batch]
+
+
+def test_order_is_a_permutation_of_seed_and_epoch_alone():
+    assert sorted(order(0, 0, 100)) == list(range(100))
+    assert np.array_equal(order(3, 5, 100), order(3, 5, 100))
+    assert not np.array_equal(order(0, 0, 100), order(0, 1, 100))
+    assert not np.array_equal(order(0, 0, 100), order(1, 0, 100))
+
+
+def test_order_does_not_drift_with_library_versions():
+    assert order(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
+
+
+def test_positions_follow_the_published_formula():
+    shape = {"batch_size": 2, "grad_accumulation": 2, "num_processes": 3}
+    assert list(positions(0, 0, 0, **shape)) == [0, 1]
+    assert list(positions(0, 0, 2, **shape)) == [4, 5]
+    assert list(positions(0, 1, 0, **shape)) == [6, 7]
+    assert list(positions(5, 1, 2, **shape)) == [5 * 12 + 5 * 2, 5 * 12 + 5 * 2 + 1]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 12, 100])
+def test_every_epoch_visits_every_row_once(rows):
+    visits = flat(StreamBatchSampler(rows, 0, batch_size=3, total_steps=rows))
+    for epoch in range(3):
+        assert sorted(index for index, of in visits if of == epoch) == list(range(rows))
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4)])
+def test_a_step_sees_the_same_rows_however_its_batch_is_divided(batch_size, accumulation, processes):
+    whole = list(StreamBatchSampler(11, 4, batch_size=8, total_steps=6))
+    shape = {"batch_size": batch_size, "grad_accumulation": accumulation, "num_processes": processes}
+    ranks = [list(StreamBatchSampler(11, 4, total_steps=6, rank=rank, **shape)) for rank in range(processes)]
+    for step, expected in enumerate(whole):
+        micros = range(step * accumulation, (step + 1) * accumulation)
+        assert [visit for micro in micros for batches in ranks for visit in batches[micro]] == expected
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 9, 10])
+def test_a_resumed_stream_goes_on_where_it_stopped(start):
+    shape = {"batch_size": 3, "total_steps": 10, "grad_accumulation": 2, "num_processes": 2, "rank": 1}
+    whole, rest = StreamBatchSampler(7, 0, **shape), StreamBatchSampler(7, 0, start_step=start, **shape)
+    assert list(rest) == list(whole)[start * 2 :]
+    assert len(rest) == len(list(rest)) == (10 - start) * 2
+
+
+def test_iterating_twice_gives_the_same_batches():
+    sampler = StreamBatchSampler(5, 0, batch_size=4, total_steps=5)
+    assert list(sampler) == list(sampler)
+
+
+def test_a_global_batch_larger_than_the_set_spans_epochs():
+    (batch,) = StreamBatchSampler(3, 0, batch_size=8, total_steps=1)
+    assert [epoch for _, epoch in batch] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_late_step_costs_what_an_early_one_does():
+    def seconds(start):
+        started = time.perf_counter()
+        list(islice(StreamBatchSampler(1000, 0, batch_size=4, start_step=start, total_steps=10**9), 2000))
+        return time.perf_counter() - started
+
+    assert min(seconds(10**8) for _ in range(3)) < 5 * min(seconds(0) for _ in range(3))
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 0}, {"batch_size": 0}, {"grad_accumulation": 0}, {"rank": 2}])
+def test_impossible_shapes_are_refused(wrong):
+    shape = {"rows": 5, "seed": 0, "batch_size": 1, "total_steps": 1, "num_processes": 2} | wrong
+    with pytest.raises(ValueError, match="rows="):
+        StreamBatchSampler(**shape)
+
+
+def test_captions_are_chosen_evenly_and_by_seed_epoch_and_row():
+    choices = [choose_caption(0, epoch, index, 3) for epoch in range(100) for index in range(100)]
+    assert min(np.bincount(choices, minlength=3)) > 3100
+    assert choose_caption(0, 1, 2, 5) == choose_caption(0, 1, 2, 5)
+    assert len({choose_caption(0, epoch, 7, 3) for epoch in range(20)}) == 3
+    assert len({choose_caption(seed, 0, 7, 3) for seed in range(20)}) == 3
+    assert {choose_caption(0, epoch, 0, 1) for epoch in range(9)} == {0}

@@ -1,0 +1,609 @@
+"""What a run leaves in MLflow, read back through MLflow's own client."""
+
+import contextlib
+import http.server
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from kandinsky_exp.errors import Interrupted, TrackingError
+from kandinsky_exp.mlflow_names import MAX_PARAM, masked, param_text
+from kandinsky_exp.provenance import git_commit, pip_freeze
+from kandinsky_exp.tracking import MlflowTracker, NullTracker, Tracker, default_uri, probe, tracked
+from kandinsky_exp.writer import BackgroundWriter
+
+# MLflow's own use of SQLAlchemy.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def output_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all tests of this file: MLflow takes seconds to make one."""
+    return tmp_path_factory.mktemp("out puts#é%20")
+
+
+@pytest.fixture(scope="module")
+def client(output_root: Path) -> MlflowClient:
+    return MlflowClient(track(output_root).uri)
+
+
+@pytest.fixture
+def tracker(output_root: Path) -> Iterator[MlflowTracker]:
+    made = track(output_root)
+    yield made
+    made.finish("FINISHED")
+
+
+def track(output_root: Path, **options: Any) -> MlflowTracker:
+    return MlflowTracker(default_uri(output_root), "tests", "a run", output_root / "mlartifacts", **options)
+
+
+def red(size: int = 64) -> Image.Image:
+    return Image.new("RGB", (size, size), "red")
+
+
+def artifacts(client: MlflowClient, run_id: str | None, folder: str | None = None) -> list[str]:
+    return [file.path for file in client.list_artifacts(str(run_id), folder)]
+
+
+def artifact(client: MlflowClient, run_id: str | None, file: str) -> Path:
+    uri = client.get_run(str(run_id)).info.artifact_uri
+    return (
+        Path(http.server.SimpleHTTPRequestHandler.translate_path(_root_handler(), uri.removeprefix("file://"))) / file
+    )
+
+
+def _root_handler() -> Any:
+    """Stands in for `self` of translate_path, which only wants a directory to start from."""
+    return type("Root", (), {"directory": "/"})()
+
+
+def images(client: MlflowClient, run_id: str | None) -> set[tuple[str, int]]:
+    """(key, step) of the images, read from the file names as MLflow's UI reads them."""
+    found = set()
+    for path in artifacts(client, run_id, "images"):
+        match = re.fullmatch(r"images/(.+)\+step\+(\d+)\+timestamp\+\d+\+[0-9a-f-]+(\+compressed\.webp|\.png)", path)
+        assert match, f"the UI shows no image at all of a run with {path}"
+        found.add((match[1].replace("~", "/"), int(match[2])))
+    return found
+
+
+# The contract
+
+
+def test_a_run_is_recorded(client: MlflowClient, output_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    tracker = track(output_root, tags={"stage": "prior", "git_commit": "0" * 40}, parent_run_id="f" * 32)
+    with tracked(tracker):
+        tracker.log_params(
+            {"optimizer.lr": 1e-5, "model.snr_gamma": None, "data.cache": True, "optimizer.betas": [0.9, 1]}
+        )
+        for step in (10, 20):
+            tracker.log_metrics({"train/loss": 1 / step, "validation/loss": 2.0}, step)
+        tracker.log_image("validation/00", red(), 500, prompt="a cat, 4k: red")
+        tracker.log_image("reconstruction/00", red(), 500)
+        tracker.log_artifact(tmp_path / "config.yaml")
+        tracker.log_artifact(tmp_path / "config.yaml", "copies")
+        tracker.log_text("torch==2\n", "requirements/freeze.txt")
+        tracker.log_dataset("emoji", "a" * 64, str(tmp_path), 64, "training")
+        tracker.set_tags({"weights": "tiny", "data_fingerprint": "a" * 64})
+    run = client.get_run(str(tracker.run_id))
+    assert run.info.status == "FINISHED" and run.info.run_name == "a run" and run.info.end_time
+    assert run.data.params == {
+        "optimizer.lr": "1e-05",
+        "model.snr_gamma": "null",
+        "data.cache": "true",
+        "optimizer.betas": "[0.9, 1]",
+    }
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")] == [
+        (10, 0.1),
+        (20, 0.05),
+    ]
+    assert images(client, tracker.run_id) == {("validation/00", 500), ("reconstruction/00", 500)}
+    prompts = json.loads(artifact(client, tracker.run_id, "prompts/step-00000500.json").read_text())
+    assert prompts == {"validation/00": "a cat, 4k: red"}
+    assert set(artifacts(client, tracker.run_id)) == {"config.yaml", "copies", "images", "prompts", "requirements"}
+    assert artifact(client, tracker.run_id, "copies/config.yaml").read_text() == "seed: 0\n"
+    assert artifact(client, tracker.run_id, "requirements/freeze.txt").read_text() == "torch==2\n"
+    wanted = {"stage": "prior", "git_commit": "0" * 40, "weights": "tiny", "mlflow.parentRunId": "f" * 32}
+    assert wanted.items() <= run.data.tags.items()
+    [entry] = run.inputs.dataset_inputs
+    assert entry.dataset.name == "emoji" and entry.dataset.digest == "a" * 36
+    assert json.loads(entry.dataset.profile) == {"num_rows": 64}
+    assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
+
+
+def test_the_picture_comes_back_as_it_was(client: MlflowClient, tracker: MlflowTracker) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    tracker.log_image("validation/00", noise, 0)
+    wanted = np.asarray(noise).copy()
+    noise.paste("black", (0, 0, 64, 64))  # the caller may go on drawing
+    tracker.flush()
+    [png] = [path for path in artifacts(client, tracker.run_id, "images") if path.endswith(".png")]
+    assert np.array_equal(np.asarray(Image.open(artifact(client, tracker.run_id, png))), wanted)
+
+
+def test_prompts_that_change_start_a_new_file(client: MlflowClient, tracker: MlflowTracker) -> None:
+    for step, second in [(0, "b"), (500, "b"), (1000, "c")]:
+        tracker.log_image("validation/00", red(), step, prompt="a")
+        tracker.log_image("validation/01", red(), step, prompt=second)
+    tracker.flush()
+    texts = [
+        artifact(client, tracker.run_id, path).read_text() for path in artifacts(client, tracker.run_id, "prompts")
+    ]
+    assert [json.loads(text)["validation/01"] for text in texts] == ["b", "c"]
+    assert all(json.loads(text)["validation/00"] == "a" for text in texts)
+
+
+def test_nothing_is_recorded_without_a_store(tmp_path: Path) -> None:
+    tracker: Tracker = NullTracker()
+    with tracked(tracker):
+        tracker.log_params({"a": 1})
+        tracker.log_metrics({"a": 1.0}, 0)
+        tracker.log_image("a", red(), 0)
+        tracker.log_artifact(tmp_path)
+        tracker.log_dataset("a", "b", "c", 1, "training")
+        tracker.flush()
+    assert tracker.run_id is None and not list(tmp_path.iterdir())
+
+
+def test_mlflow_is_imported_only_where_it_is_used() -> None:
+    code = "import kandinsky_exp.tracking, sys; assert not {'mlflow', 'torch', 'sqlalchemy', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Stores (pitfalls 25, 26, 32, 41)
+
+
+def test_the_default_store_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_uri("outputs") == f"sqlite:///{tmp_path.resolve()}/outputs/mlflow.db"
+
+
+def test_store_and_artifacts_are_where_they_should_be(output_root: Path, tracker: MlflowTracker) -> None:
+    tracker.log_text("a", "a.txt")
+    tracker.flush()
+    assert (output_root / "mlartifacts" / str(tracker.run_id) / "artifacts" / "a.txt").exists()
+    assert {path.name for path in output_root.iterdir()} == {"mlflow.db", "mlartifacts", ".mlflow.db.lock"}
+
+
+@pytest.mark.parametrize(
+    "uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "", "sqlite://", "sqlite:///:memory:", "ftp://a"]
+)
+def test_a_store_that_mlflow_refuses_is_refused_at_once(uri: str, tmp_path: Path) -> None:
+    for attempt in (probe, lambda uri: MlflowTracker(uri, "tests", "a", tmp_path)):
+        with pytest.raises(TrackingError, match=r"(?s)tracker.uri.*sqlite:///"):
+            attempt(uri)
+
+
+def test_processes_that_first_touch_a_store_together_all_live(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store
+from kandinsky_exp.tracking import MlflowTracker, default_uri, probe, tracked
+time.sleep(max(0, float(sys.argv[2]) - time.time()))
+root = Path(sys.argv[1])
+probe(default_uri(root))
+tracker = MlflowTracker(default_uri(root), "race", "a", root / "mlartifacts")
+with tracked(tracker):
+    tracker.log_metrics({"a": 1.0}, 0)
+"""
+    start = str(time.time() + 5)
+    command = [sys.executable, "-c", code, str(tmp_path), start]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, errors
+    client = MlflowClient(default_uri(tmp_path))
+    experiment = client.get_experiment_by_name("race")
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 4
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def refusal(uri: str, timeout: float = 1.0) -> str:
+    """The message with which `probe` refuses `uri`, quickly."""
+    start = time.monotonic()
+    with pytest.raises(TrackingError) as caught:
+        probe(uri, timeout)
+    assert time.monotonic() - start < timeout + 4
+    message = str(caught.value)
+    assert "tracker.uri" in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql+psycopg2", "mysql+pymysql"])
+def test_a_dead_store_is_found_in_seconds(scheme: str) -> None:
+    message = refusal(f"{scheme}://me:secret@127.0.0.1:{free_port()}/db")
+    assert "secret" not in message and "tracker=none" in message
+
+
+def test_a_silent_server_is_found_in_seconds() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        refusal(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+@contextlib.contextmanager
+def server(status: int, body: bytes) -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+
+
+def test_a_server_that_is_not_mlflow_or_refuses_us() -> None:
+    with server(200, b"<html>hello") as uri:
+        assert "not as an MLflow server" in refusal(uri)
+    with server(404, b"{}") as uri:
+        assert "404" in refusal(uri)
+    with server(403, b"no") as uri:
+        assert "MLFLOW_TRACKING_TOKEN" in refusal(uri)
+    with server(200, b'{"experiments": []}') as uri:
+        probe(uri)
+
+
+def test_a_file_that_is_not_a_store(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("not a data base " * 100)
+    assert "not a database" in refusal(f"sqlite:///{tmp_path}/text.db")
+    assert refusal(f"sqlite:///{tmp_path}/text.db/below/mlflow.db")
+    assert refusal(f"sqlite:///{tmp_path}")
+
+
+def test_probing_makes_no_store(tmp_path: Path, output_root: Path, client: MlflowClient) -> None:
+    probe(default_uri(tmp_path / "new"))
+    assert not list((tmp_path / "new").iterdir())
+    probe(default_uri(output_root))
+
+
+def test_an_old_store_is_explained(tmp_path: Path, output_root: Path, client: MlflowClient) -> None:
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as old:
+        with contextlib.closing(sqlite3.connect(output_root / "mlflow.db")) as new:
+            new.backup(old)
+        old.execute("UPDATE alembic_version SET version_num = 'cfd24bdc0731'")
+        old.commit()
+    with pytest.raises(TrackingError, match="mlflow db upgrade"):
+        track(tmp_path)
+
+
+def test_a_deleted_experiment_is_explained(client: MlflowClient, output_root: Path) -> None:
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(TrackingError, match="mlflow experiments restore"):
+        MlflowTracker(default_uri(output_root), "gone", "a", output_root)
+
+
+# Status (pitfall 27)
+
+ENDINGS: list[tuple[BaseException | None, str]] = [
+    (None, "FINISHED"),
+    (SystemExit(), "FINISHED"),
+    (SystemExit(0), "FINISHED"),
+    (SystemExit(1), "FAILED"),
+    (SystemExit("a message"), "FAILED"),
+    (ValueError("a"), "FAILED"),
+    (KeyboardInterrupt(), "KILLED"),
+    (Interrupted(signal.SIGTERM), "KILLED"),
+]
+
+
+@pytest.mark.parametrize(("ending", "status"), ENDINGS, ids=lambda value: repr(value))
+def test_the_status_is_true(client: MlflowClient, output_root: Path, ending: BaseException | None, status: str) -> None:
+    tracker = track(output_root)
+    try:
+        with tracked(tracker):
+            tracker.log_metrics({"a": 1.0}, 7)
+            if ending is not None:
+                raise ending
+    except BaseException as raised:
+        assert raised is ending and raised.__context__ is None
+    else:
+        assert ending is None
+    assert client.get_run(str(tracker.run_id)).info.status == status
+    assert client.get_metric_history(str(tracker.run_id), "a")[0].step == 7
+
+
+def test_the_status_is_true_in_a_process_of_its_own(client: MlflowClient, output_root: Path) -> None:
+    code = """
+import signal, sys, time
+from pathlib import Path
+from kandinsky_exp.errors import Interrupted
+from kandinsky_exp.tracking import MlflowTracker, default_uri, tracked
+def stop(number, frame):
+    raise Interrupted(number)
+root, name = Path(sys.argv[1]), sys.argv[2]
+tracker = MlflowTracker(default_uri(root), "endings", name, root / "mlartifacts")
+if name != "Ctrl-C":
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+with tracked(tracker):
+    tracker.log_metrics({"a": 1.0}, 0)
+    if name == "sys.exit":
+        sys.exit(3)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    signals = {"sys.exit": None, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "Ctrl-C": signal.SIGINT}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = {
+        name: subprocess.Popen([sys.executable, "-c", code, str(output_root), name], **options) for name in signals
+    }
+    for name, number in signals.items():
+        if number is not None:
+            assert processes[name].stdout.readline() == "ready\n"
+            processes[name].send_signal(number)
+    errors = {name: process.communicate(timeout=60)[1] for name, process in processes.items()}
+    assert processes["sys.exit"].returncode == 3 and "Interrupted" in errors["SIGTERM"]
+    experiment = client.get_experiment_by_name("endings")
+    runs = client.search_runs([experiment.experiment_id])
+    statuses = {run.info.run_name: run.info.status for run in runs}
+    assert statuses == {"sys.exit": "FAILED", "SIGTERM": "KILLED", "SIGINT": "KILLED", "Ctrl-C": "KILLED"}
+    assert all(run.data.metrics == {"a": 1.0} for run in runs)
+
+
+def test_the_first_status_stays(client: MlflowClient, output_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = track(output_root)
+    tracker.finish("FAILED")
+    tracker.finish("FINISHED")
+    tracker.set_tags({"late": "yes"})
+    run = client.get_run(str(tracker.run_id))
+    assert run.info.status == "FAILED" and "late" not in run.data.tags
+    assert "after the end of the run" in caplog.text
+
+
+# Metrics (pitfalls 28, 31)
+
+
+def test_metrics_cost_the_caller_nothing_and_are_visible_in_time(client: MlflowClient, tracker: MlflowTracker) -> None:
+    costs = []
+    for step in range(200):
+        start = time.perf_counter()
+        tracker.log_metrics({"train/loss": 0.5, "train/lr": 1e-5, "train/grad_norm": 1.0}, step)
+        costs.append(time.perf_counter() - start)
+    logged = time.monotonic()
+    while len(client.get_metric_history(str(tracker.run_id), "train/loss")) < 200:
+        assert time.monotonic() - logged < 5
+        time.sleep(0.1)
+    assert float(np.median(costs)) < 1e-3
+
+
+def test_numbers_of_every_kind(client: MlflowClient, tracker: MlflowTracker) -> None:
+    numbers = {
+        "tensor": torch.tensor(1.5),
+        "numpy": np.float32(1.5),
+        "integer": 2,
+        "nan": math.nan,
+        "infinite": math.inf,
+    }
+    tracker.log_metrics(numbers, np.int64(3))
+    tracker.log_metrics({"a prompt, with: commas": 1.0, "//a/../b": 2.0}, 3)
+    tracker.flush()
+    metrics = client.get_run(str(tracker.run_id)).data.metrics
+    assert math.isnan(metrics.pop("nan")) and metrics.pop("infinite") > 1e300
+    assert metrics == {"tensor": 1.5, "numpy": 1.5, "integer": 2.0, "a prompt_ with_ commas": 1.0, "b": 2.0}
+
+
+def test_a_run_that_is_deleted_meanwhile_does_not_end_the_training(
+    client: MlflowClient, output_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = track(output_root)
+    client.delete_run(str(tracker.run_id))
+    start = time.monotonic()
+    with tracked(tracker):
+        tracker.log_metrics({"a": 1.0}, 0)
+        tracker.flush()
+        tracker.set_tags({"a": "b"})
+    assert time.monotonic() - start < 10
+    assert "metrics cannot be written" in caplog.text and "the status FINISHED was not recorded" in caplog.text
+
+
+def test_an_artifact_that_is_not_there_is_a_mistake_of_ours(tracker: MlflowTracker, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        tracker.log_artifact(tmp_path / "nothing")
+
+
+# Images and parameters (pitfalls 29, 31)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+def test_images_of_every_mode_and_keys_of_any_text(client: MlflowClient, output_root: Path, mode: str) -> None:
+    tracker = track(output_root)
+    with tracked(tracker):
+        tracker.log_image("a cat, red: é?", red().convert(mode), 0, prompt="a cat, red: é?")
+    assert images(client, tracker.run_id) == {("a cat_ red_ __", 0)}
+
+
+def test_parameters_of_every_kind() -> None:
+    values = [None, True, 1e-5, "", "null", ["a", None], {"b": Path("c")}, Path("d")]
+    texts = ["null", "true", "1e-05", "", "null", '["a", null]', '{"b": "c"}', "d"]
+    assert [param_text(value) for value in values] == texts
+    assert len(param_text("a" * 9000)) == MAX_PARAM
+
+
+def test_many_and_long_parameters(client: MlflowClient, tracker: MlflowTracker) -> None:
+    tracker.log_params({f"a.{i}": "é" * 7000 for i in range(250)} | {"empty": "", "odd, key": 1})
+    tracker.flush()
+    params = client.get_run(str(tracker.run_id)).data.params
+    assert len(params) == 252 and len(params["a.0"]) == MAX_PARAM
+    assert params["empty"] == "" and params["odd_ key"] == "1"
+
+
+def test_a_resumed_run_goes_on(client: MlflowClient, output_root: Path) -> None:
+    first = track(output_root)
+    with tracked(first):
+        first.log_params({"max_steps": 10, "seed": 0})
+        first.log_metrics({"a": 1.0}, 0)
+    for max_steps in (20, 20, 30):
+        again = track(output_root, run_id=first.run_id, tags={"resumed": "yes"})
+        assert again.run_id == first.run_id
+        assert client.get_run(str(again.run_id)).info.status == "RUNNING"
+        with tracked(again):
+            again.log_params({"max_steps": max_steps, "seed": 0, "new": None})
+            again.log_metrics({"a": 2.0}, max_steps)
+    run = client.get_run(str(first.run_id))
+    assert run.info.status == "FINISHED" and run.data.params == {"max_steps": "10", "seed": "0", "new": "null"}
+    assert json.loads(run.data.tags["changed_params"]) == {"max_steps": ["10", "20", "30"]}
+    assert run.data.tags["resumed"] == "yes"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "a")] == [0, 20, 20, 30]
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed(client: MlflowClient, output_root: Path) -> None:
+    gone = track(output_root)
+    gone.finish("FINISHED")
+    client.delete_run(str(gone.run_id))
+    for run_id in ("f" * 32, str(gone.run_id)):
+        with pytest.raises(TrackingError, match=f"no run {run_id}"):
+            track(output_root, run_id=run_id)
+
+
+# The environment (pitfall 30) and what else is open in the process (pitfall 17)
+
+
+def test_the_environment_and_open_runs_have_no_part_in_it(
+    client: MlflowClient, output_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = track(output_root)
+    monkeypatch.setenv("MLFLOW_RUN_ID", str(other.run_id))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
+    mine = track(output_root, parent_run_id=str(other.run_id))
+    with tracked(mine):
+        mine.log_text("a", "a.txt")
+        mine.log_image("a", red(), 0, prompt="a")
+    assert mine.run_id != other.run_id
+    run = client.get_run(str(mine.run_id))
+    assert run.data.tags["mlflow.parentRunId"] == other.run_id and run.info.status == "FINISHED"
+    assert client.get_run(str(other.run_id)).info.status == "RUNNING"
+    assert os.environ["MLFLOW_RUN_ID"] == other.run_id and not list(tmp_path.iterdir())
+    other.finish("KILLED")
+
+
+# Credentials, commit, packages
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:p@ss@host:5432/db", "postgresql://***@host:5432/db"),
+        ("https://token@host/path@2", "https://***@host/path@2"),
+        ("mysql://host/db?ssl_key=abc&a=1", "mysql://host/db?ssl_key=***&a=1"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+        ("a photo @ night", "a photo @ night"),
+    ],
+)
+def test_credentials_are_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown and param_text(text) == shown
+
+
+def test_where_the_code_comes_from() -> None:
+    commit = git_commit()
+    assert commit is None or re.fullmatch("[0-9a-f]{40}", commit)
+    lines = pip_freeze().splitlines()
+    assert any(line.startswith("torch==") for line in lines) and all("==" in line for line in lines)
+
+
+# The writer
+
+
+class Store:
+    """A store of a few lines, which can be away."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.writes = 0
+        self.away = False
+
+    def write(self, points: list[int]) -> None:
+        if self.away:
+            raise OSError("away")
+        self.writes += 1
+        self.seen += points
+
+
+def test_points_are_batched_and_seen_by_later_jobs() -> None:
+    store = Store()
+    writer = BackgroundWriter(store.write, interval=30)
+    for i in range(100):
+        writer.add([i])
+    seen: list[int] = []
+    writer.submit("a job", lambda: seen.extend(store.seen)).wait(5)
+    assert seen == list(range(100)) and store.writes <= 2
+    assert writer.close()
+
+
+def test_points_are_kept_while_the_store_is_away(caplog: pytest.LogCaptureFixture) -> None:
+    store = Store()
+    writer = BackgroundWriter(store.write, interval=0.01)
+    store.away = True
+    writer.add([1])
+    start = time.monotonic()
+    assert not writer.flush(5) and time.monotonic() - start < 1  # a checkpoint does not wait for a store that is away
+    writer.add([2])
+    store.away = False
+    assert writer.flush(5) and store.seen == [1, 2]
+    assert writer.close()
+    assert "the store is back" in caplog.text
+
+
+def test_what_is_held_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    store = Store()
+    store.away = True
+    writer = BackgroundWriter(store.write, interval=0.01)
+    for _ in range(11):
+        writer.add(list(range(10_000)))
+    assert not writer.close(1)
+    assert "100000 metric values and 0 other records were lost" in caplog.text
+
+
+def test_jobs_that_come_too_fast_wait_and_then_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    gate = threading.Event()
+    writer = BackgroundWriter(Store().write)
+    jobs: list[Callable[[], object]] = [gate.wait] + [lambda: None] * 80
+    caplog.set_level(logging.WARNING)
+    for job in jobs:
+        writer.submit("a job", job, patience=0.01)
+    assert "faster than the store writes" in caplog.text
+    gate.set()
+    assert writer.close(5)
+
+
+def test_a_job_that_fails_is_tried_again_and_then_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tries: list[int] = []
+
+    def job() -> None:
+        tries.append(1)
+        raise OSError("postgresql://me:secret@host is full")
+
+    writer = BackgroundWriter(Store().write)
+    assert writer.submit("the picture", job).wait(10)
+    assert writer.close() and len(tries) == 2
+    assert "the picture was not recorded (postgresql://***@host is full)" in caplog.text
