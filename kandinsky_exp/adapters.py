@@ -35,7 +35,7 @@ def attach_lora(
     from peft import LoraConfig
 
     network.requires_grad_(False)
-    network.to(dtype)
+    nn.Module.to(network, dtype)  # diffusers' own `to` warns of modules to keep in float32, of which there are none
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -70,12 +70,19 @@ def save(network: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def load(network: Any, folder: Path) -> None:
-    """Put weights that `save` wrote back into the network, in place and exactly."""
+    """Put weights that `save` wrote back into the network, in place and exactly.
+
+    Raises:
+        ValueError, RuntimeError: they are those of another network or of another kind of adapter.
+    """
     if has_adapter(network):
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        set_peft_model_state_dict(network, load_file(folder / WEIGHTS_NAME))
+        result = set_peft_model_state_dict(network, load_file(folder / WEIGHTS_NAME))
+        lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+        if lost:
+            raise ValueError(f"{folder / WEIGHTS_NAME} is another adapter: {len(lost)} tensors such as {lost[0]}")
     else:
         source = type(network).from_pretrained(folder, use_safetensors=True, local_files_only=True)
         network.load_state_dict(source.state_dict())

@@ -21,7 +21,7 @@ from kandinsky_exp import adapters
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, cache_key, collate, encode_table
 from kandinsky_exp.data.sampler import StreamBatchSampler
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.errors import ConfigError, DataError
 from kandinsky_exp.loop import LoopSettings, Training
 from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.stages.base import DiffusionStage, Features, enable_attention
@@ -208,8 +208,11 @@ class FeatureReader:
             pin_memory=self.device.type == "cuda",
             persistent_workers=False,
         )
-        for batch in loader:
-            yield self._to_device(batch)
+        try:
+            for batch in loader:
+                yield self._to_device(batch)
+        except DataError as error:  # a worker's comes with its traceback in front
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
     def _to_device(self, batch: Features) -> Features:
         index = batch.pop("index")

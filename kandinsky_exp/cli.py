@@ -107,8 +107,12 @@ def _run(verb: str, line: command_line.CommandLine) -> None:
     extra = [] if line.shows_something else command_line.job_naming(line.overrides)
     try:
         # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
+        if line.sweeps and not line.shows_something and (found := command_line.find_problems(verb, line)):
+            raise ConfigError(found)  # before the sweeper makes its folder
         with _replaced(sys, "argv", [_program(), *line.arguments, *extra]), _full_error():
             app()
+    except UserError:
+        raise
     except Exception as error:
         composing = isinstance(error, (HydraException, OmegaConfBaseException)) or not line.sweeps
         if composing and not job.called:

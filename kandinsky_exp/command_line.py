@@ -4,6 +4,7 @@ Hydra stops at the first thing it cannot compose and answers a misspelt key with
 then would be silently ignored. `explain` looks at every override and names all that is wrong.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,7 +13,6 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_module
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -81,48 +81,68 @@ def job_naming(overrides: list[str]) -> list[str]:
 
 def explain(error: Exception, verb: str, line: CommandLine) -> UserError:
     """All that is wrong with a command line for which Hydra raised `error`, as one error to show."""
+    try:
+        return ConfigError(find_problems(verb, line) or [_condense(error)])
+    except Exception:  # whatever it is, the config cannot be composed at all: a yaml file of the user's
+        return ConfigError(_condense(error))
+
+
+def find_problems(verb: str, line: CommandLine) -> list[str]:
+    """What is wrong with the overrides; if anything is, all else that is wrong with the config too.
+
+    Raises:
+        Exception: whatever Hydra, OmegaConf or the yaml parser raise for a config that cannot be composed.
+    """
     GlobalHydra.instance().clear()
-    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        try:
-            return ConfigError(_problems(verb, line) or [_condense(error)])
-        except Exception:  # whatever it is, the config cannot be composed at all: a yaml file of the user's
-            return ConfigError(_condense(error))
-
-
-def _problems(verb: str, line: CommandLine) -> list[str]:
-    loader = GlobalHydra.instance().config_loader()
-    parser = OverridesParser.create()
     search_path = [f"hydra.searchpath=[file://{Path(line.config_dir).resolve()}]"] if line.config_dir else []
-    problems: list[str] = []
-    groups: list[Override] = []
-    keys: list[Override] = []
+    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
+        overrides, problems = _parsed(line)
+        groups, keys = [], []
+        for override in overrides:
+            options = _options(override.key_or_group, verb, search_path)
+            if not options:
+                keys.append(override)
+            elif problem := _wrong_option(override, options) or _wrong_group(override, verb, search_path):
+                problems.append(problem)
+            elif not override.is_sweep_override():
+                groups.append(override)
+        chosen = [*search_path, *map(_text, groups)]
+        cfg = compose(verb, chosen)
+        wrong = {_text(override): problem for override in keys if (problem := _wrong_key(override, cfg, verb))}
+        problems += wrong.values()
+        if not problems:
+            return []
+        rest = [
+            _text(override) for override in keys if _text(override) not in wrong and not override.is_sweep_override()
+        ]
+        known = {re.split("[=:]", problem)[0] for problem in problems}
+        further = config.problems(compose(verb, [*chosen, *rest]), quick=True)
+        return problems + [problem for problem in further if problem.split(":")[0] not in known]
+
+
+def _parsed(line: CommandLine) -> tuple[list[Override], list[str]]:
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    overrides, problems = [], []
     for text in line.overrides:
         try:
             override = parser.parse_override(text)
-            if not override.key_or_group:
-                raise HydraException("no key")
         except HydraException:
+            override = None
+        if override is None or not override.key_or_group:
             problems.append(f"{text}: cannot be read: , : = ( ) [ ] and quotes mean something here; {_quoted(text)}")
-            continue
-        if override.is_sweep_override():
-            if not line.sweeps:
-                problems.append(f"{text}: several values need --multirun; if this is one text, {_quoted(text)}")
-            continue
-        options = loader.get_group_options(override.key_or_group, config_name=verb, overrides=search_path)
-        if not options:
-            keys.append(override)
-        elif problem := _wrong_option(override, options):
-            problems.append(problem)
+        elif override.is_sweep_override() and not line.sweeps:
+            problems.append(f"{text}: several values need --multirun; if this is one text, {_quoted(text)}")
         else:
-            groups.append(override)
-    chosen = [*search_path, *(str(override.input_line) for override in groups)]
-    cfg = compose(verb, chosen)
-    wrong = {str(o.input_line): problem for o in keys if (problem := _wrong_key(o, cfg, loader, verb))}
-    problems += wrong.values()
-    if problems:  # and whatever else is wrong: everything is to be listed at once
-        rest = [str(override.input_line) for override in keys if str(override.input_line) not in wrong]
-        problems += config.problems(compose(verb, [*chosen, *rest]))
-    return problems
+            overrides.append(override)
+    return overrides, problems
+
+
+def _text(override: Override) -> str:
+    return str(override.input_line)
+
+
+def _options(group: str, verb: str, search_path: list[str]) -> list[str]:
+    return GlobalHydra.instance().config_loader().get_group_options(group, config_name=verb, overrides=search_path)
 
 
 def _exists(override: Override, cfg: DictConfig) -> bool:
@@ -136,7 +156,9 @@ def _exists(override: Override, cfg: DictConfig) -> bool:
 
 def _wrong_option(override: Override, options: list[str]) -> str | None:
     value, group = override.value(), override.key_or_group
-    chosen = value if isinstance(value, list) else [value]
+    chosen: list[Any] = value if isinstance(value, list) else [value]
+    if override.is_sweep_override():
+        chosen = list(override.sweep_iterator()) if override.is_discrete_sweep() else []
     if override.is_delete() or all(choice in options for choice in chosen):
         return None
     if not all(isinstance(choice, str) for choice in chosen):
@@ -145,18 +167,30 @@ def _wrong_option(override: Override, options: list[str]) -> str | None:
     return f"{group}: there is no {group}={wrong}; the choices are {', '.join(options)}{_did_you_mean(wrong, options)}"
 
 
-def _wrong_key(override: Override, cfg: DictConfig, loader: ConfigLoader, verb: str) -> str | None:
+def _wrong_group(override: Override, verb: str, search_path: list[str]) -> str | None:
+    if override.is_sweep_override():
+        return None
+    try:
+        compose(verb, [*search_path, _text(override)])
+    except HydraException as error:
+        group = override.key_or_group
+        stranger = "No match in the defaults list" in str(error)
+        return f"{group}: {verb} has no such group; remove it" if stranger else f"{group}: {_condense(error)}"
+    return None
+
+
+def _wrong_key(override: Override, cfg: DictConfig, verb: str) -> str | None:
     key, exists = override.key_or_group, _exists(override, cfg)
     if override.is_add() and exists:
-        return f"{key}: exists already; write {str(override.input_line).lstrip('+')}, without the +"
+        return f"{key}: exists already; write {_text(override).lstrip('+')}, without the +"
     if exists or override.is_add() or override.is_force_add():
         return None  # `config.problems` looks at what was added
     group, _, _ = key.partition(".")
-    for option in loader.get_group_options(group) if "." in key else []:
+    for option in _options(group, verb, []) if "." in key and group in cfg else []:
         other = compose(verb, [f"{group}={option}"])
         if _exists(override, other):
             return f"{key}: not a setting of the {group} that is chosen; it is one of {group}={option}"
-    groups = [name for name in loader.list_groups("") if name != "hydra"]
+    groups = [name for name in GlobalHydra.instance().config_loader().list_groups("") if name != "hydra"]
     return f"{key}: no such setting{config.suggest(key, [*config.dotted_keys(cfg), *groups])}"
 
 

@@ -70,8 +70,12 @@ def to_yaml(cfg: DictConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_without_secrets(_resolved(cfg))))
 
 
-def problems(cfg: DictConfig) -> list[str]:
-    """All that is wrong with a composed root config, each as `key: what is wrong; what to do`."""
+def problems(cfg: DictConfig, *, quick: bool = False) -> list[str]:
+    """All that is wrong with a composed root config, each as `key: what is wrong; what to do`.
+
+    Args:
+        quick: something is wrong already: import targets only for arguments that no schema knows.
+    """
     try:
         values = _resolved(cfg)
     except OmegaConfBaseException as error:
@@ -82,7 +86,7 @@ def problems(cfg: DictConfig) -> list[str]:
     wrong |= {key: text for key, text in _check_files(good) if key not in wrong}
     found = [f"{key}: {text}" for key, text in wrong.items()]
     found += [text for text in _check_together(good) if text.partition(":")[0] not in wrong]
-    return found + _check_targets(values, root, quick=bool(found))
+    return found + _check_targets(values, root, quick=quick or bool(found))
 
 
 def _resolved(cfg: DictConfig) -> Values:
@@ -171,8 +175,8 @@ def suggest(key: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` for a key that does not exist, or nothing; a right last part counts most."""
     choices = list(dict.fromkeys(known))
     last = key.rpartition(".")[2]
-    close = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    close = close or [ALIASES[last]] * (ALIASES.get(last) in choices)
+    close = [ALIASES[last]] if ALIASES.get(last) in choices else []
+    close = close or [choice for choice in choices if choice.rpartition(".")[2] == last]
     close = close or get_close_matches(key, choices, n=1, cutoff=0.75)
     by_last = {choice.rpartition(".")[2]: choice for choice in reversed(choices)}
     close = close or [by_last[text] for text in get_close_matches(last, by_last, n=1, cutoff=0.65)]

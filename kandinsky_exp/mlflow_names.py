@@ -10,6 +10,7 @@ from typing import Any
 MAX_PARAM = 6000  # characters; MLflow's limits
 MAX_TAG = 8000
 MAX_KEY = 250
+MAX_DATASET_NAME = 500
 MAX_DIGEST = 36
 
 
@@ -40,7 +41,10 @@ def param_text(value: Any) -> str:
 
 def tag_texts(tags: Mapping[str, Any]) -> dict[str, str]:
     """Tags with names and values that MLflow accepts, without credentials."""
-    return {legal_name(key): shortened(masked(str(value)), MAX_TAG) for key, value in tags.items()}
+    texts = {legal_name(key): shortened(masked(str(value)), MAX_TAG) for key, value in tags.items()}
+    if "git_commit" in texts:
+        texts.setdefault("mlflow.source.git.commit", texts["git_commit"])  # the UI's column "Version"
+    return texts
 
 
 def run_tags(tags: Mapping[str, str], parent_run_id: str | None) -> dict[str, str]:
@@ -48,8 +52,6 @@ def run_tags(tags: Mapping[str, str], parent_run_id: str | None) -> dict[str, st
     system = {"mlflow.source.name": "kandinsky-exp", "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
     if parent_run_id:
         system["mlflow.parentRunId"] = parent_run_id
-    if "git_commit" in tags:
-        system["mlflow.source.git.commit"] = tags["git_commit"]
     return {**system, **tag_texts(tags)}
 
 

@@ -34,10 +34,11 @@ def run(cfg: DictConfig) -> float:
         Interrupted: a signal came; a checkpoint was written.
     """
     config.validate(cfg)
+    processes.quiet_libraries()
     with processes.stop_signals() as stop, processes.released(build.accelerator(cfg)) as accelerator:
         weights = build.weights(cfg)
-        space = processes.on_main_process(lambda: prepare(cfg, weights))
         splits = build.data(cfg)
+        space = processes.on_main_process(lambda: prepare(cfg, weights, splits))
         steps = build.total_steps(cfg, len(splits.train), accelerator.num_processes)
         with workspace.logging_to(space.folder / "train.log", accelerator.is_main_process):
             if space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps:
@@ -73,12 +74,11 @@ def run(cfg: DictConfig) -> float:
         return float("nan") if result is None else result
 
 
-def prepare(cfg: DictConfig, weights: Weights) -> workspace.Workspace:
+def prepare(cfg: DictConfig, weights: Weights, splits: sources.Splits) -> workspace.Workspace:
     """All that can be found wrong before weights load: the store, the data, the run's folder. Main process only."""
     if cfg.tracker.name == "mlflow":
         tracking.probe(tracker_uri(cfg))
     reads_captions = "text_encoder" in build.stage_class(cfg).encoders
-    splits = build.data(cfg)
     report = sources.check(splits, reads_captions, weights.load("tokenizer") if reads_captions else None)
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume)

@@ -35,7 +35,7 @@ BETAS = Rule(
 SIDE = Rule(lambda value: value > 0 and value % 8 == 0, "a multiple of 8, such as 512 or 768")
 SEED = Rule(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")
 FILLED = Rule(lambda text: text.strip() != "", "something other than nothing")
-FOLDER_NAME = Rule(_is_folder_name, "a folder's name, without / \\ : * ? \" < > |")
+FOLDER_NAME = Rule(_is_folder_name, 'without any of / \\ : * ? " < > |')
 
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
@@ -54,6 +54,7 @@ class OpenNode:
 
     given_later: ClassVar[frozenset[str]] = frozenset()  # arguments that the run hands over: not settings
     beside: ClassVar[frozenset[str]] = frozenset()  # keys that our code reads and the target does not take
+    by_run: ClassVar[frozenset[str]] = frozenset()  # null = the run decides, and leaves it out where no target takes it
 
     _target_: Text
     _partial_: bool = True
@@ -71,6 +72,7 @@ class Model(OpenNode):
 @dataclass
 class Optimizer(OpenNode):
     given_later = frozenset({"params"})
+    by_run = frozenset({"fused"})
 
     lr: Positive = 1.0
     weight_decay: PositiveOrZero = 0.0

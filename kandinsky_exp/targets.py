@@ -67,8 +67,9 @@ def check(key: str, node: dict[str, Any], schema: type[OpenNode] = OpenNode) -> 
         built_in = "not callable" not in str(error) and "not a callable" not in str(error)
         return [] if built_in else [f"{key}._target_: {node['_target_']} cannot be called; give a class or a function"]
     problems = [f"{key}.{name}: no such key{_close(name, HYDRA_KEYS)}" for name in node if _is_odd(name)]
-    for name in node:
-        if not str(name).startswith("_") and name not in schema.beside:
+    for name, value in node.items():
+        left_out = name in schema.beside or (value is None and name in schema.by_run)
+        if not str(name).startswith("_") and not left_out:
             problem = _check_argument(name, node, target, signature, schema)
             problems += [f"{key}.{name}: {problem}"] if problem else []
     return problems

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kandinsky_exp.errors import Interrupted, TrackingError
-from kandinsky_exp.mlflow_names import MAX_DIGEST, legal_name, masked, param_text, run_tags, tag_texts
+from kandinsky_exp.mlflow_names import (
+    MAX_DATASET_NAME,
+    MAX_DIGEST,
+    legal_name,
+    masked,
+    param_text,
+    run_tags,
+    shortened,
+    tag_texts,
+)
 from kandinsky_exp.provenance import git_commit, pip_freeze
 from kandinsky_exp.store import artifact_root as default_artifact_root
 from kandinsky_exp.store import connect, default_uri, explained, find_experiment, probe
@@ -29,6 +38,7 @@ __all__ = [
     "default_artifact_root",
     "default_uri",
     "git_commit",
+    "masked",
     "pip_freeze",
     "probe",
     "tracked",
@@ -191,8 +201,8 @@ class MlflowTracker:
     def finish(self, status: Status) -> None:
         if self._finished:
             return
-        self._finished = True
         self._writer.submit(f"the status {status}", lambda: self._client.set_terminated(self._run, status))
+        self._finished = True
         self._writer.close()
 
     def _reopen(self, run_id: str, tags: Mapping[str, str]) -> None:
@@ -256,7 +266,7 @@ class MlflowTracker:
         local = Path(source).expanduser().exists()
         origin = {"uri": Path(source).expanduser().resolve().as_uri()} if local else {"path": source}
         dataset = Dataset(
-            name=name,
+            name=shortened(name, MAX_DATASET_NAME),
             digest=digest[:MAX_DIGEST],
             source_type="local" if local else "hugging_face",
             source=json.dumps(origin),

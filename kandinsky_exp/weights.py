@@ -191,6 +191,10 @@ class Weights:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise ConfigError(f"weights.{side}: {folder} cannot be loaded as '{part}': {reason}") from error
 
+    def read_model(self, part: str, folder: Path) -> Any:
+        """A frozen model of this kind from any folder, such as a checkpoint's."""
+        return _read_model(part, folder, self.frozen_dtype, None).eval().requires_grad_(False)
+
     def release(self, parts: Iterable[str]) -> None:
         """Forget loaded parts, so that their memory is free."""
         for part in parts:

@@ -42,6 +42,7 @@ class BackgroundWriter(Generic[Point]):
         self._changed = threading.Condition()
         self._busy = self._closed = self._warned_full = False
         self._hurry = False
+        self._sending = 0  # points the thread is writing now
         self._failures = 0  # in a row
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
@@ -86,12 +87,14 @@ class BackgroundWriter(Generic[Point]):
 
     def close(self, timeout: float = 60.0) -> bool:
         """Flush and end the thread; True if everything was written."""
+        end = time.monotonic() + timeout
         done = self.flush(timeout)
         with self._changed:
-            if not self._closed and not done:
-                log.warning(
-                    "MLflow: %d metric values and %d other records were lost", len(self._points), len(self._jobs)
-                )
+            # Metrics that cannot be written must not take the jobs (the status of the run, say) with them.
+            self._changed.wait_for(lambda: not (self._jobs or self._busy), end - time.monotonic())
+            if not self._closed and not self._idle():
+                points, jobs = len(self._points) + self._sending, [what for what, *_ in self._jobs]
+                log.warning("MLflow: the store did not take %s", ", ".join([f"{points} metric values", *jobs]))
             self._closed = True
             self._changed.notify_all()
         atexit.unregister(self.close)
@@ -113,13 +116,15 @@ class BackgroundWriter(Generic[Point]):
                 if self._closed:
                     return
                 points, self._points = self._points, []
-                next_job = self._jobs.popleft() if self._jobs else None
-                self._busy, self._hurry = True, False
+                next_job = self._jobs[0] if self._jobs else None
+                self._busy, self._hurry, self._sending = True, False, len(points)
             self._send(points)
             if next_job is not None:
                 self._do(*next_job)
             with self._changed:
-                self._busy = False
+                if next_job is not None:
+                    self._jobs.popleft()
+                self._busy, self._sending = False, 0
                 self._changed.notify_all()
 
     def _send(self, points: list[Point]) -> None:

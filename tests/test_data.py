@@ -307,6 +307,13 @@ def test_a_validation_split_without_metadata_is_an_error(tmp_path):
         sources.folder(tmp_path)
 
 
+def test_metadata_on_two_levels_is_an_error(tmp_path):
+    write_folder(tmp_path)
+    write_folder(tmp_path / "train")
+    with pytest.raises(DataError, match="and its train/ hold metadata; keep one"):
+        sources.folder(tmp_path)
+
+
 def test_problems_of_the_validation_split_are_found(tmp_path):
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "validation")

@@ -58,12 +58,14 @@ def test_labels_are_drawn_below() -> None:
 def test_labels_wrap_and_end_in_an_ellipsis() -> None:
     font = ImageFont.load_default(grid.FONT_SIZE)
     lines = grid._wrapped("a very long caption about nothing at all " * 9, font, 192)
-    assert len(lines) == grid.LINES and lines[-1].endswith("…")
+    assert len(lines) == grid.LINES
+    assert lines[-1].endswith("…")
     assert all(font.getlength(line) <= 192 for line in lines)
     assert grid._wrapped("a cat", font, 192) == ["a cat"]
     assert grid._wrapped("  \n ", font, 192) == []
     broken = grid._wrapped("x" * 60, font, 192)
-    assert "".join(broken) == "x" * 60 and all(font.getlength(line) <= 192 for line in broken)
+    assert "".join(broken) == "x" * 60
+    assert all(font.getlength(line) <= 192 for line in broken)
 
 
 def test_any_script() -> None:

@@ -71,6 +71,8 @@ def folder(path: str | Path, image_column: str = "image", caption_column: str = 
     if not root.is_dir():
         raise DataError(f"data.path: {root} is not a folder; give the folder that holds metadata.jsonl or metadata.csv")
     home = root / "train" if (root / "train").is_dir() and metadata.find(root) is None else root
+    if home == root and metadata.find(root / "train") is not None:
+        raise DataError(f"data.path: both {root} and its train/ hold metadata; keep one, or give {root / 'train'}")
     held_out = root / "validation"
     train = _read_folder(home, image_column, caption_column)
     if not held_out.is_dir() or (home == root and metadata.find(held_out) is None):

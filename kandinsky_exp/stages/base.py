@@ -166,7 +166,7 @@ class DiffusionStage(ABC):
         return per_sample * weights
 
     def _drop_condition(self, features: Features, generator: Generators, like: Tensor) -> Features:
-        drop = torch.rand(len(like), generator=generator, device=like.device) < self.condition_dropout  # type: ignore[arg-type]
+        drop = uniform(len(like), generator, like.device) < self.condition_dropout
         replaced = {
             key: torch.where(drop.view(-1, *[1] * (features[key].ndim - 1)), null.to(features[key]), features[key])
             for key, null in self.null_condition().items()
@@ -181,6 +181,13 @@ class DiffusionStage(ABC):
 
     def save(self, network: nn.Module, folder: Path) -> None:
         adapters.save(network, folder)
+
+
+def uniform(size: int, generator: Generators, device: torch.device) -> Tensor:
+    """(size,) numbers in [0, 1), from one generator for the batch or one per sample."""
+    if isinstance(generator, list):
+        return torch.cat([torch.rand(1, generator=one, device=one.device) for one in generator]).to(device)
+    return torch.rand(size, generator=generator, device=device)
 
 
 def enable_attention(network: Any, attention: str) -> None:

@@ -56,15 +56,17 @@ class PriorStage(DiffusionStage):
     @torch.no_grad()
     def encode(self, examples: dict[str, Tensor]) -> Features:
         """`clip_pixels` (B, 3, S, S) and/or `input_ids`, `text_mask` (B, 77) → the features they give."""
-        features = {}
+        features: Features = {}
         if "clip_pixels" in examples:
             encoder = self.weights.load("image_encoder")
             features["image_embeds"] = encoder(examples["clip_pixels"].to(encoder.device, encoder.dtype)).image_embeds
         if "input_ids" in examples:
             encoder = self.weights.load("text_encoder")
             output = encoder(examples["input_ids"].to(encoder.device))
-            features["text_embeds"], features["text_states"] = output.text_embeds, output.last_hidden_state
-            features["text_mask"] = examples["text_mask"].to(encoder.device)
+            mask = examples["text_mask"].to(encoder.device)
+            # Padding carries nothing: zeros there make cached features, stored without it, equal to fresh ones.
+            states = output.last_hidden_state * mask.unsqueeze(-1)
+            features |= {"text_embeds": output.text_embeds, "text_states": states, "text_mask": mask}
         return features
 
     def encode_null(self) -> Features:

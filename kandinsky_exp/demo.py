@@ -1,0 +1,149 @@
+"""The demo: a tiny Kandinsky 2.2 learns the shipped emoji, then draws them from their captions.
+
+    python -m kandinsky_exp.demo [overrides of both trainings]
+
+Both trainings are plain runs of the command (`experiment=demo_prior`, `experiment=demo_decoder`); what follows draws
+every training caption through both results and counts how many pictures can be told apart.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kandinsky_exp import cli, mlflow_names, pipelines, processes, store, tracking, workspace
+from kandinsky_exp.data import sources
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.grid import labelled_grid
+from kandinsky_exp.validation import to_image
+from kandinsky_exp.weights import Weights
+
+RESOLUTION = 64  # pixels
+THREADS = 2  # more gain nothing at this size
+METRIC = "demo/retrieval"
+SETTINGS = pipelines.SampleSettings(
+    inference_steps=25, guidance_scale=2.0, batch_size=32, height=RESOLUTION, width=RESOLUTION
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo made.
+
+    Args:
+        folder: the pictures, `grid.png` and `captions.txt`.
+        score: part of the pictures that are nearest to their own original.
+        seconds: wall-clock time of both trainings.
+    """
+
+    folder: Path
+    score: float
+    images: list[Image.Image]
+    seconds: float
+
+
+def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | None = None) -> Outcome:
+    """Train both stages, draw the training captions, measure, record.
+
+    Args:
+        overrides: of both trainings, such as `trainer.max_steps=10`.
+        captions: draw the first so many only.
+    """
+    started = time.monotonic()
+    for experiment in ("demo_prior", "demo_decoder"):
+        cli.main(["train", f"experiment={experiment}", f"output_root={output_root}", *overrides])
+    seconds = time.monotonic() - started
+    splits = sources.emoji()
+    assert splits.validation is not None
+    examples = [splits.train[row] for row in range(len(splits.train))][:captions]
+    texts = [example.captions[0] for example in examples]
+    pictures = [
+        to_image(source[row].image(), RESOLUTION)
+        for source in (splits.train, splits.validation)
+        for row in range(len(source))
+    ]
+    images = draw(output_root, texts)
+    nearest = nearest_pictures(images, pictures)
+    score = retrieval(nearest)
+    folder = write(output_root / "generate" / "demo", images, pictures, texts, nearest)
+    record(output_root, folder, score)
+    return Outcome(folder, score, images, seconds)
+
+
+def draw(output_root: Path, captions: list[str]) -> list[Image.Image]:
+    """Captions through the trained prior and the trained decoder, as the runs left them behind."""
+    processes.quiet_libraries()
+    weights = Weights(
+        prior=str(output_root / "demo_prior"),
+        decoder=str(output_root / "demo_decoder"),
+        cache_folder=output_root / "cache",
+    )
+    embeds = pipelines.embed_prompts(pipelines.prior_pipeline(weights), captions, SETTINGS)
+    return pipelines.decode(pipelines.decoder_pipeline(weights), embeds, SETTINGS)
+
+
+def nearest_pictures(images: Sequence[Image.Image], pictures: Sequence[Image.Image]) -> list[int]:
+    """For each image the number of the picture with the smallest mean squared difference of pixels."""
+    drawn, originals = (np.stack([np.asarray(item, dtype=np.float32) for item in group]) for group in (images, pictures))
+    return [int(np.square(originals - image).mean(axis=(1, 2, 3)).argmin()) for image in drawn]
+
+
+def retrieval(nearest: Sequence[int]) -> float:
+    """Part of the images, in [0, 1], whose nearest picture is their own: image i was drawn for picture i."""
+    return sum(own == found for own, found in enumerate(nearest)) / len(nearest)
+
+
+def write(
+    folder: Path, images: list[Image.Image], pictures: list[Image.Image], captions: list[str], nearest: list[int]
+) -> Path:
+    """The images, and a grid of each beside its original, labelled with its caption, and marked where it missed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs, labels = [], []
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        image.save(folder / f"{index:02d}.png")
+        pair = Image.new("RGB", (2 * RESOLUTION, RESOLUTION), "white")
+        pair.paste(pictures[index], (0, 0))
+        pair.paste(image, (RESOLUTION, 0))
+        pairs.append(pair)
+        labels.append(caption if nearest[index] == index else f"(missed) {caption}")
+    labelled_grid(pairs, labels).save(folder / "grid.png")
+    workspace.write_atomically(folder / "captions.txt", "\n".join(captions) + "\n")
+    return folder
+
+
+def record(output_root: Path, folder: Path, score: float) -> None:
+    """The score and the grid, in the decoder's MLflow run, where it has one."""
+    run = workspace.read_record(output_root / "demo_decoder")
+    if run is None or run.run_id is None:
+        return
+    client, _ = store.connect(tracking.default_uri(output_root))
+    client.log_metric(run.run_id, METRIC, score, step=run.step)
+    with Image.open(folder / "grid.png") as grid:
+        key = mlflow_names.legal_name("demo/grid")
+        client.log_image(run.run_id, grid.convert("RGB"), key=key, step=run.step, synchronous=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the demo in `outputs/`, and says in three lines what came of it."""
+    overrides = list(sys.argv[1:] if arguments is None else arguments)
+    if any(item.startswith(("name=", "output_root=")) for item in overrides):
+        raise SystemExit(f"error: {ConfigError('name, output_root: the demo sets them itself; leave them out')}")
+    torch.set_num_threads(THREADS)
+    output_root = Path("outputs").absolute()
+    outcome = run_demo(output_root, overrides)
+    hits = round(outcome.score * len(outcome.images))
+    print(f"pictures: {outcome.folder / 'grid.png'} (original left, drawn from its caption right)")
+    print(
+        f"score:    {hits} of {len(outcome.images)} are nearest to their own original among all 80 of the set "
+        f"({METRIC} {outcome.score:.2f}, chance 0.01), after {outcome.seconds:.0f} s of training"
+    )
+    print(f"runs:     mlflow ui --backend-store-uri {tracking.default_uri(output_root)}")
+
+
+if __name__ == "__main__":
+    main()

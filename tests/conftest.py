@@ -1,0 +1,18 @@
+"""Fixtures that several test files share. The environment is set before any library reads it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores: more threads each are slower
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """The tiny Kandinsky 2.2 as a combined diffusers folder, built once for all workers. Do not write into it."""
+    from kandinsky_exp.tiny.pipelines import build
+
+    base = tmp_path_factory.getbasetemp()
+    return build((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny")

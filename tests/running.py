@@ -1,0 +1,65 @@
+"""Runs in this process: composed configs with small defaults, and what they leave behind."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import torch
+from hydra import compose, initialize_config_module
+from mlflow import MlflowClient
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+
+from kandinsky_exp.run import run
+
+SMALL = [
+    "weights=tiny",
+    "data=emoji",
+    "data.max_samples=12",
+    "trainer.max_steps=4",
+    "trainer.batch_size=4",
+    "trainer.log_every=2",
+    "optimizer.lr=1e-3",
+    "validation.every=2",
+    "validation.inference_steps=2",
+    "validation.draws=1",
+    "validation.reconstructions=1",
+    "checkpoint.every=2",
+]
+PROMPTS = "validation.prompts=[a red heart, a dog]"
+
+
+def composed(root: Path, *overrides: str, verb: str = "train", small: list[str] | None = None) -> DictConfig:
+    """A root config with everything under `root`."""
+    base = SMALL if small is None else small
+    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
+        return compose(verb, [*base, f"output_root={root}", *overrides])
+
+
+def train(root: Path, *overrides: str) -> float:
+    return run(composed(root, *overrides))
+
+
+def client(root: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{root}/mlflow.db")
+
+
+def runs(root: Path) -> list[Any]:
+    experiment = client(root).get_experiment_by_name("kandinsky-2-2")
+    return list(client(root).search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]))
+
+
+def history(root: Path, run_id: str, key: str) -> dict[int, float]:
+    return {metric.step: metric.value for metric in client(root).get_metric_history(run_id, key)}
+
+
+def network(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a diffusers model folder."""
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+__all__ = ["PROMPTS", "SMALL", "client", "composed", "history", "mlflow", "network", "runs", "same", "train"]

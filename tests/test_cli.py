@@ -1,0 +1,327 @@
+"""The command: verbs, exit codes, what is printed for a mistake, and what is not left behind."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kandinsky_exp import cli
+
+TINY = ["data=emoji", "weights=tiny", "tracker=none"]
+LONGEST = 700  # characters of a message about one mistake
+
+# What verbs could run into, as the functions of a module that `VERBS` names.
+VERB_MODULE = """
+import pathlib, sys
+from kandinsky_exp.errors import *
+
+def done(cfg): print("seed", cfg.seed); return 1.0
+def data(cfg): raise DataError("data.path: row 3 is bad; mend it")
+def many(cfg): raise ConfigError(["a: wrong", "b: wrong"])
+def diverged(cfg): raise NonFiniteLoss("step 7: the loss is not finite")
+def broken(cfg): raise RuntimeError("out of luck")
+def terminated(cfg): raise Interrupted(15)
+def interrupted(cfg): raise Interrupted(2)
+def ctrl_c(cfg): raise KeyboardInterrupt
+def left(cfg): sys.exit(7)
+def sometimes(cfg):
+    if cfg.seed == 1: raise DataError("seed 1 is bad")
+    print("seed", cfg.seed)
+def stopped(cfg):
+    print("seed", cfg.seed)
+    raise Interrupted(2)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "verb_functions.py").write_text(VERB_MODULE)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
+def exit_code(*arguments: str) -> int:
+    try:
+        cli.main(list(arguments))
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else -1
+    return 0
+
+
+def run_verb(monkeypatch: pytest.MonkeyPatch, function: str, *arguments: str) -> int:
+    monkeypatch.setitem(cli.VERBS, "generate", cli.Verb(f"verb_functions:{function}", ""))
+    return exit_code("generate", "weights=tiny", "prompts=[a fox]", *arguments)
+
+
+def in_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kandinsky_exp", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+BAD = [  # (what a user typed, a part of the answer)
+    ([], "data.path: is not set; give the folder of your images"),
+    (["trian"], "trian: no such verb"),
+    (["trian"], "did you mean train?"),
+    (["seed", "3"], "a setting is written key=value"),
+    ([*TINY, "generate"], "the verb comes first: kandinsky-exp generate"),
+    ([*TINY, "seed"], "seed: not a setting; settings are written key=value"),
+    (
+        ["--learning_rate=1e-5"],
+        "written key=value, without dashes; see kandinsky-exp --help; did you mean optimizer.lr?",
+    ),
+    (["--cfg", "jobb"], "invalid choice: 'jobb'"),
+    (["--config-dir", "nowhere"], "nowhere' not found"),
+    (["--config-name", "nowhere", *TINY], "Cannot find primary config 'nowhere'"),
+    (["model=decodr", *TINY], "there is no model=decodr; the choices are decoder, prior; did you mean decoder?"),
+    (["experiment=demo_prio"], "did you mean demo_prior?"),
+    (["sweep=lrs", *TINY], "sweep: there is no sweep=lrs; the choices are lr, snr"),
+    (["trainer=3", *TINY], "trainer: needs a name; choose one of default"),
+    (["data=null"], "data: needs a name; choose one of emoji, folder, hub"),
+    (["modle=decoder", *TINY], "modle: no such setting; did you mean model?"),
+    (["+modle=decoder", *TINY], "modle: nothing reads this key; remove it; did you mean model?"),
+    (["trainer.stepz=3", *TINY], "trainer.stepz: no such setting; did you mean trainer.max_steps?"),
+    (["+trainer.stepz=3", *TINY], "trainer.stepz: nothing reads this key; remove it; did you mean trainer.max_steps?"),
+    (["+trainer.max_steps=3", *TINY], "exists already; write trainer.max_steps=3, without the +"),
+    (["lr=1e-4", *TINY], "lr: no such setting; did you mean optimizer.lr?"),
+    (["max_train_steps=3", *TINY], "did you mean trainer.max_steps?"),
+    (["data=hub", "data.path=x"], "data.path: not a setting of the data that is chosen; it is one of data=folder"),
+    (["model=prior", "model.vlb_weight=0", *TINY], "it is one of model=decoder"),
+    (["=3", *TINY], "=3: cannot be read"),
+    (["data.path=my pics (old)"], "quote it twice: 'data.path=\"my pics (old)\"'"),
+    (["validation.prompts=[a=b]", *TINY], "quote each text: 'validation.prompts="),
+    (["validation.prompts=a fox, snow", *TINY], "several values need --multirun; if this is one text, quote each text"),
+    (["optimizer.lr=1e-4,1e-5", *TINY], "several values need --multirun"),
+    (["data.path=~/no/such/folder"], f"there is no folder '{Path('~/no/such/folder').expanduser()}' here"),
+    (["trainer.max_steps=abc", *TINY], "trainer.max_steps: has to be a whole number, at least 1, not 'abc'"),
+    (["optimizer.lr=abc", *TINY], "optimizer.lr: has to be a number, above 0, not 'abc'"),
+    (["optimizer.lr=-1", *TINY], "optimizer.lr: has to be a number, above 0, not -1"),
+    (["trainer.attention=flash", *TINY], "trainer.attention: has to be one of sdpa, xformers, eager, not 'flash'"),
+    (["precision=fp8", *TINY], "there is no precision=fp8; the choices are bf16, fp16, fp32"),
+    (["model.condition_dropout=10", *TINY], "has to be a number, between 0 and 1, not 10"),
+    (["model.snr_gamma=0", *TINY], "model.snr_gamma: has to be a number, above 0, or null, not 0"),
+    (["validation.fraction=1", *TINY], "has to be a number, at least 0 and below 1, not 1"),
+    (["data.resolution=100", *TINY], "a multiple of 8"),
+    (["name=a/b", *TINY], "name: has to be text, without any of /"),
+    (["hub.push=true", *TINY], "hub.repo_id: hub.push is on but there is no repository"),
+    (["adapter.rank=4", *TINY], "adapter.rank: is set, but adapter=none"),
+    (["checkpoint.resume=nowhere", *TINY], "checkpoint.resume: 'nowhere' is no folder"),
+    (["weights.prior=./nowhere", *TINY], "weights.prior: there is no folder './nowhere'"),
+    (["validation.prompts=nowhere.txt", *TINY], "there is no text file 'nowhere.txt'"),
+    (["tracker.uri=${foo}", *TINY], "tracker.uri: Interpolation key 'foo' not found"),
+    (["~trainer.max_steps", *TINY], "trainer.max_steps: is missing"),
+    (["~trainer.max_stepz", *TINY], "trainer.max_stepz: no such setting"),
+    (["scheduler=polynomial", "optimizer.lr=1e-9", *TINY], "scheduler.lr_end: 1e-07 is not below optimizer.lr"),
+    (["optimizer._target_=torch.optim.AdamX", *TINY], "there is no 'AdamX' in torch.optim; did you mean Adam"),
+    (["+optimizer.foo=1", *TINY], "torch.optim.AdamW takes no such argument"),
+    (["hydra.foo=1", *TINY], "Could not override 'hydra.foo'"),
+    (["-m", "modle=prior", "optimizer.lr=1,2", *TINY], "modle: no such setting; did you mean model?"),
+    (["-m", "optimiser.lr=1,2", *TINY], "optimiser.lr: no such setting; did you mean optimizer.lr?"),
+    (["-m", "model=prior,decodr", *TINY], "there is no model=decodr"),
+    (["generate", "weights=tiny"], "prompts: is empty"),
+    (["generate", "trainer.max_steps=3", "prompts=[a]"], "trainer.max_steps: no such setting"),
+    (["generate", "model=prior", "prompts=[a]"], "model: generate has no such group; remove it"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "answer"), BAD, ids=[" ".join(line) or "nothing" for line, _ in BAD])
+def test_a_mistake_is_answered_in_short(
+    arguments: list[str], answer: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert exit_code(*arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert answer in err
+    assert "Traceback" not in err
+    assert len(err) < LONGEST
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_all_mistakes_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Those that Hydra refuses, those of the schema and those of a signature, in one list."""
+    typed = ["modle=prior", "model=pior", "trainer.max_steps=-1", "+optimizer.foo=1", "name=a,b", "seed=x", *TINY]
+    assert exit_code(*typed) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "error: 6 settings are wrong"
+    starts = ["name=a,b", "model", "modle", "seed", "trainer.max_steps", "optimizer.foo"]
+    assert [line.strip().split(":")[0] for line in lines[1:]] == starts
+
+
+def test_a_broken_file_of_the_user(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "bad.yaml").write_text("a: [1\nb: }")
+    (tmp_path / "mine" / "experiment" / "typo.yaml").write_text("# @package _global_\ntrainer:\n  max_stepz: 3\n")
+    assert exit_code("--config-dir", str(tmp_path / "mine"), "experiment=bad", *TINY) == 2
+    assert 'bad.yaml", line 1' in capfd.readouterr().err
+    assert exit_code("--config-dir", str(tmp_path / "mine"), "experiment=typo", *TINY) == 2
+    assert "did you mean trainer.max_steps?" in capfd.readouterr().err
+    assert exit_code("--config-dir", str(tmp_path / "mine"), "experiment=typo", "modle=1", *TINY) == 2
+    err = capfd.readouterr().err
+    assert "modle: no such setting" in err
+    assert "trainer.max_stepz: nothing reads" in err
+
+
+# --- how a verb can end
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "message"),
+    [
+        ("done", 0, ""),
+        ("data", 2, "error: data.path: row 3 is bad; mend it\n"),
+        ("many", 2, "error: 2 settings are wrong\n  a: wrong\n  b: wrong\n"),
+        ("diverged", 1, "error: step 7: the loss is not finite\n"),
+        ("terminated", 143, ""),
+        ("interrupted", 130, ""),
+        ("ctrl_c", 130, ""),
+        ("left", 7, ""),
+    ],
+)
+def test_exit_codes(
+    function: str, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(monkeypatch, function) == code
+    assert capfd.readouterr().err == message
+
+
+def test_a_crash_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(monkeypatch, "broken") == 1
+    err = capfd.readouterr().err
+    assert "RuntimeError: out of luck" in err
+    assert "verb_functions.py" in err
+
+
+def test_hydra_full_error_brings_the_traceback_back(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert run_verb(monkeypatch, "data") == 2
+    err = capfd.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("error: data.path: row 3 is bad; mend it\n")
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def test_only_the_first_process_prints(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code("seed=x", *TINY) == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_the_environment_is_put_back() -> None:
+    argv = list(sys.argv)
+    assert exit_code("seed=x", *TINY) == 2
+    assert "HYDRA_FULL_ERROR" not in os.environ
+    assert sys.argv == argv
+
+
+def test_flags_may_stand_anywhere(capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("seed=1", "--cfg", "job", "name=x") == 0
+    out = capfd.readouterr().out
+    assert "seed: 1" in out
+    assert "name: x" in out
+
+
+def test_a_home_folder_is_understood(capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--cfg", "job", "data.path=~/pictures") == 0
+    assert f"path: {Path.home() / 'pictures'}" in capfd.readouterr().out
+
+
+# --- sweeps
+
+
+def test_jobs_of_a_sweep_are_named_by_what_they_vary(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = ["--multirun", "name=mine", "output_root=out", "seed=3,4", "tracker.uri=http://me:pa55w0rd@localhost"]
+    assert run_verb(monkeypatch, "done", *settings) == 0
+    assert capfd.readouterr().out == "seed 3\nseed 4\n"
+    sweep = tmp_path / "work" / "out" / "mine"
+    assert sorted(path.name for path in sweep.iterdir()) == ["seed=3", "seed=4"]  # and no multirun.yaml with passwords
+
+
+def test_a_sweep_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run_verb(monkeypatch, "done", "-m", "seed=1,2") == 0
+    (sweep,) = (tmp_path / "work" / "outputs").iterdir()
+    assert sweep.name.startswith("sweep-2")
+
+
+def test_one_bad_job_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(monkeypatch, "sometimes", "-m", "seed=1,2") == 2
+    out, err = capfd.readouterr()
+    assert out == "seed 2\n"
+    assert "error: seed 1 is bad" in err
+    assert "Traceback" not in err
+
+
+def test_an_interrupt_stops_the_sweep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(monkeypatch, "stopped", "-m", "seed=1,2") == 130
+    assert capfd.readouterr().out == "seed 1\n"
+
+
+# --- the real command
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["generate", "--cfg", "job"], ["seed=x"]])
+def test_answers_at_once_without_torch(arguments: list[str]) -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = in_process(*arguments)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == (2 if arguments == ["seed=x"] else 0), done.stderr
+    assert min(times) < 1.5
+    code = (
+        "import sys\nfrom kandinsky_exp import cli\n"
+        f"try: cli.main({arguments!r})\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_help_names_the_verbs_and_the_groups() -> None:
+    out = in_process("--help").stdout
+    for text in ["generate   make images", "model: decoder, prior", "experiment: demo_decoder", "max_steps: 15000"]:
+        assert text in out
+
+
+def test_version() -> None:
+    assert in_process("--version").stdout.startswith("kandinsky-exp ")
+
+
+@pytest.mark.parametrize(
+    ("line", "offer"),
+    [
+        ("kandinsky-exp gen", "generate"),
+        ("kandinsky-exp mod", "model="),
+        ("kandinsky-exp model=pr", "model=prior"),
+        ("kandinsky-exp train trainer.max_s", "trainer.max_steps="),
+        ("kandinsky-exp generate num_im", "num_images="),
+    ],
+)
+def test_shell_completion(line: str, offer: str) -> None:
+    assert offer in in_process("-sc", "query=bash", COMP_LINE=line).stdout.split()
+
+
+def test_a_mistake_in_a_process_of_its_own() -> None:
+    done = in_process("trainer.stepz=3", *TINY)
+    assert done.returncode == 2
+    assert done.stderr == "error: trainer.stepz: no such setting; did you mean trainer.max_steps?\n"
+
+
+def test_other_flags_of_hydra() -> None:
+    assert "Installed Hydra Plugins" in in_process("--info", "plugins").stdout
+    assert "output_subdir: null" in in_process("--cfg", "hydra").stdout
+    assert "seed: 0" not in in_process("--cfg", "job", "--package", "trainer").stdout

@@ -1,0 +1,399 @@
+"""Every yaml of conf/ composed and bound, the defaults of the contract, and the check of a config."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from kandinsky_exp import config, targets
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.fitting import fits, misfit
+from kandinsky_exp.schema import Optimizer, at_least
+
+CONF = Path(__file__).parent.parent / "conf"
+YAMLS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
+GROUPED = [name for name in YAMLS if "/" in name and not name.startswith("hydra/")]
+TINY = ["data=emoji", "weights=tiny", "tracker=none"]
+EXTRAS = {"optimizer/adamw_8bit": "bitsandbytes"}
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str, verb: str = "train") -> DictConfig:
+    return compose(verb, list(overrides))
+
+
+def problems(*overrides: str) -> list[str]:
+    return config.problems(composed(*TINY, *overrides))
+
+
+# --- conf/
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_opens_with_a_command_that_uses_it(name: str) -> None:
+    lines = (CONF / f"{name}.yaml").read_text().removeprefix("# @package _global_\n").splitlines()
+    assert lines[0].startswith("# kandinsky-exp ")
+    group, _, option = name.partition("/")
+    if option not in ("", "default"):
+        assert f"{group}={option}" in lines[0]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_every_option_composes_and_binds(name: str, tmp_path: Path) -> None:
+    group, _, option = name.partition("/")
+    overrides = [f"{group}={option}"]
+    if group not in ("data", "experiment"):
+        overrides += ["data=emoji"]
+    if name == "data/folder":
+        overrides += [f"data.path={tmp_path}"]
+    if name == "data/hub":
+        overrides += ["data.name=someone/something"]
+    found = config.problems(composed(*overrides))
+    if name in EXTRAS and find_spec(EXTRAS[name]) is None:
+        assert [text for text in found if f"'{EXTRAS[name]}', which is not installed; pip install" in text] == found
+        assert len(found) == 1
+    else:
+        assert found == []
+
+
+@pytest.mark.parametrize("name", [name for name in YAMLS if name.startswith("sweep/")])
+def test_every_value_of_a_sweep_is_good(name: str) -> None:
+    params = OmegaConf.load(CONF / f"{name}.yaml").hydra.sweeper.params
+    overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    assert overrides
+    for override in overrides:
+        values = list(override.sweep_string_iterator())
+        assert len(values) > 1
+        assert [problem for value in values for problem in problems(f"{override.key_or_group}={value}")] == []
+
+
+def test_generate_composes_and_binds() -> None:
+    assert config.problems(composed("weights=tiny", "prompts=[a fox]", verb="generate")) == []
+
+
+def test_defaults_of_the_contract() -> None:
+    values = config.flatten(composed())
+    expected = {
+        "name": None,
+        "output_root": "outputs",
+        "seed": 0,
+        "model._target_": "kandinsky_exp.stages.decoder.DecoderStage",
+        "model.snr_gamma": None,
+        "model.condition_dropout": 0.1,
+        "model.vlb_weight": 0.001,
+        "weights.prior": "kandinsky-community/kandinsky-2-2-prior",
+        "weights.decoder": "kandinsky-community/kandinsky-2-2-decoder",
+        "weights.prior_revision": None,
+        "weights.decoder_revision": None,
+        "weights.variant": None,
+        "data._target_": "kandinsky_exp.data.sources.folder",
+        "data.path": "???",
+        "data.image_column": "image",
+        "data.caption_column": "text",
+        "data.resolution": 512,
+        "data.max_samples": None,
+        "data.num_workers": 0,
+        "data.cache": True,
+        "optimizer._target_": "torch.optim.AdamW",
+        "optimizer.lr": 1e-5,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.betas": [0.9, 0.999],
+        "optimizer.eps": 1e-8,
+        "scheduler._target_": "kandinsky_exp.schedules.constant",
+        "scheduler.warmup_steps": 0,
+        "precision.mixed_precision": "no",
+        "adapter.name": "none",
+        "trainer.max_steps": 15000,
+        "trainer.max_epochs": None,
+        "trainer.batch_size": 1,
+        "trainer.grad_accumulation": 1,
+        "trainer.max_grad_norm": 1.0,
+        "trainer.gradient_checkpointing": False,
+        "trainer.compile": False,
+        "trainer.attention": "sdpa",
+        "trainer.ema_decay": None,
+        "trainer.log_every": 10,
+        "checkpoint.every": 500,
+        "checkpoint.keep": 3,
+        "checkpoint.resume": "auto",
+        "validation.every": 500,
+        "validation.prompts": [],
+        "validation.inference_steps": 25,
+        "validation.guidance_scale": 4.0,
+        "validation.seed": 0,
+        "validation.fraction": 0.05,
+        "tracker.name": "mlflow",
+        "tracker.experiment": "kandinsky-2-2",
+        "hub.push": False,
+        "hub.repo_id": None,
+    }
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_naruto_is_the_guides_command(stage: str) -> None:
+    values = config.flatten(composed(f"experiment=naruto_{stage}"))
+    expected = {
+        f"weights.{stage}": f"kandinsky-community/kandinsky-2-2-{stage}",
+        "data.name": "lambdalabs/naruto-blip-captions",
+        "data.resolution": 768,
+        "trainer.batch_size": 1,
+        "trainer.grad_accumulation": 4,
+        "trainer.gradient_checkpointing": stage == "decoder",
+        "trainer.max_steps": 15000,
+        "trainer.max_epochs": None,
+        "trainer.max_grad_norm": 1.0,
+        "trainer.ema_decay": None,
+        "optimizer._target_": "torch.optim.AdamW",
+        "optimizer.lr": 1e-5,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.betas": [0.9, 0.999],
+        "optimizer.eps": 1e-8,
+        "scheduler._target_": "kandinsky_exp.schedules.constant",
+        "scheduler.warmup_steps": 0,
+        "precision.mixed_precision": "fp16",
+        "precision.tf32": False,
+        "model.snr_gamma": None,
+        "model.condition_dropout": 0.0,
+        "checkpoint.every": 500,
+        "checkpoint.keep": 3,
+        "validation.prompts": ["A robot naruto, 4k photo"],
+        "hub.push": False,
+    }
+    assert {key: values[key] for key in expected} == expected
+    assert values.get("model.vlb_weight", 0.0) == 0.0
+    assert stage in values["model._target_"]
+
+
+# --- the check
+
+
+def test_everything_wrong_is_listed_at_once() -> None:
+    found = problems(
+        "trainer.max_steps=-1",
+        "optimizer.lr=abc",
+        "+modle=decoder",
+        "hub.push=true",
+        "+model.gamma=5",
+        "validation.prompts=nowhere.txt",
+        "optimizer._target_=no_such_package.Adam",
+    )
+    keys = [text.partition(":")[0] for text in found]
+    assert sorted(keys) == sorted(
+        [
+            "trainer.max_steps",
+            "optimizer.lr",
+            "modle",
+            "hub.repo_id",
+            "model.gamma",
+            "validation.prompts",
+            "optimizer._target_",
+        ]
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.validate(composed(*TINY, "trainer.max_steps=-1", "seed=x"))
+    assert len(caught.value.problems) == 2
+
+
+GOOD = [
+    "model.snr_gamma=5",
+    "trainer.max_grad_norm=null",
+    "trainer.ema_decay=0.999",
+    "adapter=lora adapter.rank=8",
+    "adapter=lora adapter.target_modules=[to_q,to_v]",
+    "optimizer=sgd +optimizer.dampening=0.1",
+    "optimizer=adafactor optimizer.beta1=0.9",
+    "optimizer._target_=torch.optim.RMSprop ~optimizer.betas",
+    "scheduler=cosine_with_restarts scheduler.num_cycles=4",
+    "tracker=mlflow tracker.uri=postgresql+psycopg2://me:secret@host/db",
+    "tracker=mlflow tracker.uri=http://localhost:5000",
+    "validation.fraction=0",
+    "validation.prompts=[]",
+    "name=run_1",
+    "model.condition_dropout=1",
+    "data.num_workers=2",
+    "weights.decoder=someone/some-model",
+]
+
+
+@pytest.mark.parametrize("line", GOOD)
+def test_accepts(line: str) -> None:
+    assert problems(*line.split(" ")) == []
+
+
+BAD = [  # (override, the message)
+    ("seed=-1", "seed: has to be a whole number, between 0 and 2^32 - 1, not -1"),
+    ("seed=1.5", "seed: has to be a whole number, between 0 and 2^32 - 1, not 1.5"),
+    ("trainer.max_steps=1e3", "trainer.max_steps: has to be a whole number, at least 1, not 1000.0; write 1000"),
+    ("trainer.max_steps=true", "trainer.max_steps: has to be a whole number, at least 1, not true"),
+    ("trainer.compile=yes", "trainer.compile: has to be true or false, not 'yes'"),
+    ("trainer.compile=1", "trainer.compile: has to be true or false, not 1"),
+    ("trainer.batch_size=null", "trainer.batch_size: has to be a whole number, at least 1, not null"),
+    ("optimizer.lr=0", "optimizer.lr: has to be a number, above 0, not 0"),
+    ("optimizer.lr=inf", "optimizer.lr: has to be a number, above 0, not inf"),
+    ("optimizer.lr=nan", "optimizer.lr: has to be a number, above 0, not nan"),
+    ("name=2024", "as text it needs quotes inside the shell's: '\"2024\"'"),
+    ("name=a/b", "name: has to be text, without any of /"),
+    ("checkpoint.resume=", "checkpoint.resume: has to be text"),
+    ("data.cache_dtype=int8", "data.cache_dtype: has to be one of fp16, fp32, not 'int8'"),
+    ("optimizer.betas=[0.9]", "optimizer.betas: has to be a list of numbers, two of them, each at least 0 and below 1"),
+    ("adapter.rank=8", "adapter.rank: is set, but adapter=none trains all weights; add adapter=lora"),
+    ("~trainer.max_steps", "trainer.max_steps: is missing"),
+    ("+trainer.max_step=3", "trainer.max_step: nothing reads this key; remove it; did you mean trainer.max_steps?"),
+    ("tracker.uri=runs", "tracker.uri: 'runs' is no address"),
+    ("validation.prompts=a fox", "there is no text file 'a fox'; a list of prompts is written 'validation.prompts="),
+    ("weights.prior=not/a/folder", "weights.prior: there is no folder 'not/a/folder'"),
+    ("+optimizer.foo=1", "optimizer.foo: torch.optim.AdamW takes no such argument, it takes lr, betas"),
+    ("+optimizer.params=[]", "optimizer.params: is handed over by the run itself; remove it"),
+    ("+optimizer.amsgrad=3", "optimizer.amsgrad: has to be true or false, not 3"),
+    ("+optimizer._partail_=true", "optimizer._partail_: no such key; did you mean _partial_?"),
+    ("optimizer._target_=torch.optim.adamw", "optimizer._target_: torch.optim.adamw cannot be called"),
+    ("optimizer._target_=torch.optim.AdamX", "optimizer._target_: there is no 'AdamX' in torch.optim; did you mean"),
+    ("optimizer._target_=AdamW", "optimizer._target_: has to be package.module.name, not 'AdamW'"),
+    ("optimizer._target_=null", "optimizer._target_: has to be text, not null"),
+    ("seed=${sed}", "seed: Interpolation key 'sed' not found"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD)
+def test_refuses(override: str, message: str) -> None:
+    found = problems(override)
+    assert len([text for text in found if message in text]) == 1, found
+    assert all(override.lstrip("+~").split("=")[0] in text for text in found)
+
+
+def test_missing_path_says_what_to_give() -> None:
+    (found,) = config.problems(composed())
+    assert found.startswith("data.path: is not set; give the folder of your images")
+
+
+def test_packages_that_are_not_installed() -> None:
+    if find_spec("xformers") is None:
+        (found,) = problems("trainer.attention=xformers")
+        assert 'xformers is not installed; pip install "kandinsky-exp[xformers]"' in found
+    if find_spec("bitsandbytes") is None:
+        (found,) = problems("optimizer=adamw_8bit")
+        assert 'pip install "kandinsky-exp[bitsandbytes]"' in found
+
+
+def test_files_are_looked_for(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox, in snow\n")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert problems(f"validation.prompts={prompts}") == []
+    assert "is empty" in problems(f"validation.prompts={empty}")[0]
+    assert "not a text file" in problems(f"validation.prompts={binary}")[0]
+    assert "is a file" in problems(f"output_root={prompts}")[0]
+    assert "there is no folder" in config.problems(composed(f"data.path={tmp_path / 'nowhere'}"))[0]
+    assert "no folder" in problems(f"checkpoint.resume={tmp_path / 'nowhere'}")[0]
+
+
+def test_generate_wants_prompts() -> None:
+    found = config.problems(composed("weights=tiny", verb="generate"))
+    assert found == ["prompts: is empty; give a list, or a text file with one prompt per line"]
+
+
+def test_a_users_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_parts.py").write_text("class Mine:\n    def __init__(self, params, lr: float, **other): ...\n")
+    (tmp_path / "my_broken.py").write_text("import no_such_thing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = ["optimizer._target_=my_parts.Mine", "+optimizer.anything=goes"]
+    assert problems(*mine) == []
+    (found,) = problems("optimizer._target_=my_broken.Mine")
+    assert "importing my_broken failed: ModuleNotFoundError: No module named 'no_such_thing'" in found
+
+
+def test_nested_targets_are_found() -> None:
+    values = {"a": {"_target_": "x.Y", "b": [{"_target_": "z.Z"}]}, "c": 1}
+    assert [key for key, _ in targets.nodes(values)] == ["a", "a.b.0"]
+    assert targets.check("a", {"_target_": "fractions.Fraction", "numerator": 1}) == []
+    assert targets.check("optimizer", {"_target_": "torch.optim.AdamW", "lr": 1}, Optimizer) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        (1, float, True),
+        (True, int, False),
+        (True, float, False),
+        ("1e-5", float, False),
+        (None, float | None, True),
+        ([0.9, 0.99], tuple[float, float], True),
+        ([0.9], tuple[float, float], False),
+        (["a"], list[str], True),
+        ([1], list[str], False),
+        ("a", Literal["a", "b"], True),
+        (1, Literal[True], False),
+        (0, Annotated[int, at_least(1)], False),
+        ("abc", Any, True),
+        ({}, dict[str, int], True),
+        ("x", Path, True),
+    ],
+)
+def test_fits(value: Any, annotation: Any, expected: bool) -> None:
+    assert fits(value, annotation) is expected
+    assert (misfit(value, annotation) is None) is expected
+
+
+# --- forms
+
+
+def test_flat_and_written_forms_hide_passwords() -> None:
+    cfg = composed(*TINY, "tracker.uri=postgresql+psycopg2://me:pa55w0rd@host/db", "validation.prompts=[a, b]")
+    flat = config.flatten(cfg)
+    assert flat["tracker.uri"] == "postgresql+psycopg2://me:***@host/db"
+    assert flat["validation.prompts"] == ["a", "b"]
+    assert "pa55w0rd" not in config.to_yaml(cfg)
+    assert cfg.tracker.uri.count("pa55w0rd") == 1  # the run itself still has it
+
+
+def test_written_form_is_resolved_and_loads_again() -> None:
+    cfg = composed("weights=tiny", "prompts=[a]", verb="generate")
+    text = config.to_yaml(cfg)
+    assert "${" not in text
+    assert OmegaConf.to_container(OmegaConf.create(text)) == OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("lr", "optimizer.lr"),
+        ("trainer.lr", "optimizer.lr"),
+        ("trainer.stepz", "trainer.max_steps"),
+        ("learning_rate", "optimizer.lr"),
+        ("mixed_precision", "precision"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("validation.prompt", "validation.prompts"),
+        ("epochs", "trainer.max_epochs"),
+    ],
+)
+def test_suggestions(typed: str, meant: str) -> None:
+    assert config.suggest(typed, config.all_keys()) == f"; did you mean {meant}?"
+
+
+def test_no_far_fetched_suggestion() -> None:
+    assert config.suggest("foo.bar.baz", config.all_keys()) == ""
+
+
+def test_imports_no_torch() -> None:
+    code = (
+        "import sys, kandinsky_exp.cli, kandinsky_exp.config, kandinsky_exp.errors\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'mlflow', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
