@@ -22,14 +22,14 @@ def group(*names: str) -> list[str]:
 
 def project_environment(session: nox.Session) -> str:
     """The Python of an environment that `types`, `tests` and `demo` share: torch is large, one copy is enough."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - nox itself runs on older ones
         session.error(f"kandinsky-exp needs Python 3.11 or newer; this nox runs on {sys.version.split()[0]}")
     home = Path(".nox", f"project-{sys.version_info.major}.{sys.version_info.minor}").absolute()
     python = str(home / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     if not Path(python).exists():
         session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(home))
     install = [python, "-m", "pip", "install", "--quiet", *CONSTRAINTS]
-    session.run_install(*install, "-e", ".", *group("types", "tests"))
+    session.run_install(*install, "-e", ".", *group("types", "tests"), silent=True)
     return python
 
 
@@ -53,7 +53,9 @@ def tests(session: nox.Session) -> None:
     python = project_environment(session)
     # One thread each: two workers on two cores leave none for more.
     env = QUIET | {"OMP_NUM_THREADS": "1"}
-    session.run(python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--durations", "15", *session.posargs, env=env)
+    session.run(
+        python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--durations", "15", *session.posargs, env=env
+    )
 
 
 @nox.session(venv_backend="none", default=False)

@@ -38,7 +38,7 @@ def attach_lora(
     nn.Module.to(network, dtype)  # diffusers' own `to` warns of modules to keep in float32, of which there are none
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # peft divides by it: floats are fine
         lora_dropout=dropout,
         target_modules=list(target_modules or ATTENTION),
         use_dora=use_dora,
@@ -79,7 +79,7 @@ def load(network: Any, folder: Path) -> None:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        result = set_peft_model_state_dict(network, load_file(folder / WEIGHTS_NAME))
+        result: Any = set_peft_model_state_dict(network, load_file(folder / WEIGHTS_NAME))
         lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
         if lost:
             raise ValueError(f"{folder / WEIGHTS_NAME} is another adapter: {len(lost)} tensors such as {lost[0]}")

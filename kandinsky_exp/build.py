@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -102,6 +102,8 @@ def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     """The stage, with its network as it will train: adapter, attention, checkpointing."""
     made: DiffusionStage = instantiate(cfg.model, _convert_="all")(parts, resolution=cfg.data.resolution)
     if cfg.adapter.name != "none":
+        # Loading may have drawn random numbers, or not, where a cache was warm: the adapter starts from the seed alone.
+        set_seed(cfg.seed)
         adapters.attach_lora(
             made.network,
             rank=cfg.adapter.rank,
@@ -136,8 +138,10 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
 def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: Accelerator) -> torch.optim.Optimizer:
     settings = OmegaConf.to_container(cfg.optimizer, resolve=True)
     assert isinstance(settings, dict)
-    if "fused" in settings and settings["fused"] is None:
-        settings["fused"] = device.device.type in ("cuda", "cpu", "mps", "xpu")
+    if settings.get("fused", False) is None:
+        del settings["fused"]
+        if "fused" in inspect.signature(get_class(cfg.optimizer._target_)).parameters:
+            settings["fused"] = device.device.type in ("cuda", "cpu", "mps", "xpu")
     try:
         made: torch.optim.Optimizer = instantiate(settings, _convert_="all")(trainable)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -222,6 +222,8 @@ def _check_prompts(key: str, prompts: Any) -> str | None:
 
 def _check_weights(good: Values) -> Iterator[tuple[str, str]]:
     sides: tuple[weights.Side, ...] = ("prior", "decoder")
+    if good["model._target_"].endswith(".PriorStage") and not good.get("validation.prompts"):
+        sides = ("prior",)  # nothing will be drawn: the decoder is never opened
     for side in sides:
         source = good.get(f"weights.{side}")
         if source is not None and (problem := weights.check_source(source, side)):

@@ -6,6 +6,7 @@ Both trainings are plain runs of the command (`experiment=demo_prior`, `experime
 every training caption through both results and counts how many pictures can be told apart.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -18,11 +19,11 @@ from PIL import Image
 
 from kandinsky_exp import cli, mlflow_names, pipelines, processes, store, tracking, workspace
 from kandinsky_exp.data import sources
-from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.validation import to_image
 from kandinsky_exp.weights import Weights
 
+EXPERIMENTS = ("demo_prior", "demo_decoder")
 RESOLUTION = 64  # pixels
 THREADS = 2  # more gain nothing at this size
 METRIC = "demo/retrieval"
@@ -55,7 +56,7 @@ def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | N
         captions: draw the first so many only.
     """
     started = time.monotonic()
-    for experiment in ("demo_prior", "demo_decoder"):
+    for experiment in EXPERIMENTS:
         cli.main(["train", f"experiment={experiment}", f"output_root={output_root}", *overrides])
     seconds = time.monotonic() - started
     splits = sources.emoji()
@@ -89,7 +90,9 @@ def draw(output_root: Path, captions: list[str]) -> list[Image.Image]:
 
 def nearest_pictures(images: Sequence[Image.Image], pictures: Sequence[Image.Image]) -> list[int]:
     """For each image the number of the picture with the smallest mean squared difference of pixels."""
-    drawn, originals = (np.stack([np.asarray(item, dtype=np.float32) for item in group]) for group in (images, pictures))
+    drawn, originals = (
+        np.stack([np.asarray(item, dtype=np.float32) for item in group]) for group in (images, pictures)
+    )
     return [int(np.square(originals - image).mean(axis=(1, 2, 3)).argmin()) for image in drawn]
 
 
@@ -128,21 +131,29 @@ def record(output_root: Path, folder: Path, score: float) -> None:
         client.log_image(run.run_id, grid.convert("RGB"), key=key, step=run.step, synchronous=True)
 
 
+def summary(outcome: Outcome, output_root: Path) -> str:
+    """Three lines: where the pictures are, the score, how to open the UI."""
+    count = len(outcome.images)
+    uri = shlex.quote(tracking.default_uri(output_root))
+    return "\n".join(
+        [
+            f"pictures: {outcome.folder / 'grid.png'} (left the original, right what was drawn from its caption)",
+            f"score:    {round(outcome.score * count)} of {count} are nearest to their own original among all 80 "
+            f"({METRIC} {outcome.score:.2f}, chance 0.01), after {outcome.seconds:.0f} s of training",
+            f"runs:     {shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {uri}",
+        ]
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the demo in `outputs/`, and says in three lines what came of it."""
     overrides = list(sys.argv[1:] if arguments is None else arguments)
-    if any(item.startswith(("name=", "output_root=")) for item in overrides):
-        raise SystemExit(f"error: {ConfigError('name, output_root: the demo sets them itself; leave them out')}")
+    if any(item.startswith(("name=", "output_root=", "tracker.uri=")) for item in overrides):
+        print("error: name, output_root and tracker.uri are the demo's own; leave them out", file=sys.stderr)
+        sys.exit(2)
     torch.set_num_threads(THREADS)
     output_root = Path("outputs").absolute()
-    outcome = run_demo(output_root, overrides)
-    hits = round(outcome.score * len(outcome.images))
-    print(f"pictures: {outcome.folder / 'grid.png'} (original left, drawn from its caption right)")
-    print(
-        f"score:    {hits} of {len(outcome.images)} are nearest to their own original among all 80 of the set "
-        f"({METRIC} {outcome.score:.2f}, chance 0.01), after {outcome.seconds:.0f} s of training"
-    )
-    print(f"runs:     mlflow ui --backend-store-uri {tracking.default_uri(output_root)}")
+    print(summary(run_demo(output_root, overrides), output_root))
 
 
 if __name__ == "__main__":

@@ -43,4 +43,7 @@ class Interrupted(BaseException):
 
     def __init__(self, signal_number: int) -> None:
         self.signal_number = signal_number
-        super().__init__(f"stopped by signal {signal_number}")
+        super().__init__(signal_number)
+
+    def __str__(self) -> str:
+        return f"stopped by signal {self.signal_number}"

@@ -31,11 +31,13 @@ class Origin:
         base: a source as `Weights` takes it.
         network: folder of the trained network or adapter that goes in, None for the base's own.
         run_id: MLflow run that trained it.
+        run_folder: of the run that trained it.
     """
 
     base: str
     network: Path | None = None
     run_id: str | None = None
+    run_folder: Path | None = None
 
 
 def generate(cfg: DictConfig) -> float:
@@ -51,7 +53,7 @@ def generate(cfg: DictConfig) -> float:
     processes.quiet_libraries()
     with processes.stop_signals():
         prompts = [prompt for prompt in build.prompts(cfg.prompts) for _ in range(cfg.num_images)]
-        origins: dict[Side, Origin] = {side: find_origin(cfg, side) for side in NETWORK}
+        origins = find_origins(cfg)
         weights = build.weights(cfg)
         weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
         images = draw(cfg, weights, origins, prompts)
@@ -69,10 +71,20 @@ def generate(cfg: DictConfig) -> float:
     return float(len(images))
 
 
-def find_origin(cfg: DictConfig, side: Side) -> Origin:
+def find_origins(cfg: DictConfig) -> dict[Side, Origin]:
+    """Both sides. One that is not given is what the other's run started from, or else the `weights` group's."""
+    given: dict[Side, Origin] = {side: find_origin(cfg, side, cfg[side]) for side in NETWORK if cfg[side] is not None}
+    partners = [origin.run_folder for origin in given.values() if origin.run_folder is not None]
+    for side in NETWORK:
+        if side not in given:
+            source = OmegaConf.load(partners[0] / "config.yaml").weights[side] if partners else cfg.weights[side]
+            given[side] = find_origin(cfg, side, source)
+    return given
+
+
+def find_origin(cfg: DictConfig, side: Side, source: str) -> Origin:
     """Tell a run folder, a checkpoint, an MLflow run id, a hub id and a diffusers folder apart."""
-    source = str(cfg[side])
-    if source == "tiny" or (is_hub_id(source) and not Path(source).exists()):
+    if source == "tiny" or is_hub_id(source):
         return Origin(source)
     run_id = None
     if RUN_ID.fullmatch(source) and not Path(source).exists():
@@ -84,8 +96,9 @@ def find_origin(cfg: DictConfig, side: Side) -> Origin:
         return Origin(checked(source, side))
     run_id = run_id or record.run_id
     if folder == run_folder and (folder / "pipeline").is_dir() and check_source(source, side) is None:
-        return Origin(source, run_id=run_id)
-    return Origin(base_of(run_folder, side), trained_network(folder, side), run_id)
+        return Origin(source, None, run_id, run_folder)
+    base = checked(str(OmegaConf.load(run_folder / "config.yaml").weights[side]), side)
+    return Origin(base, trained_network(folder, side), run_id, run_folder)
 
 
 def checked(source: str, side: Side) -> str:
@@ -113,11 +126,6 @@ def trained_network(folder: Path, side: Side) -> Path:
 def stage_of(run_folder: Path) -> str:
     saved = OmegaConf.load(run_folder / "config.yaml")
     return "prior" if str(saved.model._target_).endswith("PriorStage") else "decoder"
-
-
-def base_of(run_folder: Path, side: Side) -> str:
-    """The weights that a run started from."""
-    return checked(str(OmegaConf.load(run_folder / "config.yaml").weights[side]), side)
 
 
 def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:

@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> float:
             if space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps:
                 return nothing_left(space)
             tracker = start_tracker(cfg, accelerator, space)
-            with recorded(space, accelerator), tracking.tracked(tracker):
+            with tracking.tracked(tracker), recorded(space, accelerator):
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
                 train_rows, held_rows = build.readers(cfg, splits, stage, accelerator, logger.info)
@@ -190,7 +190,9 @@ def describe(
     tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
     for context, source in (("training", splits.train), ("validation", splits.validation)):
         if source is not None:
-            tracker.log_dataset(source.name, source.fingerprint, source.name, len(source), context)
+            local = Path(source.name).exists()
+            name, origin = (Path(source.name).name, source.name) if local else (source.name, source.name.rpartition("/")[0])
+            tracker.log_dataset(name, source.fingerprint, origin, len(source), context)
 
 
 class Events:

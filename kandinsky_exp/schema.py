@@ -213,8 +213,8 @@ class Generate:
     weights: Weights
     precision: Precision
     tracker: Tracker
-    prior: Text
-    decoder: Text
+    prior: Text | None
+    decoder: Text | None
     prompts: Prompts
     negative_prompt: str
     num_images: Count

@@ -81,9 +81,11 @@ class Validator:
     def _draw(self, step: int) -> None:
         network = self.accelerator.unwrap_model(self.training.network)
         network.eval()
-        with self.accelerator.autocast():
-            drawn = self.training.stage.sample(network, list(self.prompts), self.settings) if self.prompts else []
-            redrawn = self._reconstruct()
+        drawn: list[Image.Image] = []
+        if self.prompts:
+            with self.accelerator.autocast():
+                drawn = self.training.stage.sample(network, list(self.prompts), self.settings)
+        redrawn = self._reconstruct()
         network.train()
         if not drawn and not redrawn:
             return
@@ -110,7 +112,8 @@ class Validator:
         # Other noise than the prompts have, so that a shared flaw of the noise cannot pass for a success.
         settings = replace(self.settings, seed=self.settings.seed + 1)
         network = self.accelerator.unwrap_model(self.training.network)
-        images: list[Image.Image] = reconstruct(network, embeds, settings)
+        with self.accelerator.autocast():
+            images: list[Image.Image] = reconstruct(network, embeds, settings)
         originals = [to_image(self.held_out.image(row), self.settings.width) for row in rows]
         return list(zip(images, originals, strict=True))
 

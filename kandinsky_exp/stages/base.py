@@ -1,7 +1,7 @@
 """The seam between the loop and what is trained, and the part of the objective that both stages share.
 
-The loop prepares `stage.network` and hands the prepared network back in. A stage reads features, never pixels: they come
-from a cache or from `encode` on the fly, and the loss cannot tell. A third stage is one subclass and one yaml.
+The loop prepares `stage.network` and hands the prepared network back in. A stage reads features, never pixels: they
+come from a cache or from `encode` on the fly, and the loss cannot tell. A third stage is one subclass and one yaml.
 """
 
 from abc import ABC, abstractmethod
@@ -117,6 +117,13 @@ class DiffusionStage(ABC):
 
     @abstractmethod
     def encode(self, examples: dict[str, Tensor]) -> Features: ...
+
+    @abstractmethod
+    def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]: ...
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
 
     def null_condition(self) -> Features:
         if self._null is None:

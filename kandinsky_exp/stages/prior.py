@@ -43,7 +43,7 @@ class PriorStage(DiffusionStage):
         self.preprocess = Preprocess(weights.load("image_processor"), weights.load("tokenizer"), None)
 
     def _freeze_statistics(self, network: Any) -> None:
-        """`clip_mean` and `clip_std` are parameters that no forward uses: trainable, they break distributed training."""
+        """No forward uses the parameters `clip_mean` and `clip_std`: trainable, they break distributed training."""
         network.clip_mean.requires_grad_(False)
         network.clip_std.requires_grad_(False)
         if not bool((network.clip_std > 0).all()):
@@ -75,8 +75,8 @@ class PriorStage(DiffusionStage):
         return self.encode(tokens)
 
     def clean(self, features: Features) -> Tensor:
-        embeds = features["image_embeds"].float()
-        return (embeds - self.mean) / self.std
+        normalised: Tensor = (features["image_embeds"].float() - self.mean) / self.std
+        return normalised
 
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, features: Features) -> Tensor:
         output: Tensor = network(

@@ -1,0 +1,111 @@
+"""`kandinsky-exp generate`: every kind of source on either side."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import client, composed, runs, train
+
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.generate import generate
+
+STEPS = ["inference_steps=2", "prior_inference_steps=2", "prompts=[a red heart, a dog]"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate")
+    for stage in ("prior", "decoder"):
+        train(folder, f"model={stage}", f"name={stage}", "trainer.ema_decay=0.5")
+    train(folder, "model=prior", "name=lora", "adapter=lora", "optimizer.lr=1")
+    return folder
+
+
+def drawn(root: Path, name: str, *overrides: str) -> list[np.ndarray]:
+    cfg = composed(root, f"name={name}", *STEPS, *overrides, verb="generate", small=[])
+    count = generate(cfg)
+    images = []
+    for index in range(int(count)):
+        with Image.open(root / "generate" / name / f"{index:02d}.png") as image:
+            images.append(np.asarray(image))
+    return images
+
+
+def test_tiny_pair(root: Path) -> None:
+    images = drawn(root, "tiny", "weights=tiny", "num_images=2")
+    assert len(images) == 4
+    assert images[0].shape == (64, 64, 3)
+    assert not np.array_equal(images[0], images[1]), "two images of one prompt start from other noise"
+    folder = root / "generate" / "tiny"
+    assert (folder / "prompts.txt").read_text().splitlines()[2] == "02.png\ta dog"
+    assert (folder / "grid.png").is_file()
+
+
+def test_same_seed_same_images(root: Path) -> None:
+    first, second, third = (
+        drawn(root, name, "weights=tiny", f"seed={seed}") for name, seed in (("s0", 1), ("s1", 1), ("s2", 2))
+    )
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, third)
+
+
+def test_run_folder_checkpoint_run_id_and_pipeline_agree(root: Path) -> None:
+    run_id = next(run.info.run_id for run in runs(root) if run.info.run_name == "decoder")
+    sources = {
+        "run": root / "decoder",
+        "checkpoint": root / "decoder" / "checkpoints" / "step-00000004",
+        "id": run_id,
+        "pipeline": root / "decoder" / "pipeline",
+    }
+    images = {name: drawn(root, f"from-{name}", "weights=tiny", f"decoder={source}") for name, source in sources.items()}
+    assert all(np.array_equal(images["run"], other) for other in images.values())
+    earlier = drawn(root, "early", "weights=tiny", f"decoder={root}/decoder/checkpoints/step-00000002")
+    assert not np.array_equal(images["run"], earlier)
+
+
+def test_the_other_side_defaults_to_what_the_run_started_from(root: Path) -> None:
+    assert np.array_equal(
+        drawn(root, "implied", f"prior={root}/prior"), drawn(root, "explicit", f"prior={root}/prior", "decoder=tiny")
+    )
+
+
+def test_adapter_run(root: Path) -> None:
+    with_adapter = drawn(root, "lora", f"prior={root}/lora")
+    assert not np.array_equal(with_adapter, drawn(root, "base", "weights=tiny"))
+
+
+def test_negative_prompt_size_and_file_of_prompts(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat, sitting\n")
+    images = drawn(root, "file", "weights=tiny", f"prompts={file}", "negative_prompt=blue", "height=96", "width=64")
+    assert [image.shape for image in images] == [(96, 64, 3)]
+    assert not np.array_equal(
+        images, drawn(root, "plain", "weights=tiny", f"prompts={file}", "height=96", "width=64")
+    )
+
+
+def test_images_can_be_logged_to_the_run_that_made_them(root: Path) -> None:
+    drawn(root, "logged", f"decoder={root}/decoder", "log_to_run=true")
+    run_id = next(run.info.run_id for run in runs(root) if run.info.run_name == "decoder")
+    logged = {file.path for file in client(root).list_artifacts(run_id, "generate/logged")}
+    assert "generate/logged/grid.png" in logged
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["weights=tiny", "decoder={root}/prior"], "decoder: .*missing|decoder: .*no trained decoder"),
+        (["weights=tiny", "prior={root}/nowhere"], "prior: there is no folder"),
+        (["weights=tiny", "decoder=0123456789abcdef0123456789abcdef"], "has no run 0123"),
+        (["weights=tiny", "decoder={root}/prior/checkpoints/step-00000004"], "holds no trained decoder"),
+        (["weights=tiny", "log_to_run=true"], "log_to_run: neither"),
+        (["weights=tiny", "prompts=[]"], "prompts: is empty"),
+        (["weights=tiny", "prompts=missing.txt"], "prompts: there is no text file"),
+        (["weights=tiny", "height=63"], "height: has to be a whole number, a multiple of 8"),
+        (["prior=nobody/nothing", "decoder=tiny"], "could not be fetched from the hub"),
+    ],
+)
+def test_bad_sources(root: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        drawn(root, "bad", *(text.format(root=root) for text in overrides))

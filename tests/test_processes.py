@@ -1,0 +1,121 @@
+"""Runs as users start them: processes, signals, launchers, sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from running import SMALL, history, network, runs, train
+
+COMMAND = [sys.executable, "-m", "kandinsky_exp"]
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_two_processes_train_one_run(stage: str, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "kandinsky_exp", "train"]
+    output = finish(start(
+        *launch, *SMALL, f"model={stage}", f"output_root={tmp_path}", "trainer.batch_size=2", "trainer.log_every=1",
+        "validation.prompts=[a dog]", "trainer.grad_accumulation=2", "trainer.ema_decay=0.9",
+    ))  # fmt: skip
+    (found,) = runs(tmp_path)
+    assert found.info.status == "FINISHED", output
+    folders = [path for path in tmp_path.iterdir() if (path / "run.json").is_file()]
+    assert len(folders) == 1
+    assert (folders[0] / "pipeline" / "model_index.json").is_file()
+    assert list(history(tmp_path, found.info.run_id, "train/loss")) == [1, 2, 3, 4]
+    # Shared out over two processes, the fixed-noise loss of the untrained network is the same number.
+    alone = tmp_path / "alone"
+    train(alone, f"model={stage}", "trainer.max_steps=1", "validation.every=1", "checkpoint.every=1")
+    shared = history(tmp_path, found.info.run_id, "validation/loss")[0]
+    assert shared == pytest.approx(history(alone, runs(alone)[0].info.run_id, "validation/loss")[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_a_checkpoint_and_its_exit_code(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    process = start(*COMMAND, *SMALL, "model=prior", f"output_root={tmp_path}", "name=p", "trainer.max_steps=1000000",
+                    "validation.every=1000000", "checkpoint.every=1000000")  # fmt: skip
+    log = tmp_path / "p" / "train.log"
+    wait_until(lambda: log.is_file() and "step 2 of" in log.read_text(), process)
+    sent = time.monotonic()
+    process.send_signal(number)
+    output = finish(process)
+    assert time.monotonic() - sent < 20
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    (found,) = runs(tmp_path)
+    assert found.info.status == "KILLED"
+    assert json.loads((tmp_path / "p" / "run.json").read_text())["status"] == "KILLED"
+    assert len(list((tmp_path / "p" / "checkpoints").glob("step-*"))) == 1
+
+
+def wait_until(condition: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_path: Path) -> None:
+    train(tmp_path, "model=prior", "tracker=none", "name=encodes")
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    for name in ("mlflow", "datasets"):
+        (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name='{name}')\n")
+    paths = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
+    process = start(*COMMAND, *SMALL, "model=prior", "tracker=none", "name=p", f"output_root={tmp_path}", PYTHONPATH=paths)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert not (tmp_path / "mlflow.db").exists()
+    assert (tmp_path / "p" / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_multirun_leaves_one_parent_and_a_folder_per_job(tmp_path: Path) -> None:
+    process = start(*COMMAND, "--multirun", *SMALL, f"output_root={tmp_path}", "name=sweep", "model=prior,decoder",
+                    "model.snr_gamma=null,5")  # fmt: skip
+    output = finish(process)
+    assert process.returncode == 0, output
+    jobs = {"model=prior,model.snr_gamma=null", "model=prior,model.snr_gamma=5"}
+    jobs |= {job.replace("prior", "decoder") for job in jobs}
+    made = {path.name: path for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
+    assert {frozenset(name.split(",")) for name in made} == {frozenset(name.split(",")) for name in jobs}
+    assert all((path / "pipeline").is_dir() for path in made.values())
+    found = runs(tmp_path)
+    (parent,) = (run for run in found if run.info.run_name == "sweep")
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.info.run_name for run in children} == set(made)
+    assert {run.info.status for run in found} == {"FINISHED"}
+    prior = [path for name, path in made.items() if "model=prior" in name]
+    weights = [network(path / "pipeline" / "prior") for path in prior]
+    assert any(not weights[0][key].equal(weights[1][key]) for key in weights[0])
+
+
+def test_a_store_that_does_not_answer_is_found_at_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    process = start(*COMMAND, *SMALL, f"output_root={tmp_path}", "name=p", "tracker.uri=http://127.0.0.1:9")
+    output = finish(process)
+    assert process.returncode == 2, output
+    assert "http://127.0.0.1:9" in output
+    assert "Traceback" not in output
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "p").exists()
