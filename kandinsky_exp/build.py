@@ -25,7 +25,7 @@ from kandinsky_exp.errors import ConfigError, DataError
 from kandinsky_exp.loop import LoopSettings, Training
 from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.stages.base import DiffusionStage, Features, enable_attention
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.weights import PARTS, Weights, side_parts
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)  # other processes wait while the first encodes or draws images
 
@@ -58,6 +58,22 @@ def weights(cfg: DictConfig) -> Weights:
     sources = {key: cfg.weights[key] for key in ("prior", "decoder", "prior_revision", "decoder_revision", "variant")}
     cache_folder = Path(cfg.output_root).expanduser() / "cache"
     return Weights(**sources, cache_folder=cache_folder, frozen_dtype=cfg.precision.frozen_dtype)
+
+
+def fetch(cfg: DictConfig, parts: Weights) -> None:
+    """Have every part that the run will need on this machine, the result's included, before anything starts.
+
+    Raises:
+        ConfigError: a hub repository cannot be reached or has no such part.
+    """
+    cls = stage_class(cfg)
+    needed = {cls.part, *cls.encoders, *side_parts(PARTS[cls.part][0])}
+    draws_images = bool(prompts(cfg.validation.prompts))
+    leaves_a_combined_pipeline = cls.part == "unet" and cfg.adapter.name == "none"
+    if draws_images or leaves_a_combined_pipeline:
+        needed |= set(PARTS)
+    for part in sorted(needed):
+        parts.folder(part)
 
 
 def data(cfg: DictConfig) -> sources.Splits:
@@ -109,7 +125,7 @@ def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
             rank=cfg.adapter.rank,
             alpha=cfg.adapter.alpha,
             dropout=cfg.adapter.dropout,
-            target_modules=OmegaConf.to_object(cfg.adapter.target_modules) if cfg.adapter.target_modules else None,
+            target_modules=None if cfg.adapter.target_modules is None else list(cfg.adapter.target_modules),
             use_dora=cfg.adapter.name == "dora",
             dtype=getattr(torch, cfg.precision.frozen_dtype),
         )
@@ -206,7 +222,7 @@ class FeatureReader:
         )
         loader = DataLoader(
             self.dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             num_workers=cfg.data.num_workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
@@ -229,7 +245,7 @@ class FeatureReader:
 def readers(
     cfg: DictConfig, splits: sources.Splits, made: DiffusionStage, device: Accelerator, log: Any
 ) -> tuple[FeatureReader, FeatureReader | None]:
-    """Training and held-out features; encodes what is not cached yet. Called by every process; the first one encodes."""
+    """Training and held-out features. Every process calls this; the first one encodes what is not cached yet."""
     encoder = made.weights.fingerprint(made.encoders)
     cache = Path(cfg.output_root).expanduser() / "cache"
 
@@ -269,7 +285,7 @@ def encoders_for(made: DiffusionStage, folder: Path, device: Accelerator) -> Any
 def null_condition(made: DiffusionStage, file: Path) -> Features:
     """The null condition, kept beside the caches: a run from cached features loads no encoder for it."""
     if file.is_file():
-        return load_file(file)
+        return dict(load_file(file))
     features = {key: value.cpu() for key, value in made.encode_null().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".part")

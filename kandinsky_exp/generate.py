@@ -138,7 +138,9 @@ def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:
     try:
         folder = client.get_run(run_id).data.tags.get("run_folder")
     except MlflowException as error:
-        raise ConfigError(f"{side}: the store {mlflow_names.masked(uri)} has no run {run_id}; set tracker.uri") from error
+        raise ConfigError(
+            f"{side}: the store {mlflow_names.masked(uri)} has no run {run_id}; set tracker.uri"
+        ) from error
     if folder is None or not Path(folder).is_dir():
         raise ConfigError(f"{side}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")
     return str(folder)
@@ -151,12 +153,14 @@ def draw(cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts
     prior = pipelines.SampleSettings(
         inference_steps=cfg.prior_inference_steps, guidance_scale=cfg.prior_guidance_scale, seed=cfg.seed
     )
-    with placed(weights, ("text_encoder", "image_encoder"), load_network(weights, "prior", origins["prior"]), device) as net:
+    prior_net = load_network(weights, "prior", origins["prior"])
+    with placed(weights, ("text_encoder", "image_encoder"), prior_net, device) as net:
         embeds = pipelines.embed_prompts(
             pipelines.prior_pipeline(weights, net), prompts, prior, negative_prompt=cfg.negative_prompt or None
         )
     weights.release(("text_encoder", "image_encoder"))
-    with placed(weights, ("movq",), load_network(weights, "decoder", origins["decoder"]), device) as net:
+    decoder_net = load_network(weights, "decoder", origins["decoder"])
+    with placed(weights, ("movq",), decoder_net, device) as net:
         side = net.config.sample_size * 2 ** (len(weights.load("movq").config.block_out_channels) - 1)
         settings = pipelines.SampleSettings(
             inference_steps=cfg.inference_steps,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_exp.adapters import WEIGHTS_NAME
+from kandinsky_exp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 LOAD = {
@@ -13,6 +14,14 @@ LOAD = {
     "decoder": 'pipeline = AutoPipelineForText2Image.from_pretrained("{repo}")',
 }
 SHOWN = ("optimizer.lr", "trainer.max_steps", "trainer.batch_size", "trainer.grad_accumulation", "data.resolution")
+
+
+def check_login() -> None:
+    """Raises ConfigError where nobody is logged in: better now than after the training."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ConfigError("hub.push: nobody is logged in on the hub; run `hf auth login`, or set HF_TOKEN")
 
 
 def push(result: Path, repo: str, params: Mapping[str, Any]) -> None:

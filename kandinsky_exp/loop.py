@@ -39,6 +39,9 @@ class Training:
     ema: EMAModel | None
     step: int = 0
 
+    def rate(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
@@ -103,15 +106,15 @@ def train(
             bar.update()
             validate, save = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
             if due(step, settings.log_every, last) or validate or save:
-                meter.check(step, training.scheduler.get_last_lr()[0])
+                meter.check(step, training.rate())
             if due(step, settings.log_every, last):
-                report(meter.read(training), step, tracker, bar)
+                report(meter.read(training), step, settings.max_steps, tracker, bar)
             stopping = stop_agreed(stop, accelerator, step, settings.log_every)
             with meter.paused():
                 if validate and stopping is None:
                     events.validate(step)
                 if save or (stopping is not None and saved != step):
-                    meter.check(step, training.scheduler.get_last_lr()[0])
+                    meter.check(step, training.rate())
                     events.checkpoint(step)
                     saved = step
             if stopping is not None:
@@ -157,22 +160,22 @@ def stop_agreed(stop: Stop, accelerator: Accelerator, step: int, log_every: int)
     if step % log_every:
         return None
     flag = torch.tensor([stop.signal_number or 0], device=accelerator.device)
-    return int(accelerator.gather(flag).max().item()) or None  # type: ignore[union-attr]
+    return int(accelerator.gather(flag).max().item()) or None
 
 
-def report(metrics: dict[str, float], step: int, tracker: Tracker, bar: "tqdm[Any]") -> None:
+def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, bar: "tqdm[Any]") -> None:
     tracker.log_metrics(metrics, step)
     bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", lr=f"{metrics['train/lr']:.1e}")
     if bar.disable:
         logger.info(
             "step %d of %d: loss %.4f, lr %.2e, gradient norm %.3f, %.1f samples/s, about %s left",
             step,
-            bar.total,
+            total,
             metrics["train/loss"],
             metrics["train/lr"],
             metrics["train/grad_norm"],
             metrics["train/samples_per_second"],
-            tqdm.format_interval((bar.total - step) / metrics["steps_per_second"]),
+            tqdm.format_interval((total - step) / metrics["steps_per_second"]),
         )
 
 
@@ -182,7 +185,6 @@ def progress_bar(step: int, settings: LoopSettings) -> Iterator["tqdm[Any]"]:
     with tqdm(
         total=settings.max_steps, initial=step, unit="step", disable=not settings.progress, dynamic_ncols=True
     ) as bar:
-        bar.total = settings.max_steps
         yield bar
 
 
@@ -214,21 +216,21 @@ class Meter:
         # A loss scaler skips steps with infinite gradients; that is its work, not a failure.
         bad = ~losses.isfinite() if self.accelerator.scaler is not None else ~(losses.isfinite() & norms.isfinite())
         worst = self.accelerator.gather(bad.any().reshape(1))
-        if bool(worst.any()):  # type: ignore[union-attr]
+        if bool(worst.any()):
             first = int(bad.nonzero()[0]) if bool(bad.any()) else 0
             rows = torch.cat([part.flatten() for part in self._rows[first - self._unchecked]]).tolist()
+            where = f"step {step - self._unchecked + first + 1}"
+            values = f"loss {float(losses[first]):.4g}, gradient norm {float(norms[first]):.4g}"
             raise NonFiniteLoss(
-                f"the loss or its gradient is not finite at step {step - self._unchecked + first + 1} "
-                f"(loss {float(losses[first]):.4g}, gradient norm {float(norms[first]):.4g}, lr {lr:.3g}, rows {rows}); "
-                "the last checkpoint is from before it. Lower optimizer.lr, raise scheduler.warmup_steps, or look at "
-                "these rows"
+                f"the loss or its gradient is not finite at {where} ({values}, lr {lr:.3g}, rows {rows}). The last "
+                "checkpoint is from before. Lower optimizer.lr, raise scheduler.warmup_steps, or look at the rows"
             )
         self._unchecked = 0
 
     def read(self, training: Training) -> dict[str, float]:
         """Mean over the steps since the last reading and over all processes; empties the meter."""
         means = torch.stack([torch.stack(self._losses).mean(), torch.stack(self._norms).mean().float()])
-        loss, norm = self.accelerator.reduce(means, reduction="mean").tolist()  # type: ignore[union-attr]
+        loss, norm = self.accelerator.reduce(means, reduction="mean").tolist()
         elapsed = max(time.monotonic() - self._started, 1e-9)
         steps = training.step - self.step
         self.last_loss, self.step = loss, training.step
@@ -236,7 +238,7 @@ class Meter:
         self._started = time.monotonic()
         return {
             "train/loss": loss,
-            "train/lr": training.scheduler.get_last_lr()[0],
+            "train/lr": training.rate(),
             "train/grad_norm": norm,
             "train/samples_per_second": steps * self.total_batch / elapsed,
             "steps_per_second": steps / elapsed,
@@ -298,7 +300,7 @@ def validate(
                 losses = stage.loss(network, features, generators, timesteps).per_sample
             total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
     network.train()
-    summed: Tensor = accelerator.reduce(total, reduction="sum")  # type: ignore[assignment]
+    summed: Tensor = accelerator.reduce(total, reduction="sum")
     return float(summed[0] / summed[1])
 
 

@@ -109,8 +109,8 @@ def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Imag
 def save_result(weights: Weights, side: Side, folder: Path, save_network: Callable[[Path], None]) -> None:
     """Write a complete pipeline: the trained network, and everything else linked from where it was loaded.
 
-    A prior becomes a prior pipeline (`DiffusionPipeline.from_pretrained`), a decoder a combined one: from a local folder
-    `AutoPipelineForText2Image.from_pretrained` needs both halves.
+    A prior becomes a prior pipeline (`DiffusionPipeline.from_pretrained`), a decoder a combined one: from a local
+    folder, `AutoPipelineForText2Image.from_pretrained` needs both halves.
     """
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)

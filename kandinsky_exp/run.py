@@ -17,7 +17,7 @@ from kandinsky_exp.data import sources
 from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.validation import HeldOut, Validator
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.weights import PARTS, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,12 @@ def run(cfg: DictConfig) -> float:
 
 
 def prepare(cfg: DictConfig, weights: Weights, splits: sources.Splits) -> workspace.Workspace:
-    """All that can be found wrong before weights load: the store, the data, the run's folder. Main process only."""
+    """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only."""
     if cfg.tracker.name == "mlflow":
         tracking.probe(tracker_uri(cfg))
+    if cfg.hub.push:
+        hub.check_login()
+    build.fetch(cfg, weights)
     reads_captions = "text_encoder" in build.stage_class(cfg).encoders
     report = sources.check(splits, reads_captions, weights.load("tokenizer") if reads_captions else None)
     root, name = place(cfg)
@@ -177,8 +180,7 @@ def describe(
     if isinstance(tracker, tracking.NullTracker):
         return
     tracker.log_params(config.flatten(cfg))
-    part = build.stage_class(cfg).part
-    side = "prior" if part == "prior" else "decoder"
+    side = PARTS[build.stage_class(cfg).part][0]
     revision = weights.revision(side)
     tags = {
         "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
@@ -190,8 +192,9 @@ def describe(
     tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
     for context, source in (("training", splits.train), ("validation", splits.validation)):
         if source is not None:
-            local = Path(source.name).exists()
-            name, origin = (Path(source.name).name, source.name) if local else (source.name, source.name.rpartition("/")[0])
+            name, origin = source.name, source.name.rpartition("/")[0]  # <hub id>/<split>
+            if Path(source.name).exists():
+                name, origin = Path(source.name).name, source.name
             tracker.log_dataset(name, source.fingerprint, origin, len(source), context)
 
 
@@ -257,7 +260,7 @@ def save_result(
                 training.stage.save(network, result)
             else:
                 result = space.folder / "pipeline"
-                side = "prior" if training.stage.part == "prior" else "decoder"
+                side = PARTS[training.stage.part][0]
                 pipelines.save_result(weights, side, result, lambda folder: training.stage.save(network, folder))
         logger.info("result: %s", result)
         if cfg.hub.push:

@@ -1,8 +1,8 @@
 """Where the parts of Kandinsky 2.2 are: hub repositories, diffusers folders, folders of earlier runs, the tiny one.
 
 Kandinsky 2.2 comes as two pipelines. The prior pipeline holds `prior`, `text_encoder`, `image_encoder`, `tokenizer`,
-`image_processor` and a scheduler; the decoder pipeline `unet`, `movq` and a scheduler. A combined folder holds both, the
-prior's parts under names that begin with `prior_`. Here every part has one name, whatever the layout.
+`image_processor` and a scheduler; the decoder pipeline `unet`, `movq` and a scheduler. A combined folder holds both,
+the prior's parts under names that begin with `prior_`. Here every part has one name, whatever the layout.
 """
 
 import hashlib

@@ -5,7 +5,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,8 +104,8 @@ def _named(folder: Path, resume: str) -> Workspace:
         return Workspace(folder, Record())
     if resume == "never":
         raise ConfigError(
-            f"name: the run {folder} exists and checkpoint.resume=never; choose another name, or checkpoint.resume=auto "
-            "to go on with it"
+            f"name: the run {folder} exists and checkpoint.resume=never; choose another name, or go on with it by "
+            "checkpoint.resume=auto"
         )
     return Workspace(folder, record, start=checkpoint.newest(folder / "checkpoints"), is_resumed=True)
 
@@ -140,7 +139,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, whole."""
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text, "utf-8")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 @contextmanager

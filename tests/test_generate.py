@@ -58,7 +58,9 @@ def test_run_folder_checkpoint_run_id_and_pipeline_agree(root: Path) -> None:
         "id": run_id,
         "pipeline": root / "decoder" / "pipeline",
     }
-    images = {name: drawn(root, f"from-{name}", "weights=tiny", f"decoder={source}") for name, source in sources.items()}
+    images = {
+        name: drawn(root, f"from-{name}", "weights=tiny", f"decoder={source}") for name, source in sources.items()
+    }
     assert all(np.array_equal(images["run"], other) for other in images.values())
     earlier = drawn(root, "early", "weights=tiny", f"decoder={root}/decoder/checkpoints/step-00000002")
     assert not np.array_equal(images["run"], earlier)
@@ -80,9 +82,7 @@ def test_negative_prompt_size_and_file_of_prompts(root: Path, tmp_path: Path) ->
     file.write_text("a cat, sitting\n")
     images = drawn(root, "file", "weights=tiny", f"prompts={file}", "negative_prompt=blue", "height=96", "width=64")
     assert [image.shape for image in images] == [(96, 64, 3)]
-    assert not np.array_equal(
-        images, drawn(root, "plain", "weights=tiny", f"prompts={file}", "height=96", "width=64")
-    )
+    assert not np.array_equal(images, drawn(root, "plain", "weights=tiny", f"prompts={file}", "height=96", "width=64"))
 
 
 def test_images_can_be_logged_to_the_run_that_made_them(root: Path) -> None:

@@ -82,7 +82,8 @@ def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_pa
     for name in ("mlflow", "datasets"):
         (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name='{name}')\n")
     paths = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
-    process = start(*COMMAND, *SMALL, "model=prior", "tracker=none", "name=p", f"output_root={tmp_path}", PYTHONPATH=paths)
+    settings = [*SMALL, "model=prior", "tracker=none", "name=p", f"output_root={tmp_path}"]
+    process = start(*COMMAND, *settings, PYTHONPATH=paths)
     output = finish(process)
     assert process.returncode == 0, output
     assert not (tmp_path / "mlflow.db").exists()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from kandinsky_exp import build
 from kandinsky_exp.errors import ConfigError, Interrupted, NonFiniteLoss
 from kandinsky_exp.run import run
+from kandinsky_exp.tiny.pipelines import build as build_tiny
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +376,7 @@ def test_interruption_writes_a_checkpoint_and_says_killed(tmp_path: Path) -> Non
 
 
 def test_resume_never_refuses_an_existing_name(prior_root: Path) -> None:
-    with pytest.raises(ConfigError, match="name: the run .* exists and checkpoint.resume=never"):
+    with pytest.raises(ConfigError, match=r"name: the run .* exists and checkpoint.resume=never"):
         train(prior_root, "model=prior", "name=p", "checkpoint.resume=never")
 
 
@@ -409,3 +410,38 @@ def test_prompts_come_from_a_file_too(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a fox, in = snow\n\n  a dog \n")
     assert build.prompts(str(file)) == ["a fox, in = snow", "a dog"]
+
+
+def test_a_strangers_weights_and_pictures(tmp_path: Path) -> None:
+    """Separate prior and decoder folders as the hub has them, and an image folder with a caption column of its own."""
+    combined = build_tiny(tmp_path / "cache")
+    pipeline = AutoPipelineForText2Image.from_pretrained(combined)
+    pipeline.prior_pipe.save_pretrained(tmp_path / "their-prior")
+    pipeline.decoder_pipe.save_pretrained(tmp_path / "their-decoder")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rows = []
+    for index in range(6):
+        image = Image.fromarray(np.full((90 + index, 120, 3), 40 * index, np.uint8))
+        image.save(pictures / f"{index}.jpg")
+        rows.append(json.dumps({"file_name": f"{index}.jpg", "caption": [f"grey {index}", "a shade"]}))
+    (pictures / "metadata.jsonl").write_text("\n".join(rows))
+    for stage in ("prior", "decoder"):
+        train(
+            tmp_path, f"model={stage}", f"name={stage}", "data=folder", f"data.path={pictures}", PROMPTS,
+            "data.caption_column=caption", "data.resolution=64", f"weights.prior={tmp_path}/their-prior",
+            f"weights.decoder={tmp_path}/their-decoder",
+        )  # fmt: skip
+    DiffusionPipeline.from_pretrained(tmp_path / "prior" / "pipeline")
+    AutoPipelineForText2Image.from_pretrained(tmp_path / "decoder" / "pipeline")
+    inputs = {entry.tags[0].value: entry.dataset for entry in runs(tmp_path)[0].inputs.dataset_inputs}
+    assert (inputs["training"].name, json.loads(inputs["training"].profile)) == ("pictures", {"num_rows": 5})
+    assert json.loads(inputs["validation"].profile) == {"num_rows": 1}
+
+
+def test_push_without_a_login_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match=r"hub\.push: nobody is logged in"):
+        train(tmp_path, "model=prior", "name=p", "hub.push=true", "hub.repo_id=me/mine")
+    assert not (tmp_path / "p").exists()

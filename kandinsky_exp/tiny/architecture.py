@@ -7,6 +7,7 @@ Images are 64 px, latents (4, 16, 16), CLIP embeddings 64 wide. What is trained 
 import gzip
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
@@ -116,7 +117,7 @@ def text_encoder() -> CLIPTextModelWithProjection:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's own byte-pair vocabulary, rebuilt from its merges: 256 bytes, the same at a word's end, merges, 2 marks."""
+    """CLIP's own vocabulary, rebuilt from its merges: 256 bytes, the same at a word's end, merges, two marks."""
     lines = gzip.decompress((ASSETS / "clip_merges.txt.gz").read_bytes()).decode("utf-8").splitlines()
     merges = [line for line in lines if not line.startswith("#version")]
     tokens = [*_byte_symbols(), *(symbol + "</w>" for symbol in _byte_symbols())]
@@ -154,9 +155,9 @@ def decoder_scheduler() -> DDPMScheduler:
     )
 
 
-def trained(name: str) -> nn.Module:
+def trained(name: str) -> Any:
     """A part that ships, through its fp16 file: `image_encoder`, `movq`, `unet` or `prior`."""
-    module: nn.Module = globals()[name]()
+    module = globals()[name]()
     tensors = load_file(ASSETS / f"{name}.safetensors")
     module.load_state_dict({key: value.float() for key, value in tensors.items()})
     return module.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -45,7 +46,8 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def shipped_indices(folder: Path, split: str) -> list[int]:
-    return np.linspace(0, len(read_rows(folder / split)) - 1, SHIPPED[split]).round().astype(int).tolist()
+    places = np.linspace(0, len(read_rows(folder / split)) - 1, SHIPPED[split])
+    return [int(place) for place in places.round()]
 
 
 def is_shipped(folder: Path, index: int) -> bool:
@@ -83,7 +85,7 @@ def fit(name: str, module: nn.Module, losses: Iterator[Tensor], steps: int, lr: 
     for step, loss in enumerate(losses, start=1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / 100, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -141,7 +143,7 @@ def to_clip_pixels(pixels: Tensor) -> Tensor:
 
 
 def make_movq(emoji: Emoji) -> None:
-    """Reconstruction from the latents before quantisation, kept near zero mean and unit variance: they train the UNet."""
+    """Reconstruction from the latents before quantisation, kept near mean 0 and variance 1: they train the UNet."""
     torch.manual_seed(2)
     model, steps = architecture.movq().train(), 2000
 
@@ -164,7 +166,7 @@ def make_movq(emoji: Emoji) -> None:
 
 
 @torch.no_grad()
-def fit_codebook(model: nn.Module, pixels: Tensor, rounds: int = 5) -> None:
+def fit_codebook(model: VQModel, pixels: Tensor, rounds: int = 5) -> None:
     """k-means of the latents: the pipelines never look the codebook up, but it should not be noise."""
     vectors = model.encode(pixels[:256]).latents.permute(0, 2, 3, 1).reshape(-1, 4)
     codes = vectors[torch.randperm(len(vectors), generator=torch.Generator().manual_seed(3))[:1024]]
@@ -179,12 +181,15 @@ def fit_codebook(model: nn.Module, pixels: Tensor, rounds: int = 5) -> None:
 @torch.no_grad()
 def embed(pixels: Tensor) -> Tensor:
     return torch.cat(
-        [architecture.trained("image_encoder")(chunk).image_embeds for chunk in to_clip_pixels(pixels).split(128)]
+        [
+            architecture.trained("image_encoder")(chunk).image_embeds
+            for chunk in torch.split(to_clip_pixels(pixels), 128)
+        ]
     )
 
 
 def make_unet(emoji: Emoji) -> None:
-    """ε-prediction with dropped conditions and the variational term of the learned variance (Nichol & Dhariwal 2021)."""
+    """ε-prediction with dropped conditions and the variational term of the learned variance."""
     from kandinsky_exp.stages import diffusion
 
     torch.manual_seed(4)
@@ -195,7 +200,7 @@ def make_unet(emoji: Emoji) -> None:
         torch.zeros(1, 3, architecture.IMAGE_SIZE, architecture.IMAGE_SIZE)
     ).image_embeds
     with torch.no_grad():
-        latents = torch.cat([encoder.encode(chunk).latents for chunk in emoji.pixels.split(64)])
+        latents = torch.cat([encoder.encode(chunk).latents for chunk in torch.split(emoji.pixels, 64)])
 
     def losses() -> Iterator[Tensor]:
         for rows in batches(len(latents), size, steps, seed=4):
