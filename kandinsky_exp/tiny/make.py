@@ -193,7 +193,7 @@ def make_unet(emoji: Emoji) -> None:
     from kandinsky_exp.stages import diffusion
 
     torch.manual_seed(4)
-    model, steps, size = architecture.unet().train(), 7500, 48
+    model, steps, size = architecture.unet().train(), 3000, 48
     scheduler, encoder = architecture.decoder_scheduler(), architecture.trained("movq")
     embeds = embed(emoji.pixels)
     null = architecture.trained("image_encoder")(
