@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kandinsky_exp.errors import Interrupted, NonFiniteLoss
 from kandinsky_exp.randomness import NoiseSource, derive_seed, validation_generator

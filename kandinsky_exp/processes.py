@@ -17,17 +17,17 @@ Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
-def released(accelerator: Accelerator) -> Iterator[Accelerator]:
-    """Leave no state behind: the next run of this process may choose another precision."""
+def accelerated(make: Callable[[], Accelerator]) -> Iterator[Accelerator]:
+    """An accelerator that leaves no state behind: the next run of this process may choose another precision."""
+    accelerator = None
     try:
+        accelerator = make()
         yield accelerator
     finally:
-        accelerator.free_memory()
-        if accelerator.num_processes == 1:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState._reset_state()
-        else:
+        if accelerator is not None:
+            accelerator.free_memory()
             accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def on_main_process(action: Callable[[], Result]) -> Result:

@@ -23,6 +23,8 @@ class NoiseSource:
         self._generator = torch.Generator(device)
 
     def at(self, step: int, micro: int) -> torch.Generator:
+        # What a network draws by itself, as dropout does, comes from torch's global generators.
+        torch.manual_seed(derive_seed("global", self.seed, step, micro, self.rank))
         return self._generator.manual_seed(derive_seed("train", self.seed, step, micro, self.rank))
 
 

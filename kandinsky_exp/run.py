@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> float:
     """
     config.validate(cfg)
     processes.quiet_libraries()
-    with processes.stop_signals() as stop, processes.released(build.accelerator(cfg)) as accelerator:
+    with processes.stop_signals() as stop, processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         weights = build.weights(cfg)
         splits = build.data(cfg)
         space = processes.on_main_process(lambda: prepare(cfg, weights, splits))
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> float:
                     events=events,
                     stop=stop,
                 )
-                if events.validator.loss is None:
+                if train_loss is None:  # no step was left: an earlier start was stopped while it saved its result
                     events.validate(training.step)
                 save_result(cfg, accelerator, space, training, weights)
                 result = events.validator.loss if held_rows is not None else train_loss

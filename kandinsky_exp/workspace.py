@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock
+from tqdm import tqdm
 
 from kandinsky_exp import checkpoint
 from kandinsky_exp.errors import CheckpointError, ConfigError
@@ -142,6 +143,13 @@ def write_atomically(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+class _Terminal(logging.Handler):
+    """Lines on stderr that leave a progress bar whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def logging_to(file: Path, is_main: bool) -> Iterator[None]:
     """Our own log records, in `train.log` and on stderr, from the main process only."""
@@ -151,7 +159,7 @@ def logging_to(file: Path, is_main: bool) -> Iterator[None]:
     root.propagate = False
     handlers: list[logging.Handler] = []
     if is_main:
-        handlers = [logging.FileHandler(file, encoding="utf-8"), logging.StreamHandler(sys.stderr)]
+        handlers = [logging.FileHandler(file, encoding="utf-8"), _Terminal()]
         handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers[1].setFormatter(logging.Formatter("%(message)s"))
     for handler in handlers:

@@ -324,7 +324,7 @@ def test_lora_run_leaves_an_adapter_only(tmp_path: Path) -> None:
     [
         ["data.cache=true", "trainer.grad_accumulation=1"],
         ["data.cache=false", "trainer.grad_accumulation=3", "trainer.batch_size=2", "trainer.ema_decay=0.9"],
-        ["adapter=lora", "trainer.ema_decay=0.9", "precision=bf16"],
+        ["adapter=lora", "adapter.dropout=0.2", "trainer.ema_decay=0.9", "precision=bf16"],
     ],
 )
 def test_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(stage: str, settings: list[str], tmp_path: Path) -> None:
