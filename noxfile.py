@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -12,12 +13,12 @@ nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
-# Of the cores of a small machine two are enough for any of this; more threads than cores make torch much slower.
-QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Nothing is downloaded; and threads that have to share a core make torch many times slower.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def group(*names: str) -> list[str]:
-    return nox.project.dependency_groups(PYPROJECT, *names)
+def group(*names: str) -> tuple[str, ...]:
+    return tuple(nox.project.dependency_groups(PYPROJECT, *names))
 
 
 def project_environment(session: nox.Session) -> str:
@@ -27,6 +28,7 @@ def project_environment(session: nox.Session) -> str:
     home = Path(".nox", f"project-{sys.version_info.major}.{sys.version_info.minor}").absolute()
     python = str(home / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     if not Path(python).exists():
+        session.log("The first installation takes a few minutes: torch is large.")
         session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(home))
     install = [python, "-m", "pip", "install", "--quiet", *CONSTRAINTS]
     session.run_install(*install, "-e", ".", *group("types", "tests"), silent=True)
@@ -51,15 +53,27 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests, on two cores; arguments after `--` go to pytest."""
     python = project_environment(session)
-    # One thread each: two workers on two cores leave none for more.
-    env = QUIET | {"OMP_NUM_THREADS": "1"}
-    session.run(
-        python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--durations", "15", *session.posargs, env=env
-    )
+    arguments = ["-n", "2", "--dist", "worksteal", "--durations", "15", *session.posargs]
+    session.run(python, "-m", "pytest", *arguments, env=ENVIRONMENT)
 
 
 @nox.session(venv_backend="none", default=False)
 def demo(session: nox.Session) -> None:
     """Train the tiny prior and decoder on the shipped emoji and generate; arguments after `--` are overrides."""
     python = project_environment(session)
-    session.run(python, "-m", "kandinsky_exp.demo", *session.posargs, env=QUIET | {"OMP_NUM_THREADS": "2"})
+    session.run(python, "-m", "kandinsky_exp.demo", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def min_versions(session: nox.Session) -> None:
+    """All tests on the oldest versions that pyproject.toml promises. Their warnings are not errors."""
+    requirements = [Requirement(text) for text in PYPROJECT["project"]["dependencies"]]
+    lowest = [
+        f"{requirement.name}=={clause.version}"
+        for requirement in requirements
+        for clause in requirement.specifier
+        if clause.operator == ">="
+    ]
+    session.install("-e", ".", *group("tests"), *lowest)
+    arguments = ["-n", "2", "--dist", "worksteal", "-o", "filterwarnings=default", *session.posargs]
+    session.run("pytest", *arguments, env=ENVIRONMENT)

@@ -1,5 +1,6 @@
 """From a validated config to the objects of a run. The only place that calls Hydra's `instantiate`."""
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
+from filelock import FileLock
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
@@ -36,8 +39,7 @@ def accelerator(cfg: DictConfig) -> Accelerator:
     Raises:
         ConfigError: the precision cannot work on this device, or another run of this process chose another.
     """
-    if cfg.precision.tf32:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if cfg.precision.tf32 else "highest")  # also after a run with another
     try:
         made = Accelerator(
             mixed_precision=cfg.precision.mixed_precision,
@@ -284,11 +286,12 @@ def encoders_for(made: DiffusionStage, folder: Path, device: Accelerator) -> Any
 
 def null_condition(made: DiffusionStage, file: Path) -> Features:
     """The null condition, kept beside the caches: a run from cached features loads no encoder for it."""
-    if file.is_file():
-        return dict(load_file(file))
-    features = {key: value.cpu() for key, value in made.encode_null().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".part")
-    save_file(features, aside)
-    aside.replace(file)
+    with FileLock(file.with_suffix(".lock")):  # runs of a parallel sweep ask for it together
+        with contextlib.suppress(OSError, SafetensorError):
+            return dict(load_file(file))
+        features = {key: value.cpu() for key, value in made.encode_null().items()}
+        aside = file.with_suffix(".part")
+        save_file(features, aside)
+        aside.replace(file)
     return features

@@ -5,14 +5,18 @@
 A folder is written under another name and renamed when it is whole; older ones are removed only after that.
 """
 
+import inspect
 import json
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 
 from kandinsky_exp import adapters
 from kandinsky_exp.errors import CheckpointError
@@ -45,6 +49,7 @@ def _write(
     network = accelerator.unwrap_model(training.network)
     training.stage.save(network, folder / part)
     state: dict[str, Any] = {"step": training.step, "validation_loss": validation_loss}
+    state["optimizer"] = type(_bare(training.optimizer)).__name__
     if training.ema is not None:
         with averaged_weights(training):
             training.stage.save(network, folder / f"{part}_ema")
@@ -68,8 +73,16 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def complete(root: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if (folder / "state.json").is_file())
+    """The complete checkpoints, oldest first; one whose state cannot be read is none."""
+    return sorted(folder for folder in root.glob("step-*") if _is_complete(folder))
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        read_state(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def newest(root: Path) -> Path | None:
@@ -102,6 +115,12 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
     state = read_state(folder)
     if not (folder / part).is_dir():
         raise CheckpointError(f"checkpoint.resume: {folder} has no '{part}': it belongs to another stage; set model=…")
+    used, chosen = state.get("optimizer"), type(_bare(training.optimizer)).__name__
+    if used not in (None, chosen):
+        raise CheckpointError(
+            f"checkpoint.resume: {folder} was made with the optimizer {used}, not {chosen}; set optimizer=… as it was, "
+            "or start anew under another name"
+        )
     network = accelerator.unwrap_model(training.network)
     try:
         if training.ema is not None:
@@ -112,17 +131,44 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
             training.ema.optimization_step = int(state.get("ema_step", 0))
         adapters.load(network, folder / part)
         tensors = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        training.optimizer.load_state_dict(tensors["optimizer"])
-        training.scheduler.load_state_dict(tensors["scheduler"])
+        _load_optimizer(training, tensors)
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"checkpoint.resume: {folder} does not fit this run ({reason}); use the settings it was made with, "
-            "or start anew under another name"
+            f"checkpoint.resume: {folder} does not fit this run ({reason}); use the settings it was made with, start "
+            "anew under another name, or, if it is damaged, remove it to go on from the one before"
         ) from error
     training.step = state["step"]
+
+
+def _bare(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _load_optimizer(training: Training, tensors: dict[str, Any]) -> None:
+    """What the optimizer and its schedule have learned, under the settings of now: a new `optimizer.lr` counts.
+
+    Both keep their settings among their state, so that plain loading would quietly bring the old ones back.
+    """
+    optimizer, scheduler = _bare(training.optimizer), training.scheduler
+    names = inspect.signature(type(optimizer)).parameters.keys() - {"params", "lr"}
+    settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+    base_rates = list(scheduler.base_lrs)
+    training.optimizer.load_state_dict(tensors["optimizer"])
+    scheduler.load_state_dict(tensors["scheduler"])
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = base_rates
+        rates = [
+            base * curve(scheduler.last_epoch) for base, curve in zip(base_rates, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, base, rate in zip(optimizer.param_groups, base_rates, rates, strict=True):
+            group["initial_lr"], group["lr"] = base, rate
+        scheduler._last_lr = rates
 
 
 def prune(root: Path, keep: int) -> None:

@@ -4,6 +4,7 @@
 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM) after a checkpoint was written.
 """
 
+import hashlib
 import os
 import sys
 import traceback
@@ -25,11 +26,21 @@ from omegaconf.errors import OmegaConfBaseException
 from kandinsky_exp import command_line, config
 from kandinsky_exp.errors import ConfigError, Interrupted, NonFiniteLoss, UserError
 
+MAX_FOLDER_NAME = 200  # bytes; file systems take 255
+
 # For conf/hydra: the first value that is not null. Here, for a process-based launcher imports this module with `Job`.
 OmegaConf.register_new_resolver("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
+OmegaConf.register_new_resolver("folder_name", lambda text: folder_name(text), replace=True)
 OmegaConf.register_new_resolver(
     "verbs", lambda: "\n".join(f"{name:<10} {verb.purpose}" for name, verb in VERBS.items()), replace=True
 )
+
+
+def folder_name(text: str) -> str:
+    """What a job varies as the name of one folder: a path stays one name, and a long name keeps its beginning."""
+    name = text.replace("/", "_").replace("\\", "_")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return name if len(name.encode()) <= MAX_FOLDER_NAME else f"{name[: MAX_FOLDER_NAME // 4]}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ def _run(verb: str, line: command_line.CommandLine) -> None:
     except UserError:
         raise
     except Exception as error:
-        composing = isinstance(error, (HydraException, OmegaConfBaseException)) or not line.sweeps
+        composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
         if composing and not job.called:
             raise command_line.explain(error, verb, line) from error
         raise

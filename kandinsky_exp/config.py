@@ -240,6 +240,9 @@ def _check_together(good: Values) -> Iterator[str]:
                 yield f"adapter.{key}: is set, but adapter=none trains all weights; add adapter=lora, or remove it"
     elif good.get("adapter.rank", 1) is None:
         yield "adapter.rank: has to be a whole number, at least 1, not null"
+    in_halves = good.get("precision.frozen_dtype") != "float32" and good.get("precision.mixed_precision") == "no"
+    if in_halves and "model._target_" in good:  # `generate` runs everything in that one type
+        yield "precision.frozen_dtype: half precision needs mixed precision; take precision=bf16, or leave it float32"
     if good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
         yield f"trainer.attention: xformers is not installed; {targets.how_to_install('xformers')}, or take sdpa"
     if good.get("tracker.name") == "mlflow" and not targets.is_installed("mlflow"):

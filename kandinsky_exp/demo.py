@@ -25,7 +25,7 @@ from kandinsky_exp.weights import Weights
 
 EXPERIMENTS = ("demo_prior", "demo_decoder")
 RESOLUTION = 64  # pixels
-THREADS = 2  # more gain nothing at this size
+THREADS = 1  # at this size a second one gains little, and loses much where anything else wants the core
 METRIC = "demo/retrieval"
 SETTINGS = pipelines.SampleSettings(
     inference_steps=25, guidance_scale=2.0, batch_size=32, height=RESOLUTION, width=RESOLUTION

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
+from safetensors import SafetensorError
+from yaml import YAMLError
 
 from kandinsky_exp import adapters, build, config, mlflow_names, pipelines, processes, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError
@@ -56,6 +59,8 @@ def generate(cfg: DictConfig) -> float:
         origins = find_origins(cfg)
         weights = build.weights(cfg)
         weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
+        workspace.make_root(Path(cfg.output_root).expanduser())
+        run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         images = draw(cfg, weights, origins, prompts)
         folder = fresh_folder(cfg)
         grid = labelled_grid(images, prompts)
@@ -65,8 +70,8 @@ def generate(cfg: DictConfig) -> float:
         lines = [f"{index:02d}.png\t{prompt}" for index, prompt in enumerate(prompts)]
         workspace.write_atomically(folder / "prompts.txt", "\n".join(lines) + "\n")
         workspace.write_atomically(folder / "config.yaml", config.to_yaml(cfg))
-        if cfg.log_to_run:
-            log_to_run(cfg, origins, folder)
+        if run_to_log is not None:
+            log_to_run(cfg, run_to_log, folder)
         print(folder)
     return float(len(images))
 
@@ -77,7 +82,7 @@ def find_origins(cfg: DictConfig) -> dict[Side, Origin]:
     partners = [origin.run_folder for origin in given.values() if origin.run_folder is not None]
     for side in NETWORK:
         if side not in given:
-            source = OmegaConf.load(partners[0] / "config.yaml").weights[side] if partners else cfg.weights[side]
+            source = source_of(partners[0], side) if partners else cfg.weights[side]
             given[side] = find_origin(cfg, side, source)
     return given
 
@@ -97,7 +102,7 @@ def find_origin(cfg: DictConfig, side: Side, source: str) -> Origin:
     run_id = run_id or record.run_id
     if folder == run_folder and (folder / "pipeline").is_dir() and check_source(source, side) is None:
         return Origin(source, None, run_id, run_folder)
-    base = checked(str(OmegaConf.load(run_folder / "config.yaml").weights[side]), side)
+    base = checked(source_of(run_folder, side), side)
     return Origin(base, trained_network(folder, side), run_id, run_folder)
 
 
@@ -124,8 +129,25 @@ def trained_network(folder: Path, side: Side) -> Path:
 
 
 def stage_of(run_folder: Path) -> str:
-    saved = OmegaConf.load(run_folder / "config.yaml")
-    return "prior" if str(saved.model._target_).endswith("PriorStage") else "decoder"
+    return "prior" if saved_value(run_folder, "model._target_").endswith("PriorStage") else "decoder"
+
+
+def source_of(run_folder: Path, side: Side) -> str:
+    """The weights that a run started from."""
+    return saved_value(run_folder, f"weights.{side}")
+
+
+def saved_value(run_folder: Path, key: str) -> str:
+    file = run_folder / "config.yaml"
+    try:
+        value = OmegaConf.select(OmegaConf.create(OmegaConf.load(file)), key)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{file} cannot be read: {str(error).splitlines()[0]}; mend it, or give other sources"
+        ) from error
+    if value is None:
+        raise ConfigError(f"{file} has no {key}; mend it, or give other sources")
+    return str(value)
 
 
 def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:
@@ -149,6 +171,14 @@ def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:
 @torch.no_grad()
 def draw(cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts: list[str]) -> list[Image.Image]:
     """All images: every prompt through the prior first, then every embedding through the decoder."""
+    multiple = weights.size_multiple()
+    wrong = [
+        f"{key}: has to be a multiple of {multiple} for this decoder, not {cfg[key]}"
+        for key in ("height", "width")
+        if cfg[key] is not None and cfg[key] % multiple
+    ]
+    if wrong:
+        raise ConfigError(wrong)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prior = pipelines.SampleSettings(
         inference_steps=cfg.prior_inference_steps, guidance_scale=cfg.prior_guidance_scale, seed=cfg.seed
@@ -192,7 +222,7 @@ def load_network(weights: Weights, side: Side, origin: Origin) -> Any:
             network.load_lora_adapter(origin.network, weight_name=adapters.WEIGHTS_NAME, prefix=None)
             return network
         return weights.read_model(name, origin.network)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{side}: {origin.network} cannot be loaded: {str(error).splitlines()[0][:200]}") from error
 
 
@@ -211,12 +241,15 @@ def fresh_folder(cfg: DictConfig) -> Path:
     raise ConfigError(f"name: a thousand folders are called {name}; choose another")
 
 
-def log_to_run(cfg: DictConfig, origins: dict[Side, Origin], folder: Path) -> None:
-    """Add the images to the MLflow run that trained the decoder, or else the prior."""
+def find_run_to_log(cfg: DictConfig, origins: dict[Side, Origin]) -> str:
+    """The MLflow run that trained the decoder, or else the prior; its store answers."""
     run_id = origins["decoder"].run_id or origins["prior"].run_id
     if run_id is None:
         raise ConfigError("log_to_run: neither the prior nor the decoder comes from an MLflow run; leave it off")
-    uri = str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
-    tracking.probe(uri)
-    client, _ = store.connect(uri)
+    tracking.probe(str(cfg.tracker.uri or tracking.default_uri(cfg.output_root)))
+    return run_id
+
+
+def log_to_run(cfg: DictConfig, run_id: str, folder: Path) -> None:
+    client, _ = store.connect(str(cfg.tracker.uri or tracking.default_uri(cfg.output_root)))
     client.log_artifacts(run_id, str(folder), f"generate/{folder.name}")

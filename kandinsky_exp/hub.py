@@ -7,6 +7,7 @@ from typing import Any
 
 from kandinsky_exp.adapters import WEIGHTS_NAME
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.weights import is_hub_id
 
 logger = logging.getLogger(__name__)
 LOAD = {
@@ -56,9 +57,10 @@ def model_card(repo: str, params: Mapping[str, Any], result: Path) -> str:
     else:
         code = f"from diffusers import AutoPipelineForText2Image, DiffusionPipeline\n\n{LOAD[stage].format(repo=repo)}"
     rows = "\n".join(f"| `{key}` | {params[key]} |" for key in SHOWN)
+    base = str(params[f"weights.{stage}"])
+    base_model = f"base_model: {base}\n" if is_hub_id(base) else ""  # the hub takes nothing else there
     return f"""---
-base_model: {params[f"weights.{stage}"]}
-library_name: diffusers
+{base_model}library_name: diffusers
 tags: [kandinsky, text-to-image, diffusers]
 ---
 # {repo.rpartition("/")[2]}

@@ -35,10 +35,14 @@ def run(cfg: DictConfig) -> float:
     """
     config.validate(cfg)
     processes.quiet_libraries()
-    with processes.stop_signals() as stop, processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+    with (
+        processes.stop_signals() as stop,
+        processes.accelerated(lambda: build.accelerator(cfg)) as accelerator,
+        contextlib.ExitStack() as held,
+    ):
         weights = build.weights(cfg)
         splits = build.data(cfg)
-        space = processes.on_main_process(lambda: prepare(cfg, weights, splits))
+        space = processes.on_main_process(lambda: prepare(cfg, weights, splits, held))
         steps = build.total_steps(cfg, len(splits.train), accelerator.num_processes)
         with workspace.logging_to(space.folder / "train.log", accelerator.is_main_process):
             if space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps:
@@ -48,11 +52,11 @@ def run(cfg: DictConfig) -> float:
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
                 train_rows, held_rows = build.readers(cfg, splits, stage, accelerator, logger.info)
-                describe(cfg, tracker, space, weights, splits)
                 training = build.training(cfg, stage, accelerator, steps)
                 if space.start is not None:
                     checkpoint.load(training, space.start, stage.part, accelerator)
                     logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
+                describe(cfg, accelerator, tracker, space, weights, splits)
                 events = Events(cfg, accelerator, space, training, tracker, splits, held_rows)
                 if training.step == 0:
                     events.validate(0)
@@ -74,8 +78,15 @@ def run(cfg: DictConfig) -> float:
         return float("nan") if result is None else result
 
 
-def prepare(cfg: DictConfig, weights: Weights, splits: sources.Splits) -> workspace.Workspace:
-    """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only."""
+def prepare(
+    cfg: DictConfig, weights: Weights, splits: sources.Splits, held: contextlib.ExitStack
+) -> workspace.Workspace:
+    """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only.
+
+    Args:
+        held: keeps the folder to this run.
+    """
+    workspace.make_root(Path(cfg.output_root).expanduser())
     if cfg.tracker.name == "mlflow":
         tracking.probe(tracker_uri(cfg))
     if cfg.hub.push:
@@ -85,8 +96,9 @@ def prepare(cfg: DictConfig, weights: Weights, splits: sources.Splits) -> worksp
     report = sources.check(splits, reads_captions, weights.load("tokenizer") if reads_captions else None)
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume)
-    workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
-    if not space.is_resumed:
+    held.enter_context(workspace.occupied(space.folder))
+    if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
+        workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
         space.write_record()
     print(f"{space.folder}\n{report}", file=sys.stderr)
     return space
@@ -140,7 +152,7 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
             )
             # It trains nothing itself: there is nothing that could still go wrong with it.
             parent.finish("FINISHED")
-            record = workspace.Record(parent.run_id, "FINISHED")
+            record = workspace.Record(parent.run_id, "FINISHED", stage="sweep")
             workspace.Workspace(folder, record).write_record()
         return record.run_id
 
@@ -174,9 +186,16 @@ def nothing_left(space: workspace.Workspace) -> float:
 
 
 def describe(
-    cfg: DictConfig, tracker: tracking.Tracker, space: workspace.Workspace, weights: Weights, splits: sources.Splits
+    cfg: DictConfig,
+    accelerator: Accelerator,
+    tracker: tracking.Tracker,
+    space: workspace.Workspace,
+    weights: Weights,
+    splits: sources.Splits,
 ) -> None:
     """Parameters, origins and the data set, for whoever compares this run later."""
+    if accelerator.is_main_process:
+        workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
     if isinstance(tracker, tracking.NullTracker):
         return
     tracker.log_params(config.flatten(cfg))

@@ -39,6 +39,7 @@ FOLDER_NAME = Rule(_is_folder_name, 'without any of / \\ : * ? " < > |')
 
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
+Steps = Annotated[int, at_least(2)]  # the prior's noise schedule divides by one less
 Positive = Annotated[float, ABOVE_ZERO]
 PositiveOrZero = Annotated[float, at_least(0)]
 Text = Annotated[str, FILLED]
@@ -164,7 +165,7 @@ class Checkpoint:
 class Validation:
     every: Count
     prompts: Prompts
-    inference_steps: Count
+    inference_steps: Steps
     guidance_scale: PositiveOrZero
     seed: Seed
     fraction: Annotated[float, BELOW_ONE]
@@ -221,7 +222,7 @@ class Generate:
     guidance_scale: PositiveOrZero
     inference_steps: Count
     prior_guidance_scale: PositiveOrZero
-    prior_inference_steps: Count
+    prior_inference_steps: Steps
     height: Side | None
     width: Side | None
     log_to_run: bool

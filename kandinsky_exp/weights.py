@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError
+
 from kandinsky_exp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ MODELS = {
     "unet": "UNet2DConditionModel",
     "movq": "VQModel",
 }
+SHRINKING = ("movq", "unet")
 COMBINED = "KandinskyV22CombinedPipeline"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -59,8 +62,15 @@ def check_source(source: str, side: Side) -> str | None:
     if not root.is_dir():
         return f"there is no folder '{source}' (and it is no hub id such as kandinsky-community/kandinsky-2-2-{side})"
     folder = pipeline_folder(root)
+    if folder == root and (root / "config.yaml").is_file():
+        left = "an adapter run leaves no whole network" if (root / "adapter").is_dir() else "it is not finished"
+        return f"'{source}' is a run without a pipeline/ to start from: {left}; give another folder"
     if not (folder / "model_index.json").is_file():
         return f"'{source}' has no model_index.json; give the top folder of a diffusers pipeline or of an earlier run"
+    try:
+        _read_object(folder / "model_index.json")
+    except (OSError, ValueError):
+        return f"'{source}': model_index.json cannot be read; fetch or save the pipeline again"
     problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, side))]
     return f"'{source}': {'; '.join(problems)}" if problems else None
 
@@ -85,8 +95,15 @@ def _check_part(folder: Path, part: str, side: Side) -> str | None:
 
 
 def _class_name(config_file: Path) -> str:
-    config = json.loads(config_file.read_text("utf-8"))
+    config = _read_object(config_file)
     return str(config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0])
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON object")
+    return content
 
 
 def pipeline_folder(root: Path) -> Path:
@@ -166,6 +183,13 @@ class Weights:
             return None
         return self.folder("prior_scheduler" if side == "prior" else "decoder_scheduler").parent.name
 
+    def size_multiple(self) -> int:
+        """What the sides of the decoder's images are multiples of: its pipeline rounds up to it, its UNet needs it."""
+        configs = {part: _read_object(self.folder(part) / "config.json") for part in SHRINKING}
+        levels = {part: len(config["block_out_channels"]) for part, config in configs.items()}
+        scale = 1 << levels["movq"] - 1  # pixels per latent
+        return scale * max(scale, 1 << levels["unet"] - 1)
+
     def load(self, part: str) -> Any:
         """A frozen part, on the CPU at first; loaded once.
 
@@ -186,7 +210,7 @@ class Weights:
         folder = self.folder(part)
         try:
             return _read_part(part, folder, dtype, self.variant)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             side, _ = PARTS[part]
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise ConfigError(f"weights.{side}: {folder} cannot be loaded as '{part}': {reason}") from error
@@ -231,8 +255,12 @@ def _read_part(part: str, folder: Path, dtype: str, variant: str | None) -> Any:
         # The PIL variant needs no torchvision; the plain name falls back to it with a warning.
         from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-        cls = CLIPTokenizer if part == "tokenizer" else CLIPImageProcessorPil
-        return cls.from_pretrained(folder, local_files_only=True)
+        if part == "image_processor":
+            return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        if len(tokenizer) < 256 or tokenizer.model_max_length > 1 << 20:  # its files are missing: no error of its own
+            raise ValueError("its vocabulary or its model_max_length is missing")
+        return tokenizer
     return _read_model(part, folder, dtype, variant)
 
 

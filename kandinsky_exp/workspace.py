@@ -6,6 +6,7 @@
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ class Record:
 
     Args:
         status: RUNNING, FINISHED, FAILED or KILLED.
+        stage: what trains in the folder; `sweep` for a folder of jobs.
         validation_loss: what `run` returned, once finished.
     """
 
@@ -34,6 +36,7 @@ class Record:
     status: str = "RUNNING"
     step: int = 0
     validation_loss: float | None = None
+    stage: str | None = None
 
 
 @dataclass
@@ -70,17 +73,58 @@ def claim(output_root: Path, name: str | None, stage: str, resume: str) -> Works
         ConfigError: the name is taken and may not be resumed, or the place cannot be written.
         CheckpointError: there is no checkpoint where `resume` says.
     """
+    make_root(output_root)
     try:
-        output_root.mkdir(parents=True, exist_ok=True)
         if name is None:
             workspace = Workspace(_fresh_folder(output_root, f"{stage}-{datetime.now():%Y%m%d-%H%M%S}"), Record())
         else:
             workspace = _named(output_root / name, resume)
     except OSError as error:
-        raise ConfigError(f"output_root: {output_root} cannot be written ({error.strerror}); choose another") from error
-    if resume not in ("auto", "never") and not workspace.is_resumed:
+        raise ConfigError(f"name: {output_root} takes no folder {name} ({error.strerror}); choose another") from error
+    if workspace.record.stage not in (None, stage):
+        raise ConfigError(
+            f"name: {workspace.folder} holds a {workspace.record.stage}, with which model={stage} cannot go on; choose "
+            "another name"
+        )
+    workspace.record.stage = stage
+    if resume not in ("auto", "never") and workspace.start is None:
+        # Also where this very run was stopped before its first checkpoint: it began there.
         workspace.start, workspace.parent_run_id = _starting_point(Path(resume).expanduser())
     return workspace
+
+
+def make_root(folder: Path) -> None:
+    """Make the folder that everything is written to.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"output_root: {folder} cannot be written ({error.strerror}); choose another") from error
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder by a lock on its `train.log`, which goes when this process does.
+
+    Raises:
+        ConfigError: another process is training there.
+    """
+    with (folder / "train.log").open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"name: another process is training in {folder}; wait for it, stop it, or choose another name"
+            ) from error
+        except (ImportError, OSError):  # Windows, or a file system without locks: then nobody is kept out
+            pass
+        yield
 
 
 def _fresh_folder(output_root: Path, name: str) -> Path:
@@ -101,7 +145,8 @@ def _named(folder: Path, resume: str) -> Workspace:
     record = read_record(folder)
     if record is None:
         if any(folder.iterdir()):
-            raise ConfigError(f"name: {folder} exists and is not a run; choose another name or move it away")
+            why = f"its {RECORD} cannot be read" if (folder / RECORD).exists() else "is not a run"
+            raise ConfigError(f"name: {folder} exists and {why}; choose another name or move it away")
         return Workspace(folder, Record())
     if resume == "never":
         raise ConfigError(
@@ -114,9 +159,10 @@ def _named(folder: Path, resume: str) -> Workspace:
 def read_record(folder: Path) -> Record | None:
     """The record of a run folder, None where there is none that can be read."""
     try:
-        return Record(**json.loads((folder / RECORD).read_text("utf-8")))
+        record = Record(**json.loads((folder / RECORD).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    return record if isinstance(record.step, int) else None
 
 
 def _starting_point(source: Path) -> tuple[Path, str | None]:

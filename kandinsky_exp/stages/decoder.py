@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kandinsky_exp import pipelines
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.stages import diffusion
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.weights import Weights
@@ -39,6 +40,10 @@ class DecoderStage(DiffusionStage):
         vlb_weight: float = 0.001,
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
+        if resolution % (multiple := weights.size_multiple()):
+            raise ConfigError(
+                f"data.resolution: has to be a multiple of {multiple} for these weights, not {resolution}"
+            )
         self.resolution = resolution
         self.network = weights.load_trainable("unet")
         schedule = weights.load("decoder_scheduler")

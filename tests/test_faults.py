@@ -1,0 +1,259 @@
+"""What users break by accident: damaged folders, weights that are none, names that are taken, settings that changed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import client, composed, history, network, runs, same, train
+
+from kandinsky_exp import cli, hub
+from kandinsky_exp.errors import CheckpointError, ConfigError
+from kandinsky_exp.generate import generate
+from kandinsky_exp.run import run
+
+QUICK = ["tracker=none", "trainer.max_steps=2"]
+LATEST = "step-00000002"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a finished prior `p` of two steps, checkpoints after both, and an adapter `l`."""
+    root = tmp_path_factory.mktemp("faults")
+    train(root, "model=prior", "name=p", "checkpoint.every=1", *QUICK)
+    train(root, "model=prior", "name=l", "adapter=lora", *QUICK)
+    return root
+
+
+@pytest.fixture
+def root(source: Path, tmp_path: Path) -> Path:
+    for name in ("p", "l"):
+        shutil.copytree(source / name, tmp_path / name)
+    (tmp_path / "cache").symlink_to(source / "cache")
+    return tmp_path
+
+
+def resume(root: Path, *overrides: str) -> None:
+    train(root, "model=prior", "name=p", "tracker=none", "trainer.max_steps=3", "trainer.log_every=1", *overrides)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+# --- names that are taken
+
+
+def test_a_run_of_the_other_stage_is_left_alone(root: Path) -> None:
+    before = {path: path.read_bytes() for path in (root / "p").glob("*.*")}
+    with pytest.raises(ConfigError, match=r"name: .*p holds a prior, with which model=decoder cannot go on"):
+        train(root, "model=decoder", "name=p", *QUICK)
+    assert before == {path: path.read_bytes() for path in (root / "p").glob("*.*")}
+
+
+def test_a_finished_run_keeps_the_config_it_was_trained_with(root: Path) -> None:
+    before = (root / "p" / "config.yaml").read_text()
+    train(root, "model=prior", "name=p", "optimizer.lr=0.5", *QUICK)
+    assert (root / "p" / "config.yaml").read_text() == before
+
+
+def test_a_refused_resume_keeps_the_config(root: Path) -> None:
+    before = (root / "p" / "config.yaml").read_text()
+    with pytest.raises(CheckpointError):
+        resume(root, "adapter=lora")
+    assert (root / "p" / "config.yaml").read_text() == before
+    resume(root, "optimizer.lr=0.5")
+    assert "lr: 0.5" in (root / "p" / "config.yaml").read_text()
+
+
+def test_a_running_run_is_left_alone(root: Path) -> None:
+    hold = f"import fcntl, sys; f = open({str(root / 'p' / 'train.log')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); " \
+           "print('held', flush=True); sys.stdin.read()"  # fmt: skip
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="name: another process is training in"):
+        resume(root)
+    other.communicate()
+    resume(root)
+
+
+# --- settings that changed
+
+
+def test_a_new_rate_counts_on_resume(root: Path) -> None:
+    resume(root, "optimizer.lr=1e-6", "optimizer.weight_decay=0.25")
+    assert "lr 1.00e-06" in (root / "p" / "train.log").read_text()
+    state = checkpoint_tensors(root)["optimizer"]["param_groups"][0]
+    assert (state["initial_lr"], state["lr"], state["weight_decay"]) == (1e-6, 1e-6, 0.25)
+
+
+def checkpoint_tensors(root: Path) -> dict:
+    import torch
+
+    return torch.load(root / "p" / "checkpoints" / "step-00000003" / "optimizer.pt", weights_only=True)
+
+
+def test_another_optimizer_cannot_go_on(root: Path) -> None:
+    with pytest.raises(CheckpointError, match="made with the optimizer AdamW, not SGD"):
+        resume(root, "optimizer=sgd")
+
+
+def test_a_fork_stopped_before_its_first_checkpoint_begins_where_it_began(root: Path) -> None:
+    (root / "fork").mkdir()
+    (root / "fork" / "run.json").write_text('{"run_id": null, "status": "KILLED"}')
+    train(root, "model=prior", "name=fork", f"checkpoint.resume={root}/p", "tracker=none", "trainer.max_steps=3")
+    resume(root)
+    assert same(*(network(root / name / "pipeline" / "prior") for name in ("fork", "p")))
+
+
+# --- damaged folders
+
+
+def test_a_checkpoint_without_a_readable_state_is_none(root: Path) -> None:
+    (root / "p" / "checkpoints" / LATEST / "state.json").write_text("{")
+    resume(root)
+    assert "step-00000001: step 1 of 3" in (root / "p" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("run_name", "file"),
+    [("p", "optimizer.pt"), ("p", "prior/diffusion_pytorch_model.safetensors"),
+     ("l", "prior/pytorch_lora_weights.safetensors")],
+)  # fmt: skip
+@pytest.mark.parametrize("how", [truncate, lambda file: file.write_bytes(b"garbage")])
+def test_a_damaged_checkpoint_is_refused(run_name: str, file: str, how: Callable[[Path], None], root: Path) -> None:
+    how(root / run_name / "checkpoints" / LATEST / file)
+    with pytest.raises(CheckpointError, match="if it is damaged, remove it to go on from the one before"):
+        resume(root, f"name={run_name}", f"adapter={'lora' if run_name == 'l' else 'none'}")
+
+
+@pytest.mark.parametrize("text", ["{", '{"run_id": null, "step": "x"}'])
+def test_a_damaged_record_is_refused(text: str, root: Path) -> None:
+    (root / "p" / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"name: .*p exists and its run\.json cannot be read"):
+        resume(root)
+
+
+@pytest.mark.parametrize("tracker", ["none", "mlflow"])
+def test_a_root_that_cannot_be_written_is_named(tracker: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_root: .*file/out cannot be written"):
+        run(composed(tmp_path / "file" / "out", "model=prior", f"tracker={tracker}"))
+
+
+# --- weights that are none
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: truncate(folder / "prior_text_encoder" / "model.safetensors"), "loaded as 'text_encoder'"),
+        (lambda folder: truncate(folder / "prior_prior" / "diffusion_pytorch_model.safetensors"), "loaded as 'prior'"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "model_index.json cannot be read"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "model_index.json cannot be read"),
+        (lambda folder: (folder / "prior_prior" / "config.json").write_text("[]"), "config.json' cannot be read"),
+        (lambda folder: [file.unlink() for file in (folder / "prior_tokenizer").iterdir()], "vocabulary or its model"),
+    ],
+)
+def test_damaged_weights_are_named(harm: Callable[[Path], object], message: str, root: Path, tiny_folder: Path) -> None:
+    folder = root / "theirs"
+    shutil.copytree(tiny_folder, folder)
+    harm(folder)
+    with pytest.raises(ConfigError, match=rf"weights\.prior: .*{message}"):
+        train(root, "model=prior", f"weights.prior={folder}", "data.cache=false", *QUICK)
+
+
+def test_an_adapter_run_is_no_weights(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"weights\.prior: .*a run without a pipeline.*an adapter run leaves"):
+        train(root, "model=prior", f"weights.prior={root}/l", *QUICK)
+
+
+def test_one_step_is_too_few_for_the_priors_schedule(root: Path) -> None:
+    with pytest.raises(ConfigError, match="has to be a whole number, at least 2"):
+        train(root, "model=prior", "validation.inference_steps=1")
+
+
+def test_a_resolution_that_the_unet_cannot_halve_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.resolution: has to be a multiple of 16 for these weights, not 72"):
+        train(root, "model=decoder", "data.resolution=72", *QUICK)
+
+
+def test_half_precision_weights_need_mixed_precision(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"precision\.frozen_dtype: half precision needs mixed precision"):
+        train(root, "model=prior", "precision.frozen_dtype=bfloat16", *QUICK)
+
+
+# --- generate
+
+
+def draw(root: Path, *overrides: str) -> float:
+    base = ["inference_steps=1", "prior_inference_steps=2", "prompts=[a dog]", "weights=tiny"]
+    return generate(composed(root, *base, *overrides, verb="generate", small=[]))
+
+
+@pytest.mark.parametrize("text", ["a: [", "{}", None])
+def test_generate_from_a_run_without_a_readable_config(text: str | None, root: Path) -> None:
+    file = root / "p" / "config.yaml"
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml (cannot be read|has no weights\.prior)"):
+        draw(root, f"prior={root}/p/checkpoints/{LATEST}")
+
+
+def test_generate_refuses_a_size_that_it_would_round(root: Path) -> None:
+    with pytest.raises(ConfigError, match="height: has to be a multiple of 16 for this decoder, not 72"):
+        draw(root, "height=72", "width=64")
+
+
+def test_generate_with_a_damaged_adapter(root: Path) -> None:
+    truncate(root / "l" / "adapter" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ConfigError, match=r"prior: .*adapter cannot be loaded"):
+        draw(root, f"prior={root}/l")
+
+
+def test_generate_finds_what_is_wrong_before_it_draws(root: Path) -> None:
+    checkpoint = root / "p" / "checkpoints" / LATEST
+    truncate(checkpoint / "prior" / "diffusion_pytorch_model.safetensors")  # drawing would end there
+    with pytest.raises(ConfigError, match="log_to_run: neither"):
+        draw(root, f"prior={checkpoint}", "log_to_run=true")
+    (root / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_root"):
+        draw(root / "file" / "out", f"prior={checkpoint}", "decoder=nobody/nothing")
+
+
+# --- sweeps and the hub
+
+
+def test_a_sweep_over_paths_has_one_parent_and_flat_folders(root: Path) -> None:
+    cli.main([
+        "--multirun", "model=prior", "weights=tiny", "data=emoji", "data.max_samples=4", "trainer.max_steps=1",
+        f"weights.prior={root}/p,tiny", "name=sweep", f"output_root={root}",
+    ])  # fmt: skip
+    jobs = [path.parent for path in (root / "sweep").glob("*/run.json")]
+    assert len(jobs) == 2
+    assert {path.name for path in (root / "sweep").iterdir() if path.is_dir()} == {path.name for path in jobs}
+    parents = {found.data.tags.get("mlflow.parentRunId") for found in runs(root)} - {None}
+    assert len(parents) == 1
+    assert history(root, json.loads((jobs[0] / "run.json").read_text())["run_id"], "validation/loss")
+    with pytest.raises(ConfigError, match=r"name: .*sweep holds a sweep"):
+        train(root, "model=prior", "name=sweep")
+    assert client(root).get_run(parents.pop()).info.status == "FINISHED"
+
+
+def test_a_long_job_name_is_cut() -> None:
+    first, second = cli.folder_name("a=" + "x" * 400), cli.folder_name("a=" + "x" * 399 + "y")
+    assert first != second
+    assert len(first) < 255
+    assert cli.folder_name("weights.prior=/a/b") == "weights.prior=_a_b"
+
+
+def test_a_model_card_names_only_hub_repositories_as_base() -> None:
+    params = {"model._target_": "x.PriorStage", **dict.fromkeys(hub.SHOWN, 1)}
+    for base, named in (("kandinsky-community/kandinsky-2-2-prior", True), ("tiny", False), ("/a/folder", False)):
+        card = hub.model_card("me/mine", {**params, "weights.prior": base}, Path("pipeline"))
+        assert ("base_model:" in card) == named
