@@ -40,6 +40,7 @@ def accelerator(cfg: DictConfig) -> Accelerator:
         ConfigError: the precision cannot work on this device, or another run of this process chose another.
     """
     torch.set_float32_matmul_precision("high" if cfg.precision.tf32 else "highest")  # also after a run with another
+    torch.backends.cudnn.allow_tf32 = cfg.precision.tf32
     try:
         made = Accelerator(
             mixed_precision=cfg.precision.mixed_precision,

@@ -127,7 +127,7 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
             # The averages pass through the network itself: what was saved by name comes back by name.
             source = folder / f"{part}_ema"
             adapters.load(network, source if source.is_dir() else folder / part)
-            training.ema.shadow_params = [parameter.detach().clone() for parameter in training.trainable()]
+            training.ema.shadow_params = [parameter.detach().clone() for parameter in training.trainable]
             training.ema.optimization_step = int(state.get("ema_step", 0))
         adapters.load(network, folder / part)
         tensors = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)

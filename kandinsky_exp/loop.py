@@ -2,10 +2,10 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kandinsky_exp.errors import Interrupted, NonFiniteLoss
+from kandinsky_exp.errors import Interrupted
+from kandinsky_exp.meter import Meter
 from kandinsky_exp.randomness import NoiseSource, derive_seed, validation_generator
 from kandinsky_exp.stages.base import Features, Stage
 from kandinsky_exp.tracking import Tracker
@@ -42,6 +43,7 @@ class Training:
     def rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
 
+    @cached_property
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
@@ -108,7 +110,7 @@ def train(
             if due(step, settings.log_every, last) or validate or save:
                 meter.check(step, training.rate())
             if due(step, settings.log_every, last):
-                report(meter.read(training), step, settings.max_steps, tracker, bar)
+                report(meter.read(step, training.rate()), step, settings.max_steps, tracker, bar)
             stopping = stop_agreed(stop, accelerator, step, settings.log_every)
             with meter.paused():
                 if validate and stopping is None:
@@ -143,13 +145,13 @@ def optimizer_step(
             result = training.stage.loss(training.network, features, noise.at(training.step, micro))
             accelerator.backward(result.loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(training.trainable(), settings.max_grad_norm or math.inf)
+                norm = accelerator.clip_grad_norm_(training.trainable, settings.max_grad_norm or math.inf)
             training.optimizer.step()
             training.optimizer.zero_grad()
         losses.append(result.loss.detach())
     training.scheduler.step()
     if training.ema is not None:
-        training.ema.step(training.trainable())
+        training.ema.step(training.trainable)
     return torch.stack(losses).mean(), norm, rows
 
 
@@ -188,82 +190,18 @@ def progress_bar(step: int, settings: LoopSettings) -> Iterator["tqdm[Any]"]:
         yield bar
 
 
-@dataclass
-class Meter:
-    """Losses stay on the device until they are read, every `log_every` steps."""
-
-    accelerator: Accelerator
-    total_batch: int
-    step: int
-    last_loss: float | None = None
-    _losses: list[Tensor] = field(default_factory=list)
-    _norms: list[Tensor] = field(default_factory=list)
-    _rows: list[list[Tensor]] = field(default_factory=list)
-    _unchecked: int = 0
-    _started: float = field(default_factory=time.monotonic)
-
-    def add(self, loss: Tensor, norm: Tensor, rows: list[Tensor]) -> None:
-        self._losses.append(loss)
-        self._norms.append(torch.as_tensor(norm, device=loss.device))
-        self._rows.append(rows)
-        self._unchecked += 1
-
-    def check(self, step: int, lr: float) -> None:
-        """Stop at the first step since the last check whose loss, or gradient without a scaler, is not finite."""
-        if self._unchecked == 0:
-            return
-        losses, norms = (torch.stack(values[-self._unchecked :]) for values in (self._losses, self._norms))
-        # A loss scaler skips steps with infinite gradients; that is its work, not a failure.
-        bad = ~losses.isfinite() if self.accelerator.scaler is not None else ~(losses.isfinite() & norms.isfinite())
-        worst = self.accelerator.gather(bad.any().reshape(1))
-        if bool(worst.any()):
-            first = int(bad.nonzero()[0]) if bool(bad.any()) else 0
-            rows = torch.cat([part.flatten() for part in self._rows[first - self._unchecked]]).tolist()
-            where = f"step {step - self._unchecked + first + 1}"
-            values = f"loss {float(losses[first]):.4g}, gradient norm {float(norms[first]):.4g}"
-            raise NonFiniteLoss(
-                f"the loss or its gradient is not finite at {where} ({values}, lr {lr:.3g}, rows {rows}). The last "
-                "checkpoint is from before. Lower optimizer.lr, raise scheduler.warmup_steps, or look at the rows"
-            )
-        self._unchecked = 0
-
-    def read(self, training: Training) -> dict[str, float]:
-        """Mean over the steps since the last reading and over all processes; empties the meter."""
-        means = torch.stack([torch.stack(self._losses).mean(), torch.stack(self._norms).mean().float()])
-        loss, norm = self.accelerator.reduce(means, reduction="mean").tolist()
-        elapsed = max(time.monotonic() - self._started, 1e-9)
-        steps = training.step - self.step
-        self.last_loss, self.step = loss, training.step
-        self._losses, self._norms, self._rows = [], [], []
-        self._started = time.monotonic()
-        return {
-            "train/loss": loss,
-            "train/lr": training.rate(),
-            "train/grad_norm": norm,
-            "train/samples_per_second": steps * self.total_batch / elapsed,
-            "steps_per_second": steps / elapsed,
-        }
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
-        before = time.monotonic()
-        yield
-        self._started += time.monotonic() - before
-
-
 @contextmanager
 def averaged_weights(training: Training) -> Iterator[None]:
     """The EMA weights in place of the raw ones; nothing where there is no EMA."""
     if training.ema is None:
         yield
         return
-    training.ema.store(training.trainable())
-    training.ema.copy_to(training.trainable())
+    training.ema.store(training.trainable)
+    training.ema.copy_to(training.trainable)
     try:
         yield
     finally:
-        training.ema.restore(training.trainable())
+        training.ema.restore(training.trainable)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp.weights import COMBINED, PARTS, Side, Weights, pipeline_folder, side_parts
+from kandinsky_exp.weights import COMBINED, PARTS, Side, Weights, side_parts
 
 Embeds = tuple[Tensor, Tensor]
 
@@ -161,7 +161,3 @@ def _files(source: Path, variant: str | None) -> Iterator[tuple[str, Path]]:
             yield file.name.removesuffix(suffix) + ".safetensors", file
         elif file.suffix != ".safetensors":
             yield file.name, file
-
-
-def is_run_folder(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and pipeline_folder(folder) != folder

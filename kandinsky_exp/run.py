@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import adapters, build, checkpoint, config, hub, loop, pipelines, processes, tracking, workspace
 from kandinsky_exp.data import sources
-from kandinsky_exp.errors import Interrupted
+from kandinsky_exp.errors import Interrupted, UserError
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.validation import HeldOut, Validator
 from kandinsky_exp.weights import PARTS, Weights
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> float:
             if space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps:
                 return nothing_left(space)
             tracker = start_tracker(cfg, accelerator, space)
-            with tracking.tracked(tracker), recorded(space, accelerator):
+            with tracking.tracked(tracker), recorded(space, accelerator, tracker):
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
                 train_rows, held_rows = build.readers(cfg, splits, stage, accelerator, logger.info)
@@ -158,8 +158,9 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def recorded(space: workspace.Workspace, accelerator: Accelerator) -> Iterator[None]:
+def recorded(space: workspace.Workspace, accelerator: Accelerator, tracker: tracking.Tracker) -> Iterator[None]:
     """The run folder's own record of how the run ended, true without any tracker."""
+    before = space.record.status
     space.record.status = "RUNNING"
     try:
         if accelerator.is_main_process:
@@ -168,6 +169,10 @@ def recorded(space: workspace.Workspace, accelerator: Accelerator) -> Iterator[N
         space.record.status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
         space.record.status = "KILLED"
+        raise
+    except UserError:  # nothing was trained: what the run was before, it still is
+        space.record.status = before if space.is_resumed and before != "RUNNING" else "FAILED"
+        tracker.finish(space.record.status)
         raise
     except BaseException:
         space.record.status = "FAILED"

@@ -94,8 +94,7 @@ class Validator:
         for index, (image, prompt) in enumerate(zip(drawn, self.prompts, strict=True)):
             image.save(folder / f"{index:02d}.png")
             self.tracker.log_image(f"validation/{index:02d}", image, step, prompt)
-        for index, (image, original) in enumerate(redrawn):
-            del original
+        for index, (image, _) in enumerate(redrawn):
             image.save(folder / f"reconstruction-{index:02d}.png")
             self.tracker.log_image(f"reconstruction/{index:02d}", image, step, f"held-out image {index}")
         grid = self._grid(drawn, redrawn)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from kandinsky_exp import checkpoint
 from kandinsky_exp.errors import CheckpointError, ConfigError
 
 RECORD = "run.json"
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Record:
     """
 
     run_id: str | None = None
-    status: str = "RUNNING"
+    status: Status = "RUNNING"
     step: int = 0
     validation_loss: float | None = None
     stage: str | None = None

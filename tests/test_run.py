@@ -14,7 +14,7 @@ from running import PROMPTS, client, composed, history, network, runs, same, tra
 from safetensors.torch import load_file
 
 from kandinsky_exp import build
-from kandinsky_exp.errors import ConfigError, Interrupted, NonFiniteLoss
+from kandinsky_exp.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLoss
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny.pipelines import build as build_tiny
 
@@ -258,11 +258,25 @@ def test_max_epochs_ends_first(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "p" / "run.json").read_text())["step"] == 3  # 12 rows in batches of 4
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prior that knows nothing yet, beside the tiny one's encoders."""
+    folder = tmp_path_factory.mktemp("untrained")
+    pipeline = AutoPipelineForText2Image.from_pretrained(build_tiny(folder / "cache")).prior_pipe
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = PriorTransformer.from_config(pipeline.prior.config)
+    fresh.clip_mean.data, fresh.clip_std.data = pipeline.prior.clip_mean.data, pipeline.prior.clip_std.data
+    pipeline.register_modules(prior=fresh)
+    pipeline.save_pretrained(folder / "prior")
+    return folder / "prior"
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
-def test_optimizers_lower_the_loss(optimizer: str, tmp_path: Path) -> None:
+def test_optimizers_lower_the_loss(optimizer: str, untrained: Path, tmp_path: Path) -> None:
     train(
-        tmp_path, "model=prior", f"optimizer={optimizer}", "optimizer.lr=3e-3", "trainer.max_steps=12",
-        "validation.every=12", "checkpoint.every=12", "validation.draws=4",
+        tmp_path, "model=prior", f"weights.prior={untrained}", f"optimizer={optimizer}", "optimizer.lr=3e-3",
+        "trainer.max_steps=12", "validation.every=12", "checkpoint.every=12", "validation.draws=4",
     )  # fmt: skip
     losses = history(tmp_path, runs(tmp_path)[0].info.run_id, "validation/loss")
     assert losses[12] < losses[0]
@@ -445,3 +459,11 @@ def test_push_without_a_login_is_refused_before_training(tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match=r"hub\.push: nobody is logged in"):
         train(tmp_path, "model=prior", "name=p", "hub.push=true", "hub.repo_id=me/mine")
     assert not (tmp_path / "p").exists()
+
+
+def test_a_refused_resume_leaves_a_finished_run_finished(tmp_path: Path) -> None:
+    train(tmp_path, "model=prior", "name=p")
+    with pytest.raises(CheckpointError):
+        train(tmp_path, "model=prior", "name=p", "adapter=lora", "adapter.rank=2", "trainer.max_steps=6")
+    assert runs(tmp_path)[0].info.status == "FINISHED"
+    assert json.loads((tmp_path / "p" / "run.json").read_text())["status"] == "FINISHED"
