@@ -75,5 +75,6 @@ def min_versions(session: nox.Session) -> None:
         if clause.operator == ">="
     ]
     session.install("-e", ".", *group("tests"), *lowest)
-    arguments = ["-n", "2", "--dist", "worksteal", "-o", "filterwarnings=default", *session.posargs]
+    current = "--deselect=tests/test_packaging.py::test_constraints_cover_all_that_is_installed"
+    arguments = ["-n", "2", "--dist", "worksteal", "-o", "filterwarnings=default", current, *session.posargs]
     session.run("pytest", *arguments, env=ENVIRONMENT)

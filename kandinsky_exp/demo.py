@@ -56,8 +56,9 @@ def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | N
         captions: draw the first so many only.
     """
     started = time.monotonic()
+    place = f"output_root='{output_root}'"  # quoted: to Hydra a comma or a bracket in a folder's name means more
     for experiment in EXPERIMENTS:
-        cli.main(["train", f"experiment={experiment}", f"output_root={output_root}", *overrides])
+        cli.main(["train", f"experiment={experiment}", place, *overrides])
     seconds = time.monotonic() - started
     splits = sources.emoji()
     assert splits.validation is not None
