@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ class Origin:
         network: folder of the trained network or adapter that goes in, None for the base's own.
         run_id: MLflow run that trained it.
         run_folder: of the run that trained it.
+        revision: of a base on the hub that a run started from.
     """
 
     base: str
     network: Path | None = None
     run_id: str | None = None
     run_folder: Path | None = None
+    revision: str | None = None
 
 
 def generate(cfg: DictConfig) -> float:
@@ -59,6 +61,8 @@ def generate(cfg: DictConfig) -> float:
         origins = find_origins(cfg)
         weights = build.weights(cfg)
         weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
+        weights.prior_revision = origins["prior"].revision or weights.prior_revision
+        weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
         workspace.make_root(Path(cfg.output_root).expanduser())
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         images = draw(cfg, weights, origins, prompts)
@@ -83,7 +87,8 @@ def find_origins(cfg: DictConfig) -> dict[Side, Origin]:
     for side in NETWORK:
         if side not in given:
             source = source_of(partners[0], side) if partners else cfg.weights[side]
-            given[side] = find_origin(cfg, side, source)
+            revision = saved_value(partners[0], f"weights.{side}_revision") if partners else None
+            given[side] = replace(find_origin(cfg, side, source), revision=revision)
     return given
 
 
@@ -103,7 +108,8 @@ def find_origin(cfg: DictConfig, side: Side, source: str) -> Origin:
     if folder == run_folder and (folder / "pipeline").is_dir() and check_source(source, side) is None:
         return Origin(source, None, run_id, run_folder)
     base = checked(source_of(run_folder, side), side)
-    return Origin(base, trained_network(folder, side), run_id, run_folder)
+    revision = saved_value(run_folder, f"weights.{side}_revision")
+    return Origin(base, trained_network(folder, side), run_id, run_folder, revision)
 
 
 def checked(source: str, side: Side) -> str:
@@ -129,15 +135,19 @@ def trained_network(folder: Path, side: Side) -> Path:
 
 
 def stage_of(run_folder: Path) -> str:
-    return "prior" if saved_value(run_folder, "model._target_").endswith("PriorStage") else "decoder"
+    return "prior" if (saved_value(run_folder, "model._target_") or "").endswith("PriorStage") else "decoder"
 
 
 def source_of(run_folder: Path, side: Side) -> str:
     """The weights that a run started from."""
-    return saved_value(run_folder, f"weights.{side}")
+    source = saved_value(run_folder, f"weights.{side}")
+    if source is None:
+        raise ConfigError(f"{run_folder / 'config.yaml'} has no weights.{side}; mend it, or give other sources")
+    return source
 
 
-def saved_value(run_folder: Path, key: str) -> str:
+def saved_value(run_folder: Path, key: str) -> str | None:
+    """A setting of the run, None where it has none."""
     file = run_folder / "config.yaml"
     try:
         value = OmegaConf.select(OmegaConf.create(OmegaConf.load(file)), key)
@@ -145,9 +155,7 @@ def saved_value(run_folder: Path, key: str) -> str:
         raise ConfigError(
             f"{file} cannot be read: {str(error).splitlines()[0]}; mend it, or give other sources"
         ) from error
-    if value is None:
-        raise ConfigError(f"{file} has no {key}; mend it, or give other sources")
-    return str(value)
+    return None if value is None else str(value)
 
 
 def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:

@@ -1,5 +1,6 @@
 """`kandinsky-exp generate`: every kind of source on either side."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 from running import client, composed, runs, train
 
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.generate import generate
+from kandinsky_exp.generate import find_origins, generate
 
 STEPS = ["inference_steps=2", "prior_inference_steps=2", "prompts=[a red heart, a dog]"]
 
@@ -70,6 +71,22 @@ def test_the_other_side_defaults_to_what_the_run_started_from(root: Path) -> Non
     assert np.array_equal(
         drawn(root, "implied", f"prior={root}/prior"), drawn(root, "explicit", f"prior={root}/prior", "decoder=tiny")
     )
+
+
+def test_the_revision_of_the_base_is_the_runs_own(root: Path, tmp_path: Path) -> None:
+    """A checkpoint goes into the very base that it was trained on, not into what `main` holds by now."""
+    run_folder = tmp_path / "elsewhere"
+    shutil.copytree(root / "decoder", run_folder, symlinks=True)
+    saved = (run_folder / "config.yaml").read_text()
+    saved = saved.replace("decoder: tiny", "decoder: nobody/nothing").replace("prior: tiny", "prior: nobody/nothing")
+    saved = saved.replace("prior_revision: null", "prior_revision: p1").replace(
+        "decoder_revision: null", "decoder_revision: d1"
+    )
+    (run_folder / "config.yaml").write_text(saved)
+    checkpoint = run_folder / "checkpoints" / "step-00000004"
+    origins = find_origins(composed(root, *STEPS, f"decoder={checkpoint}", verb="generate", small=[]))
+    assert (origins["decoder"].base, origins["decoder"].revision) == ("nobody/nothing", "d1")
+    assert (origins["prior"].base, origins["prior"].revision) == ("nobody/nothing", "p1")
 
 
 def test_adapter_run(root: Path) -> None:
