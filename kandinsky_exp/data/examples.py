@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,16 +72,16 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Hashed:
+class Hashed(ABC):
     """A source whose fingerprint covers ids, captions and image bytes in order, whatever folder they lie in."""
 
     name: str
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
 
     @cached_property
     def fingerprint(self) -> str:
