@@ -1,55 +1,111 @@
 """What training reads: features from an encoded table, or examples that the stage encodes on the fly."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from kandinsky_exp.data.encode import Encoder, Features, cache_key, captions_of, collate, encode_table
 from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.loading import Features, stack
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.data.sampler import Visit, choose_caption
+from kandinsky_exp.data.sampler import Visit, choose_caption, choose_mirror
 from kandinsky_exp.data.table import FeatureTable
+from kandinsky_exp.errors import DataError
 
-__all__ = ["CachedFeatures", "Encoder", "FeatureTable", "OnlineExamples", "cache_key", "collate", "encode_table"]
+Rows = NDArray[np.int64]
+
+
+def collate(rows: Sequence[Features]) -> Features:
+    """Stack rows of equal shapes along a new batch axis."""
+    return stack(rows)
 
 
 class CachedFeatures(Dataset[Features]):
-    """Features of a table by visit; a visit's caption is a function of (seed, epoch, index)."""
+    """Features of a table by visit; a visit's caption and mirroring are functions of (seed, epoch, index).
 
-    def __init__(self, table: FeatureTable, seed: int) -> None:
-        self.table, self.seed = table, seed
+    Args:
+        rows: the part of the table that counts, (n,), sorted; None = all of it. `index` is a place among them.
+    """
+
+    def __init__(self, table: FeatureTable, seed: int, rows: Rows | None = None) -> None:
+        self.table, self.seed, self.rows = table, seed, rows
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.table) if self.rows is None else len(self.rows)
+
+    def row(self, index: int) -> int:
+        """The row of the table."""
+        return index if self.rows is None else int(self.rows[index])
 
     def __getitem__(self, visit: Visit) -> Features:
         """Features of `FeatureTable.row` and `index`, an int64 scalar."""
         index, epoch = visit
-        count = self.table.captions(index)
-        caption = choose_caption(self.seed, epoch, index, count) if count else 0
-        return self.table.row(index, caption) | {"index": torch.tensor(index)}
+        view = choose_mirror(self.seed, epoch, index) if self.table.views > 1 else 0
+        features = self.table.visit(self.row(index), lambda count: choose_caption(self.seed, epoch, index, count), view)
+        return features | {"index": torch.tensor(index)}
+
+    def plain(self, index: int) -> Features:
+        """A row as validation sees it: its first caption of epoch 0, not mirrored."""
+        features = self.table.visit(self.row(index), lambda count: choose_caption(self.seed, 0, index, count))
+        return features | {"index": torch.tensor(index)}
+
+    def groups(self) -> Rows:
+        """A number for each row, equal where latents have the same shape."""
+        shapes = self.table.shapes()
+        found: Rows = np.unique(shapes if self.rows is None else shapes[self.rows], axis=0, return_inverse=True)[1]
+        return found.reshape(-1)
 
     def id(self, index: int) -> str:
-        return self.table.id(index)
+        return self.table.id(self.row(index))
+
+    def source_row(self, index: int) -> int:
+        return self.table.source_row(self.row(index))
 
 
 class OnlineExamples(Dataset[Features]):
-    """Preprocessed images and captions by visit, for a stage that encodes them in the training loop."""
+    """Preprocessed images and captions by visit, for a stage that encodes them in the training loop.
 
-    def __init__(self, source: Source, preprocess: Preprocess, seed: int) -> None:
+    Args:
+        rows: as in `CachedFeatures`, of the source.
+        mirrored: show every other visit's image mirrored.
+    """
+
+    def __init__(
+        self, source: Source, preprocess: Preprocess, seed: int, rows: Rows | None = None, mirrored: bool = False
+    ) -> None:
         self.source, self.preprocess, self.seed = source, preprocess, seed
+        self.rows, self.mirrored = rows, mirrored
 
     def __len__(self) -> int:
-        return len(self.source)
+        if self.rows is not None:
+            return len(self.rows)
+        assert self.source.count is not None
+        return self.source.count
 
     def __getitem__(self, visit: Visit) -> Features:
         """Tensors of `Preprocess` and `index`, an int64 scalar. Raises DataError for an unreadable image."""
         index, epoch = visit
-        example = self.source[index]
+        return self._read(index, epoch, self.mirrored and bool(choose_mirror(self.seed, epoch, index)))
+
+    def plain(self, index: int) -> Features:
+        """A row as validation sees it: its caption of epoch 0, not mirrored."""
+        return self._read(index, 0, False)
+
+    def _read(self, index: int, epoch: int, mirror: bool) -> Features:
+        example = self.source[self.source_row(index)]
         caption = None
         if self.preprocess.tokenizer is not None:
-            captions = captions_of(self.source, index)
-            caption = captions[choose_caption(self.seed, epoch, index, len(captions))]
-        return self.preprocess(example.image(), caption) | {"index": torch.tensor(index)}
+            if not example.captions:
+                raise DataError(f"{example.where}: {example.caption_problem}")
+            caption = example.captions[choose_caption(self.seed, epoch, index, len(example.captions))]
+        image = example.image()
+        features = self.preprocess(self.preprocess.mirror(image) if mirror else image, caption)
+        return features | {"index": torch.tensor(index)}
 
     def id(self, index: int) -> str:
-        return self.source[index].id
+        return self.source[self.source_row(index)].id
+
+    def source_row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from kandinsky_exp.data.buckets import Size, nearest_bucket
 
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
@@ -48,8 +51,24 @@ def center_crop_resize(image: Image.Image, resolution: int) -> Tensor:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     square = image.crop((left, top, left + side, top + side))  # Pillow rounds the box
-    square = square.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
-    pixels = np.asarray(square, dtype=np.float32) / 127.5 - 1
+    return _to_tensor(square.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1))
+
+
+def crop_resize(image: Image.Image, width: int, height: int) -> Tensor:
+    """The largest middle part of an RGB picture that has the shape asked for, as a (3, H, W) float tensor in [-1, 1].
+
+    Nothing is stretched, not even by the part of a pixel: the box has fractions. A square is `center_crop_resize`.
+    """
+    if width == height:
+        return center_crop_resize(image, width)
+    scale = min(image.width / width, image.height / height)
+    left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
+    box = (left, top, image.width - left, image.height - top)
+    return _to_tensor(image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=1))
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
@@ -61,11 +80,13 @@ class Preprocess:
         image_processor: CLIP's, gives `clip_pixels` (3, S, S).
         tokenizer: CLIP's, gives `input_ids` (L,) and `text_mask` (L,) bool, L = 77 for the published weights.
         resolution: side of `pixels` (3, R, R) in [-1, 1], for the image autoencoder.
+        buckets: sizes (width, height) of which an image takes the nearest in shape: `pixels` (3, height, width).
     """
 
     image_processor: Any | None
     tokenizer: Any | None
     resolution: int | None
+    buckets: tuple[Size, ...] = ()
 
     def __call__(self, image: Image.Image | None, caption: str | None) -> dict[str, Tensor]:
         """Tensors without a batch axis. `image` must be RGB; None for either leaves its keys out."""
@@ -73,16 +94,29 @@ class Preprocess:
         if image is not None and self.image_processor is not None:
             tensors["clip_pixels"] = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
         if image is not None and self.resolution is not None:
-            tensors["pixels"] = center_crop_resize(image, self.resolution)
+            tensors["pixels"] = crop_resize(image, *self.size(image))
         if caption is not None and self.tokenizer is not None:
-            tensors |= self._tokenize(self.tokenizer, caption)
+            tensors |= self.tokenize([caption])[0][0]
         return tensors
 
+    def size(self, image: Image.Image) -> Size:
+        """(width, height) of an image's `pixels`."""
+        assert self.resolution is not None
+        return nearest_bucket(*image.size, self.buckets) if self.buckets else (self.resolution, self.resolution)
+
     @staticmethod
-    def _tokenize(tokenizer: Any, caption: str) -> dict[str, Tensor]:
-        length = tokenizer.model_max_length
-        tokens = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return {"input_ids": tokens.input_ids[0], "text_mask": tokens.attention_mask[0].bool()}
+    def mirror(image: Image.Image) -> Image.Image:
+        return ImageOps.mirror(image)
+
+    def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], bool]]:
+        """The tensors of each caption, and whether it was cut."""
+        assert self.tokenizer is not None
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        rows = zip(tokens.input_ids, tokens.attention_mask.bool(), tokens.encodings, strict=True)
+        return [({"input_ids": ids, "text_mask": mask}, bool(text.overflowing)) for ids, mask, text in rows]
 
     def fingerprint(self) -> str:
         """Equal for two objects that make equal tensors of equal examples."""
@@ -91,5 +125,5 @@ class Preprocess:
         if self.tokenizer is not None:
             vocabulary = sorted(self.tokenizer.get_vocab().items())
             tokenizer = [vocabulary, self.tokenizer.model_max_length, self.tokenizer.pad_token_id]
-        parts = json.dumps([processor, tokenizer, self.resolution], sort_keys=True, default=str)
+        parts = json.dumps([processor, tokenizer, self.resolution, self.buckets], sort_keys=True, default=str)
         return hashlib.sha256(parts.encode()).hexdigest()

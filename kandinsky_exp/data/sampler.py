@@ -25,6 +25,12 @@ def choose_caption(seed: int, epoch: int, index: int, count: int) -> int:
     return int.from_bytes(digest, "little") % count
 
 
+def choose_mirror(seed: int, epoch: int, index: int) -> int:
+    """Whether a visit shows the image (0) or its mirror (1), in equal parts over epochs and rows."""
+    digest = hashlib.blake2b(struct.pack("<3q", seed, epoch, index), digest_size=8, person=b"mirror").digest()
+    return digest[0] & 1
+
+
 def positions(
     step: int, micro: int, rank: int, *, batch_size: int, grad_accumulation: int, num_processes: int
 ) -> range:
@@ -43,6 +49,8 @@ class StreamBatchSampler:
         rows: number of rows in the data set, N.
         start_step: optimizer steps already done; a resumed run goes on at the exact visit where it stopped.
         total_steps: optimizer steps of the whole run.
+        groups: (rows,) numbers; all rows of an optimizer step, on all processes, have the same one. Visits keep the
+            order of the stream within their group, and a step comes when its group has filled it.
     """
 
     def __init__(
@@ -56,12 +64,14 @@ class StreamBatchSampler:
         grad_accumulation: int = 1,
         num_processes: int = 1,
         rank: int = 0,
+        groups: NDArray[np.int64] | None = None,
     ) -> None:
         if rows < 1 or batch_size < 1 or grad_accumulation < 1 or not 0 <= rank < num_processes:
             raise ValueError(f"{rows=}, {batch_size=}, {grad_accumulation=}, {rank=} of {num_processes=}")
         self.rows, self.seed, self.rank = rows, seed, rank
         self.steps = range(start_step, total_steps)
         self.grad_accumulation = grad_accumulation
+        self.groups = groups
         self._shape = {
             "batch_size": batch_size,
             "grad_accumulation": grad_accumulation,
@@ -73,14 +83,55 @@ class StreamBatchSampler:
         return len(self.steps) * self.grad_accumulation
 
     def __iter__(self) -> Iterator[list[Visit]]:
+        per_step = self._shape["batch_size"] * self._shape["grad_accumulation"] * self._shape["num_processes"]
+        visits = self._plain(per_step) if self.groups is None else self._grouped(self.groups, per_step)
+        for step in visits:
+            for micro in range(self.grad_accumulation):
+                mine = positions(0, micro, self.rank, **self._shape)
+                yield step[mine.start : mine.stop]
+
+    def _plain(self, per_step: int) -> Iterator[list[Visit]]:
+        """The visits of each optimizer step over all processes."""
         # Positions only grow, so one epoch's permutation is all that is ever needed at a time.
         current, permutation = -1, order(self.seed, 0, 0)
         for step in self.steps:
-            for micro in range(self.grad_accumulation):
-                batch: list[Visit] = []
-                for position in positions(step, micro, self.rank, **self._shape):
-                    epoch, place = divmod(position, self.rows)
-                    if epoch != current:
-                        current, permutation = epoch, order(self.seed, epoch, self.rows)
-                    batch.append((int(permutation[place]), epoch))
-                yield batch
+            visits: list[Visit] = []
+            for position in range(step * per_step, (step + 1) * per_step):
+                epoch, place = divmod(position, self.rows)
+                if epoch != current:
+                    current, permutation = epoch, order(self.seed, epoch, self.rows)
+                visits.append((int(permutation[place]), epoch))
+            yield visits
+
+    def _grouped(self, groups: NDArray[np.int64], per_step: int) -> Iterator[list[Visit]]:
+        epoch, done, waiting = self._state_before(groups, per_step)
+        while done < self.steps.stop:
+            for row in order(self.seed, epoch, self.rows).tolist():
+                queue = waiting[groups[row]]
+                queue.append((row, epoch))
+                if len(queue) == per_step:
+                    if done in self.steps:
+                        yield list(queue)
+                    done += 1
+                    queue.clear()
+            epoch += 1
+
+    def _state_before(self, groups: NDArray[np.int64], per_step: int) -> tuple[int, int, list[list[Visit]]]:
+        """(epoch, steps done before it, visits that wait in each group) of the last epoch that begins before the start.
+
+        Epochs fill as many steps as they have room for, whatever their order: nothing before has to be walked.
+        """
+        sizes = np.bincount(groups)
+        epoch = self.steps.start * per_step // self.rows + 1
+        while epoch and int((epoch * sizes // per_step).sum()) > self.steps.start:
+            epoch -= 1
+        waiting: list[list[Visit]] = [[] for _ in sizes]
+        missing = epoch * sizes % per_step
+        earlier = epoch
+        while missing.any():
+            earlier -= 1
+            for row in reversed(order(self.seed, earlier, self.rows).tolist()):
+                if missing[groups[row]]:
+                    missing[groups[row]] -= 1
+                    waiting[groups[row]].insert(0, (row, earlier))
+        return epoch, int((epoch * sizes // per_step).sum()), waiting

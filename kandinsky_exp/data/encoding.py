@@ -1,0 +1,266 @@
+"""One walk over a source: batches of its images and captions through the encoders, chunk by chunk into a journal."""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kandinsky_exp.data import cache
+from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.journal import Journal
+from kandinsky_exp.data.loading import Batch, Features, Loader, stack
+from kandinsky_exp.data.metadata import first_few
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.progress import Log, Report
+from kandinsky_exp.data.table import CAPTIONS, DTYPES, IMAGES, Array
+from kandinsky_exp.errors import DataError
+
+CHUNK = 256  # examples between commits: what a killed process does again at most
+LOOK_ON_SECONDS = 5.0  # how long to look for further problems when one was found
+FEW = 256  # examples that are not worth starting worker processes for
+
+CacheDtype = Literal["fp16", "fp32"]
+Cells = dict[str, Array]
+
+
+class Encoder(Protocol):
+    """The part of a stage that encodes; image keys and text keys may come in separate batches."""
+
+    @property
+    def preprocess(self) -> Preprocess: ...
+    def encode(self, examples: Features) -> Features: ...
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How a data set is encoded.
+
+    Args:
+        batch_size: images, and then captions, per call of `Encoder.encode`.
+        workers: processes that decode images; None = one per core but one, and none for a few images.
+        mirrored: also encode the mirror of each image.
+        skip_bad: leave out what cannot be used, instead of raising.
+    """
+
+    dtype: CacheDtype = "fp16"
+    batch_size: int = 8
+    workers: int | None = None
+    mirrored: bool = False
+    skip_bad: bool = False
+
+    def processes(self, count: int | None) -> int:
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return 0 if count is not None and count < FEW else min(8, cores - 1)
+
+
+@dataclass
+class _Chunk:
+    """Examples since the last commit. Image and caption batches are filled across examples, never across chunks."""
+
+    seen: int = 0
+    ids: list[str] = field(default_factory=list)
+    source_rows: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    images: list[list[Cells]] = field(default_factory=list)  # by view, once encoded
+    captions: list[Cells] = field(default_factory=list)
+    waiting: dict[tuple[torch.Size, ...], list[tuple[int, list[Features]]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    texts: list[Features] = field(default_factory=list)
+
+    def size(self) -> int:
+        """Bytes of what is encoded."""
+        cells = [cells for views in self.images for cells in views] + self.captions
+        return sum(array.nbytes for row in cells for array in row.values())
+
+
+@dataclass
+class Walk:
+    """See the module."""
+
+    source: Source
+    stage: Encoder
+    how: EncodeSettings
+    journal: Journal
+    log: Log
+    chunk: _Chunk = field(default_factory=_Chunk)
+
+    def encode_all(self) -> None:
+        done = self.journal.progress.source_rows
+        report = Report(self.source.count, done, self.log)
+        loader = Loader(self.stage.preprocess, self.how.mirrored)
+        workers = self.how.processes(self.source.count)
+        batches = loader.batches(self.source.examples(done), self.how.batch_size, workers)
+        chunk_rows = -(-CHUNK // self.how.batch_size) * self.how.batch_size
+        for number, batch in enumerate(batches):
+            self._check(batch, batches)
+            started = time.monotonic()
+            self._take(batch)
+            report(done := done + len(batch.examples))
+            if not report.announced and (number == 1 or done == self.source.count):
+                self._announce(report, (time.monotonic() - started) / len(batch.examples))
+            if self.chunk.seen >= chunk_rows:
+                self._commit()
+        self._commit()
+        report.close(self.journal.progress.images, self.journal.progress.captions)
+
+    def _check(self, batch: Batch, rest: Iterator[Batch]) -> None:
+        """Refuse bad examples; where there is one, look a little further, to name several at once."""
+        problems = [example.problem for example in batch.examples if example.problem]
+        if not problems or self.how.skip_bad:
+            return
+        until = time.monotonic() + LOOK_ON_SECONDS
+        for following in rest:
+            problems += [example.problem for example in following.examples if example.problem]
+            if time.monotonic() > until:
+                break
+        raise DataError(f"{first_few(problems)}\n(data.on_error=skip leaves such examples out and lists them)")
+
+    def _announce(self, report: Report, seconds_each: float) -> None:
+        """Say what is coming, from the first batches, before anything is written.
+
+        Raises:
+            DataError: the disk has no room for it.
+        """
+        ready = max(1, sum(map(bool, self.chunk.images)))
+        needed = report.announce(self.chunk.size() / ready, seconds_each)
+        cache.refuse_if_no_room(self.journal.folder, needed)
+
+    def _take(self, batch: Batch) -> None:
+        chunk, start = self.chunk, self.journal.progress.source_rows
+        places = {}
+        for offset, example in enumerate(batch.examples):
+            if example.problem:
+                self.journal.progress.skipped.append(example.problem)
+                continue
+            places[offset] = len(chunk.ids)
+            chunk.ids.append(example.id)
+            chunk.source_rows.append(start + chunk.seen + offset)
+            chunk.counts.append(batch.counts[offset])
+            chunk.images.append([])
+            self.journal.progress.truncated += example.truncated
+        chunk.seen += len(batch.examples)
+        for offsets, views in batch.groups:
+            self._take_images([places[offset] for offset in offsets], views)
+        if batch.captions is not None:
+            self._take_captions(batch.captions)
+
+    def _take_images(self, places: list[int], views: list[Features]) -> None:
+        waiting = self.chunk.waiting[tuple(tensor.shape[1:] for tensor in views[0].values())]
+        if not waiting and len(places) == self.how.batch_size:
+            self._encode_images(places, views)
+            return
+        for number, place in enumerate(places):
+            waiting.append((place, [{name: tensor[number] for name, tensor in view.items()} for view in views]))
+        while len(waiting) >= self.how.batch_size:
+            self._encode_waiting(waiting)
+
+    def _encode_waiting(self, waiting: list[tuple[int, list[Features]]]) -> None:
+        batch, waiting[:] = waiting[: self.how.batch_size], waiting[self.how.batch_size :]
+        views = zip(*(views for _, views in batch), strict=True)
+        self._encode_images([place for place, _ in batch], [stack(view) for view in views])
+
+    def _encode_images(self, places: list[int], views: list[Features]) -> None:
+        ids = [self.chunk.ids[place] for place in places]
+        for view in views:
+            arrays = {name: self._array(name, tensor, ids) for name, tensor in self.stage.encode(view).items()}
+            for number, place in enumerate(places):
+                self.chunk.images[place].append({name: array[number] for name, array in arrays.items()})
+
+    def _take_captions(self, captions: Features | None) -> None:
+        """Encode full batches; None: what is left, too."""
+        texts, size = self.chunk.texts, self.how.batch_size
+        if captions is not None:
+            count = len(next(iter(captions.values())))
+            texts += [{name: tensor[row] for name, tensor in captions.items()} for row in range(count)]
+        while len(texts) >= size or (captions is None and texts):
+            batch, texts[:] = texts[:size], texts[size:]
+            self._encode_captions(batch)
+
+    def _encode_captions(self, batch: list[Features]) -> None:
+        features = self.stage.encode(stack(batch))
+        owners = self._owners(len(self.chunk.captions), len(batch))
+        lengths = [_prefix(row) for row in features.pop("text_mask").cpu()]
+        arrays = {name: self._array(name, tensor, owners) for name, tensor in features.items()}
+        for row, length in enumerate(lengths):
+            cells = {name: array[row] for name, array in arrays.items()}
+            cells["text_states"] = cells["text_states"][:length].copy()  # a copy: the padding need not stay in memory
+            self.chunk.captions.append(cells)
+
+    def _owners(self, start: int, count: int) -> list[str]:
+        """Ids of the examples that captions belong to."""
+        owners = [self.chunk.ids[row] for row, captions in enumerate(self.chunk.counts) for _ in range(captions)]
+        return owners[start : start + count]
+
+    def _array(self, name: str, tensor: Tensor, ids: Sequence[str]) -> Array:
+        """A feature of a batch as stored. What the dtype cannot hold is refused, not stored as infinity."""
+        exact = tensor.detach().float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            array: Array = exact.astype(DTYPES[self.how.dtype])
+        wrong = ~np.isfinite(array.reshape(len(ids), -1)).all(axis=1)
+        if wrong.any():
+            row = int(wrong.argmax())
+            cure = (
+                "set data.cache_dtype=fp32" if np.isfinite(exact[row]).all() else "set precision.frozen_dtype=float32"
+            )
+            raise DataError(f"{ids[row]}: {name} is not finite as {self.how.dtype}; {cure}")
+        return array
+
+    def _commit(self) -> None:
+        """Encode what waits for its batch to fill, and write the chunk."""
+        chunk, progress = self.chunk, self.journal.progress
+        for waiting in chunk.waiting.values():
+            while waiting:
+                self._encode_waiting(waiting)
+        self._take_captions(None)
+        if chunk.ids:
+            self.journal.append(IMAGES, self._image_columns(chunk, progress.captions))
+        if chunk.captions:
+            self.journal.append(CAPTIONS, _columns(chunk.captions, ragged="text_states"))
+        progress.source_rows += chunk.seen
+        progress.images += len(chunk.ids)
+        progress.captions += len(chunk.captions)
+        self.journal.commit()
+        self.chunk = _Chunk()
+
+    def _image_columns(self, chunk: _Chunk, captions_before: int) -> dict[str, Any]:
+        views = 1 + self.how.mirrored
+        starts = accumulate(chunk.counts, initial=captions_before)
+        facts = {
+            "source_row": np.array(chunk.source_rows, np.int64),
+            "caption_start": np.array(list(starts)[:-1], np.int64),
+            "caption_count": np.array(chunk.counts, np.int64),
+        }
+        ragged = "latents" if self.stage.preprocess.buckets else ""
+        return {
+            "id": [name for name in chunk.ids for _ in range(views)],
+            **{name: np.repeat(column, views) for name, column in facts.items()},
+            **_columns([cells for row in chunk.images for cells in row], ragged),
+        }
+
+
+def _columns(rows: list[Cells], ragged: str) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for name in rows[0]:
+        cells = [row[name] for row in rows]
+        columns[name] = cells if name == ragged else np.stack(cells)
+    return columns
+
+
+def _prefix(mask: Tensor) -> int:
+    """How many tokens a mask (L,) keeps. Padding is on the right: the table stores a length."""
+    tokens = int(mask.sum())
+    if not mask[:tokens].all():
+        raise DataError(
+            "the tokenizer of weights.prior pads on the left; Kandinsky's text encoder wants it on the right"
+        )
+    return tokens

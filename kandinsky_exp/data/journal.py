@@ -1,0 +1,99 @@
+"""How far an encoding came, on disk: a process that is killed loses what it had not written yet, and nothing else."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from kandinsky_exp.data.table import CAPTIONS, FORMAT, IMAGES, META, Columns, ColumnWriter
+
+PROGRESS = "progress.json"
+
+
+@dataclass
+class Progress:
+    """What is in the files of a table so far.
+
+    Args:
+        batch_size: images per batch of the encoders; another one would not give the same bits.
+        source_rows: examples of the source that are done, the skipped ones among them.
+        images, captions: encoded images (not counting mirrors) and captions.
+        truncated: captions that were cut.
+        skipped: what was wrong with the examples that were left out.
+        bytes: size of each file.
+    """
+
+    batch_size: int
+    source_rows: int = 0
+    images: int = 0
+    captions: int = 0
+    truncated: int = 0
+    skipped: list[str] = field(default_factory=list)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Journal:
+    """A table in the making, in a folder of its own. What was committed is there for good.
+
+    Args:
+        folder: where an earlier process may have left its part.
+        batch_size: of the encoders; what was made with another one is made again.
+    """
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self.folder = folder
+        self.progress = _read(folder, batch_size)
+        if self.progress.source_rows == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = self.progress.bytes
+        self._files = {name: ColumnWriter(folder / name, sizes.get(name, 0)) for name in (IMAGES, CAPTIONS)}
+
+    def append(self, name: str, columns: Columns) -> None:
+        self._files[name].append(columns)
+
+    def commit(self) -> None:
+        """Make all that was appended, and `progress` as it now is, last."""
+        for name, file in self._files.items():
+            file.flush()
+            self.progress.bytes[name] = file.size
+        _write(self.folder / PROGRESS, asdict(self.progress))
+
+    def finish(self, about: dict[str, object], target: Path) -> None:
+        """Turn the folder into the complete table `target`.
+
+        Args:
+            about: further facts for its `table.json`.
+        """
+        self.close()
+        facts = asdict(self.progress)
+        if not self.progress.captions:
+            (self.folder / CAPTIONS).unlink()
+            del facts["bytes"][CAPTIONS]
+        _write(self.folder / META, {"format": FORMAT, **facts, **about})
+        (self.folder / PROGRESS).unlink()
+        self.folder.replace(target)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _read(folder: Path, batch_size: int) -> Progress:
+    """What an earlier process committed; nothing, if it cannot be gone on with."""
+    try:
+        progress = Progress(**json.loads((folder / PROGRESS).read_text("utf-8")))
+        whole = all((folder / name).stat().st_size >= size for name, size in progress.bytes.items())
+    except (OSError, ValueError, TypeError):
+        return Progress(batch_size)
+    return progress if whole and progress.batch_size == batch_size else Progress(batch_size)
+
+
+def _write(file: Path, content: dict[str, object]) -> None:
+    aside = file.with_suffix(".aside")
+    with aside.open("w", encoding="utf-8") as handle:
+        json.dump(content, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    aside.replace(file)

@@ -1,0 +1,131 @@
+"""Examples on their way to the encoders: read, decoded and preprocessed in worker processes, in the source's order."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kandinsky_exp.data.examples import Example
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.errors import DataError
+
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One example as the encoders read it.
+
+    Args:
+        images: tensors of the image, and of its mirror where mirrors are wanted.
+        captions: tensors of each caption; none where captions are not encoded.
+        truncated: how many captions were cut.
+        problem: why it cannot be used; then there is nothing else.
+    """
+
+    id: str
+    images: tuple[Features, ...] = ()
+    captions: tuple[Features, ...] = ()
+    truncated: int = 0
+    problem: str = ""
+
+
+@dataclass
+class Batch:
+    """Loaded examples, their image tensors stacked by shape: one group, unless sizes differ.
+
+    Args:
+        examples: in the source's order, without their tensors.
+        groups: (places in `examples`, one stack per view).
+        captions: (n, …) of all captions in order; `counts` of each example.
+    """
+
+    examples: list[Loaded]
+    groups: list[tuple[list[int], list[Features]]] = field(default_factory=list)
+    captions: Features | None = None
+    counts: list[int] = field(default_factory=list)
+
+
+def stack(rows: Sequence[Features]) -> Features:
+    """Rows of equal shapes along a new batch axis."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclass(frozen=True)
+class Loader(Dataset[Loaded]):
+    """Reads and preprocesses examples. Its «indices» are the examples themselves: a worker gets all that it needs.
+
+    Args:
+        mirrored: also give the mirror of each image.
+    """
+
+    preprocess: Preprocess
+    mirrored: bool
+
+    def __getitem__(self, example: Example) -> Loaded:
+        wants_captions = self.preprocess.tokenizer is not None
+        if wants_captions and example.caption_problem:
+            return Loaded(example.id, problem=f"{example.where}: {example.caption_problem}")
+        try:
+            image = example.image()
+        except DataError as error:
+            return Loaded(example.id, problem=str(error))
+        views = [image, self.preprocess.mirror(image)] if self.mirrored else [image]
+        captions = self.preprocess.tokenize(example.captions) if wants_captions else []
+        return Loaded(
+            example.id,
+            tuple(self.preprocess(view, None) for view in views),
+            tuple(tensors for tensors, _ in captions),
+            sum(cut for _, cut in captions),
+        )
+
+    def batches(self, examples: Iterator[Example], batch_size: int, workers: int) -> Iterator[Batch]:
+        """Batches of `batch_size` examples, good and bad, in order; the last may be smaller."""
+        loader: DataLoader[Loaded] = DataLoader(
+            self,
+            batch_sampler=_Chunks(examples, batch_size),  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_leave_signals_to_the_main_process if workers else None,
+        )
+        yield from loader  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Lists of consecutive items."""
+
+    items: Iterator[Example]
+    size: int
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        while chunk := list(islice(self.items, self.size)):
+            yield chunk
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def collate(loaded: list[Loaded]) -> Batch:
+    by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
+    for place, example in enumerate(loaded):
+        if not example.problem:
+            shapes = tuple(tensor.shape for tensor in example.images[0].values())
+            by_shape.setdefault(shapes, []).append(place)
+    groups = []
+    for places in by_shape.values():
+        views = range(len(loaded[places[0]].images))
+        groups.append((places, [stack([loaded[place].images[view] for place in places]) for view in views]))
+    captions = [caption for example in loaded for caption in example.captions]
+    return Batch(
+        [Loaded(example.id, truncated=example.truncated, problem=example.problem) for example in loaded],
+        groups,
+        stack(captions) if captions else None,
+        [len(example.captions) for example in loaded],
+    )

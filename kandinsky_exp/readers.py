@@ -1,0 +1,267 @@
+"""Rows of a data set as features on the device, whether they come from encoded tables or from the encoders."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from filelock import FileLock
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from kandinsky_exp import processes
+from kandinsky_exp.data import sources
+from kandinsky_exp.data.checks import find_bad
+from kandinsky_exp.data.digests import FileDigests
+from kandinsky_exp.data.encode import cache_key, encode_table
+from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.data.examples import Indexed, Source, Splits
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Rows, collate
+from kandinsky_exp.data.metadata import first_few
+from kandinsky_exp.data.prefetch import prefetch
+from kandinsky_exp.data.sampler import StreamBatchSampler
+from kandinsky_exp.data.table import FeatureTable
+from kandinsky_exp.errors import DataError
+from kandinsky_exp.stages.base import DiffusionStage, Features
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How a data set becomes batches.
+
+    Args:
+        cache: folder of the encoded tables.
+        cached: encode once; False = the encoders run in every step.
+        fraction: held-out part of a set that has no validation split.
+        workers: processes that read images when nothing is cached.
+        batch_size: per process.
+    """
+
+    cache: Path
+    cached: bool
+    how: EncodeSettings
+    seed: int
+    fraction: float
+    workers: int
+    batch_size: int
+    grad_accumulation: int
+
+
+@dataclass
+class FeatureReader:
+    """One part of a data set: what trains, or what is held out.
+
+    Args:
+        dataset: by visit (index, epoch).
+        encode: the stage, where rows are pixels and token ids still.
+        fingerprint: follows the content of exactly these rows.
+    """
+
+    dataset: CachedFeatures | OnlineExamples
+    source: Source
+    fingerprint: str
+    settings: ReadSettings
+    device: torch.device
+    encode: DiffusionStage | None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def rows(self, indices: list[int]) -> Features:
+        """These rows, as validation sees them; they have to be of one shape."""
+        features = self._encoded(collate([self.dataset.plain(index) for index in indices]))
+        features.pop("index")
+        return {key: value.to(self.device) for key, value in features.items()}
+
+    def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
+        """`indices` in batches of one shape each."""
+        groups: dict[int, list[int]] = {}
+        numbers = self._groups()
+        for index in indices:
+            groups.setdefault(0 if numbers is None else int(numbers[index]), []).append(index)
+        for members in groups.values():
+            for start in range(0, len(members), size):
+                yield members[start : start + size]
+
+    def picture(self, index: int) -> Image.Image:
+        """A row's image, as its file has it."""
+        return self.source[self.dataset.source_row(index)].image()
+
+    def _groups(self) -> Rows | None:
+        by_shape = isinstance(self.dataset, CachedFeatures) and self.dataset.table.meta["buckets"]
+        return self.dataset.groups() if by_shape and isinstance(self.dataset, CachedFeatures) else None
+
+    def stream(self, start_step: int, steps: int, processes: Accelerator) -> Iterator[Features]:
+        """Micro-batches from the first one after `start_step` on, read ahead of the step that needs them."""
+        sampler = StreamBatchSampler(
+            len(self),
+            self.settings.seed,
+            batch_size=self.settings.batch_size,
+            grad_accumulation=self.settings.grad_accumulation,
+            num_processes=processes.num_processes,
+            rank=processes.process_index,
+            start_step=start_step,
+            total_steps=steps,
+            groups=self._groups(),
+        )
+        with contextlib.closing(prefetch(self._read(sampler), self.device)) as batches:
+            for batch in batches:
+                yield self._encoded(batch)
+
+    def _read(self, sampler: StreamBatchSampler) -> Iterator[Features]:
+        if isinstance(self.dataset, CachedFeatures):  # a thread is enough: nothing has to be decoded
+            for visits in sampler:
+                yield collate([self.dataset[visit] for visit in visits])
+            return
+        loader = DataLoader(
+            self.dataset, batch_sampler=sampler, num_workers=self.settings.workers, collate_fn=collate
+        )
+        try:
+            yield from loader
+        except DataError as error:  # a worker's comes with its traceback in front
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+
+    def _encoded(self, batch: Features) -> Features:
+        if self.encode is None:
+            return batch
+        return {**self.encode.encode(batch), "index": batch["index"]}
+
+
+@dataclass(frozen=True)
+class Readers:
+    """A data set, ready to train from.
+
+    Args:
+        notes: what a user should know of it, a line each.
+        skipped: what was wrong with the examples that were left out.
+    """
+
+    train: FeatureReader
+    held_out: FeatureReader | None
+    notes: list[str]
+    skipped: list[str]
+
+
+def open_readers(
+    splits: Splits, stage: DiffusionStage, settings: ReadSettings, accelerator: Accelerator, log: Log
+) -> Readers:
+    """Training and held-out features. Every process calls this; the main one encodes what is not encoded yet.
+
+    Raises:
+        DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
+    """
+    encoders = stage.weights.fingerprint(stage.encoders)
+    with accelerator.main_process_first():
+        stage.use_null_condition(null_condition(stage, settings.cache, encoders))
+    opener = _Opener(stage, settings, accelerator, encoders, log)
+    train = opener.open(splits.train)
+    notes, skipped = opener.notes, opener.skipped
+    if splits.validation is not None:
+        held_out = opener.open(splits.validation)
+        return Readers(train, held_out if len(held_out) else None, notes, skipped)
+    rest, held = sources.held_out(len(train), settings.fraction, settings.seed)
+    if not len(held):
+        return Readers(train, None, notes, skipped)
+    return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), notes, skipped)
+
+
+class _Opener:
+    """What the parts of a data set have in common while they are opened."""
+
+    def __init__(
+        self, stage: DiffusionStage, settings: ReadSettings, accelerator: Accelerator, encoders: str, log: Log
+    ) -> None:
+        self.stage, self.settings, self.accelerator = stage, settings, accelerator
+        self.encoders, self.log = encoders, log
+        self.digests = FileDigests(settings.cache)
+        self.notes: list[str] = []
+        self.skipped: list[str] = []
+
+    def open(self, source: Source) -> FeatureReader:
+        """All usable rows of a source."""
+        if not self.settings.cached:
+            return self._online(source)
+        fingerprint, folder = processes.on_main_process(lambda: self._encode(source))
+        table = FeatureTable(folder)
+        self._note(table.skipped, table.meta["truncated"], table.meta["text_length"])
+        return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
+
+    def _encode(self, source: Source) -> tuple[str, Path]:
+        fingerprint = source.fingerprint(self.digests)
+        preprocess, how = self.stage.preprocess, self.settings.how
+        folder = self.settings.cache / cache_key(fingerprint, self.encoders, preprocess, how)
+        encode_table(
+            source,
+            self.stage,
+            folder,
+            how,
+            self.log,
+            encoders=self.stage.weights.on_device(self.stage.encoders, self.accelerator.device),
+            about={"stage": self.stage.name, "source": source.name},
+        )
+        return fingerprint, folder
+
+    def _online(self, source: Source) -> FeatureReader:
+        if not isinstance(source, Indexed):
+            raise DataError(
+                f"data.cache: {source.name} is read in one sweep, and training visits images in random order; set "
+                "data.cache=true"
+            )
+        for part in self.stage.encoders:
+            self.stage.weights.load(part).to(self.accelerator.device)
+        bad = dict(find_bad(source, self.stage.preprocess.tokenizer is not None))
+        if bad and not self.settings.how.skip_bad:
+            raise DataError(first_few(list(bad.values())))
+        self._note(list(bad.values()), 0, 0)
+        rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
+        dataset = OnlineExamples(
+            source, self.stage.preprocess, self.settings.seed, rows, mirrored=self.settings.how.mirrored
+        )
+        return self._reader(dataset, source, processes.on_main_process(lambda: source.fingerprint(self.digests)))
+
+    def part(self, whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
+        """Some rows of a source that was opened."""
+        digest = hashlib.sha256(f"{whole.fingerprint} {name} ".encode() + rows.tobytes()).hexdigest()
+        old = whole.dataset
+        dataset: CachedFeatures | OnlineExamples
+        if isinstance(old, CachedFeatures):
+            dataset = CachedFeatures(old.table, old.seed, rows)
+        else:
+            chosen = rows if old.rows is None else old.rows[rows]
+            dataset = OnlineExamples(old.source, old.preprocess, old.seed, chosen, old.mirrored)
+        return self._reader(dataset, whole.source, digest)
+
+    def _reader(self, dataset: CachedFeatures | OnlineExamples, source: Source, fingerprint: str) -> FeatureReader:
+        encode = None if isinstance(dataset, CachedFeatures) else self.stage
+        return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, encode)
+
+    def _note(self, skipped: list[str], truncated: int, length: int) -> None:
+        self.skipped += skipped
+        if skipped:
+            self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")
+        if truncated:
+            self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut")
+
+
+def null_condition(stage: DiffusionStage, cache: Path, encoders: str) -> Features:
+    """The null condition, kept beside the caches: a run from cached features loads no encoder for it."""
+    key = hashlib.sha256(f"{encoders} {stage.preprocess.fingerprint()}".encode()).hexdigest()[:32]
+    file = cache / f"null-{stage.name}-{key}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError):
+        return dict(load_file(file))
+    features = {key: value.cpu() for key, value in stage.encode_null().items()}
+    with contextlib.suppress(OSError):  # a disk that cannot be written: the next run computes it again
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):  # runs of a parallel sweep ask for it together
+            aside = file.with_suffix(".part")
+            save_file(features, aside)
+            aside.replace(file)
+    return features
