@@ -1,10 +1,8 @@
 """From a validated config to the objects of a run. The only place that calls Hydra's `instantiate`."""
 
-import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,27 +11,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
-from filelock import FileLock
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
 from kandinsky_exp import adapters
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, cache_key, collate, encode_table
-from kandinsky_exp.data.sampler import StreamBatchSampler
-from kandinsky_exp.errors import ConfigError, DataError
+from kandinsky_exp.data.buckets import bucket_sizes
+from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.loop import LoopSettings, Training
 from kandinsky_exp.pipelines import SampleSettings
-from kandinsky_exp.stages.base import DiffusionStage, Features, enable_attention
+from kandinsky_exp.readers import ReadSettings
+from kandinsky_exp.stages.base import DiffusionStage, enable_attention
 from kandinsky_exp.weights import PARTS, Weights, side_parts
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)  # other processes wait while the first encodes or draws images
 
 
-def accelerator(cfg: DictConfig) -> Accelerator:
+def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
     """Device, precision, accumulation and processes.
 
     Raises:
@@ -44,7 +39,7 @@ def accelerator(cfg: DictConfig) -> Accelerator:
     try:
         made = Accelerator(
             mixed_precision=cfg.precision.mixed_precision,
-            gradient_accumulation_steps=cfg.trainer.grad_accumulation,
+            gradient_accumulation_steps=grad_accumulation,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         )
     except ValueError as error:
@@ -59,8 +54,11 @@ def accelerator(cfg: DictConfig) -> Accelerator:
 
 def weights(cfg: DictConfig) -> Weights:
     sources = {key: cfg.weights[key] for key in ("prior", "decoder", "prior_revision", "decoder_revision", "variant")}
-    cache_folder = Path(cfg.output_root).expanduser() / "cache"
-    return Weights(**sources, cache_folder=cache_folder, frozen_dtype=cfg.precision.frozen_dtype)
+    return Weights(**sources, cache_folder=cache_folder(cfg), frozen_dtype=cfg.precision.frozen_dtype)
+
+
+def cache_folder(cfg: DictConfig) -> Path:
+    return Path(cfg.output_root).expanduser() / "cache"
 
 
 def fetch(cfg: DictConfig, parts: Weights) -> None:
@@ -80,16 +78,15 @@ def fetch(cfg: DictConfig, parts: Weights) -> None:
 
 
 def data(cfg: DictConfig) -> sources.Splits:
-    """The configured source, cut down to `max_samples`, with a held-out part.
+    """The configured source, cut down to `max_samples`.
 
     Raises:
-        DataError: it cannot be read, or is too small to hold anything out.
+        DataError: it cannot be read.
     """
     source = get_method(cfg.data._target_)
     accepted = inspect.signature(source).parameters
     splits = instantiate({key: value for key, value in cfg.data.items() if key == "_target_" or key in accepted})
-    splits = sources.subset(splits, cfg.data.max_samples, cfg.seed)
-    return sources.split(splits, cfg.validation.fraction, cfg.seed)
+    return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 
 def stage_class(cfg: DictConfig) -> type[DiffusionStage]:
@@ -117,9 +114,17 @@ def sample_settings(cfg: DictConfig) -> SampleSettings:
     )
 
 
+def bare_stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
+    """The stage as its weights have it: enough to encode."""
+    made: DiffusionStage = instantiate(cfg.model, _convert_="all")(parts, resolution=cfg.data.resolution)
+    if cfg.data.buckets and made.preprocess.resolution is not None:
+        made.preprocess = replace(made.preprocess, buckets=bucket_sizes(cfg.data.resolution))
+    return made
+
+
 def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     """The stage, with its network as it will train: adapter, attention, checkpointing."""
-    made: DiffusionStage = instantiate(cfg.model, _convert_="all")(parts, resolution=cfg.data.resolution)
+    made = bare_stage(cfg, parts)
     if cfg.adapter.name != "none":
         # Loading may have drawn random numbers, or not, where a cache was warm: the adapter starts from the seed alone.
         set_seed(cfg.seed)
@@ -168,9 +173,13 @@ def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: Acc
     return made
 
 
-def total_steps(cfg: DictConfig, rows: int, num_processes: int) -> int:
-    """Optimizer steps of the whole run: `max_steps`, or the end of `max_epochs`, whichever comes first."""
-    if cfg.trainer.max_epochs is None:
+def total_steps(cfg: DictConfig, rows: int | None, num_processes: int) -> int:
+    """Optimizer steps of the whole run: `max_steps`, or the end of `max_epochs`, whichever comes first.
+
+    Args:
+        rows: images that train; None where that is not known yet, which leaves `max_steps`.
+    """
+    if cfg.trainer.max_epochs is None or rows is None:
         return int(cfg.trainer.max_steps)
     per_step = cfg.trainer.batch_size * cfg.trainer.grad_accumulation * num_processes
     return int(min(cfg.trainer.max_steps, -(-rows * cfg.trainer.max_epochs // per_step)))
@@ -189,110 +198,34 @@ def loop_settings(cfg: DictConfig, steps: int, device: Accelerator) -> LoopSetti
     )
 
 
-@dataclass
-class FeatureReader:
-    """Rows of a data set as features on the device, whether they come from a cache or from the encoders.
-
-    Args:
-        dataset: by visit (index, epoch).
-        encode: the stage, where rows are pixels and token ids still.
-    """
-
-    dataset: CachedFeatures | OnlineExamples
-    device: torch.device
-    encode: DiffusionStage | None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def rows(self, indices: list[int]) -> Features:
-        """These rows, each as epoch 0 sees it."""
-        features = self._to_device(collate([self.dataset[index, 0] for index in indices]))
-        features.pop("index")
-        return features
-
-    def stream(self, cfg: DictConfig, start_step: int, steps: int, processes: Accelerator) -> Iterator[Features]:
-        """Micro-batches from the first one after `start_step` on."""
-        sampler = StreamBatchSampler(
-            len(self),
-            cfg.seed,
-            batch_size=cfg.trainer.batch_size,
-            grad_accumulation=cfg.trainer.grad_accumulation,
-            num_processes=processes.num_processes,
-            rank=processes.process_index,
-            start_step=start_step,
-            total_steps=steps,
-        )
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=sampler,
-            num_workers=cfg.data.num_workers,
-            collate_fn=collate,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=False,
-        )
-        try:
-            for batch in loader:
-                yield self._to_device(batch)
-        except DataError as error:  # a worker's comes with its traceback in front
-            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
-
-    def _to_device(self, batch: Features) -> Features:
-        index = batch.pop("index")
-        if self.encode is not None:
-            batch = self.encode.encode(batch)
-        moved = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        return {**moved, "index": index}
+def read_settings(cfg: DictConfig, device: torch.device) -> ReadSettings:
+    """How the data set of a run becomes batches."""
+    return ReadSettings(
+        cache=cache_folder(cfg),
+        cached=cfg.data.cache,
+        how=encode_settings(cfg, device),
+        seed=cfg.seed,
+        fraction=cfg.validation.fraction,
+        workers=cfg.data.num_workers,
+        batch_size=cfg.trainer.batch_size,
+        grad_accumulation=cfg.trainer.grad_accumulation,
+    )
 
 
-def readers(
-    cfg: DictConfig, splits: sources.Splits, made: DiffusionStage, device: Accelerator, log: Any
-) -> tuple[FeatureReader, FeatureReader | None]:
-    """Training and held-out features. Every process calls this; the first one encodes what is not cached yet."""
-    encoder = made.weights.fingerprint(made.encoders)
-    cache = Path(cfg.output_root).expanduser() / "cache"
-
-    def reader(source: sources.Source) -> FeatureReader:
-        if not cfg.data.cache:
-            return FeatureReader(OnlineExamples(source, made.preprocess, cfg.seed), device.device, made)
-        key = cache_key(source.fingerprint, encoder, made.preprocess, cfg.data.cache_dtype)
-        with device.main_process_first(), encoders_for(made, cache / key, device):
-            table = encode_table(
-                source,
-                made,
-                cache / key,
-                dtype=cfg.data.cache_dtype,
-                batch_size=cfg.data.encode_batch,
-                num_workers=cfg.data.num_workers,
-                log=log,
-            )
-        return FeatureReader(CachedFeatures(table, cfg.seed), device.device, None)
-
-    with device.main_process_first():
-        made.use_null_condition(null_condition(made, cache / f"null-{made.name}-{encoder[:32]}.safetensors"))
-    if not cfg.data.cache:
-        for part in made.encoders:
-            made.weights.load(part).to(device.device)
-    found = reader(splits.train), None if splits.validation is None else reader(splits.validation)
-    if cfg.data.cache and not prompts(cfg.validation.prompts):
-        made.weights.release(made.encoders)
-    return found
+def encode_settings(cfg: DictConfig, device: torch.device) -> EncodeSettings:
+    return EncodeSettings(
+        dtype=cfg.data.cache_dtype,
+        batch_size=cfg.data.encode_batch or encode_batch(cfg, device),
+        workers=cfg.data.encode_workers,
+        mirrored=cfg.data.flip,
+        skip_bad=cfg.data.on_error == "skip",
+    )
 
 
-def encoders_for(made: DiffusionStage, folder: Path, device: Accelerator) -> Any:
-    """The frozen encoders on the device while there is something to encode; not even loaded where there is not."""
-    parts = () if folder.is_dir() else made.encoders
-    return made.weights.on_device(parts, device.device)
-
-
-def null_condition(made: DiffusionStage, file: Path) -> Features:
-    """The null condition, kept beside the caches: a run from cached features loads no encoder for it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # runs of a parallel sweep ask for it together
-        with contextlib.suppress(OSError, SafetensorError):
-            return dict(load_file(file))
-        features = {key: value.cpu() for key, value in made.encode_null().items()}
-        aside = file.with_suffix(".part")
-        save_file(features, aside)
-        aside.replace(file)
-    return features
+def encode_batch(cfg: DictConfig, device: torch.device) -> int:
+    """Images per batch of the frozen encoders: on an accelerator as many as fill it, elsewhere as many as still gain."""
+    if device.type == "cpu":
+        return 8
+    if stage_class(cfg).name == "prior":
+        return 64
+    return max(1, 16 * 512**2 // cfg.data.resolution**2)

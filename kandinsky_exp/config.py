@@ -81,6 +81,8 @@ def problems(cfg: DictConfig, *, quick: bool = False) -> list[str]:
     except OmegaConfBaseException as error:
         return [f"{error.full_key or 'config'}: {str(error).splitlines()[0]}; name a key that exists"]
     root = max(ROOTS, key=lambda schema: len(_hints(schema).keys() & values.keys()))
+    if values.get("list") or values.get("remove"):  # `encode` reads no data then: what has to be given need not be
+        values["data"] = {key: "." if value == "???" else value for key, value in values["data"].items()}
     wrong = dict(_check_schema(values, root))
     good = {key: value for key, value in _leaves(values) if key not in wrong and value != "???"}
     wrong |= {key: text for key, text in _check_files(good) if key not in wrong}
@@ -247,6 +249,11 @@ def _check_together(good: Values) -> Iterator[str]:
         yield f"trainer.attention: xformers is not installed; {targets.how_to_install('xformers')}, or take sdpa"
     if good.get("tracker.name") == "mlflow" and not targets.is_installed("mlflow"):
         yield "tracker: mlflow is not installed; pip install mlflow, or take tracker=none"
+    if good.get("data.buckets"):
+        if good.get("data.cache") is False:
+            yield "data.buckets: the sizes of all images are known once they are encoded; set data.cache=true"
+        if good.get("data.resolution", 64) % 64:
+            yield f"data.buckets: needs data.resolution to be a multiple of 64, not {good['data.resolution']}"
     lr, lr_end = good.get("optimizer.lr", math.inf), good.get("scheduler.lr_end", 0.0)
     if lr_end >= lr:
         yield f"scheduler.lr_end: {lr_end} is not below optimizer.lr, {lr}; make it smaller"

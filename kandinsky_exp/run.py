@@ -16,6 +16,7 @@ from kandinsky_exp import adapters, build, checkpoint, config, hub, loop, pipeli
 from kandinsky_exp.data import sources
 from kandinsky_exp.errors import Interrupted, UserError
 from kandinsky_exp.randomness import NoiseSource
+from kandinsky_exp.readers import FeatureReader, Readers, open_readers
 from kandinsky_exp.validation import HeldOut, Validator
 from kandinsky_exp.weights import PARTS, Weights
 
@@ -37,32 +38,36 @@ def run(cfg: DictConfig) -> float:
     processes.quiet_libraries()
     with (
         processes.stop_signals() as stop,
-        processes.accelerated(lambda: build.accelerator(cfg)) as accelerator,
+        processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
         weights = build.weights(cfg)
         splits = build.data(cfg)
         space = processes.on_main_process(lambda: prepare(cfg, weights, splits, held))
-        steps = build.total_steps(cfg, len(splits.train), accelerator.num_processes)
         with workspace.logging_to(space.folder / "train.log", accelerator.is_main_process):
-            if space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps:
+            if is_finished(cfg, accelerator, space):
                 return nothing_left(space)
             tracker = start_tracker(cfg, accelerator, space)
             with tracking.tracked(tracker), recorded(space, accelerator, tracker):
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
-                train_rows, held_rows = build.readers(cfg, splits, stage, accelerator, logger.info)
+                settings = build.read_settings(cfg, accelerator.device)
+                data = open_readers(splits, stage, settings, accelerator, logger.info)
+                if settings.cached and not build.prompts(cfg.validation.prompts):
+                    weights.release(stage.encoders)
+                steps = build.total_steps(cfg, len(data.train), accelerator.num_processes)
+                space.record.rows = len(data.train)
                 training = build.training(cfg, stage, accelerator, steps)
                 if space.start is not None:
                     checkpoint.load(training, space.start, stage.part, accelerator)
                     logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
-                describe(cfg, accelerator, tracker, space, weights, splits)
-                events = Events(cfg, accelerator, space, training, tracker, splits, held_rows)
+                describe(cfg, accelerator, tracker, space, weights, data)
+                events = Events(cfg, accelerator, space, training, tracker, data.held_out)
                 if training.step == 0:
                     events.validate(0)
                 train_loss = loop.train(
                     training,
-                    train_rows.stream(cfg, training.step, steps, accelerator),
+                    data.train.stream(training.step, steps, accelerator),
                     NoiseSource(cfg.seed, accelerator.process_index, accelerator.device),
                     accelerator=accelerator,
                     tracker=tracker,
@@ -73,7 +78,7 @@ def run(cfg: DictConfig) -> float:
                 if train_loss is None:  # no step was left: an earlier start was stopped while it saved its result
                     events.validate(training.step)
                 save_result(cfg, accelerator, space, training, weights)
-                result = events.validator.loss if held_rows is not None else train_loss
+                result = events.validator.loss if data.held_out is not None else train_loss
                 space.record.validation_loss = result
         return float("nan") if result is None else result
 
@@ -92,8 +97,10 @@ def prepare(
     if cfg.hub.push:
         hub.check_login()
     build.fetch(cfg, weights)
-    reads_captions = "text_encoder" in build.stage_class(cfg).encoders
-    report = sources.check(splits, reads_captions, weights.load("tokenizer") if reads_captions else None)
+    reads_captions = cfg.data.on_error == "raise" and "text_encoder" in build.stage_class(cfg).encoders
+    report = sources.check(splits, reads_captions)
+    if splits.validation is None and splits.train.count is not None:
+        sources.held_out(splits.train.count, cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume)
     held.enter_context(workspace.occupied(space.folder))
@@ -182,6 +189,12 @@ def recorded(space: workspace.Workspace, accelerator: Accelerator, tracker: trac
             space.write_record()
 
 
+def is_finished(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> bool:
+    """Whether an earlier start has done all that is asked for, as far as that is known without the data."""
+    steps = build.total_steps(cfg, space.record.rows, accelerator.num_processes)
+    return space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps
+
+
 def nothing_left(space: workspace.Workspace) -> float:
     logger.info(
         "%s is finished: nothing left to do. Raise trainer.max_steps to train on, or choose another name", space.folder
@@ -196,9 +209,11 @@ def describe(
     tracker: tracking.Tracker,
     space: workspace.Workspace,
     weights: Weights,
-    splits: sources.Splits,
+    data: Readers,
 ) -> None:
     """Parameters, origins and the data set, for whoever compares this run later."""
+    for note in data.notes:
+        logger.warning(note)
     if accelerator.is_main_process:
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
     if isinstance(tracker, tracking.NullTracker):
@@ -208,18 +223,20 @@ def describe(
     revision = weights.revision(side)
     tags = {
         "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
-        "data_fingerprint": splits.train.fingerprint,
+        "data_fingerprint": data.train.fingerprint,
         "git_commit": tracking.git_commit() or "unknown",
     }
     tracker.set_tags(tags)
     tracker.log_artifact(space.folder / "config.yaml")
     tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
-    for context, source in (("training", splits.train), ("validation", splits.validation)):
-        if source is not None:
-            name, origin = source.name, source.name.rpartition("/")[0]  # <hub id>/<split>
-            if Path(source.name).exists():
-                name, origin = Path(source.name).name, source.name
-            tracker.log_dataset(name, source.fingerprint, origin, len(source), context)
+    if data.skipped:
+        tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
+    for context, reader in (("training", data.train), ("validation", data.held_out)):
+        if reader is not None:
+            name, origin = reader.source.name, reader.source.name.rpartition("/")[0]  # <hub id>/<split>
+            if Path(name).exists():
+                name, origin = Path(name).name, name
+            tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)
 
 
 class Events:
@@ -232,15 +249,11 @@ class Events:
         space: workspace.Workspace,
         training: loop.Training,
         tracker: tracking.Tracker,
-        splits: sources.Splits,
-        held_rows: build.FeatureReader | None,
+        reader: FeatureReader | None,
     ) -> None:
         self.keep, self.accelerator, self.space = cfg.checkpoint.keep, accelerator, space
         self.training, self.tracker = training, tracker
-        held_out = None
-        if held_rows is not None and splits.validation is not None:
-            pictures = splits.validation
-            held_out = HeldOut(held_rows.rows, len(held_rows), lambda row: pictures[row].image())
+        held_out = None if reader is None else HeldOut(reader.rows, len(reader), reader.picture)
         self.validator = Validator(
             training,
             accelerator,

@@ -47,6 +47,7 @@ Seed = Annotated[int, SEED]
 Side = Annotated[int, SIDE]
 Name = Annotated[str, FOLDER_NAME]
 Prompts = list[Text] | Text
+Names = list[Text]
 
 
 @dataclass
@@ -100,7 +101,11 @@ class _DataKeys:
     num_workers: CountOrZero
     cache: bool
     cache_dtype: Literal["fp16", "fp32"]
-    encode_batch: Count
+    encode_batch: Count | None
+    encode_workers: CountOrZero | None
+    flip: bool
+    buckets: bool
+    on_error: Literal["raise", "skip"]
 
 
 @dataclass
@@ -228,4 +233,16 @@ class Generate:
     log_to_run: bool
 
 
-ROOTS: list[type[Any]] = [Train, Generate]
+@dataclass
+class Encode:
+    output_root: Text
+    seed: Seed
+    model: Model
+    weights: Weights
+    data: Data
+    precision: Precision
+    list: bool
+    remove: Names
+
+
+ROOTS: list[type[Any]] = [Train, Generate, Encode]

@@ -32,6 +32,7 @@ class Record:
         status: RUNNING, FINISHED, FAILED or KILLED.
         stage: what trains in the folder; `sweep` for a folder of jobs.
         validation_loss: what `run` returned, once finished.
+        rows: images that train; None before they were counted.
     """
 
     run_id: str | None = None
@@ -39,6 +40,7 @@ class Record:
     step: int = 0
     validation_loss: float | None = None
     stage: str | None = None
+    rows: int | None = None
 
 
 @dataclass
@@ -199,17 +201,19 @@ class _Terminal(logging.Handler):
 
 
 @contextmanager
-def logging_to(file: Path, is_main: bool) -> Iterator[None]:
-    """Our own log records, in `train.log` and on stderr, from the main process only."""
+def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
+    """Our own log records, in a file such as `train.log` and on stderr, from the main process only."""
     root = logging.getLogger("kandinsky_exp")
     level, propagate = root.level, root.propagate
     root.setLevel(logging.INFO if is_main else logging.ERROR)
     root.propagate = False
     handlers: list[logging.Handler] = []
     if is_main:
-        handlers = [logging.FileHandler(file, encoding="utf-8"), _Terminal()]
-        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers[1].setFormatter(logging.Formatter("%(message)s"))
+        handlers = [_Terminal()]
+        handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    if is_main and file is not None:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         root.addHandler(handler)
     try:

@@ -4,6 +4,7 @@ import json
 import pickle
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.features import (
-    CachedFeatures,
-    FeatureTable,
-    OnlineExamples,
-    cache_key,
-    collate,
-    encode_table,
-)
+from kandinsky_exp.data.buckets import bucket_sizes
+from kandinsky_exp.data.encode import cache_key, encode_table
+from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, collate
+from kandinsky_exp.data.journal import Journal
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler
-from kandinsky_exp.data.table import CAPTIONS, IMAGES, META, write_columns
+from kandinsky_exp.data.table import CAPTIONS, IMAGES, META, FeatureTable
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.tiny import architecture
 
@@ -97,8 +95,8 @@ def captioned(tmp_path):
     return sources.folder(folder).train
 
 
-def encode(source, stage, folder, dtype="fp32", batch_size=4, num_workers=0, log=lambda text: None):
-    return encode_table(source, stage, folder, dtype=dtype, batch_size=batch_size, num_workers=num_workers, log=log)
+def encode(source, stage, folder, dtype="fp32", batch_size=4, log=lambda text: None, **how):
+    return encode_table(source, stage, folder, EncodeSettings(dtype, batch_size, **how), log)
 
 
 def on_the_fly(source, stage, visits, seed=0):
@@ -228,9 +226,10 @@ def test_a_table_is_made_once(captioned, tmp_path):
     encode(captioned, stage, tmp_path / "cache" / "key", log=said.append)
     encode(captioned, stage, tmp_path / "cache" / "key", log=said.append)
     assert stage.images == 5
-    assert said[0].startswith("encoded 5 of 5 images")
-    assert said[1].startswith("encoded 9 of 9 captions")
+    assert said[0].startswith("encoding 5 images: 0.2 MB to write, about 0")
+    assert said[1].startswith("encoded 5 images and 9 captions in 0")
     assert said[2].startswith("encoded features of 5 images found in ")
+    assert len(said) == 3
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["key", "key.lock"]
     assert sorted(path.name for path in (tmp_path / "cache" / "key").iterdir()) == [CAPTIONS, IMAGES, META]
 
@@ -264,8 +263,9 @@ def test_a_failure_leaves_no_table_and_the_next_try_is_whole(captioned, tmp_path
 
     with pytest.raises(RuntimeError, match="out of memory"):
         encode(captioned, Failing(), tmp_path / "cache" / "key")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key.lock"]
+    assert not (tmp_path / "cache" / "key").exists()
     assert len(encode(captioned, PriorEncoders(), tmp_path / "cache" / "key")) == 5
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["key", "key.lock"]
 
 
 def test_what_a_killed_process_left_is_not_a_table(captioned, tmp_path):
@@ -294,15 +294,19 @@ def test_a_damaged_table_is_made_again(captioned, tmp_path, damage):
 def test_the_key_follows_all_that_the_table_depends_on():
     prior = Preprocess(architecture.image_processor(), architecture.tokenizer(), None)
     decoder = Preprocess(architecture.image_processor(), None, 64)
+    half = EncodeSettings("fp16")
     keys = [
-        cache_key("data", "encoder", prior, "fp16"),
-        cache_key("other", "encoder", prior, "fp16"),
-        cache_key("data", "other", prior, "fp16"),
-        cache_key("data", "encoder", decoder, "fp16"),
-        cache_key("data", "encoder", prior, "fp32"),
+        cache_key("data", "encoder", prior, half),
+        cache_key("other", "encoder", prior, half),
+        cache_key("data", "other", prior, half),
+        cache_key("data", "encoder", decoder, half),
+        cache_key("data", "encoder", replace(decoder, buckets=bucket_sizes(64)), half),
+        cache_key("data", "encoder", prior, EncodeSettings("fp32")),
+        cache_key("data", "encoder", prior, EncodeSettings("fp16", mirrored=True)),
     ]
     assert len(set(keys)) == len(keys)
-    assert cache_key("data", "encoder", prior, "fp16") == keys[0]
+    # How fast it is encoded, and whether bad examples are forgiven, changes nothing in a table.
+    assert cache_key("data", "encoder", prior, EncodeSettings("fp16", 64, workers=4, skip_bad=True)) == keys[0]
     assert all(key.isalnum() and len(key) == 32 for key in keys)
 
 
@@ -313,14 +317,15 @@ def test_the_key_follows_all_that_the_table_depends_on():
 def test_an_unreadable_image_is_named_without_a_workers_traceback(captioned, prior, tmp_path, workers):
     (tmp_path / "captioned" / "3.png").write_text("no picture")
     with pytest.raises(DataError) as caught:
-        encode(captioned, prior, tmp_path / "key", num_workers=workers)
+        encode(captioned, prior, tmp_path / "key", workers=workers)
     assert "metadata.jsonl, line 4: image 3.png: not an image that Pillow can read" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("\n") == 1
+    assert "data.on_error=skip" in str(caught.value)
     assert not (tmp_path / "key").exists()
 
 
 def test_workers_give_the_same_table(captioned, prior, tmp_path):
-    alone, helped = (encode(captioned, prior, tmp_path / f"{count}", num_workers=count) for count in (0, 2))
+    alone, helped = (encode(captioned, prior, tmp_path / f"{count}", workers=count) for count in (0, 2))
     for index in range(5):
         assert torch.equal(alone.row(index)["image_embeds"], helped.row(index)["image_embeds"])
 
@@ -368,21 +373,21 @@ def anonymous_megabytes():
 
 def large_table(folder, rows):
     """A table of 100 KB a row, written without an encoder."""
-    folder.mkdir()
-    starts = range(0, rows, 16)
     latents = np.random.default_rng(0).random((16, 4, 80, 80), np.float32)
-
-    def batches():
-        for start in starts:
-            yield {
-                "id": np.array([f"{start + row}.png" for row in range(16)], object),
-                "caption_start": np.zeros(16, np.int64),
-                "caption_count": np.zeros(16, np.int64),
-                "latents": latents + np.float32(start),
-            }
-
-    assert write_columns(folder / IMAGES, batches()) == rows
-    (folder / META).write_text(json.dumps({"images": rows, "captions": 0, "text_length": 0}))
+    journal = Journal(folder.with_name("partial"), 16)
+    for start in range(0, rows, 16):
+        columns = {
+            "id": [f"{start + row}.png" for row in range(16)],
+            "source_row": np.arange(start, start + 16),
+            "caption_start": np.zeros(16, np.int64),
+            "caption_count": np.zeros(16, np.int64),
+            "latents": latents + np.float32(start),
+        }
+        journal.append(IMAGES, columns)
+        journal.progress.images += 16
+    journal.progress.source_rows = rows
+    journal.commit()
+    journal.finish({"views": 1, "text_length": 0, "dtype": "fp32", "buckets": False}, folder)
     return latents
 
 

@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -120,10 +122,14 @@ class Preprocess:
 
     def fingerprint(self) -> str:
         """Equal for two objects that make equal tensors of equal examples."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         processor = self.image_processor.to_dict() if self.image_processor is not None else None
         tokenizer = None
         if self.tokenizer is not None:
-            vocabulary = sorted(self.tokenizer.get_vocab().items())
+            vocabulary = repr(sorted(self.tokenizer.get_vocab().items(), key=itemgetter(1)))
             tokenizer = [vocabulary, self.tokenizer.model_max_length, self.tokenizer.pad_token_id]
         parts = json.dumps([processor, tokenizer, self.resolution, self.buckets], sort_keys=True, default=str)
         return hashlib.sha256(parts.encode()).hexdigest()

@@ -1,0 +1,417 @@
+"""Encoding that is interrupted, skips, mirrors or has sizes of its own; the verb; and the folder of all tables."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import SMALL, composed, train
+from test_features import DecoderEncoders, PriorEncoders, encode
+
+from kandinsky_exp import cli
+from kandinsky_exp.data import cache, encoding, sources
+from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
+from kandinsky_exp.data.sampler import StreamBatchSampler, choose_mirror
+from kandinsky_exp.data.table import CAPTIONS, IMAGES, META, FeatureTable
+from kandinsky_exp.encode import encode as encode_verb
+from kandinsky_exp.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def prior():
+    torch.manual_seed(0)
+    return PriorEncoders()
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    torch.manual_seed(0)
+    return DecoderEncoders()
+
+
+def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    """A folder of captioned pictures of noise."""
+    folder.mkdir()
+    lines = []
+    for index, (width, height) in enumerate(sizes):
+        noise = np.random.default_rng(index).integers(0, 255, (height, width, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": [f"noise {index}", f"more noise {index}"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in (IMAGES, CAPTIONS)}
+
+
+# ---- going on
+
+
+class Stopping(PriorEncoders):
+    """Fails after so many images, as a process that is killed would."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def encode(self, examples):
+        if self.images >= self.after:
+            raise KeyboardInterrupt
+        return super().encode(examples)
+
+
+def test_an_interrupted_encoding_goes_on_where_it_stopped(prior, tmp_path):
+    rows = encoding.CHUNK + 12
+    source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
+    whole = encode(source, prior, tmp_path / "whole", batch_size=8)
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, Stopping(encoding.CHUNK), tmp_path / "parts", batch_size=8)
+    torch.manual_seed(0)
+    second, said = PriorEncoders(), []
+    parts = encode(source, second, tmp_path / "parts", batch_size=8, log=said.append)
+    assert second.images == 12
+    assert f"encoding 12 images, after {encoding.CHUNK} that are there already" in said[0]
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+    assert parts.meta == {**whole.meta}
+
+
+def test_another_batch_size_begins_anew(prior, tmp_path):
+    rows = encoding.CHUNK + 4
+    source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, Stopping(encoding.CHUNK), tmp_path / "parts", batch_size=8)
+    stage = PriorEncoders()
+    encode(source, stage, tmp_path / "parts", batch_size=4)
+    assert stage.images == rows
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[3])
+import torch
+from test_encode import PriorEncoders, encode, sources
+torch.manual_seed(0)
+encode(sources.folder(sys.argv[1]).train, PriorEncoders(), __import__("pathlib").Path(sys.argv[2]), batch_size=8, workers=1)
+"""
+
+
+def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, tmp_path):
+    source = write_pictures(tmp_path / "many", [(16, 16)] * (2 * encoding.CHUNK + 20))
+    target, partial = tmp_path / "cache" / "key", tmp_path / "cache" / "key.partial"
+    command = [sys.executable, "-c", KILLED, str(source), str(target), str(Path(__file__).parent)]
+    process = subprocess.Popen(command, start_new_session=True)
+    until = time.monotonic() + 60
+    while not (partial / "progress.json").is_file() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    second = PriorEncoders()
+    encode(sources.folder(source).train, second, target, batch_size=8)
+    assert second.images <= encoding.CHUNK + 20
+    encode(sources.folder(source).train, prior, tmp_path / "whole", batch_size=8)
+    assert content(target) == content(tmp_path / "whole")
+
+
+# ---- what is damaged, full or read-only
+
+
+@pytest.mark.parametrize("file", [IMAGES, CAPTIONS])
+def test_a_flipped_bit_is_an_error_never_a_wrong_batch(prior, tmp_path, file):
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * 3)).train
+    folder = encode(source, prior, tmp_path / "0123abcd").folder
+    harm = bytearray((folder / file).read_bytes())
+    harm[len(harm) // 2] ^= 4
+    (folder / file).write_bytes(harm)
+    table = FeatureTable(folder)
+    with pytest.raises(DataError, match="is damaged; remove it with `kandinsky-exp encode remove=0123abcd`"):
+        for index in range(3):
+            for caption in range(2):
+                table.row(index, caption)
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path):
+    with pytest.raises(DataError, match=r"need 1,000,000,000\.00 GB and the disk .* GB left; set output_root"):
+        cache.refuse_if_no_room(tmp_path, 10**18)
+    cache.refuse_if_no_room(tmp_path, 1000)
+
+
+def test_a_cache_that_cannot_be_written_is_named(prior, tmp_path):
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)])).train
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(DataError, match=r"output_root: encoded features cannot be written to .*cache"):
+        encode(source, prior, tmp_path / "cache" / "key")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a disk")
+def test_a_table_on_a_read_only_disk_serves(prior, tmp_path):
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * 2)).train
+    encode(source, prior, tmp_path / "cache" / "key")
+    if subprocess.run(["mount", "--bind", "-o", "ro", tmp_path / "cache", tmp_path / "cache"], check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        assert len(encode(source, prior, tmp_path / "cache" / "key")) == 2
+        with pytest.raises(DataError, match="Read-only file system"):
+            encode(source, prior, tmp_path / "cache" / "other")
+    finally:
+        subprocess.run(["umount", tmp_path / "cache"], check=True)
+
+
+# ---- skipping
+
+
+def spoiled(folder: Path) -> Path:
+    """Five pictures of which the second is text, the fourth has a number for a caption, and the fifth is missing."""
+    write_pictures(folder, [(16, 16)] * 5)
+    (folder / "1.png").write_text("no picture")
+    (folder / "4.png").unlink()
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[3] = '{"file_name": "3.png", "text": 7}'
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_bad_examples_are_left_out_and_listed(prior, tmp_path):
+    source = sources.folder(spoiled(tmp_path / "set")).train
+    table = encode(source, prior, tmp_path / "key", skip_bad=True, batch_size=2)
+    assert table.ids == ["0.png", "2.png"]
+    assert [table.source_row(index) for index in range(2)] == [0, 2]
+    assert len(table.skipped) == 3
+    assert "line 2: image 1.png: not an image" in table.skipped[0]
+    alone = encode(sources.folder(write_pictures(tmp_path / "good", [(16, 16)] * 3)).train, prior, tmp_path / "good-key")
+    assert torch.allclose(table.row(1, 1)["text_states"], alone.row(2, 1)["text_states"], atol=1e-5)
+    assert torch.allclose(table.row(1)["image_embeds"], alone.row(2)["image_embeds"], atol=1e-5)
+
+
+def test_a_table_with_gaps_is_refused_where_gaps_are_errors(prior, tmp_path):
+    source = sources.folder(spoiled(tmp_path / "set")).train
+    encode(source, prior, tmp_path / "key", skip_bad=True)
+    with pytest.raises(DataError, match=r"1\.png"):
+        encode(source, prior, tmp_path / "key")
+
+
+def test_several_bad_examples_are_named_at_once(prior, tmp_path):
+    source = sources.folder(spoiled(tmp_path / "set")).train
+    with pytest.raises(DataError) as caught:
+        encode(source, prior, tmp_path / "key", batch_size=1)
+    for name in ("1.png", "a caption is a string", "4.png", "data.on_error=skip"):
+        assert name in str(caught.value)
+
+
+def test_nothing_usable_is_an_error(prior, tmp_path):
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * 2)
+    for file in folder.glob("*.png"):
+        file.write_text("no picture")
+    with pytest.raises(DataError, match="none of its examples can be used"):
+        encode(sources.folder(folder).train, prior, tmp_path / "key", skip_bad=True)
+
+
+def test_a_run_lists_what_it_left_out(tmp_path):
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * 9)
+    (folder / "4.png").write_text("no picture")
+    settings = ["data=folder", f"data.path={folder}", "data.resolution=64", "data.on_error=skip", "name=gaps"]
+    train(tmp_path, "model=prior", "trainer.max_steps=1", *settings)
+    assert "1 examples were left out" in (tmp_path / "gaps" / "train.log").read_text()
+    (listed,) = tmp_path.glob("mlartifacts/**/skipped.txt")
+    assert "4.png" in listed.read_text()
+    assert json.loads((tmp_path / "gaps" / "run.json").read_text())["rows"] == 7
+
+
+# ---- mirrors
+
+
+def test_mirrors_are_encoded_beside_the_images(decoder, tmp_path):
+    source = sources.folder(write_pictures(tmp_path / "set", [(64, 64)] * 5)).train
+    table = encode(source, decoder, tmp_path / "key", mirrored=True)
+    assert (len(table), table.views) == (5, 2)
+    for index in range(4):
+        mirrored = decoder.preprocess(source[index].image().transpose(Image.Transpose.FLIP_LEFT_RIGHT), None)
+        expected = decoder.encode({name: value[None] for name, value in mirrored.items()})
+        for name in ("latents", "image_embeds"):
+            assert torch.allclose(table.row(index, view=1)[name], expected[name][0], atol=1e-4)
+            assert not torch.allclose(table.row(index)[name], expected[name][0], atol=1e-2)
+
+
+def test_visits_see_the_mirror_half_of_the_time_the_same_from_table_and_images(decoder, tmp_path):
+    source = sources.folder(write_pictures(tmp_path / "set", [(64, 64)] * 4)).train
+    cached = CachedFeatures(encode(source, decoder, tmp_path / "key", mirrored=True), 3)
+    online = OnlineExamples(source, decoder.preprocess, 3, mirrored=True)
+    for visit in [(0, 0), (1, 0), (2, 5), (3, 9)]:
+        batch = {name: value[None] for name, value in online[visit].items() if name != "index"}
+        assert torch.allclose(cached[visit]["latents"], decoder.encode(batch)["latents"][0], atol=1e-4)
+    shown = [choose_mirror(3, epoch, index) for epoch in range(50) for index in range(20)]
+    assert 430 < sum(shown) < 570
+
+
+def test_validation_sees_no_mirror(decoder, tmp_path):
+    source = sources.folder(write_pictures(tmp_path / "set", [(64, 64)] * 4)).train
+    cached = CachedFeatures(encode(source, decoder, tmp_path / "key", mirrored=True), 3)
+    online = OnlineExamples(source, decoder.preprocess, 3, mirrored=True)
+    for index in range(4):
+        assert torch.equal(cached.plain(index)["latents"], cached.table.row(index)["latents"])
+        assert torch.equal(online.plain(index)["pixels"], decoder.preprocess(source[index].image(), None)["pixels"])
+
+
+# ---- buckets
+
+
+@pytest.mark.parametrize("resolution", [64, 128, 512, 768])
+def test_bucket_sizes(resolution):
+    sizes = bucket_sizes(resolution)
+    assert (resolution, resolution) in sizes
+    for width, height in sizes:
+        assert width % 64 == height % 64 == 0
+        assert abs(width * height / resolution**2 - 1) <= 0.1
+        assert (height, width) in sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [((640, 640), (512, 512)), ((3000, 2000), (640, 448)), ((2000, 3000), (448, 640)), ((5000, 100), (1024, 256))],
+)
+def test_the_nearest_bucket(size, bucket):
+    assert nearest_bucket(*size, bucket_sizes(512)) == bucket
+
+
+def test_a_bucket_batch_has_one_size_and_nothing_is_stretched(tmp_path):
+    torch.manual_seed(0)
+    stage = DecoderEncoders()
+    stage.preprocess = type(stage.preprocess)(stage.preprocess.image_processor, None, 128, bucket_sizes(128))
+    sizes = [(100, 100), (400, 100), (90, 90), (50, 200), (300, 80), (120, 110), (64, 256)]
+    source = sources.folder(write_pictures(tmp_path / "set", sizes)).train
+    table = encode(source, stage, tmp_path / "key", batch_size=2)
+    shapes = [tuple(table.row(index)["latents"].shape) for index in range(7)]
+    square, wide, upright = (4, 32, 32), (4, 16, 64), (4, 64, 16)
+    assert shapes == [square, wide, square, upright, wide, square, upright]
+    assert [tuple(shape) for shape in table.shapes()] == shapes
+    cached = CachedFeatures(table, 0)
+    sampler = StreamBatchSampler(7, 0, batch_size=3, total_steps=14, groups=cached.groups())
+    seen = [index for visits in sampler for index, _ in visits]
+    for visits in sampler:
+        assert len({shapes[index] for index, _ in visits}) == 1
+    assert set(seen) == set(range(7))
+    assert torch.allclose(
+        table.row(1)["latents"],
+        stage.encode({name: value[None] for name, value in stage.preprocess(source[1].image(), None).items()})[
+            "latents"
+        ][0],
+        atol=1e-4,
+    )
+
+
+def test_a_decoder_trains_on_buckets_and_resumes_exactly(tmp_path):
+    folder = write_pictures(tmp_path / "set", [(100, 100), (400, 100), (50, 200)] * 8)
+    settings = ["data=folder", f"data.path={folder}", "data.resolution=128", "data.buckets=true", "data.flip=true"]
+    settings += ["validation.fraction=0.2", "trainer.batch_size=2", "tracker=none", "trainer.max_steps=6"]
+    whole = train(tmp_path, *settings, "name=whole")
+    train(tmp_path, *settings, "name=parts", "trainer.max_steps=4")
+    assert train(tmp_path, *settings, "name=parts") == whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.buckets=true", "data.cache=false"], "data.buckets: the sizes of all images"),
+        (["data.buckets=true", "data.resolution=72"], "multiple of 64, not 72"),
+        (["data.on_error=ignore"], "data.on_error"),
+        (["data.encode_workers=-1"], "data.encode_workers"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path, *overrides)
+
+
+# ---- the verb and the folder
+
+
+def verb(root: Path, *overrides: str) -> None:
+    small = [text for text in SMALL if text.startswith(("weights", "data"))]
+    encode_verb(composed(root, *overrides, verb="encode", small=small))
+
+
+def test_what_the_verb_encodes_a_run_finds(tmp_path, capfd):
+    verb(tmp_path, "model=prior")
+    out = capfd.readouterr()
+    assert "encoding 64 images" in out.err
+    assert "prior" in out.out
+    train(tmp_path, "model=prior", "trainer.max_steps=1", "tracker=none")
+    assert "encoding" not in capfd.readouterr().err
+
+
+def test_tables_are_listed_and_removed(tmp_path, capsys):
+    verb(tmp_path, "model=prior", "data.max_samples=4")
+    verb(tmp_path, "data.max_samples=4")
+    capsys.readouterr()
+    verb(tmp_path, "list=true", "data=folder")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 4 + 1
+    assert sum("prior" in line for line in lines) == sum("decoder" in line for line in lines) == 2
+    name = next(line.split()[0] for line in lines if "prior" in line)
+    verb(tmp_path, f"remove=[{name[:8]}]")
+    assert "0.0 MB removed" in (out := capsys.readouterr().out) or "MB removed" in out
+    assert len(cache.entries(tmp_path / "cache")) == 3
+    with pytest.raises(ConfigError, match="no encoded features are named zzz"):
+        verb(tmp_path, "remove=[zzz]")
+    verb(tmp_path, "remove=[all]")
+    assert cache.entries(tmp_path / "cache") == []
+    assert "holds no encoded features" in capsys.readouterr().out
+
+
+def test_the_last_use_is_that_of_the_last_run(tmp_path):
+    verb(tmp_path, "model=prior", "data.max_samples=4")
+    for entry in cache.entries(tmp_path / "cache"):
+        os.utime(tmp_path / "cache" / entry.name / META, (0, 0))
+    train(tmp_path, "model=prior", "data.max_samples=4", "trainer.max_steps=1", "tracker=none")
+    assert all(time.time() - entry.used < 600 for entry in cache.entries(tmp_path / "cache"))
+
+
+def test_the_verb_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["encode", "list=true"])
+    assert "holds no encoded features" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["encode"])
+    assert caught.value.code == 2
+    assert "data.path: is not set" in capsys.readouterr().err
+
+
+def test_two_sets_of_one_name_are_two_tables(tmp_path):
+    for place, size in (("a", 16), ("b", 17)):
+        (tmp_path / place).mkdir()
+        folder = write_pictures(tmp_path / place / "pictures", [(size, size)] * 4)
+        train(tmp_path, "data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1", "tracker=none")
+    assert len(cache.entries(tmp_path / "cache")) == 2
+
+
+def test_a_warm_start_reads_no_image_and_a_changed_one_encodes_anew(tmp_path, capfd):
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * 6)
+    run = ["model=prior", "data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1"]
+    train(tmp_path, *run, "tracker=none")
+    before = {file.name: os.stat(file).st_atime_ns for file in folder.glob("*.png")}
+    os.utime(folder / "3.png")  # touched, not changed
+    train(tmp_path, *run, "tracker=none")
+    assert len(cache.entries(tmp_path / "cache")) == 1
+    assert before.keys() == {f"{index}.png" for index in range(6)}
+    Image.new("RGB", (16, 16), "red").save(folder / "3.png")
+    train(tmp_path, *run, "tracker=none")
+    assert len(cache.entries(tmp_path / "cache")) == 2
+
+
+def test_the_held_out_part_may_change_without_encoding_anew(tmp_path):
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * 8)
+    run = ["model=prior", "data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1"]
+    for fraction in (0, 0.25, 0.5):
+        train(tmp_path, *run, "tracker=none", f"validation.fraction={fraction}")
+    assert len(cache.entries(tmp_path / "cache")) == 1
