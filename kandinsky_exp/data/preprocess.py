@@ -2,15 +2,50 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+MIN_SIDE = 8  # pixels
+MAX_PIXELS = 178_956_970  # where Pillow suspects an attack; one channel of 32 bits would be 716 MB
+
+# Pillow warns from here on and refuses twice as much, both before the picture can be asked for its size.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+def open_rgb(file: IO[bytes]) -> Image.Image:
+    """Decode a picture, of an animation the first, as `to_rgb` does.
+
+    Raises:
+        ValueError: if it is no picture that Pillow can read, too small, too large, or has no one meaning as RGB.
+        OSError: if it is damaged.
+    """
+    try:
+        with Image.open(file) as image:
+            _check_size(*image.size)
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError("not an image that Pillow can read") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        size = re.search(r"\d+", str(error))
+        raise ValueError(_too_large(f"{int(size[0]):,} pixels" if size else "too many pixels")) from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(_too_large(f"{width:,} x {height:,} pixels"))
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width} x {height} pixels, too small to learn from (the least is {MIN_SIDE} a side)")
+
+
+def _too_large(size: str) -> str:
+    return f"{size}, more than the limit of {MAX_PIXELS:,}; scale it down"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -48,8 +83,24 @@ def center_crop_resize(image: Image.Image, resolution: int) -> Tensor:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     square = image.crop((left, top, left + side, top + side))  # Pillow rounds the box
-    square = square.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
-    pixels = np.asarray(square, dtype=np.float32) / 127.5 - 1
+    return _to_tensor(square.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1))
+
+
+def crop_resize(image: Image.Image, width: int, height: int) -> Tensor:
+    """The largest middle part of an RGB picture that has the shape asked for, as a (3, H, W) float tensor in [-1, 1].
+
+    Nothing is stretched, not even by the part of a pixel: the box has fractions. A square is `center_crop_resize`.
+    """
+    if width == height:
+        return center_crop_resize(image, width)
+    scale = min(image.width / width, image.height / height)
+    left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
+    box = (left, top, image.width - left, image.height - top)
+    return _to_tensor(image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=1))
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
