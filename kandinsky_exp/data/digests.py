@@ -53,6 +53,11 @@ def update(total: Hash, column: pa.Array) -> None:
         total.update(np.ascontiguousarray(column.to_numpy()))
 
 
+def release() -> None:
+    """Give back what Arrow keeps for its next allocations: a long run would carry it along."""
+    pa.default_memory_pool().release_unused()
+
+
 class FileDigests:
     """sha256 of files: size and mtime decide, content is read only where they differ from what was remembered.
 

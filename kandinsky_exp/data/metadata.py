@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from kandinsky_exp.errors import DataError
@@ -57,6 +59,44 @@ def _undecodable(file: Path) -> int:
     except UnicodeDecodeError as error:
         return content.count(b"\n", 0, error.start) + 1
     return 1
+
+
+def read_plain(file: Path, image_columns: Sequence[str], caption_column: str) -> tuple[pa.Array, pa.Array] | None:
+    """File names and captions, (n,) each, of a file in which every row has one of both. None where that is not so.
+
+    Ten times as fast as `read`, which knows what to say of all other files.
+    """
+    try:
+        if file.suffix.lower() == ".jsonl":
+            table = _json_table(file, [*image_columns, caption_column])
+        elif file.suffix.lower() == ".parquet":
+            table = pq.read_table(file, columns=[*image_columns, caption_column])
+        else:
+            return None  # Arrow is more lenient than `csv`
+        name = next(column for column in image_columns if column in table.column_names)
+        return _plain(table.column(name)), _plain(table.column(caption_column))
+    except (OSError, ValueError, KeyError, StopIteration, pa.ArrowException):
+        return None
+
+
+def _json_table(file: Path, columns: Sequence[str]) -> pa.Table:
+    schema = pa.schema([(name, pa.string()) for name in columns])
+    options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    table = pa_json.read_json(file, pa_json.ReadOptions(use_threads=False), options)  # each would keep some memory
+    with file.open("rb") as content:
+        if sum(1 for _ in content) != len(table):
+            raise ValueError("rows are not lines")
+    return table.select([name for name in columns if table.column(name).null_count < len(table)])
+
+
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    if column.null_count or not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise ValueError("not a string in every row")
+    values = pa.concat_arrays(column.cast(pa.large_string()).chunks)
+    values.validate(full=True)  # UTF-8
+    if pc.any(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py():
+        raise ValueError("an empty string")
+    return values
 
 
 def first_few(problems: Iterable[str], total: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kandinsky_exp.data import metadata
-from kandinsky_exp.data.digests import FileDigests, update
+from kandinsky_exp.data.digests import FileDigests, release, update
 from kandinsky_exp.data.examples import Example, Indexed, nothing, read_file
 from kandinsky_exp.data.metadata import CHUNK, Row
 from kandinsky_exp.errors import DataError
@@ -27,6 +28,7 @@ SCHEMA = pa.schema(
         ("problems", pa.int32()),
     ]
 )
+LEADS_OUT = re.compile(r"^/|(^|/)\.\.(/|$)")
 Captions = tuple[tuple[str, ...], str]  # or none, and why
 Problems = tuple[str, str]  # as in Example: with the image, with the captions
 
@@ -87,6 +89,7 @@ class FileRows(Indexed):
         update(total, files)
         update(total, self.columns.column("captions"))
         update(total, digests(f"{home} {self.origin}", _paths(str(home), files)))
+        release()
         return total.hexdigest()
 
 
@@ -132,6 +135,7 @@ def gather(name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRo
     columns = _Columns()
     for row in rows:
         columns.add(row)
+    release()
     made = FileRows(name, str(home), str(origin), unit, columns.finish(), tuple(columns.codes))
     if not len(made):
         raise DataError(f"{origin} has no rows; write one per image")
@@ -149,18 +153,36 @@ def read_listed(file: Path, image_column: str, caption_column: str, *, inside: b
     """
     # `file_name` as in the image folders of `datasets`; a column that was asked for counts alone
     names = ["file_name", "image"] if image_column == "image" else [image_column]
+    home, origin, unit = file.parent, file, metadata.unit(file)
+    title = str(home if inside else file)
+    plain = metadata.read_plain(file, names, caption_column)
+    if plain and not (inside and pc.any(_leads_out(plain[0])).as_py()):
+        return FileRows(title, str(home), str(origin), unit, _all_good(*plain, unit == "line"), (("", ""),))
     rows = (
         FileRow(number, None, (), (row, ""))
         if isinstance(row, str)
         else _file_row(number, row, names, caption_column, inside)
         for number, row in metadata.read(file, [*names, caption_column])
     )
-    home = file.parent
-    source = gather(str(home if inside else file), home, file, metadata.unit(file), rows)
+    source = gather(title, home, origin, unit, rows)
     if source.columns.column("file").null_count == len(source):
         some = (f"{source[row].where}: {source[row].problem}" for row in range(min(len(source), metadata.SHOWN)))
         raise DataError(metadata.first_few(some, len(source)))
     return source
+
+
+def _leads_out(files: pa.Array) -> pa.Array:
+    return pc.match_substring_regex(files, LEADS_OUT.pattern)
+
+
+def _all_good(files: pa.Array, captions: pa.Array, from_one: bool) -> pa.RecordBatch:
+    """Columns of rows with one caption each and no problem."""
+    rows = len(files)
+    lists = pa.LargeListArray.from_arrays(pa.array(np.arange(rows + 1)), captions)
+    numbers = np.arange(from_one, rows + from_one, dtype=np.int32)
+    return pa.RecordBatch.from_arrays(
+        [files, lists, pa.array(numbers), pa.array(np.zeros_like(numbers))], schema=SCHEMA
+    )
 
 
 def _file_row(number: int, row: Row, names: list[str], caption_column: str, inside: bool) -> FileRow:
@@ -170,7 +192,7 @@ def _file_row(number: int, row: Row, names: list[str], caption_column: str, insi
     if not isinstance(file, str) or not file:
         wanted, columns = names[0], ", ".join(row) or "none"
         problem = f"no image file in column '{wanted}' (columns: {columns}); name it there or set data.image_column"
-    elif inside and (file.startswith("/") or ".." in file.split("/")):
+    elif inside and LEADS_OUT.search(file):
         problem = f"{file} leads out of the folder; move the image inside, or list paths in a file: data=list"
     return FileRow(number, file if not problem else None, captions, (problem, wordless))
 

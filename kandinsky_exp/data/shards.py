@@ -11,7 +11,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -165,12 +165,16 @@ class Shards(Source):
 @contextmanager
 def _reading(shard: str) -> Iterator[tarfile.TarFile]:
     """The archive as a stream if it comes by URL; a local one is read with jumps over what is not wanted."""
-    is_url = download.is_url(shard)
     try:
-        with ExitStack() as held:
-            stream = held.enter_context(download.open_url(shard)) if is_url else None
-            name, mode = (None, "r|*") if is_url else (shard, "r:*")
-            yield held.enter_context(tarfile.open(name, mode, stream, tarinfo=_Member))
+        if download.is_url(shard):
+            with (
+                download.open_url(shard) as stream,
+                tarfile.open(mode="r|*", fileobj=stream, tarinfo=_Member) as archive,
+            ):
+                yield archive
+        else:
+            with tarfile.open(shard, "r:*", tarinfo=_Member) as archive:
+                yield archive
     except DAMAGE as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise DataError(f"{download.shown(shard)}: no tar file that can be read to its end: {reason}") from None
