@@ -24,7 +24,7 @@ from kandinsky_exp.schema import ROOTS, OpenNode
 
 Values = dict[str, Any]
 NEEDED = {  # what to do about a key that is not set
-    "data.path": "give the folder of your images, data.path=<folder>, or take data=hub or data=emoji",
+    "data.path": "give the folder of your images, data.path=<folder> (or the list, or the shards), or take data=hub or data=emoji",
     "data.name": "give the data set's id on the hub, e.g. data.name=lambdalabs/naruto-blip-captions",
 }
 ALIASES = {  # what the diffusers scripts and other trainers call these
@@ -190,9 +190,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
 
 def _check_files(good: Values) -> Iterator[tuple[str, str]]:
     """What the settings name on this machine has to be there. `good` has the keys whose values are well-formed."""
-    folder = good.get("data.path")
-    if folder is not None and not Path(folder).expanduser().is_dir():
-        yield "data.path", f"there is no folder '{folder}' here; check the path ({Path.cwd()} is the working directory)"
+    yield from _check_data(good)
     resume = good.get("checkpoint.resume", "auto")
     if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
         yield "checkpoint.resume", f"'{resume}' is no folder; give auto, never or the folder of a checkpoint"
@@ -204,6 +202,16 @@ def _check_files(good: Values) -> Iterator[tuple[str, str]]:
             yield key, problem
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
         yield from _check_weights(good)
+
+
+def _check_data(good: Values) -> Iterator[tuple[str, str]]:
+    """A folder or a list of images; what shards stand for is found out by their reader."""
+    target = str(good.get("data._target_", "")).rpartition(".")[2]
+    kind, is_there = ("file", Path.is_file) if target == "listing" else ("folder", Path.is_dir)
+    for key in ("data.path", "data.validation_path"):
+        path = good.get(key)
+        if target != "webdataset" and isinstance(path, str) and not is_there(Path(path).expanduser()):
+            yield key, f"there is no {kind} '{path}' here; check the path ({Path.cwd()} is the working directory)"
 
 
 def _check_prompts(key: str, prompts: Any) -> str | None:

@@ -113,7 +113,7 @@ class Data(OpenNode, _DataKeys):
     beside = frozenset(_DataKeys.__annotations__)
 
     _partial_: bool = False
-    path: Text = "."
+    path: Text | list[Text] = "."
     name: Text = "."
     image_column: Text = "image"
     caption_column: Text = "text"

@@ -56,8 +56,11 @@ def test_every_option_composes_and_binds(name: str, tmp_path: Path) -> None:
     overrides = [f"{group}={option}"]
     if group not in ("data", "experiment"):
         overrides += ["data=emoji"]
-    if name == "data/folder":
+    if name in ("data/folder", "data/webdataset"):
         overrides += [f"data.path={tmp_path}"]
+    if name == "data/list":
+        (tmp_path / "list.csv").touch()
+        overrides += [f"data.path={tmp_path / 'list.csv'}"]
     if name == "data/hub":
         overrides += ["data.name=someone/something"]
     found = config.problems(composed(*overrides))

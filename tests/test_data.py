@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from kandinsky_exp.data import sources
+from kandinsky_exp.data.digests import FileDigests
+from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize, to_rgb
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.tiny import architecture
@@ -38,6 +40,18 @@ def write_folder(folder, rows=ROWS, kind="jsonl"):
 
 def many(count):
     return [{"file_name": f"{number:03}.png", "text": f"picture {number}"} for number in range(count)]
+
+
+def fingerprint(source):
+    return source.fingerprint(FileDigests(None))
+
+
+def look_at_all(splits):
+    """As a run does that encodes on the fly: rows first, then every image."""
+    sources.check(splits, requires_captions=True)
+    problems = [problem for source in splits.both for _, problem in sources.find_bad(source, requires_captions=True)]
+    if problems:
+        raise DataError(first_few(problems))
 
 
 def ids(source):
@@ -109,41 +123,42 @@ def test_csv_captions_with_commas_quotes_and_line_ends(tmp_path):
 
 def test_emoji_ship_with_captions_and_a_validation_split():
     splits = sources.emoji()
-    report = sources.check(splits, True, architecture.tokenizer())
-    assert (report.images, report.validation_images, report.captions) == (64, 16, 80)
-    assert (report.truncated, report.max_tokens) == (0, 77)
+    assert str(sources.check(splits, True)) == "64 images + 16 held out, 80 captions"
+    assert sources.find_bad(splits.validation, True) == []
     assert splits.train[0].image().size == (64, 64)
 
 
-def test_truncated_captions_are_counted(tmp_path):
-    rows = [
-        {"file_name": "a.png", "text": ["cat " * 75, "cat " * 76]},
-        {"file_name": "b.png", "text": "cat " * 300},
-    ]
-    report = sources.check(sources.folder(write_folder(tmp_path, rows)), True, architecture.tokenizer())
-    assert report.truncated == 2
-    assert str(report) == "2 images, 3 captions, 2 of them longer than 77 tokens and cut"
-
-
 def test_the_fingerprint_follows_the_content_wherever_it_lies(tmp_path):
-    first = sources.folder(write_folder(tmp_path / "one")).train.fingerprint
+    first = fingerprint(sources.folder(write_folder(tmp_path / "one")).train)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert sources.folder(tmp_path / "two").train.fingerprint == first
+    assert fingerprint(sources.folder(tmp_path / "two").train) == first
     Image.new("RGB", (20, 12), "white").save(tmp_path / "two" / "b.png")
-    second = sources.folder(tmp_path / "two").train.fingerprint
+    second = fingerprint(sources.folder(tmp_path / "two").train)
     write_folder(tmp_path / "three", [ROWS[0], ROWS[1] | {"text": "another caption"}])
-    third = sources.folder(tmp_path / "three").train.fingerprint
+    third = fingerprint(sources.folder(tmp_path / "three").train)
     write_folder(tmp_path / "four", ROWS[::-1])
-    fourth = sources.folder(tmp_path / "four").train.fingerprint
-    assert len({first, second, third, fourth}) == 4
+    fourth = fingerprint(sources.folder(tmp_path / "four").train)
+    write_folder(tmp_path / "five", [ROWS[0] | {"text": ["a red", "square"]}, ROWS[1]])
+    fifth = fingerprint(sources.folder(tmp_path / "five").train)
+    assert len({first, second, third, fourth, fifth}) == 5
+    assert len(first) == 64
 
 
 def test_sources_travel_to_workers(tmp_path):
-    splits = sources.split(sources.folder(write_folder(tmp_path, many(6))), 0.5, 0)
+    splits = sources.subset(sources.folder(write_folder(tmp_path, many(6))), 4, 0)
     again = pickle.loads(pickle.dumps(splits))
     assert ids(again.train) == ids(splits.train)
-    assert again.validation.fingerprint == splits.validation.fingerprint
+    assert fingerprint(again.train) == fingerprint(splits.train)
     assert again.train[0].image().size == (20, 12)
+    assert pickle.loads(pickle.dumps(splits.train[1])).image().size == (20, 12)
+
+
+def test_examples_are_walked_from_any_row(tmp_path):
+    train = sources.folder(write_folder(tmp_path, many(6))).train
+    assert (train.streamed, train.count) == (False, 6)
+    assert [example.id for example in train.examples(4)] == ["004.png", "005.png"]
+    with pytest.raises(IndexError):
+        train[6]
 
 
 # ---- subset and split
@@ -156,7 +171,8 @@ def test_subset_is_drawn_by_seed_and_nested(tmp_path):
     assert set(ids(few)) < set(ids(more))
     assert ids(few) != ids(other)
     assert ids(few) == sorted(ids(few))
-    assert len({few.fingerprint, more.fingerprint, other.fingerprint}) == 3
+    assert len({fingerprint(few), fingerprint(more), fingerprint(other)}) == 3
+    assert few.caption_counts().tolist() == [1] * 5
 
 
 def test_subset_takes_no_more_than_there_is(tmp_path):
@@ -173,26 +189,26 @@ def test_subset_bounds_the_validation_split_too():
 
 
 @pytest.mark.parametrize(("rows", "fraction", "held_out"), [(2, 0.05, 1), (2, 1.0, 1), (40, 0.05, 2), (10, 1.0, 9)])
-def test_split_holds_out_at_least_one_and_never_all(tmp_path, rows, fraction, held_out):
-    splits = sources.split(sources.folder(write_folder(tmp_path, many(rows))), fraction, 0)
-    assert (len(splits.train), len(splits.validation)) == (rows - held_out, held_out)
-    assert sorted(ids(splits.train) + ids(splits.validation)) == [row["file_name"] for row in many(rows)]
+def test_at_least_one_row_is_held_out_and_never_all(rows, fraction, held_out):
+    train, validation = sources.held_out(rows, fraction, 0)
+    assert (len(train), len(validation)) == (rows - held_out, held_out)
+    assert sorted([*train, *validation]) == list(range(rows))
+    assert (train.dtype, validation.dtype) == (np.int64, np.int64)
+    assert train.tolist() == sorted(train)
 
 
-def test_split_of_nothing_of_a_part_and_of_a_set_that_has_one(tmp_path):
-    splits = sources.folder(write_folder(tmp_path, many(9)))
-    assert sources.split(splits, 0, 0).validation is None
-    assert ids(sources.split(splits, 0.4, 0).validation) == ids(sources.split(splits, 0.4, 0).validation)
-    assert ids(sources.split(splits, 0.4, 0).validation) != ids(sources.split(splits, 0.4, 1).validation)
-    assert len(sources.split(sources.emoji(), 0.5, 0).validation) == 16
+def test_what_is_held_out_follows_the_seed():
+    first, again, other = (sources.held_out(9, 0.4, seed)[1].tolist() for seed in (0, 0, 1))
+    assert first == again != other
+    train, validation = sources.held_out(9, 0, 0)
+    assert (train.tolist(), validation.tolist()) == (list(range(9)), [])
 
 
-def test_split_refuses_one_image_and_odd_fractions(tmp_path):
-    splits = sources.folder(write_folder(tmp_path, many(1)))
+def test_one_image_and_odd_fractions_are_not_divided():
     with pytest.raises(DataError, match=r"validation\.fraction=0"):
-        sources.split(splits, 0.05, 0)
+        sources.held_out(1, 0.05, 0)
     with pytest.raises(DataError, match=r"1\.5 is not between"):
-        sources.split(splits, 1.5, 0)
+        sources.held_out(9, 1.5, 0)
 
 
 # ---- what is wrong with a folder
@@ -274,7 +290,7 @@ def test_bad_folders_are_refused_with_file_and_line(tmp_path, case):
     folder = write_folder(tmp_path / "pictures")
     break_it(folder)
     with pytest.raises(DataError) as caught:
-        sources.check(sources.folder(folder), requires_captions=True)
+        look_at_all(sources.folder(folder))
     message = str(caught.value)
     for part in expected:
         assert part in message
@@ -289,14 +305,12 @@ def test_an_image_column_that_was_asked_for_counts_alone(tmp_path):
 
 
 def test_only_the_first_problems_are_listed(tmp_path):
-    write_folder(tmp_path, many(20))
-    for row in many(20)[3:]:
-        (tmp_path / row["file_name"]).write_text("no picture")
+    write_folder(tmp_path, many(3) + [{"file_name": f"{number}.png", "text": number} for number in range(17)])
     with pytest.raises(DataError) as caught:
         sources.check(sources.folder(tmp_path), True)
     reported = str(caught.value).splitlines()
     assert len(reported) == 6
-    assert "line 4: image 003.png" in reported[0]
+    assert "line 4: 'text' holds 0; a caption" in reported[0]
     assert reported[-1] == "… and 12 more"
 
 
@@ -317,8 +331,10 @@ def test_metadata_on_two_levels_is_an_error(tmp_path):
 def test_problems_of_the_validation_split_are_found(tmp_path):
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "validation")
-    (tmp_path / "validation" / "a.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"validation.metadata\.jsonl, line 1"):
+    (tmp_path / "validation" / "metadata.jsonl").write_text(
+        '{"file_name": "a.png"}\n{"file_name": "b.png", "text": "x"}'
+    )
+    with pytest.raises(DataError, match=r"validation.metadata\.jsonl, line 1: no column 'text'"):
         sources.check(sources.folder(tmp_path), True)
 
 
@@ -327,12 +343,20 @@ def test_captions_may_be_missing_where_none_are_needed(tmp_path):
     assert sources.check(splits, requires_captions=False).captions == 0
 
 
-def test_a_check_may_leave_the_pictures_out(tmp_path):
-    splits = sources.folder(write_folder(tmp_path))
+def test_bad_rows_can_pass_unless_all_are_bad(tmp_path):
+    write_folder(tmp_path, [*ROWS, {"file_name": "c.png", "text": 3}])
+    splits = sources.folder(tmp_path)
+    assert str(sources.check(splits, True, skip=True)) == "3 images, 2 captions"
     (tmp_path / "b.png").unlink()
-    assert sources.check(splits, True, images=False).images == 2
-    with pytest.raises(DataError, match=r"line 2: image b\.png cannot be read"):
-        _ = splits.train.fingerprint
+    assert [row for row, _ in sources.find_bad(splits.train, True)] == [1, 2]
+    assert [row for row, _ in sources.find_bad(splits.train, False)] == [1]
+    assert sources.problem_of(splits.train[2], True).endswith(
+        "line 3: 'text' holds 3; a caption is a string or a list of strings"
+    )
+    assert sources.problem_of(splits.train[2], False) is None
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
+    with pytest.raises(DataError, match="no column 'text'"):
+        sources.check(sources.folder(tmp_path), True, skip=True)
 
 
 # ---- hub
@@ -365,7 +389,7 @@ def test_hub_reads_parquet(rows, tmp_path):
     example = splits.train[3]
     assert (example.id, example.captions) == ("row 3", ("picture 3", "again"))
     assert example.image().getpixel((0, 0)) == (120, 100, 200)
-    assert len(sources.split(splits, 0.2, 0).validation) == 1
+    assert len(sources.subset(splits, 2, 0).train) == 2
 
 
 def test_hub_reads_what_was_saved_to_disk(datasets, rows, tmp_path):
@@ -375,7 +399,7 @@ def test_hub_reads_what_was_saved_to_disk(datasets, rows, tmp_path):
     splits = sources.hub(str(tmp_path / "both"), validation_split="test")
     assert (len(splits.train), len(splits.validation)) == (6, 2)
     again = pickle.loads(pickle.dumps(splits))
-    assert again.validation.fingerprint == splits.validation.fingerprint != splits.train.fingerprint
+    assert fingerprint(again.validation) == fingerprint(splits.validation) != fingerprint(splits.train)
     assert len(sources.hub(str(tmp_path / "one")).train) == 6
     assert sources.hub(str(tmp_path / "both"), validation_split=None).validation is None
 
@@ -403,7 +427,8 @@ def test_hub_rows_without_an_image_are_found(datasets, tmp_path):
     made = datasets.Dataset.from_dict({"image": [None], "text": ["a caption"]}, features)
     made.save_to_disk(str(tmp_path / "set"))
     with pytest.raises(DataError, match="row 0: image row 0: the row has no image"):
-        sources.check(sources.hub(str(tmp_path / "set")), True)
+        look_at_all(sources.hub(str(tmp_path / "set")))
+    assert fingerprint(sources.hub(str(tmp_path / "set")).train)
 
 
 def test_a_data_set_that_cannot_be_loaded(datasets, tmp_path):
@@ -526,7 +551,7 @@ def test_pictures_stand_upright(tmp_path):
 @pytest.mark.parametrize(("pixels", "reason"), [(np.float32(0.5), "floating-point"), (np.int32(1 << 20), "32-bit")])
 def test_pixel_formats_without_one_meaning_are_refused(tmp_path, pixels, reason):
     write_folder(tmp_path)
-    Image.fromarray(np.full((4, 4), pixels)).save(tmp_path / "b.tiff")
+    Image.fromarray(np.full((16, 16), pixels)).save(tmp_path / "b.tiff")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.tiff", "text": "x"}')
     with pytest.raises(DataError, match=f"line 1: image b.tiff: {reason} pixels; save it with 8"):
-        sources.check(sources.folder(tmp_path), True)
+        look_at_all(sources.folder(tmp_path))

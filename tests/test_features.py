@@ -226,7 +226,7 @@ def test_a_table_is_made_once(captioned, tmp_path):
     encode(captioned, stage, tmp_path / "cache" / "key", log=said.append)
     encode(captioned, stage, tmp_path / "cache" / "key", log=said.append)
     assert stage.images == 5
-    assert said[0].startswith("encoding 5 images: 0.2 MB to write, about 0")
+    assert said[0].startswith("encoding 5 images: 0.02 MB to write, about 0")
     assert said[1].startswith("encoded 5 images and 9 captions in 0")
     assert said[2].startswith("encoded features of 5 images found in ")
     assert len(said) == 3

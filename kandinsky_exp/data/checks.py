@@ -1,93 +1,88 @@
 """What can be known to be wrong with a data set before any weights load."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from kandinsky_exp.data.examples import Example, Source, Splits, in_threads
+from kandinsky_exp.data.examples import Example, Indexed, Source, Splits, in_threads
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.errors import DataError
-
-CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Report:
-    """Counts over both splits. `truncated`: captions of more than `max_tokens` tokens, None if no tokenizer counted."""
+    """Counts over both splits; None for what is only known once a stream has been read."""
 
-    images: int
-    validation_images: int
-    captions: int
-    truncated: int | None = None
-    max_tokens: int | None = None
+    images: int | None
+    validation_images: int | None
+    captions: int | None
 
     def __str__(self) -> str:
+        if self.images is None:
+            return "images in shards, read as a stream"
         held_out = f" + {self.validation_images:,} held out" if self.validation_images else ""
-        parts = [f"{self.images:,} images{held_out}", f"{self.captions:,} captions"]
-        if self.truncated:
-            parts.append(f"{self.truncated:,} of them longer than {self.max_tokens} tokens and cut")
-        return ", ".join(parts)
+        captions = f", {self.captions:,} captions" if self.captions is not None else ""
+        return f"{self.images:,} images{held_out}{captions}"
 
 
-def check(splits: Splits, requires_captions: bool, tokenizer: Any | None = None, images: bool = True) -> Report:
-    """Read every row of a data set once.
+def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Report:
+    """Look at the rows of a data set, not at the images. Of a stream only the first example is read.
 
     Args:
         requires_captions: whether a row without a caption is an error.
-        tokenizer: counts the captions that it will cut; None leaves that out.
-        images: decode every image. A set that was encoded before was readable then.
+        skip: let bad rows pass, unless there is no good one.
 
     Raises:
-        DataError: listing the first rows with an unreadable image or a missing or empty caption.
+        DataError: listing the first rows without an image file, or with a missing or empty caption.
     """
-    sources = [splits.train] + ([splits.validation] if splits.validation is not None else [])
-    problems, captions = [], []
-    for source in sources:
-        wrong, found = _check_source(source, requires_captions, images)
-        problems += wrong
-        captions += found
+    problems = [problem for source in splits.both for problem in _problems(source, requires_captions, skip)]
     if problems:
         raise DataError(first_few(problems))
-    held_out = len(splits.validation) if splits.validation is not None else 0
-    if tokenizer is None:
-        return Report(len(splits.train), held_out, len(captions))
-    truncated = sum(length > tokenizer.model_max_length for length in _token_counts(tokenizer, captions))
-    return Report(len(splits.train), held_out, len(captions), truncated, tokenizer.model_max_length)
+    known = [source for source in splits.both if isinstance(source, Indexed)]
+    captions = sum(int(source.caption_counts().sum()) for source in known)
+    held_out = _count(splits.validation) if splits.validation is not None else 0
+    return Report(_count(splits.train), held_out, captions if len(known) == len(splits.both) else None)
 
 
-def _check_source(source: Source, requires_captions: bool, images: bool) -> tuple[list[str], list[str]]:
-    unreadable, wordless, captions = [], [], []
-    for example, problem in in_threads(partial(_look, source, images), len(source)):
-        if problem:
-            unreadable.append(problem)
-        if requires_captions and example.caption_problem:
-            wordless.append(example)
-        captions += example.captions
-    return _about_captions(wordless, len(source)) + unreadable, captions
+def _count(source: Source) -> int | None:
+    """Not `count` of a stream, which would read the headers of all shards at every start."""
+    return len(source) if isinstance(source, Indexed) else None
 
 
-def _look(source: Source, images: bool, index: int) -> tuple[Example, str]:
-    example = source[index]
-    try:
-        if images:
-            example.image()
-    except DataError as error:
-        return example, str(error)
-    return example, ""
-
-
-def _about_captions(wordless: list[Example], rows: int) -> list[str]:
+def _problems(source: Source, requires_captions: bool, skip: bool) -> list[str]:
     """One line a row, but one line in all where a wrong column makes every row the same."""
-    reasons = Counter(example.caption_problem for example in wordless)
-    if len(reasons) == 1 and len(wordless) == rows > 1:
-        return [f"{wordless[0].where} and every other row: {wordless[0].caption_problem}"]
-    return [f"{example.where}: {example.caption_problem}" for example in wordless]
+    if not isinstance(source, Indexed):
+        problem = problem_of(source[0], requires_captions)
+        return [problem] if problem and not skip else []
+    bad = [source[int(row)] for row in source.suspects(requires_captions)]
+    if skip and len(bad) < len(source):
+        return []
+    reasons = Counter(_reason(example, requires_captions) for example in bad)
+    if len(reasons) == 1 and len(bad) == len(source) > 1:
+        return [f"{bad[0].where} and every other row: {next(iter(reasons))}"]
+    return [f"{example.where}: {_reason(example, requires_captions)}" for example in bad]
 
 
-def _token_counts(tokenizer: Any, captions: list[str]) -> Iterator[int]:
-    """Tokens of each caption with both end marks, before anything is cut."""
-    for start in range(0, len(captions), CHUNK):
-        tokens = tokenizer(captions[start : start + CHUNK], truncation=False, verbose=False)
-        yield from map(len, tokens["input_ids"])
+def _reason(example: Example, requires_captions: bool) -> str:
+    return example.problem or (example.caption_problem if requires_captions else "")
+
+
+def problem_of(example: Example, requires_captions: bool) -> str | None:
+    """Why an example cannot be used, as far as its row tells; None where nothing is wrong."""
+    reason = _reason(example, requires_captions)
+    return f"{example.where}: {reason}" if reason else None
+
+
+def find_bad(source: Indexed, requires_captions: bool) -> list[tuple[int, str]]:
+    """Decode every image, several at a time: (row, problem) of every row that cannot be used."""
+    problems = in_threads(partial(_decoding_problem, source, requires_captions), len(source))
+    return [(row, problem) for row, problem in enumerate(problems) if problem]
+
+
+def _decoding_problem(source: Indexed, requires_captions: bool, row: int) -> str | None:
+    example = source[row]
+    try:
+        example.image()
+    except DataError as error:
+        return str(error)
+    return problem_of(example, requires_captions)

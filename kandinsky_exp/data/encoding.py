@@ -77,10 +77,13 @@ class _Chunk:
     )
     texts: list[Features] = field(default_factory=list)
 
-    def size(self) -> int:
-        """Bytes of what is encoded."""
-        cells = [cells for views in self.images for cells in views] + self.captions
-        return sum(array.nbytes for row in cells for array in row.values())
+    def size_each(self) -> float:
+        """Bytes per example, from what is encoded so far."""
+        images, captions = [cells for views in self.images for cells in views], self.captions
+        sizes = [sum(array.nbytes for row in rows for array in row.values()) for rows in (images, captions)]
+        ready = max(1, sum(map(bool, self.images)))
+        captions_each = sum(self.counts) / max(1, len(self.counts))
+        return sizes[0] / ready + sizes[1] / max(1, len(captions)) * captions_each
 
 
 @dataclass
@@ -131,8 +134,7 @@ class Walk:
         Raises:
             DataError: the disk has no room for it.
         """
-        ready = max(1, sum(map(bool, self.chunk.images)))
-        needed = report.announce(self.chunk.size() / ready, seconds_each)
+        needed = report.announce(self.chunk.size_each(), seconds_each)
         cache.refuse_if_no_room(self.journal.folder, needed)
 
     def _take(self, batch: Batch) -> None:

@@ -2,24 +2,27 @@
 
 import hashlib
 import io
-import json
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing.pool import ThreadPool
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
-from kandinsky_exp.data.preprocess import to_rgb
+from kandinsky_exp.data.digests import FileDigests
+from kandinsky_exp.data.preprocess import open_rgb
 from kandinsky_exp.errors import DataError
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its captions.
+    """One image with its captions, picklable: it travels to worker processes.
 
     Args:
         id: file or row, what an error names.
@@ -27,6 +30,7 @@ class Example:
         read: gives the bytes of the image file.
         where: the line that speaks of it.
         caption_problem: why `captions` is empty.
+        problem: why there is no image; `read` has nothing to read then.
     """
 
     id: str
@@ -34,17 +38,18 @@ class Example:
     read: Callable[[], bytes]
     where: str
     caption_problem: str = ""
+    problem: str = ""
 
     def image(self) -> Image.Image:
         """The picture, RGB, upright, transparency over white.
 
         Raises:
-            DataError: naming the file or row, if it is missing or no picture.
+            DataError: naming the file or row, if it is missing, no picture, too small or too large.
         """
+        if self.problem:
+            raise DataError(f"{self.where}: {self.problem}")
         try:
-            return to_rgb(Image.open(io.BytesIO(self.read())))
-        except UnidentifiedImageError:
-            reason = "not an image that Pillow can read"
+            return open_rgb(io.BytesIO(self.read()))
         except OSError as error:
             reason = error.strerror or str(error)
         except Exception as error:  # Pillow's format plug-ins raise whatever a damaged file makes them raise
@@ -52,15 +57,97 @@ class Example:
         raise DataError(f"{self.where}: image {self.id}: {reason}; mend it or take the row out")
 
 
-class Source(Protocol):
-    """A sequence of examples, picklable for the workers of a DataLoader. `fingerprint` changes with its content."""
+def read_file(path: str) -> bytes:
+    """Content of an image file; a device or a pipe, which might never end, is refused."""
+    file = Path(path)
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(0, "not a regular file")
+    return file.read_bytes()
+
+
+def given(content: bytes) -> bytes:
+    """`Example.read` of bytes that are here already."""
+    return content
+
+
+def nothing() -> bytes:
+    """`Example.read` of an example with a problem."""
+    raise FileNotFoundError(2, "the row has no image")
+
+
+class Source(ABC):
+    """Examples that can be walked in a fixed order, picklable for the workers of a DataLoader."""
+
+    streamed: ClassVar[bool]  # no random access: a row is reached by walking to it
+    name: str
 
     @property
-    def name(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
+    @abstractmethod
+    def count(self) -> int | None:
+        """How many examples there are; None where only reading them all would tell."""
+
+    @abstractmethod
+    def examples(self, start: int = 0) -> Iterator[Example]:
+        """The examples in order, from row `start` on."""
+
+    @abstractmethod
+    def __getitem__(self, row: int) -> Example: ...
+
+    @abstractmethod
+    def fingerprint(self, digests: FileDigests) -> str:
+        """64 hex digits that follow ids, captions and image bytes in order, not the folder they lie in."""
+
+
+class Indexed(Source):
+    """Examples by row number."""
+
+    streamed = False
+
+    @abstractmethod
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Example: ...
+
+    @property
+    def count(self) -> int:
+        return len(self)
+
+    def examples(self, start: int = 0) -> Iterator[Example]:
+        return (self[row] for row in range(start, len(self)))
+
+    def caption_counts(self) -> NDArray[np.int64]:
+        """How many captions each row has, (n,)."""
+        return np.fromiter((len(example.captions) for example in self.examples()), np.int64, len(self))
+
+    def suspects(self, captions: bool) -> NDArray[np.int64]:
+        """Rows, in order, whose example speaks of a problem, with its captions only if asked for. Reads no image."""
+        marked = (bool(example.problem or (captions and example.caption_problem)) for example in self.examples())
+        return np.flatnonzero(np.fromiter(marked, np.bool_, len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Subset(Indexed):
+    """Some rows of another source, in the order of `indices` (n,)."""
+
+    name: str
+    parent: Indexed
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, row: int) -> Example:
+        return self.parent[int(self.indices[row])]
+
+    def caption_counts(self) -> NDArray[np.int64]:
+        return self.parent.caption_counts()[self.indices]
+
+    def suspects(self, captions: bool) -> NDArray[np.int64]:
+        return np.flatnonzero(np.isin(self.indices, self.parent.suspects(captions)))
+
+    def fingerprint(self, digests: FileDigests) -> str:
+        total = hashlib.sha256(f"subset {self.parent.fingerprint(digests)}".encode())
+        total.update(self.indices.astype(np.int64).tobytes())
+        return total.hexdigest()
 
 
 @dataclass
@@ -70,60 +157,9 @@ class Splits:
     train: Source
     validation: Source | None
 
-
-@dataclass(frozen=True)
-class Hashed(ABC):
-    """A source whose fingerprint covers ids, captions and image bytes in order, whatever folder they lie in."""
-
-    name: str
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> Example: ...
-
-    @cached_property
-    def fingerprint(self) -> str:
-        total = hashlib.sha256()
-        for digest in in_threads(self._digest, len(self)):
-            total.update(digest)
-        return total.hexdigest()
-
-    def _digest(self, index: int) -> bytes:
-        example = self[index]
-        try:
-            content = hashlib.sha256(example.read()).hexdigest()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{example.where}: image {example.id} cannot be read: {error}") from None
-        return hashlib.sha256(json.dumps([example.id, example.captions, content]).encode()).digest()
-
-
-@dataclass(frozen=True)
-class Rows(Hashed):
-    """Examples in a list."""
-
-    examples: Sequence[Example]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-
-@dataclass(frozen=True)
-class Subset(Hashed):
-    """Some rows of another source, in the order of `indices`."""
-
-    parent: Source
-    indices: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.parent[int(self.indices[index])]
+    @property
+    def both(self) -> Sequence[Source]:
+        return [self.train] + ([self.validation] if self.validation is not None else [])
 
 
 def in_threads(function: Callable[[int], Any], rows: int) -> Iterator[Any]:

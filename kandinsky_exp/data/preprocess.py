@@ -2,20 +2,55 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from kandinsky_exp.data.buckets import Size, nearest_bucket
 
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+MIN_SIDE = 8  # pixels
+MAX_PIXELS = 178_956_970  # where Pillow suspects an attack; one channel of 32 bits would be 716 MB
+
+# Pillow warns from here on and refuses twice as much, both before the picture can be asked for its size.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+def open_rgb(file: IO[bytes]) -> Image.Image:
+    """Decode a picture, of an animation the first, as `to_rgb` does.
+
+    Raises:
+        ValueError: if it is no picture that Pillow can read, too small, too large, or has no one meaning as RGB.
+        OSError: if it is damaged.
+    """
+    try:
+        with Image.open(file) as image:
+            _check_size(*image.size)
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError("not an image that Pillow can read") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        size = re.search(r"\d+", str(error))
+        raise ValueError(_too_large(f"{int(size[0]):,} pixels" if size else "too many pixels")) from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(_too_large(f"{width:,} x {height:,} pixels"))
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width} x {height} pixels, too small to learn from (the least is {MIN_SIDE} a side)")
+
+
+def _too_large(size: str) -> str:
+    return f"{size}, more than the limit of {MAX_PIXELS:,}; scale it down"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

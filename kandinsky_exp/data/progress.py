@@ -36,7 +36,7 @@ class Report:
             left = self.total - self.first
             going_on = f", after {self.first:,} that are there already" if self.first else ""
             self.log(
-                f"encoding {left:,} images{going_on}: {left * bytes_each / 1e6:,.1f} MB to write, about "
+                f"encoding {left:,} images{going_on}: {left * bytes_each / 1e6:,.2f} MB to write, about "
                 f"{tqdm.format_interval(left * seconds_each)}"
             )
         if sys.stderr.isatty():

@@ -1,0 +1,84 @@
+"""What `data.path` of WebDataset shards stands for: files and URLs, in order."""
+
+import re
+from collections.abc import Sequence
+from glob import glob, has_magic
+from itertools import product
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kandinsky_exp.data.download import is_url, shown
+from kandinsky_exp.errors import DataError
+
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+MANY = 1_000_000
+BRACES = re.compile(r"\{([^{}]*)\}")
+NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand(path: str | Path | Sequence[str], key: str) -> tuple[str, ...]:
+    """Shards of a path, a glob, a folder or a URL, any with `{000..007}` or `{a,b}` in it, or of several of these.
+
+    Args:
+        key: of the setting, for messages.
+
+    Raises:
+        DataError: for a file that is not there, a folder without shards, or a pattern that fits none.
+    """
+    paths = [str(path)] if isinstance(path, (str, Path)) else [str(item) for item in path]
+    shards = tuple(shard for item in paths for name in _braces(item, key) for shard in _found(name, key))
+    if not shards:
+        raise DataError(f"{key}: no shards; give tar files, such as 'shards/{{000..007}}.tar'")
+    return shards
+
+
+def _braces(path: str, key: str) -> list[str]:
+    """Every string that braces stand for. A file of exactly this name is itself."""
+    if not is_url(path) and Path(path).expanduser().exists():
+        return [path]
+    parts = BRACES.split(path)  # text and insides of braces by turns
+    choices = [[part] if place % 2 == 0 else _choices(part, path, key) for place, part in enumerate(parts)]
+    return ["".join(choice) for choice in product(*choices)]
+
+
+def _choices(inside: str, path: str, key: str) -> list[str]:
+    numbers = NUMBERS.fullmatch(inside)
+    if not numbers:
+        return inside.split(",")
+    first, last = numbers.groups()
+    count = int(last) - int(first) + 1
+    if not 1 <= count <= MANY:
+        raise DataError(f"{key}: {{{inside}}} in {_plain(path)} counts {max(count, 0):,} shards; write {{first..last}}")
+    width = len(first) if first.startswith("0") else 0
+    return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
+
+
+def _plain(path: str) -> str:
+    return shown(path) if is_url(path) else path
+
+
+def _found(name: str, key: str) -> list[str]:
+    if is_url(name):
+        return [_checked(name, key)]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = sorted(str(file) for file in path.iterdir() if file.name.endswith(ENDINGS))
+        problem = f"{path} holds no {' or '.join(ENDINGS[:2])}"
+    elif path.exists() or not has_magic(name):
+        found = [str(path)] if path.is_file() else []
+        problem = f"there is no file {path}"
+    else:
+        found, problem = sorted(glob(str(path))), f"no file fits {path}"  # noqa: PTH207 - absolute patterns
+    if not found:
+        raise DataError(f"{key}: {problem}; give tar files, such as 'shards/{{000..007}}.tar', or their folder")
+    return found
+
+
+def _checked(url: str, key: str) -> str:
+    try:
+        good = bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise DataError(f"{key}: this is no address of a server and a file on it: {url.partition('?')[0]}")
+    return url

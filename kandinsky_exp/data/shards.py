@@ -1,0 +1,215 @@
+"""WebDataset shards: tar files whose members of one base name, `000.jpg` and `000.txt`, make one example.
+
+They are read in order, member by member. No list of what they hold is ever in memory.
+"""
+
+import hashlib
+import json
+import lzma
+import posixpath
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import islice
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Self
+
+from kandinsky_exp.data import download
+from kandinsky_exp.data.digests import FileDigests, update
+from kandinsky_exp.data.examples import Example, Source, given, nothing
+from kandinsky_exp.data.rows import Captions, parse_captions
+from kandinsky_exp.errors import DataError
+
+MAX_BYTES = 256 << 20  # of one member
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header. `tarfile` takes a damaged or missing one for the end of the archive, and drops what follows."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the block of zeros that ends an archive
+                raise
+            raise tarfile.ReadError(f"damaged or cut off ({error})") from None
+
+
+@dataclass
+class _Group:
+    """The members of one example by extension, and why some were not taken."""
+
+    base: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shards(Source):
+    """Examples of tar files, local or by URL.
+
+    Args:
+        name: what the data set is called.
+        shards: paths and URLs, in order.
+        image_keys: extensions of images, the preferred one first.
+        caption_key: extension of the caption's text, or `json.<key>` for a key of the object in a `.json`.
+        limit: take the first so many examples.
+    """
+
+    name: str
+    shards: tuple[str, ...]
+    image_keys: tuple[str, ...]
+    caption_key: str
+    limit: int | None = None
+
+    streamed = True
+
+    @cached_property
+    def count(self) -> int | None:
+        """By the headers alone; None for compressed shards and those by URL."""
+        if any(download.is_url(shard) or _is_compressed(shard) for shard in self.shards):
+            return None
+        return sum(1 for _ in islice(self._groups(sys.maxsize), self.limit))
+
+    def examples(self, start: int = 0) -> Iterator[Example]:
+        """The examples from row `start` on, each with its bytes.
+
+        Raises:
+            DataError: for a shard that is missing, damaged, cut off or without images.
+        """
+        for shard, group in islice(self._groups(start), start, self.limit):
+            yield self._example(shard, group)
+
+    def __getitem__(self, row: int) -> Example:
+        for example in self.examples(row):
+            return example
+        raise IndexError(f"row {row} of {self.name}")
+
+    def fingerprint(self, digests: FileDigests) -> str:
+        """Local shards count by content, the others by what their server says of them."""
+        total = hashlib.sha256(repr(["shards", self.image_keys, self.caption_key, self.limit]).encode())
+        total.update(repr([_file_name(shard) for shard in self.shards]).encode())
+        local = [str(Path(shard).absolute()) for shard in self.shards if not download.is_url(shard)]
+        update(total, digests.required(f"shards {local}", local))
+        with ThreadPool(8) as pool:
+            for identity in pool.imap(download.identity, filter(download.is_url, self.shards)):
+                total.update(identity.encode())
+        return total.hexdigest()
+
+    def _groups(self, start: int) -> Iterator[tuple[str, _Group]]:
+        """(shard, group) of every example; those before row `start` come without their contents."""
+        row = 0
+        for shard in self.shards:
+            before = row
+            with _reading(shard) as archive:
+                for group in self._walk(archive, start - row):
+                    row += 1
+                    yield shard, group
+            if row == before:
+                raise DataError(f"{download.shown(shard)} holds no images ({', '.join(self.image_keys)})")
+
+    def _walk(self, archive: tarfile.TarFile, start: int) -> Iterator[_Group]:
+        wanted = {*self.image_keys, "json" if self.caption_key.startswith("json.") else self.caption_key}
+        number, group = 0, _Group("")
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # kept for random access, a header for each image
+            base, key = _split(member.name)
+            if key not in wanted:
+                continue
+            if group.base != base or key in group.members or key in group.refused:
+                if group.base:
+                    yield group
+                    number += 1
+                group = _Group(base)
+            if problem := _problem(member):
+                group.refused[key] = problem
+            else:
+                group.members[key] = _content(archive, member) if number >= start else b""
+        if group.base:
+            yield group
+
+    def _example(self, shard: str, group: _Group) -> Example:
+        where = f"{download.shown(shard)}, {group.base}"
+        captions, wordless = self._captions(group)
+        key = next((key for key in self.image_keys if key in group.members), None)
+        if key is None:
+            problem = next((group.refused[key] for key in self.image_keys if key in group.refused), "")
+            problem = problem or f"no image ({', '.join(self.image_keys)}) has this name; set data.image_column"
+            return Example(f"{_file_name(shard)}/{group.base}", captions, nothing, where, wordless, problem)
+        name = f"{_file_name(shard)}/{group.base}.{key}"
+        return Example(name, captions, partial(given, group.members[key]), where, wordless)
+
+    def _captions(self, group: _Group) -> Captions:
+        is_json = self.caption_key.startswith("json.")
+        key = "json" if is_json else self.caption_key
+        if key not in group.members:
+            return (), group.refused.get(key, f"no .{key} has this name; set data.caption_column")
+        try:
+            text = group.members[key].decode("utf-8-sig").strip()
+            row = json.loads(text) if is_json else {key: text}
+        except (ValueError, RecursionError) as error:
+            return (), f"its .{key} cannot be read: {error}"
+        if not isinstance(row, dict):
+            return (), f"its .{key} is not a JSON object"
+        return parse_captions(row, self.caption_key.removeprefix("json.") if is_json else key)
+
+
+@contextmanager
+def _reading(shard: str) -> Iterator[tarfile.TarFile]:
+    """The archive as a stream if it comes by URL; a local one is read with jumps over what is not wanted."""
+    try:
+        if download.is_url(shard):
+            with (
+                download.open_url(shard) as stream,
+                tarfile.open(mode="r|*", fileobj=stream, tarinfo=_Member) as archive,
+            ):
+                yield archive
+        else:
+            with tarfile.open(shard, "r:*", tarinfo=_Member) as archive:
+                yield archive
+    except DAMAGE as error:
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+        raise DataError(f"{download.shown(shard)}: no tar file that can be read to its end: {reason}") from None
+
+
+def _is_compressed(shard: str) -> bool:
+    try:
+        with Path(shard).open("rb") as file:
+            return file.read(8).startswith(COMPRESSED)
+    except OSError:
+        return False  # what is wrong with it is said when it is read
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Base name with its folder, and extension: all from the first dot on. Both are empty for other files."""
+    folder, file = posixpath.split(name)
+    base, _, key = file.partition(".")
+    return (posixpath.join(folder, base), key.lower()) if base and key else ("", "")
+
+
+def _problem(member: tarfile.TarInfo) -> str:
+    if not member.isreg():
+        return f"{member.name} is a link or no file; store the content"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return f"{member.name} leads out of the archive"
+    if member.size > MAX_BYTES:
+        return f"{member.name} has {member.size >> 20:,} MB; the limit is {MAX_BYTES >> 20} MB"
+    return ""
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # a regular file
+    return file.read()
+
+
+def _file_name(shard: str) -> str:
+    return posixpath.basename(download.shown(shard) if download.is_url(shard) else shard)
