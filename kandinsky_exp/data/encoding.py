@@ -96,10 +96,11 @@ class Walk:
     journal: Journal
     log: Log
     chunk: _Chunk = field(default_factory=_Chunk)
+    report: Report = field(init=False)
 
     def encode_all(self) -> None:
         done = self.journal.progress.source_rows
-        report = Report(self.source.count, done, self.log)
+        self.report = Report(self.source.count, done, self.log)
         loader = Loader(self.stage.preprocess, self.how.mirrored)
         workers = self.how.processes(self.source.count)
         batches = loader.batches(self.source.examples(done), self.how.batch_size, workers)
@@ -108,13 +109,14 @@ class Walk:
             self._check(batch, batches)
             started = time.monotonic()
             self._take(batch)
-            report(done := done + len(batch.examples))
-            if not report.announced and (number == 1 or done == self.source.count):
-                self._announce(report, (time.monotonic() - started) / len(batch.examples))
+            done += len(batch.examples)
+            if number == 1 and any(self.chunk.images):
+                self._announce((time.monotonic() - started) / len(batch.examples))
+            self.report(done)
             if self.chunk.seen >= chunk_rows:
                 self._commit()
         self._commit()
-        report.close(self.journal.progress.images, self.journal.progress.captions)
+        self.report.close(self.journal.progress.images, self.journal.progress.captions)
 
     def _check(self, batch: Batch, rest: Iterator[Batch]) -> None:
         """Refuse bad examples; where there is one, look a little further, to name several at once."""
@@ -128,13 +130,13 @@ class Walk:
                 break
         raise DataError(f"{first_few(problems)}\n(data.on_error=skip leaves such examples out and lists them)")
 
-    def _announce(self, report: Report, seconds_each: float) -> None:
-        """Say what is coming, from the first batches, before anything is written.
+    def _announce(self, seconds_each: float) -> None:
+        """Say what is coming, from the first examples, before anything is written.
 
         Raises:
             DataError: the disk has no room for it.
         """
-        needed = report.announce(self.chunk.size_each(), seconds_each)
+        needed = self.report.announce(self.chunk.size_each(), seconds_each)
         cache.refuse_if_no_room(self.journal.folder, needed)
 
     def _take(self, batch: Batch) -> None:
@@ -224,6 +226,8 @@ class Walk:
             while waiting:
                 self._encode_waiting(waiting)
         self._take_captions(None)
+        if not self.report.announced:
+            self._announce((time.monotonic() - self.report.started) / max(1, chunk.seen))
         if chunk.ids:
             self.journal.append(IMAGES, self._image_columns(chunk, progress.captions))
         if chunk.captions:

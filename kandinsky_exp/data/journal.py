@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kandinsky_exp.data.table import CAPTIONS, FORMAT, IMAGES, META, Columns, ColumnWriter
+from kandinsky_exp.data.table import CAPTIONS, FORMAT, IMAGES, META, Columns, ColumnWriter, head_checksum
 
 PROGRESS = "progress.json"
 
@@ -71,7 +71,8 @@ class Journal:
         if not self.progress.captions:
             (self.folder / CAPTIONS).unlink()
             del facts["bytes"][CAPTIONS]
-        _write(self.folder / META, {"format": FORMAT, **facts, **about})
+        heads = {name: head_checksum(self.folder / name) for name in facts["bytes"]}
+        _write(self.folder / META, {"format": FORMAT, **facts, "heads": heads, **about})
         (self.folder / PROGRESS).unlink()
         self.folder.replace(target)
 

@@ -26,6 +26,7 @@ from kandinsky_exp.errors import DataError
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
 IMAGES, CAPTIONS, META = "images.arrow", "captions.arrow", "table.json"
 CHECKSUM = "crc32"
+HEAD = 4096  # bytes, more than a schema takes
 SHAPE = ".shape"  # ends the name of the column with the shapes of a ragged one
 NO_FEATURES = ("id", "source_row", "caption_start", "caption_count")
 FORMAT = 2  # a new one must not find old tables
@@ -109,10 +110,13 @@ class MappedColumns:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_stream(file)
-            batches = list(reader)
-            shapes = {field.name: json.loads(field.metadata[b"shape"]) for field in reader.schema}
+        try:
+            with pa.memory_map(str(path)) as file:
+                reader = pa.ipc.open_stream(file)
+                batches = list(reader)
+        except pa.ArrowException as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        shapes = {field.name: json.loads(field.metadata[b"shape"]) for field in reader.schema}
         self._starts = list(accumulate((batch.num_rows for batch in batches), initial=0))
         self._views = [{name: _view(batch.column(name), shape) for name, shape in shapes.items()} for batch in batches]
 
@@ -153,6 +157,12 @@ class MappedColumns:
         return np.concatenate([views[name] for views in self._views])
 
 
+def head_checksum(file: Path) -> int:
+    """Of the part of a table's file that says what its columns are, which no row's checksum covers."""
+    with file.open("rb") as handle:
+        return zlib.crc32(handle.read(HEAD))
+
+
 def _view(array: pa.Array, shape: list[int] | None) -> Any:
     """What a cell is cut from without a copy: an Arrow array, (offsets, values), or an array (n, …)."""
     if shape is None:
@@ -187,6 +197,8 @@ class FeatureTable:
         for name, size in self.meta["bytes"].items():
             if (found := (folder / name).stat().st_size) != size:
                 raise ValueError(f"{name} has {found:,} bytes instead of {size:,}")
+            if head_checksum(folder / name) != self.meta["heads"][name]:
+                raise ValueError(f"the head of {name} is not as it was written")
         self.views: int = self.meta["views"]
         self._images = MappedColumns(folder / IMAGES)
         self._captions = MappedColumns(folder / CAPTIONS) if self.meta["captions"] else None
