@@ -158,6 +158,7 @@ class Trainer:
 class Checkpoint:
     every: Count
     keep: Count
+    behind: bool
     resume: Text
 
 
