@@ -110,8 +110,9 @@ class Validator:
         # Other noise than the prompts have, so that a shared flaw of the noise cannot pass for a success.
         settings = replace(self.settings, seed=self.settings.seed + 1)
         network = self.accelerator.unwrap_model(self.training.network)
+        features = self.held_out.load(rows)
         with self.accelerator.autocast():
-            images = self.training.stage.reconstruct(network, self.held_out.load(rows), settings)
+            images = self.training.stage.reconstruct(network, features, settings)
         if not images:
             return []
         originals = [to_image(self.held_out.image(row), self.settings.width) for row in rows]
