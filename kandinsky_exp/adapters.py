@@ -1,10 +1,13 @@
 """Which weights train: all of them, or a low-rank adapter beside frozen ones."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kandinsky_exp.errors import ConfigError
 
@@ -66,6 +69,61 @@ def save(network: Any, folder: Path) -> None:
         network.save_lora_adapter(folder, weight_name=WEIGHTS_NAME)
     else:
         network.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """What `save` writes of a network, before it is written.
+
+    Args:
+        tensors: by their names in the file `name`.
+        config_of: the diffusers model whose `config.json` goes beside it; None for an adapter.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    config_of: Any
+
+    def on_host(self, copies: dict[int, Tensor]) -> "NetworkFiles":
+        """The same in host memory, out of training's reach; `copies`, by id, so that what files share is copied once.
+
+        The copies are contiguous, as the file needs them: a network may train in another memory format.
+        """
+        for value in self.tensors.values():
+            if id(value) not in copies:
+                form = torch.contiguous_format
+                copies[id(value)] = value.detach().to("cpu", copy=True, memory_format=form)
+        return replace(self, tensors={key: copies[id(value)] for key, value in self.tensors.items()})
+
+    def write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True)
+        if self.config_of is not None:
+            self.config_of.save_config(folder)
+        tensors = {key: value.detach().contiguous() for key, value in self.tensors.items()}
+        save_file(tensors, folder / self.name, metadata=self.metadata)
+
+
+def snapshot(network: Any, trained: Mapping[str, Tensor]) -> NetworkFiles:
+    """What `save` would write now; `trained` takes the place of the parameters of these names (their averages, say).
+
+    Nothing is copied: the tensors are the network's own.
+    """
+    if not has_adapter(network):
+        tensors = {**network.state_dict(keep_vars=True), **trained}
+        return NetworkFiles("diffusion_pytorch_model.safetensors", tensors, {"format": "pt"}, network)
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft.utils import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(network, state_dict={**network.state_dict(keep_vars=True), **trained})
+    settings = {
+        key: list(value) if isinstance(value, set) else value
+        for key, value in network.peft_config["default"].to_dict().items()
+    }
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    return NetworkFiles(WEIGHTS_NAME, tensors, metadata, None)
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
 
 def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_steps: int) -> Training:
     """Optimizer, schedule and EMA around the stage's network, prepared by Accelerate."""
-    network = made.network.to(device.device)
+    network = made.place(device.device, mixed_precision=device.mixed_precision != "no")
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = _optimizer(cfg, trainable, device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.

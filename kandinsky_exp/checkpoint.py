@@ -9,6 +9,8 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,51 +18,95 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from kandinsky_exp import adapters
+from kandinsky_exp.adapters import NetworkFiles
 from kandinsky_exp.errors import CheckpointError
-from kandinsky_exp.loop import Training, averaged_weights
+from kandinsky_exp.loop import Training
 
 
-def save(training: Training, root: Path, part: str, accelerator: Accelerator, validation_loss: float | None) -> Path:
-    """Write `root/step-…` on the main process; every process waits until it is there.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds; first as views of what trains, then, `on_host`, as copies out of its reach.
+
+    Args:
+        networks: by folder, such as `unet` and `unet_ema`.
+        tensors: what goes to `optimizer.pt`.
+        state: what goes to `state.json`.
+    """
+
+    step: int
+    networks: dict[str, NetworkFiles]
+    tensors: dict[str, Any]
+    state: dict[str, Any]
+
+    def on_host(self) -> "Snapshot":
+        copies: dict[int, Tensor] = {}
+        networks = {name: files.on_host(copies) for name, files in self.networks.items()}
+        return replace(self, networks=networks, tensors=_mapped(self.tensors, _on_host))
+
+    def size(self) -> int:
+        """Bytes that `on_host` asks for."""
+        found = {id(value): value for files in self.networks.values() for value in files.tensors.values()}
+        _mapped(self.tensors, lambda value: found.setdefault(id(value), value))
+        return sum(value.nbytes for value in found.values())
+
+    def write(self, root: Path) -> Path:
+        """`root/step-…`, whole or not at all."""
+        folder = root / f"step-{self.step:08d}"
+        aside = root / f".{folder.name}.part"
+        for left in root.glob(".step-*.part"):  # by a process that was killed
+            shutil.rmtree(left)
+        aside.mkdir(parents=True)
+        for name, files in self.networks.items():
+            files.write(aside / name)
+        torch.save(self.tensors, aside / "optimizer.pt")
+        (aside / "state.json").write_text(json.dumps(self.state, indent=2) + "\n", "utf-8")
+        for path in [*aside.rglob("*"), aside]:
+            _flush_to_disk(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        return folder
+
+
+def snapshot(training: Training, part: str, accelerator: Accelerator, validation_loss: float | None) -> Snapshot:
+    """The state at this step, not copied yet.
 
     Args:
         part: name of the network's subfolder, `prior` or `unet`.
         validation_loss: the fixed-noise loss at this very step, None where it was not measured.
     """
-    folder = root / f"step-{training.step:08d}"
-    if accelerator.is_main_process:
-        aside = root / f".{folder.name}.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write(training, aside, part, accelerator, validation_loss)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def _write(
-    training: Training, folder: Path, part: str, accelerator: Accelerator, validation_loss: float | None
-) -> None:
     network = accelerator.unwrap_model(training.network)
-    training.stage.save(network, folder / part)
+    networks = {part: training.stage.snapshot(network, {})}
     state: dict[str, Any] = {"step": training.step, "validation_loss": validation_loss}
     state["optimizer"] = type(_bare(training.optimizer)).__name__
     if training.ema is not None:
-        with averaged_weights(training):
-            training.stage.save(network, folder / f"{part}_ema")
+        names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        averages = dict(zip(names, training.ema.shadow_params, strict=True))
+        networks[f"{part}_ema"] = training.stage.snapshot(network, averages)
         state["ema_step"] = training.ema.optimization_step
     tensors = {"optimizer": training.optimizer.state_dict(), "scheduler": training.scheduler.state_dict()}
     if accelerator.scaler is not None:
         tensors["scaler"] = accelerator.scaler.state_dict()
-    torch.save(tensors, folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
-    for file in folder.rglob("*"):
-        _flush_to_disk(file)
+    return Snapshot(training.step, networks, tensors, state)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested dicts, lists and tuples made anew, with other tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, change) for item in value)
+    return value
+
+
+def _on_host(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -158,6 +204,7 @@ def _load_optimizer(training: Training, tensors: dict[str, Any]) -> None:
     settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
     base_rates = list(scheduler.base_lrs)
     training.optimizer.load_state_dict(tensors["optimizer"])
+    _match_strides(optimizer)
     scheduler.load_state_dict(tensors["scheduler"])
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
@@ -169,6 +216,14 @@ def _load_optimizer(training: Training, tensors: dict[str, Any]) -> None:
         for group, base, rate in zip(optimizer.param_groups, base_rates, rates, strict=True):
             group["initial_lr"], group["lr"] = base, rate
         scheduler._last_lr = rates
+
+
+def _match_strides(optimizer: Any) -> None:
+    """Fused optimizers want the strides of a parameter in its state too: the file may come from another format."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def prune(root: Path, keep: int) -> None:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kandinsky_exp import command_line, config
-from kandinsky_exp.errors import ConfigError, Interrupted, NonFiniteLoss, UserError
+from kandinsky_exp.errors import ConfigError, Interrupted, RunFailure, UserError
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
@@ -162,7 +162,7 @@ def _full_error() -> Iterator[None]:
 
 def _report(error: BaseException, verbose: bool) -> int:
     """Prints what went wrong, with a traceback where it helps; returns the exit code."""
-    known = isinstance(error, (UserError, NonFiniteLoss, Interrupted, KeyboardInterrupt))
+    known = isinstance(error, (UserError, RunFailure, Interrupted, KeyboardInterrupt))
     if verbose or not known:
         traceback.print_exception(error)
     if isinstance(error, Interrupted):

@@ -31,8 +31,16 @@ class TrackingError(UserError):
     """The tracking store does not answer or cannot be used."""
 
 
-class NonFiniteLoss(Exception):
-    """Training produced NaN or infinity; the run failed. Exit code 1."""
+class RunFailure(Exception):
+    """The run failed while it trained. Exit code 1."""
+
+
+class NonFiniteLoss(RunFailure):
+    """Training produced NaN or infinity."""
+
+
+class CheckpointFailure(RunFailure):
+    """A checkpoint could not be written; the ones before it are whole."""
 
 
 class Interrupted(BaseException):

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kandinsky_exp.errors import Interrupted
-from kandinsky_exp.meter import Meter
+from kandinsky_exp.meter import Meter, StepResult
 from kandinsky_exp.randomness import NoiseSource, derive_seed, validation_generator
 from kandinsky_exp.stages.base import Features, Stage
 from kandinsky_exp.tracking import Tracker
@@ -69,6 +70,9 @@ class Events(Protocol):
 
     def checkpoint(self, step: int) -> None: ...
 
+    def settled(self) -> AbstractContextManager[None]:
+        """On the way out, wait for what these began in the background, and raise what went wrong with it."""
+
 
 class Stop(Protocol):
     """A wish to stop that a signal handler notes down; read between steps."""
@@ -96,21 +100,20 @@ def train(
         NonFiniteLoss: a loss or gradient was NaN or infinite; no checkpoint was written after it.
         Interrupted: `stop` was set; a checkpoint was written.
     """
-    meter = Meter(accelerator, settings.total_batch, training.step)
+    meter = Meter(accelerator, settings.total_batch, training.stage.num_timesteps)
     training.network.train()
     saved = training.step
-    with progress_bar(training.step, settings) as bar, stop.deferred():
+    with progress_bar(training.step, settings) as bar, stop.deferred(), events.settled(), closed(batches):
         while training.step < settings.max_steps:
-            loss, norm, rows = optimizer_step(training, batches, noise, accelerator, settings)
+            meter.add(optimizer_step(training, batches, noise, accelerator, settings))
             training.step += 1
             step, last = training.step, training.step == settings.max_steps
-            meter.add(loss, norm, rows)
             bar.update()
             validate, save = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
-            if due(step, settings.log_every, last) or validate or save:
-                meter.check(step, training.rate())
             if due(step, settings.log_every, last):
                 report(meter.read(step, training.rate()), step, settings.max_steps, tracker, bar)
+            elif validate or save:
+                meter.check(step, training.rate())
             stopping = stop_agreed(stop, accelerator, step, settings.log_every)
             with meter.paused():
                 if validate and stopping is None:
@@ -124,6 +127,16 @@ def train(
     return meter.last_loss
 
 
+@contextmanager
+def closed(batches: Iterator[Features]) -> Iterator[None]:
+    """Close the stream of batches on the way out, so that no thread reads on: an exception's frames may hold it."""
+    try:
+        yield
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
 def due(step: int, every: int, last: bool) -> bool:
     return last or step % every == 0
 
@@ -134,12 +147,15 @@ def optimizer_step(
     noise: NoiseSource,
     accelerator: Accelerator,
     settings: LoopSettings,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """One optimizer step: its mean loss and gradient norm, still on the device, and the rows it saw."""
-    losses, rows = [], []
+) -> StepResult:
+    """One optimizer step; nothing in it waits for the device."""
+    losses, rows, samples = [], [], []
     norm: Any = None
+    waited = 0.0
     for micro in range(settings.grad_accumulation):
+        asked = time.monotonic()
         features = next(batches)
+        waited += time.monotonic() - asked
         rows.append(features.pop("index"))
         with accelerator.accumulate(training.network):
             result = training.stage.loss(training.network, features, noise.at(training.step, micro))
@@ -149,10 +165,11 @@ def optimizer_step(
             training.optimizer.step()
             training.optimizer.zero_grad()
         losses.append(result.loss.detach())
+        samples.append((result.per_sample, result.timesteps))
     training.scheduler.step()
     if training.ema is not None:
         training.ema.step(training.trainable)
-    return torch.stack(losses).mean(), norm, rows
+    return StepResult(torch.stack(losses).mean(), norm, rows, samples, waited)
 
 
 def stop_agreed(stop: Stop, accelerator: Accelerator, step: int, log_every: int) -> int | None:
@@ -177,7 +194,7 @@ def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, b
             metrics["train/lr"],
             metrics["train/grad_norm"],
             metrics["train/samples_per_second"],
-            tqdm.format_interval((total - step) / metrics["steps_per_second"]),
+            tqdm.format_interval((total - step) * metrics["train/step_seconds"]),
         )
 
 
@@ -202,6 +219,20 @@ def averaged_weights(training: Training) -> Iterator[None]:
         yield
     finally:
         training.ema.restore(training.trainable)
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """The network as it is, where `trainer.compile` compiled it for the training step.
+
+    Validation asks for other batch sizes, no gradient and evaluation mode: each would cost a compilation of its own,
+    minutes long, for a few calls.
+    """
+    if getattr(network, "_compiled_call_impl", None) is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @torch.no_grad()

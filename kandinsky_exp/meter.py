@@ -1,5 +1,6 @@
 """What the steps since the last log point came to; nothing here waits for the device before it is read."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,62 +12,140 @@ from torch import Tensor
 
 from kandinsky_exp.errors import NonFiniteLoss
 
+PARTS = 4  # of the timestep range, each with a loss of its own
+FOLD = 64  # micro-steps whose per-sample losses are kept before they are added up
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step leaves behind, all but `rows` still on the device.
+
+    Args:
+        loss, norm: scalars: the mean loss of the micro-steps, and the gradient's norm before clipping.
+        rows: row numbers of each micro-step, on the host.
+        samples: (per-sample squared errors, timesteps) of each micro-step, both (B,).
+        waited: seconds until the batches were there.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    rows: list[Tensor]
+    samples: list[tuple[Tensor, Tensor]]
+    waited: float
+
 
 @dataclass
 class Meter:
-    """Losses stay on the device until they are read, every `log_every` steps."""
+    """Losses stay on the device until they are read, every `log_every` steps.
+
+    Args:
+        num_timesteps: length of the noise schedule, whose quarters have a loss each.
+    """
 
     accelerator: Accelerator
     total_batch: int
-    step: int
+    num_timesteps: int
     last_loss: float | None = None
-    _losses: list[Tensor] = field(default_factory=list)
-    _norms: list[Tensor] = field(default_factory=list)
-    _rows: list[list[Tensor]] = field(default_factory=list)
+    _results: list[StepResult] = field(default_factory=list)
+    _samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _by_part: Tensor | None = None
     _unchecked: int = 0
     _started: float = field(default_factory=time.monotonic)
 
-    def add(self, loss: Tensor, norm: Tensor, rows: list[Tensor]) -> None:
-        self._losses.append(loss)
-        self._norms.append(torch.as_tensor(norm, device=loss.device))
-        self._rows.append(rows)
+    def add(self, result: StepResult) -> None:
+        self._samples += result.samples
+        if len(self._samples) >= FOLD:
+            self._fold()
+        result.samples = []
+        self._results.append(result)
         self._unchecked += 1
 
-    def check(self, step: int, lr: float) -> None:
-        """Stop at the first step since the last check whose loss, or gradient without a scaler, is not finite."""
+    def check(self, step: int, rate: float) -> None:
+        """Stop at the first step since the last check whose loss, or gradient without a scaler, is not finite.
+
+        Raises:
+            NonFiniteLoss: on every process, whichever of them it happened on.
+        """
         if self._unchecked == 0:
             return
-        losses, norms = (torch.stack(values[-self._unchecked :]) for values in (self._losses, self._norms))
-        # A loss scaler skips steps with infinite gradients; that is its work, not a failure.
-        bad = ~losses.isfinite() if self.accelerator.scaler is not None else ~(losses.isfinite() & norms.isfinite())
-        worst = self.accelerator.gather(bad.any().reshape(1))
-        if bool(worst.any()):
-            first = int(bad.nonzero()[0]) if bool(bad.any()) else 0
-            rows = torch.cat([part.flatten() for part in self._rows[first - self._unchecked]]).tolist()
-            where = f"step {step - self._unchecked + first + 1}"
-            values = f"loss {float(losses[first]):.4g}, gradient norm {float(norms[first]):.4g}"
-            raise NonFiniteLoss(
-                f"the loss or its gradient is not finite at {where} ({values}, lr {lr:.3g}, rows {rows}). The last "
-                "checkpoint is from before. Lower optimizer.lr, raise scheduler.warmup_steps, or look at the rows"
-            )
+        bad = self._bad().any().float().reshape(1)
+        if float(self.accelerator.reduce(bad, reduction="sum")) > 0:
+            self._raise(step, rate)
         self._unchecked = 0
 
     def read(self, step: int, rate: float) -> dict[str, float]:
-        """Mean over the steps since the last reading and over all processes; empties the meter."""
-        means = torch.stack([torch.stack(self._losses).mean(), torch.stack(self._norms).mean().float()])
-        loss, norm = self.accelerator.reduce(means, reduction="mean").tolist()
+        """Mean over the steps since the last reading and over all processes; empties the meter.
+
+        One transfer from the device brings all of it.
+
+        Raises:
+            NonFiniteLoss: as `check` does.
+        """
+        steps, waited = len(self._results), sum(result.waited for result in self._results)
+        bad, loss, norm, *parts = self._totals()
+        if bad > 0:
+            self._raise(step, rate)
         elapsed = max(time.monotonic() - self._started, 1e-9)
-        steps = step - self.step
-        self.last_loss, self.step = loss, step
-        self._losses, self._norms, self._rows = [], [], []
+        self.last_loss = loss
+        self._results, self._by_part, self._unchecked = [], None, 0
         self._started = time.monotonic()
+        by_part = {
+            f"train/loss_t{part}": error / count
+            for part, (error, count) in enumerate(zip(parts[:PARTS], parts[PARTS:], strict=True))
+            if count > 0
+        }
         return {
             "train/loss": loss,
+            **by_part,
             "train/lr": rate,
             "train/grad_norm": norm,
             "train/samples_per_second": steps * self.total_batch / elapsed,
-            "steps_per_second": steps / elapsed,
+            "train/step_seconds": elapsed / steps,
+            "train/data_seconds": waited / steps,
+            "train/peak_memory_gb": peak_memory(self.accelerator.device) / 1e9,
         }
+
+    def _totals(self) -> list[float]:
+        """Non-finite or not, mean loss, mean norm, and of each quarter of the timesteps the summed error and count."""
+        self._fold()
+        assert self._by_part is not None
+        losses = torch.stack([result.loss for result in self._results])
+        norms = torch.stack([result.norm for result in self._results])
+        means = torch.stack([losses.mean(), norms.mean().float()]) / self.accelerator.num_processes
+        flag = self._bad().any().float().reshape(1)
+        mine = torch.cat([flag, means, self._by_part])
+        totals: list[float] = self.accelerator.reduce(mine, reduction="sum").tolist()
+        return totals
+
+    def _fold(self) -> None:
+        """Add per-sample errors up by quarter of the timestep range, on the device: (2 · PARTS,), errors and counts."""
+        if not self._samples:
+            return
+        errors = torch.cat([errors for errors, _ in self._samples]).float()
+        timesteps = torch.cat([timesteps for _, timesteps in self._samples])
+        chosen = torch.arange(PARTS, device=errors.device)[:, None] == timesteps * PARTS // self.num_timesteps
+        sums = torch.cat([torch.where(chosen, errors, 0.0).sum(1), chosen.sum(1).float()])
+        self._by_part = sums if self._by_part is None else self._by_part + sums
+        self._samples = []
+
+    def _bad(self) -> Tensor:
+        """Which of the steps that nobody checked yet are not finite, on the device."""
+        losses = torch.stack([result.loss for result in self._results[-self._unchecked :]])
+        norms = torch.stack([result.norm for result in self._results[-self._unchecked :]])
+        # A loss scaler skips steps with infinite gradients; that is its work, not a failure.
+        return ~losses.isfinite() if self.accelerator.scaler is not None else ~(losses.isfinite() & norms.isfinite())
+
+    def _raise(self, step: int, rate: float) -> None:
+        bad = self._bad().tolist()
+        first = bad.index(True) if any(bad) else 0
+        result = self._results[first - self._unchecked]
+        rows = torch.cat([part.flatten() for part in result.rows]).tolist()
+        where = f"step {step - self._unchecked + first + 1}"
+        values = f"loss {float(result.loss):.4g}, gradient norm {float(result.norm):.4g}"
+        raise NonFiniteLoss(
+            f"the loss or its gradient is not finite at {where} ({values}, lr {rate:.3g}, rows {rows}). The last "
+            "checkpoint is from before. Lower optimizer.lr, raise scheduler.warmup_steps, or look at the rows"
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -74,3 +153,15 @@ class Meter:
         before = time.monotonic()
         yield
         self._started += time.monotonic() - before
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: of the accelerator's memory, or of this process's where there is none; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -39,18 +39,43 @@ class SampleSettings:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % (1 << 63))
 
 
-def prior_pipeline(weights: Weights, network: nn.Module | None = None) -> Any:
-    """The prior pipeline around a trained network, or around the base one."""
-    pipeline = diffusers.KandinskyV22PriorPipeline(
+class PriorPipeline(diffusers.KandinskyV22PriorPipeline):  # type: ignore[misc]  # untyped
+    """The prior pipeline without its image encoder, by far the largest part, of which it needs one embedding."""
+
+    null_embed: Tensor
+
+    def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
+        return self.null_embed.to(device).repeat(batch_size, 1)
+
+
+def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embed: Tensor | None = None) -> Any:
+    """The prior pipeline around a trained network, or around the base one.
+
+    Args:
+        null_embed: (1, E), what `zero_embed` gives: then no image encoder is loaded.
+    """
+    cls = diffusers.KandinskyV22PriorPipeline if null_embed is None else PriorPipeline
+    pipeline = cls(
         prior=weights.load("prior") if network is None else network,
-        image_encoder=weights.load("image_encoder"),
+        image_encoder=weights.load("image_encoder") if null_embed is None else None,
         text_encoder=weights.load("text_encoder"),
         tokenizer=weights.load("tokenizer"),
         scheduler=weights.load("prior_scheduler"),
         image_processor=weights.load("image_processor"),
     )
+    if null_embed is not None:
+        pipeline.null_embed = null_embed
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@torch.no_grad()
+def zero_embed(image_encoder: Any) -> Tensor:
+    """The embedding (1, E) of the zero image, which guidance leads away from."""
+    size = image_encoder.config.image_size
+    zeros = torch.zeros(1, 3, size, size, device=image_encoder.device, dtype=image_encoder.dtype)
+    embed: Tensor = image_encoder(zeros).image_embeds
+    return embed
 
 
 def decoder_pipeline(weights: Weights, network: nn.Module | None = None) -> Any:

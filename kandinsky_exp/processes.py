@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 
-from kandinsky_exp.errors import Interrupted, UserError
+from kandinsky_exp.errors import Interrupted, RunFailure, UserError
 
 Result = TypeVar("Result")
 
@@ -36,7 +36,7 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     if PartialState().is_main_process:
         try:
             outcome[0] = action()
-        except UserError as error:
+        except (UserError, RunFailure) as error:
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import adapters, build, checkpoint, config, hub, loop, pipelines, processes, tracking, workspace
+from kandinsky_exp.behind import CheckpointWriter
 from kandinsky_exp.data import sources
 from kandinsky_exp.errors import Interrupted, UserError
 from kandinsky_exp.randomness import NoiseSource
@@ -251,8 +252,9 @@ class Events:
         tracker: tracking.Tracker,
         reader: FeatureReader | None,
     ) -> None:
-        self.keep, self.accelerator, self.space = cfg.checkpoint.keep, accelerator, space
-        self.training, self.tracker = training, tracker
+        self.accelerator, self.space, self.training, self.tracker = accelerator, space, training, tracker
+        self.writer = CheckpointWriter(space.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.behind, self.recorded)
+        self.settled = self.writer.settled
         held_out = None if reader is None else HeldOut(reader.rows, len(reader), reader.picture)
         self.validator = Validator(
             training,
@@ -272,13 +274,15 @@ class Events:
     def checkpoint(self, step: int) -> None:
         measured = self.validator.loss if self.validator.loss_step == step else None
         part = self.training.stage.part
-        folder = checkpoint.save(self.training, self.space.checkpoints, part, self.accelerator, measured)
+        processes.on_main_process(
+            lambda: self.writer.save(checkpoint.snapshot(self.training, part, self.accelerator, measured))
+        )
+
+    def recorded(self, folder: Path, step: int) -> None:
         self.space.record.step = step
-        if self.accelerator.is_main_process:
-            self.space.write_record()
-            checkpoint.prune(self.space.checkpoints, self.keep)
-            self.tracker.flush()
-            logger.info("step %d: checkpoint %s", step, folder)
+        self.space.write_record()
+        self.tracker.flush()
+        logger.info("step %d: checkpoint %s", step, folder)
 
 
 def save_result(

@@ -163,6 +163,7 @@ class Trainer:
 class Checkpoint:
     every: Count
     keep: Count
+    behind: bool
     resume: Text
 
 

@@ -55,7 +55,8 @@ class Validator:
     loss_step: int | None = None
 
     def __call__(self, step: int) -> None:
-        with loop.averaged_weights(self.training):
+        network = self.accelerator.unwrap_model(self.training.network)
+        with loop.averaged_weights(self.training), loop.uncompiled(network):
             self._measure(step)
             if self.accelerator.is_main_process:
                 self._draw(step)
@@ -102,17 +103,18 @@ class Validator:
         self.tracker.log_image("validation/grid", grid, step)
 
     def _reconstruct(self) -> list[tuple[Image.Image, Image.Image]]:
-        """(redrawn, original) pairs; a prior has no say in what an embedding looks like."""
-        reconstruct = getattr(self.training.stage, "reconstruct", None)
-        if reconstruct is None or self.held_out is None or self.reconstructions == 0:
+        """(redrawn, original) pairs, where the stage redraws at all."""
+        if self.held_out is None or self.reconstructions == 0:
             return []
         rows = list(range(min(self.reconstructions, self.held_out.rows)))
-        embeds = self.held_out.load(rows)["image_embeds"]
         # Other noise than the prompts have, so that a shared flaw of the noise cannot pass for a success.
         settings = replace(self.settings, seed=self.settings.seed + 1)
         network = self.accelerator.unwrap_model(self.training.network)
+        features = self.held_out.load(rows)
         with self.accelerator.autocast():
-            images: list[Image.Image] = reconstruct(network, embeds, settings)
+            images = self.training.stage.reconstruct(network, features, settings)
+        if not images:
+            return []
         originals = [to_image(self.held_out.image(row), self.settings.width) for row in rows]
         return list(zip(images, originals, strict=True))
 

@@ -237,6 +237,16 @@ class Weights:
             for model, home in zip(models, homes, strict=True):
                 model.to(home)
 
+    @contextmanager
+    def lent(self, parts: Iterable[str], device: "torch.device | str") -> Iterator[None]:
+        """`on_device` for once: what was not loaded before is forgotten afterwards."""
+        fresh = [part for part in parts if part not in self._loaded]
+        try:
+            with self.on_device(parts, device):
+                yield
+        finally:
+            self.release(fresh)
+
     def fingerprint(self, parts: Iterable[str]) -> str:
         """A hash that changes when any file of these parts does (small files by content, large by size and time)."""
         digest = hashlib.sha256(f"{self.frozen_dtype} {self.variant}".encode())

@@ -566,7 +566,7 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 def test_a_decoder_redraws_images_from_their_own_embeddings(tiny_folder, features):
     stage = make("decoder", tiny_folder)
     embeds = features["decoder"]["image_embeds"]
-    redrawn = stage.reconstruct(stage.network.eval(), embeds, settings())
+    redrawn = stage.reconstruct(stage.network.eval(), features["decoder"], settings())
     null = stage.null_condition()["image_embeds"].expand_as(embeds)
     expected = pipelines.decode(pipelines.decoder_pipeline(stage.weights, stage.network), (embeds, null), settings())
     assert [difference(*pair) for pair in zip(redrawn, expected, strict=True)] == [0] * ROWS

@@ -1,17 +1,40 @@
 """A step without waste: batches read ahead, no wait for the device, metrics for nothing, compiled once."""
 
+import contextlib
+import shutil
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from running import composed
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kandinsky_exp import build, loop, processes
 from kandinsky_exp.data.prefetch import prefetch
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, NonFiniteLoss
+from kandinsky_exp.meter import Meter, StepResult
+from kandinsky_exp.randomness import NoiseSource
+from kandinsky_exp.tracking import NullTracker
 
 CPU = torch.device("cpu")
+EVERYTHING = [
+    "trainer.ema_decay=0.9",
+    "trainer.grad_accumulation=2",
+    "model.condition_dropout=0.5",
+    "model.snr_gamma=5",
+]
+LORA = ["adapter=lora", "adapter.rank=2", "adapter.dropout=0.1"]
+STAGES = pytest.mark.parametrize("stage", ["prior", "decoder"])
 
 
 # --- batches ahead
@@ -48,7 +71,7 @@ def test_every_batch_comes_once_and_in_order(depth: int) -> None:
     assert not threads()
 
 
-def test_an_empty_stream_ends(tmp_path: object) -> None:
+def test_an_empty_stream_ends() -> None:
     assert list(prefetch(numbered(0), CPU)) == []
     assert not threads()
 
@@ -113,8 +136,6 @@ def test_an_exception_of_the_reader_comes_as_it_is_after_the_good_batches() -> N
 
 
 def test_a_used_batch_is_free() -> None:
-    import weakref
-
     stream = prefetch(numbered(10), CPU)
     first = next(stream)
     seen = weakref.ref(first["x"])
@@ -122,3 +143,296 @@ def test_a_used_batch_is_free() -> None:
     next(stream)
     assert seen() is None
     stream.close()
+
+
+# --- real training steps on made-up features
+
+
+class Recorder(NullTracker):
+    """A tracker that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: int) -> None:
+        self.metrics[step] = dict(metrics)
+
+
+class Nothing:
+    """No validation, no checkpoint, no signal."""
+
+    signal_number = None
+
+    def validate(self, step: int) -> None: ...
+
+    def checkpoint(self, step: int) -> None: ...
+
+    def settled(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    deferred = settled
+
+
+class Bench:
+    """A stage with its optimizer, EMA and schedule as a run builds them, and features out of nothing."""
+
+    def __init__(self, cfg: Any, accelerator: Accelerator, folder: Path) -> None:
+        self.cfg, self.accelerator = cfg, accelerator
+        self.stage = build.stage(cfg, build.weights(cfg))
+        self.training = build.training(cfg, self.stage, accelerator, 100)
+        self.tracker = Recorder()
+        self.random = torch.Generator().manual_seed(0)
+
+    def features(self, rows: int = 4) -> dict[str, Tensor]:
+        shapes = {"image_embeds": (64,), "latents": (4, 16, 16)}
+        if self.stage.name == "prior":
+            shapes = {"image_embeds": (64,), "text_embeds": (64,), "text_states": (77, 64)}
+        made = {key: torch.randn(rows, *shape, generator=self.random) for key, shape in shapes.items()}
+        if self.stage.name == "prior":
+            made["text_mask"] = (torch.arange(77) < 9).expand(rows, 77).clone()
+        return made
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield self.features() | {"index": torch.arange(4)}
+
+    def train(self, steps: int, batches: Iterator[dict[str, Tensor]] | None = None) -> None:
+        loop.train(
+            self.training,
+            batches if batches is not None else self.batches(),
+            NoiseSource(0, 0, self.accelerator.device),
+            accelerator=self.accelerator,
+            tracker=self.tracker,
+            settings=build.loop_settings(self.cfg, self.training.step + steps, self.accelerator),
+            events=Nothing(),
+            stop=Nothing(),
+        )
+
+    def validate(self) -> float:
+        network = self.accelerator.unwrap_model(self.training.network)
+        with loop.averaged_weights(self.training), loop.uncompiled(network):
+            return loop.validate(
+                self.stage, network, lambda rows: self.features(len(rows)), 3,
+                accelerator=self.accelerator, seed=0, draws=2, batch_size=2,
+            )  # fmt: skip
+
+
+@pytest.fixture
+def bench(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
+    """Called with overrides: a `Bench`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(stage: str, *overrides: str) -> Bench:
+            weights = [f"weights.prior={tiny_folder}", f"weights.decoder={tiny_folder}"]
+            quiet = ["validation.every=1000", "checkpoint.every=1000"]
+            cfg = composed(tmp_path, f"model={stage}", *weights, *quiet, *overrides)
+            accelerator = stack.enter_context(processes.accelerated(lambda: build.accelerator(cfg)))
+            return Bench(cfg, accelerator, tiny_folder)
+
+        yield make
+
+
+# --- nothing waits for the device
+
+
+class PythonReads(TorchFunctionMode):
+    """Counts what asks a tensor for its values."""
+
+    ASKING = ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in self.ASKING:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class NativeReads(TorchDispatchMode):
+    """Counts the kernels that give a value to the host, whoever called them."""
+
+    ASKING = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal",
+              "aten::masked_select")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.name().split(".")[0] in self.ASKING:
+            self.found[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("extras", [[], EVERYTHING, [*EVERYTHING, *LORA]], ids=["plain", "everything", "lora"])
+@STAGES
+def test_one_transfer_per_log_point_and_none_between(stage: str, extras: list[str], bench: Any) -> None:
+    made = bench(stage, "trainer.log_every=4", *extras)
+    made.train(1)  # what happens once, such as moving the null condition, is over
+    with PythonReads() as python, NativeReads() as native:
+        made.train(8)  # log points: steps 4 and 8, and the last one, 9
+    assert list(made.tracker.metrics) == [1, 4, 8, 9]
+    assert not native.found
+    assert python.found == {"tolist": 3}
+
+
+def test_the_counters_see_what_they_count() -> None:
+    with PythonReads() as python, NativeReads() as native:
+        value = torch.ones(1)
+        float(value), value.item(), bool(value > 0), value.tolist(), value[value > 0].sum()
+    assert python.found["tolist"] == 1
+    assert sum(native.found.values()) >= 3
+
+
+@STAGES
+def test_fused_optimizer_and_foreach_average(stage: str, bench: Any) -> None:
+    made = bench(stage, "trainer.ema_decay=0.9")
+    assert all(group["fused"] for group in made.training.optimizer.param_groups)
+    assert isinstance(made.training.ema, EMAModel)
+    assert made.training.ema.foreach
+
+
+# --- metrics
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    with processes.accelerated(lambda: Accelerator(cpu=True)) as made:
+        yield made
+
+
+def result(loss: float, errors: list[float], timesteps: list[int], **others: Any) -> StepResult:
+    samples = [(torch.tensor(errors), torch.tensor(timesteps))]
+    values = {"norm": torch.tensor(1.0), "rows": [torch.arange(len(errors))], "waited": 0.0, **others}
+    return StepResult(torch.tensor(loss), samples=samples, **values)
+
+
+def test_the_loss_of_each_quarter_of_the_timesteps(accelerator: Accelerator) -> None:
+    meter = Meter(accelerator, 4, 1000)
+    meter.add(result(0.5, [1.0, 2.0, 3.0, 10.0], [0, 249, 250, 999]))
+    meter.add(result(0.7, [4.0, 20.0], [100, 750]))
+    found = meter.read(2, 1e-3)
+    assert found["train/loss"] == pytest.approx(0.6)
+    quarters = {key: value for key, value in found.items() if key.startswith("train/loss_t")}
+    assert quarters == pytest.approx({"train/loss_t0": 7 / 3, "train/loss_t1": 3.0, "train/loss_t3": 15.0})
+    meter.add(result(0.5, [6.0], [499]))  # what came before is forgotten
+    again = {key: value for key, value in meter.read(3, 1e-3).items() if key.startswith("train/loss_t")}
+    assert again == {"train/loss_t1": 6.0}
+
+
+def test_quarters_over_many_steps(accelerator: Accelerator) -> None:
+    meter, random = Meter(accelerator, 3, 77), torch.Generator().manual_seed(0)
+    errors, timesteps = torch.rand(300, 3, generator=random), torch.randint(77, (300, 3), generator=random)
+    for row in range(300):
+        meter.add(result(1.0, errors[row].tolist(), timesteps[row].tolist()))
+    assert len(meter._samples) < 64
+    found = meter.read(300, 1e-3)
+    for part in range(4):
+        chosen = (timesteps * 4 / 77).long() == part
+        assert found[f"train/loss_t{part}"] == pytest.approx(errors[chosen].mean().item(), rel=1e-5)
+
+
+@STAGES
+def test_the_quarters_come_from_the_plain_error_of_real_steps(stage: str, bench: Any) -> None:
+    """Averaged over its samples, it is what `train/loss` is without weights or further terms."""
+    extras = ["model.vlb_weight=0"] if stage == "decoder" else []
+    made = bench(stage, "trainer.log_every=2", "trainer.batch_size=4", *extras)
+    made.train(2)
+    found = made.tracker.metrics[2]
+    quarters = [value for key, value in found.items() if key.startswith("train/loss_t")]
+    assert min(quarters) <= found["train/loss"] <= max(quarters)
+    weighted = bench(stage, "trainer.log_every=2", "model.snr_gamma=0.01", *extras)
+    weighted.train(2)
+    unequal = weighted.tracker.metrics[2]
+    assert unequal["train/loss"] < min(value for key, value in unequal.items() if key.startswith("train/loss_t"))
+
+
+def test_times_and_memory(bench: Any) -> None:
+    made = bench("prior", "trainer.log_every=5", "trainer.grad_accumulation=2")
+
+    def slow() -> Iterator[dict[str, Tensor]]:
+        for batch in made.batches():
+            time.sleep(0.02)
+            yield batch
+
+    began = time.monotonic()
+    made.train(5, slow())
+    elapsed = time.monotonic() - began
+    found = made.tracker.metrics[5]
+    assert 0.04 <= found["train/data_seconds"] < found["train/step_seconds"] <= elapsed / 5
+    assert found["train/samples_per_second"] == pytest.approx(8 / found["train/step_seconds"])
+    assert 0.05 < found["train/peak_memory_gb"] < 64
+
+
+def test_a_pause_does_not_count(accelerator: Accelerator) -> None:
+    meter = Meter(accelerator, 4, 1000)
+    with meter.paused():
+        time.sleep(0.2)
+    meter.add(result(0.5, [1.0], [0], waited=0.01))
+    found = meter.read(1, 1e-3)
+    assert found["train/step_seconds"] < 0.1
+    assert found["train/data_seconds"] == 0.01
+
+
+@pytest.mark.parametrize("before", ["nothing", "check", "read"])
+def test_the_first_step_that_is_not_finite_is_named(before: str, accelerator: Accelerator) -> None:
+    meter = Meter(accelerator, 4, 1000)
+    for _ in range(3):
+        meter.add(result(0.5, [1.0], [0]))
+    if before == "check":
+        meter.check(3, 1e-3)
+    elif before == "read":
+        meter.read(3, 1e-3)
+    meter.add(result(0.5, [1.0], [0]))
+    meter.add(result(0.5, [1.0, 2.0], [0, 1], norm=torch.tensor(float("inf")), rows=[torch.tensor([7, 9])]))
+    meter.add(result(float("nan"), [1.0], [0]))
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step 5 \(.*gradient norm inf, lr 0\.001, rows \[7, 9\]\)"):
+        meter.read(6, 1e-3)
+
+
+# --- compiled once
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="torch.compile on a CPU needs a C++ compiler: none here",
+)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(
+    ("stage", "backend", "extras"),
+    [
+        ("prior", "inductor", []),
+        ("prior", "aot_eager", [*EVERYTHING, *LORA, "trainer.gradient_checkpointing=true"]),
+        ("decoder", "aot_eager", EVERYTHING),
+    ],
+)
+def test_the_network_is_compiled_once(stage: str, backend: str, extras: list[str], bench: Any) -> None:
+    """The front end decides what is compiled anew: with most settings it may do without the slow back end."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    made = bench(stage, "trainer.compile=true", *extras)
+    if backend != "inductor":
+        made.stage.network.compile(backend=backend)
+    before = made.stage.network.state_dict().keys()
+    made.train(2)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    made.validate()
+    made.train(2)
+    made.validate()
+    made.train(1)
+    assert counters["stats"]["unique_graphs"] == compiled
+    assert made.stage.network.state_dict().keys() == before
+    plain = bench(stage, *extras)
+    plain.train(2)
+    plain.validate()
+    plain.train(2)
+    assert made.tracker.metrics[4]["train/loss"] == pytest.approx(plain.tracker.metrics[4]["train/loss"], rel=1e-3)

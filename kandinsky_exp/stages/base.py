@@ -5,6 +5,7 @@ come from a cache or from `encode` on the fly, and the loss cannot tell. A third
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp import adapters
+from kandinsky_exp.adapters import NetworkFiles
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.pipelines import SampleSettings
@@ -72,8 +74,14 @@ class Stage(Protocol):
     def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]:
         """Images for prompts, through the whole of Kandinsky."""
 
+    def reconstruct(self, network: nn.Module, features: Features, settings: SampleSettings) -> list[Image.Image]:
+        """Images from the features of real ones; none where the network has no say in what those look like."""
+
     def save(self, network: nn.Module, folder: Path) -> None:
         """Write the network in diffusers layout, or its adapter alone where that is what trains."""
+
+    def snapshot(self, network: nn.Module, trained: Mapping[str, Tensor]) -> NetworkFiles:
+        """What `save` would write, with `trained` in place of the parameters of these names, to be written later."""
 
 
 class DiffusionStage(ABC):
@@ -88,6 +96,7 @@ class DiffusionStage(ABC):
     name: ClassVar[str]
     part: ClassVar[str]
     encoders: ClassVar[tuple[str, ...]]
+    memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of the network's 4-dimensional weights
     network: nn.Module
     preprocess: Preprocess
     alphas_cumprod: Tensor
@@ -120,6 +129,9 @@ class DiffusionStage(ABC):
 
     @abstractmethod
     def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]: ...
+
+    def reconstruct(self, network: nn.Module, features: Features, settings: SampleSettings) -> list[Image.Image]:
+        return []
 
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
@@ -186,8 +198,18 @@ class DiffusionStage(ABC):
             if self.condition_dropout > 0:
                 self._null = {key: value.to(device) for key, value in self.null_condition().items()}
 
+    def place(self, device: torch.device, *, mixed_precision: bool) -> nn.Module:
+        """The network on the device, its weights in the order in memory that trains fastest there."""
+        self.network.to(device)
+        if device.type != "cuda" or mixed_precision:  # CUDA's fp32 convolutions want none of it
+            self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing in its types
+        return self.network
+
     def save(self, network: nn.Module, folder: Path) -> None:
         adapters.save(network, folder)
+
+    def snapshot(self, network: nn.Module, trained: Mapping[str, Tensor]) -> NetworkFiles:
+        return adapters.snapshot(network, trained)
 
 
 def uniform(size: int, generator: Generators, device: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ class DecoderStage(DiffusionStage):
     name = "decoder"
     part = "unet"
     encoders = ("image_encoder", "movq")
+    memory_format = torch.channels_last  # convolutions: 5 to 8 % of a step on the CPU
 
     def __init__(
         self,
@@ -103,15 +104,18 @@ class DecoderStage(DiffusionStage):
         key = (tuple(prompts), settings)
         device = next(network.parameters()).device
         if key not in self._prompt_embeds:
-            with self.weights.on_device(("prior", "text_encoder", "image_encoder"), device):
-                embeds = pipelines.embed_prompts(pipelines.prior_pipeline(self.weights), prompts, settings)
-            self._prompt_embeds[key] = embeds
+            null = self.null_condition()["image_embeds"].to(device)
+            with self.weights.lent(("prior", "text_encoder"), device):
+                pipeline = pipelines.prior_pipeline(self.weights, null_embed=null)
+                self._prompt_embeds[key] = pipelines.embed_prompts(pipeline, prompts, settings)
+                del pipeline  # it holds the parts
         return self._decode(network, self._prompt_embeds[key], settings)
 
     def reconstruct(
-        self, network: nn.Module, image_embeds: Tensor, settings: pipelines.SampleSettings
+        self, network: nn.Module, features: Features, settings: pipelines.SampleSettings
     ) -> list[Image.Image]:
-        """Images from embeddings (N, E) of real images: what the decoder makes of them without any prior."""
+        """Images from the embeddings of real images: what the decoder makes of them without any prior."""
+        image_embeds = features["image_embeds"]
         null = self.null_condition()["image_embeds"].to(image_embeds)
         return self._decode(network, (image_embeds.float(), null.float().expand_as(image_embeds)), settings)
 

@@ -41,6 +41,7 @@ class PriorStage(DiffusionStage):
         self.prediction_type = config.prediction_type
         self._freeze_statistics(self.network)
         self.preprocess = Preprocess(weights.load("image_processor"), weights.load("tokenizer"), None)
+        self._zero_embed: Tensor | None = None  # (1, E): what the decoder guides away from
 
     def _freeze_statistics(self, network: Any) -> None:
         """No forward uses the parameters `clip_mean` and `clip_std`: trainable, they break distributed training."""
@@ -101,7 +102,11 @@ class PriorStage(DiffusionStage):
     def sample(self, network: nn.Module, prompts: list[str], settings: pipelines.SampleSettings) -> list[Image.Image]:
         """The trained prior, then the base decoder."""
         device = next(network.parameters()).device
-        with self.weights.on_device(("text_encoder", "image_encoder"), device):
-            embeds = pipelines.embed_prompts(pipelines.prior_pipeline(self.weights, network), prompts, settings)
+        if self._zero_embed is None:
+            with self.weights.lent(("image_encoder",), device):
+                self._zero_embed = pipelines.zero_embed(self.weights.load("image_encoder"))
+        with self.weights.on_device(("text_encoder",), device):
+            pipeline = pipelines.prior_pipeline(self.weights, network, self._zero_embed.to(device))
+            embeds = pipelines.embed_prompts(pipeline, prompts, settings)
         with self.weights.on_device(("unet", "movq"), device):
             return pipelines.decode(pipelines.decoder_pipeline(self.weights), embeds, settings)
