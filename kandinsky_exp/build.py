@@ -223,9 +223,9 @@ def encode_settings(cfg: DictConfig, device: torch.device) -> EncodeSettings:
 
 
 def encode_batch(cfg: DictConfig, device: torch.device) -> int:
-    """Images per batch of the frozen encoders: on an accelerator as many as fill it, elsewhere as many as still gain."""
+    """Images per batch of the frozen encoders: as many as fill an accelerator; on the CPU as many as still gain."""
     if device.type == "cpu":
         return 8
     if stage_class(cfg).name == "prior":
         return 64
-    return max(1, 16 * 512**2 // cfg.data.resolution**2)
+    return max(1, 16 * 512**2 // int(cfg.data.resolution) ** 2)

@@ -24,7 +24,7 @@ from kandinsky_exp.schema import ROOTS, OpenNode
 
 Values = dict[str, Any]
 NEEDED = {  # what to do about a key that is not set
-    "data.path": "give the folder of your images, data.path=<folder> (or the list, or the shards), or take data=hub or data=emoji",
+    "data.path": "give the folder of your images (or the list, or the shards), data.path=<folder>, or take data=hub",
     "data.name": "give the data set's id on the hub, e.g. data.name=lambdalabs/naruto-blip-captions",
 }
 ALIASES = {  # what the diffusers scripts and other trainers call these

@@ -62,12 +62,12 @@ def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | N
     seconds = time.monotonic() - started
     splits = sources.emoji()
     assert splits.validation is not None
-    examples = [splits.train[row] for row in range(len(splits.train))][:captions]
+    examples = list(splits.train.examples())[:captions]
     texts = [example.captions[0] for example in examples]
     pictures = [
-        to_image(source[row].image(), RESOLUTION)
+        to_image(example.image(), RESOLUTION)
         for source in (splits.train, splits.validation)
-        for row in range(len(source))
+        for example in source.examples()
     ]
     images = draw(output_root, texts)
     nearest = nearest_pictures(images, pictures)

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +72,18 @@ class Events(Protocol):
 
     def settled(self) -> AbstractContextManager[None]:
         """On the way out, wait for what these began in the background, and raise what went wrong with it."""
+
+
+class HeldOut(Protocol):
+    """Rows that do not train."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: list[int]) -> Features:
+        """These rows as features on the device."""
+
+    def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
+        """`indices` in batches whose rows have equal shapes."""
 
 
 class Stop(Protocol):
@@ -239,8 +251,7 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
 def validate(
     stage: Stage,
     network: nn.Module,
-    load: Callable[[list[int]], Features],
-    rows: int,
+    held_out: HeldOut,
     *,
     accelerator: Accelerator,
     seed: int,
@@ -251,17 +262,12 @@ def validate(
 
     The draws of a row fall into equal parts of the timestep range, so that the estimate falls smoothly. It does not
     depend on batch size or number of processes (beyond rounding), nor on a run's loss weighting or dropped conditions.
-
-    Args:
-        load: row numbers to features on the device.
-        rows: number of held-out rows.
     """
     network.eval()
-    mine = list(range(accelerator.process_index, rows, accelerator.num_processes))
+    mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))
     total = torch.zeros(2, device=accelerator.device)
-    for start in range(0, len(mine), batch_size):
-        chunk = mine[start : start + batch_size]
-        features = load(chunk)
+    for chunk in held_out.batches(mine, batch_size):
+        features = held_out.rows(chunk)
         for draw in range(draws):
             generators = [validation_generator(seed, row, draw) for row in chunk]
             timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)

@@ -121,9 +121,7 @@ class FeatureReader:
             for visits in sampler:
                 yield collate([self.dataset[visit] for visit in visits])
             return
-        loader = DataLoader(
-            self.dataset, batch_sampler=sampler, num_workers=self.settings.workers, collate_fn=collate
-        )
+        loader = DataLoader(self.dataset, batch_sampler=sampler, num_workers=self.settings.workers, collate_fn=collate)
         try:
             yield from loader
         except DataError as error:  # a worker's comes with its traceback in front

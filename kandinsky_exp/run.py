@@ -12,13 +12,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import adapters, build, checkpoint, config, hub, loop, pipelines, processes, tracking, workspace
+from kandinsky_exp import (
+    adapters,
+    build,
+    checkpoint,
+    config,
+    hub,
+    loop,
+    pipelines,
+    processes,
+    records,
+    tracking,
+    workspace,
+)
 from kandinsky_exp.behind import CheckpointWriter
 from kandinsky_exp.data import sources
 from kandinsky_exp.errors import Interrupted, UserError
 from kandinsky_exp.randomness import NoiseSource
-from kandinsky_exp.readers import FeatureReader, Readers, open_readers
-from kandinsky_exp.validation import HeldOut, Validator
+from kandinsky_exp.readers import FeatureReader, open_readers
+from kandinsky_exp.validation import Validator
 from kandinsky_exp.weights import PARTS, Weights
 
 logger = logging.getLogger(__name__)
@@ -48,7 +60,7 @@ def run(cfg: DictConfig) -> float:
         with workspace.logging_to(space.folder / "train.log", accelerator.is_main_process):
             if is_finished(cfg, accelerator, space):
                 return nothing_left(space)
-            tracker = start_tracker(cfg, accelerator, space)
+            tracker = records.start_tracker(cfg, accelerator, space)
             with tracking.tracked(tracker), recorded(space, accelerator, tracker):
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
@@ -62,7 +74,7 @@ def run(cfg: DictConfig) -> float:
                 if space.start is not None:
                     checkpoint.load(training, space.start, stage.part, accelerator)
                     logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
-                describe(cfg, accelerator, tracker, space, weights, data)
+                records.describe(cfg, accelerator, tracker, space, weights, data)
                 events = Events(cfg, accelerator, space, training, tracker, data.held_out)
                 if training.step == 0:
                     events.validate(0)
@@ -94,7 +106,7 @@ def prepare(
     """
     workspace.make_root(Path(cfg.output_root).expanduser())
     if cfg.tracker.name == "mlflow":
-        tracking.probe(tracker_uri(cfg))
+        tracking.probe(records.tracker_uri(cfg))
     if cfg.hub.push:
         hub.check_login()
     build.fetch(cfg, weights)
@@ -118,51 +130,6 @@ def place(cfg: DictConfig) -> tuple[Path, str | None]:
         sweep = HydraConfig.get().sweep
         return Path(sweep.dir).expanduser().absolute(), str(sweep.subdir)
     return Path(cfg.output_root).expanduser().absolute(), cfg.name
-
-
-def tracker_uri(cfg: DictConfig) -> str:
-    return str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
-
-
-def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> tracking.Tracker:
-    """The MLflow run, new or gone on with; only the main process records."""
-    if cfg.tracker.name == "none" or not accelerator.is_main_process:
-        return tracking.NullTracker()
-    tags = {"stage": build.stage_class(cfg).name, "run_folder": str(space.folder)}
-    if space.parent_run_id is not None:
-        tags["resumed_from"] = space.parent_run_id
-    tracker = tracking.MlflowTracker(
-        tracker_uri(cfg),
-        cfg.tracker.experiment,
-        space.folder.name,
-        tracking.default_artifact_root(cfg.output_root),
-        run_id=space.record.run_id,
-        tags=tags,
-        parent_run_id=sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None,
-    )
-    space.record.run_id = tracker.run_id
-    return tracker
-
-
-def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
-    """The MLflow run that holds a sweep's jobs together: made by the first job, found by the others."""
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    with workspace.locked(folder / ".sweep.lock"):
-        record = workspace.read_record(folder) or workspace.Record()
-        if record.run_id is None:
-            parent = tracking.MlflowTracker(
-                tracker_uri(cfg),
-                cfg.tracker.experiment,
-                folder.name,
-                tracking.default_artifact_root(cfg.output_root),
-                tags={"sweep": folder.name},
-            )
-            # It trains nothing itself: there is nothing that could still go wrong with it.
-            parent.finish("FINISHED")
-            record = workspace.Record(parent.run_id, "FINISHED", stage="sweep")
-            workspace.Workspace(folder, record).write_record()
-        return record.run_id
 
 
 @contextlib.contextmanager
@@ -204,42 +171,6 @@ def nothing_left(space: workspace.Workspace) -> float:
     return float("nan") if loss is None else loss
 
 
-def describe(
-    cfg: DictConfig,
-    accelerator: Accelerator,
-    tracker: tracking.Tracker,
-    space: workspace.Workspace,
-    weights: Weights,
-    data: Readers,
-) -> None:
-    """Parameters, origins and the data set, for whoever compares this run later."""
-    for note in data.notes:
-        logger.warning(note)
-    if accelerator.is_main_process:
-        workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
-    if isinstance(tracker, tracking.NullTracker):
-        return
-    tracker.log_params(config.flatten(cfg))
-    side = PARTS[build.stage_class(cfg).part][0]
-    revision = weights.revision(side)
-    tags = {
-        "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
-        "data_fingerprint": data.train.fingerprint,
-        "git_commit": tracking.git_commit() or "unknown",
-    }
-    tracker.set_tags(tags)
-    tracker.log_artifact(space.folder / "config.yaml")
-    tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
-    if data.skipped:
-        tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
-    for context, reader in (("training", data.train), ("validation", data.held_out)):
-        if reader is not None:
-            name, origin = reader.source.name, reader.source.name.rpartition("/")[0]  # <hub id>/<split>
-            if Path(name).exists():
-                name, origin = Path(name).name, name
-            tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)
-
-
 class Events:
     """What happens between steps: validation, checkpoints."""
 
@@ -255,13 +186,12 @@ class Events:
         self.accelerator, self.space, self.training, self.tracker = accelerator, space, training, tracker
         self.writer = CheckpointWriter(space.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.behind, self.recorded)
         self.settled = self.writer.settled
-        held_out = None if reader is None else HeldOut(reader.rows, len(reader), reader.picture)
         self.validator = Validator(
             training,
             accelerator,
             tracker,
             space.folder / "samples",
-            held_out,
+            reader,
             build.prompts(cfg.validation.prompts),
             build.sample_settings(cfg),
             draws=cfg.validation.draws,

@@ -1,10 +1,12 @@
 """What a run shows of itself: the fixed-noise loss, images for prompts, reconstructions and a labelled grid."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -18,19 +20,11 @@ from kandinsky_exp.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class HeldOut:
-    """The held-out rows.
+class HeldOut(loop.HeldOut, Protocol):
+    """The held-out rows, and what they were before they were encoded."""
 
-    Args:
-        load: row numbers to features on the device.
-        rows: how many there are.
-        image: a row's picture, as its file has it.
-    """
-
-    load: Callable[[list[int]], Features]
-    rows: int
-    image: Callable[[int], Image.Image]
+    def picture(self, index: int) -> Image.Image:
+        """A row's image, as its file has it."""
 
 
 @dataclass
@@ -53,6 +47,7 @@ class Validator:
     reconstructions: int
     loss: float | None = None
     loss_step: int | None = None
+    _originals: list[Image.Image] | None = None
 
     def __call__(self, step: int) -> None:
         network = self.accelerator.unwrap_model(self.training.network)
@@ -68,8 +63,7 @@ class Validator:
         self.loss = loop.validate(
             self.training.stage,
             self.accelerator.unwrap_model(self.training.network),
-            self.held_out.load,
-            self.held_out.rows,
+            self.held_out,
             accelerator=self.accelerator,
             seed=self.settings.seed,
             draws=self.draws,
@@ -106,17 +100,25 @@ class Validator:
         """(redrawn, original) pairs, where the stage redraws at all."""
         if self.held_out is None or self.reconstructions == 0:
             return []
-        rows = list(range(min(self.reconstructions, self.held_out.rows)))
+        rows = list(range(min(self.reconstructions, len(self.held_out))))
         # Other noise than the prompts have, so that a shared flaw of the noise cannot pass for a success.
         settings = replace(self.settings, seed=self.settings.seed + 1)
         network = self.accelerator.unwrap_model(self.training.network)
-        features = self.held_out.load(rows)
+        features = self._features(self.held_out, rows)
         with self.accelerator.autocast():
             images = self.training.stage.reconstruct(network, features, settings)
         if not images:
             return []
-        originals = [to_image(self.held_out.image(row), self.settings.width) for row in rows]
-        return list(zip(images, originals, strict=True))
+        if self._originals is None:  # once: a streamed source has to be walked for them
+            self._originals = [to_image(self.held_out.picture(row), self.settings.width) for row in rows]
+        return list(zip(images, self._originals, strict=True))
+
+    @staticmethod
+    def _features(held_out: HeldOut, rows: list[int]) -> Features:
+        """Features of rows of whatever shape: those that differ in shape are left out, embeddings never do."""
+        single = [held_out.rows([row]) for row in rows]
+        alike = [name for name in single[0] if len({features[name].shape for features in single}) == 1]
+        return {name: torch.cat([features[name] for features in single]) for name in alike}
 
     def _grid(self, drawn: list[Image.Image], redrawn: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
         images, labels = list(drawn), list(self.prompts[: len(drawn)])

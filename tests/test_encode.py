@@ -100,9 +100,9 @@ KILLED = """
 import sys
 sys.path.insert(0, sys.argv[3])
 import torch
-from test_encode import PriorEncoders, encode, sources
+from test_encode import Path, PriorEncoders, encode, sources
 torch.manual_seed(0)
-encode(sources.folder(sys.argv[1]).train, PriorEncoders(), __import__("pathlib").Path(sys.argv[2]), batch_size=8, workers=1)
+encode(sources.folder(sys.argv[1]).train, PriorEncoders(), Path(sys.argv[2]), batch_size=8, workers=1)
 """
 
 
@@ -137,9 +137,7 @@ def test_a_flipped_bit_is_an_error_never_a_wrong_batch(prior, tmp_path, file):
         try:
             assert everything(folder) == good  # padding and other bytes without meaning
         except (DataError, OSError, ValueError, KeyError) as error:  # all but the first: the table is made again
-            if isinstance(error, DataError):
-                damaged += 1
-                assert "is damaged; remove it with `kandinsky-exp encode remove=0123abcd`" in str(error)
+            damaged += "is damaged; remove it with `kandinsky-exp encode remove=0123abcd`" in str(error)
     assert damaged >= 5
 
 
@@ -197,7 +195,8 @@ def test_bad_examples_are_left_out_and_listed(prior, tmp_path):
     assert [table.source_row(index) for index in range(2)] == [0, 2]
     assert len(table.skipped) == 3
     assert "line 2: image 1.png: not an image" in table.skipped[0]
-    alone = encode(sources.folder(write_pictures(tmp_path / "good", [(16, 16)] * 3)).train, prior, tmp_path / "good-key")
+    good = sources.folder(write_pictures(tmp_path / "good", [(16, 16)] * 3)).train
+    alone = encode(good, prior, tmp_path / "good-key")
     assert torch.allclose(table.row(1, 1)["text_states"], alone.row(2, 1)["text_states"], atol=1e-5)
     assert torch.allclose(table.row(1)["image_embeds"], alone.row(2)["image_embeds"], atol=1e-5)
 
@@ -399,7 +398,8 @@ def test_two_sets_of_one_name_are_two_tables(tmp_path):
     for place, size in (("a", 16), ("b", 17)):
         (tmp_path / place).mkdir()
         folder = write_pictures(tmp_path / place / "pictures", [(size, size)] * 4)
-        train(tmp_path, "data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1", "tracker=none")
+        settings = ["data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1", "tracker=none"]
+        train(tmp_path, *settings)
     assert len(cache.entries(tmp_path / "cache")) == 2
 
 
@@ -407,11 +407,9 @@ def test_a_warm_start_reads_no_image_and_a_changed_one_encodes_anew(tmp_path, ca
     folder = write_pictures(tmp_path / "set", [(16, 16)] * 6)
     run = ["model=prior", "data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1"]
     train(tmp_path, *run, "tracker=none")
-    before = {file.name: os.stat(file).st_atime_ns for file in folder.glob("*.png")}
     os.utime(folder / "3.png")  # touched, not changed
     train(tmp_path, *run, "tracker=none")
     assert len(cache.entries(tmp_path / "cache")) == 1
-    assert before.keys() == {f"{index}.png" for index in range(6)}
     Image.new("RGB", (16, 16), "red").save(folder / "3.png")
     train(tmp_path, *run, "tracker=none")
     assert len(cache.entries(tmp_path / "cache")) == 2

@@ -71,8 +71,8 @@ def refuse_if_no_room(folder: Path, needed: int) -> None:
     if needed * SPARE > free:
         raise DataError(
             f"output_root: the encoded features need {needed / 1e9:,.2f} GB and the disk of {folder.parent} has "
-            f"{free / 1e9:,.2f} GB left; set output_root to a larger disk, data.max_samples or data.cache_dtype=fp16, or "
-            "remove old ones (kandinsky-exp encode list=true)"
+            f"{free / 1e9:,.2f} GB left; set output_root to a larger disk, data.max_samples or data.cache_dtype=fp16, "
+            "or remove old ones (kandinsky-exp encode list=true)"
         )
 
 

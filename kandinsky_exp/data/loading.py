@@ -87,12 +87,12 @@ class Loader(Dataset[Loaded]):
         """Batches of `batch_size` examples, good and bad, in order; the last may be smaller."""
         loader: DataLoader[Loaded] = DataLoader(
             self,
-            batch_sampler=_Chunks(examples, batch_size),  # type: ignore[arg-type]
+            batch_sampler=_Chunks(examples, batch_size),
             num_workers=workers,
             collate_fn=collate,
             worker_init_fn=_leave_signals_to_the_main_process if workers else None,
         )
-        yield from loader  # type: ignore[misc]
+        yield from loader
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any
@@ -23,7 +23,7 @@ class _Ready:
     arrived: Any
 
 
-def prefetch(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> Generator[Batch]:
     """The same batches in the same order, on the device; a thread reads and copies `depth` of them ahead.
 
     On CUDA the copies go through pinned memory on a stream of their own, as does all that `batches` itself does there;

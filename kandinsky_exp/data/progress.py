@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ class Report:
         self.total, self.first, self.done, self.log = total, done, done, log
         self.announced = False
         self.started = self.said = time.monotonic()
-        self.bar: tqdm[None] | None = None
+        self.bar: tqdm[Any] | None = None
 
     def announce(self, bytes_each: float, seconds_each: float) -> int:
         """Say how much there is to do; returns the bytes that it will write, 0 where the number is not known."""

@@ -89,8 +89,8 @@ def _record_batch(columns: Columns) -> pa.RecordBatch:
 
 
 def _checksum(cells: Any, row: int, before: int) -> int:
-    cell = cells[row]
-    return zlib.crc32(cell.encode() if isinstance(cell, str) else np.ascontiguousarray(cell), before)
+    cell: Any = cells[row]
+    return zlib.crc32(cell.encode() if isinstance(cell, str) else np.ascontiguousarray(cell).data, before)
 
 
 def _arrow(cells: Any) -> tuple[pa.Array, list[int] | None]:

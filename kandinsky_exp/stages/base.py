@@ -7,6 +7,7 @@ come from a cache or from `encode` on the fly, and the loss cannot tell. A third
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -53,8 +54,11 @@ class Stage(Protocol):
     name: ClassVar[str]
     part: ClassVar[str]
     encoders: ClassVar[tuple[str, ...]]
-    network: nn.Module
     preprocess: Preprocess
+
+    @property
+    def network(self) -> nn.Module:
+        """What trains."""
 
     @property
     def num_timesteps(self) -> int:
@@ -97,7 +101,6 @@ class DiffusionStage(ABC):
     part: ClassVar[str]
     encoders: ClassVar[tuple[str, ...]]
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of the network's 4-dimensional weights
-    network: nn.Module
     preprocess: Preprocess
     alphas_cumprod: Tensor
     prediction_type: diffusion.PredictionType
@@ -107,6 +110,15 @@ class DiffusionStage(ABC):
         self.snr_gamma = snr_gamma
         self.condition_dropout = condition_dropout
         self._null: Features | None = None
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """What trains; loaded when first asked for, which to encode is not."""
+        return self.load_network()
+
+    def load_network(self) -> nn.Module:
+        network: nn.Module = self.weights.load_trainable(self.part)
+        return network
 
     @property
     def num_timesteps(self) -> int:

@@ -46,7 +46,6 @@ class DecoderStage(DiffusionStage):
                 f"data.resolution: has to be a multiple of {multiple} for these weights, not {resolution}"
             )
         self.resolution = resolution
-        self.network = weights.load_trainable("unet")
         schedule = weights.load("decoder_scheduler")
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = schedule.config.prediction_type

@@ -34,14 +34,17 @@ class PriorStage(DiffusionStage):
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
         self.resolution = resolution
-        self.network = weights.load_trainable("prior")
         config = weights.load("prior_scheduler").config
         schedule = DDPMScheduler(num_train_timesteps=config.num_train_timesteps, beta_schedule="squaredcos_cap_v2")
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = config.prediction_type
-        self._freeze_statistics(self.network)
         self.preprocess = Preprocess(weights.load("image_processor"), weights.load("tokenizer"), None)
         self._zero_embed: Tensor | None = None  # (1, E): what the decoder guides away from
+
+    def load_network(self) -> nn.Module:
+        network = super().load_network()
+        self._freeze_statistics(network)
+        return network
 
     def _freeze_statistics(self, network: Any) -> None:
         """No forward uses the parameters `clip_mean` and `clip_std`: trainable, they break distributed training."""
