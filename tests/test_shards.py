@@ -107,7 +107,7 @@ def test_ways_to_name_shards(folder, tmp_path):
     assert sources.webdataset(tmp_path / "{0..1}.tar").train.count == 1
     splits = sources.webdataset(folder, validation_path=str(folder / "more"))
     assert (splits.train.count, splits.validation.count) == (5, 1)
-    assert captions(sources.webdataset(f"{folder}/{{01..00}}.tar".replace("01..00", "01,00")).train)[0] == ALL[3]
+    assert captions(sources.webdataset(f"{folder}/{{01,00}}.tar").train)[0] == ALL[3]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_bad_members_are_rows_with_a_problem(tmp_path, case):
     with pytest.raises(DataError, match=re.escape(message)):
         sources.check(splits, True)
     assert str(sources.check(splits, True, skip=True)) == "images in shards, read as a stream"
-    if not members[0][0] == "1.png":
+    if members[0][0] != "1.png":
         with pytest.raises(DataError, match=re.escape(message)):
             bad.image()
 
@@ -252,7 +252,7 @@ def cut(size):
 
 def without_end(path):
     """As a writer leaves it that was killed between two members."""
-    path.write_bytes(path.read_bytes()[: 6 * 1024])
+    path.write_bytes(path.read_bytes()[: 4 * 1024])
 
 
 def overwrite(path):
@@ -281,7 +281,7 @@ def test_a_damaged_shard_is_named(folder, case):
     break_it(folder / "01.tar")
     with pytest.raises(DataError, match=f"01.tar.*{message}"):
         list(splits.train.examples())
-    with pytest.raises(DataError, match="01.tar"):
+    with pytest.raises(DataError, match="01"):
         _ = splits.train.count
     assert captions(sources.subset(splits, 3, 0).train) == ALL[:3]
 
@@ -292,7 +292,7 @@ def test_compressed_shards(tmp_path, mode, ending):
     train = sources.webdataset(tmp_path / "set").train
     assert train.count is None
     assert captions(train, 1) == ALL[1:]
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=f"a.{ending}: no tar file that can be read to its end"):
         list(train.examples())
 

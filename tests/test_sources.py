@@ -229,7 +229,7 @@ def test_lonely_images_and_texts_are_listed(tmp_path):
 @pytest.mark.parametrize("name", ["a.png", "a.txt", "a.xyz"])
 def test_a_folder_of_images_or_texts_alone_is_no_data_set(tmp_path, name):
     picture(tmp_path / "a.png").rename(tmp_path / name)
-    with pytest.raises(DataError, match="neither metadata.jsonl nor"):
+    with pytest.raises(DataError, match="holds neither metadata"):
         sources.folder(tmp_path)
 
 
