@@ -104,14 +104,17 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _without_secrets(values: Values) -> Values:
-    """Masks the password of every URL, such as that of tracker.uri; all else stays."""
+    """Masks the password of every URL, such as that of tracker.uri, and the query of a web address; all else stays."""
 
     def mask(node: Any) -> Any:
         if isinstance(node, dict):
             return {name: mask(value) for name, value in node.items()}
         if isinstance(node, list):
             return [mask(value) for value in node]
-        return re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:***@", node) if isinstance(node, str) else node
+        if isinstance(node, str):  # a signed address has its token in the query
+            node = re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:***@", node)
+            return re.sub(r"(?i)^(https?://[^?#\s]*)\?\S+$", r"\1?***", node)
+        return node
 
     return typing.cast(Values, mask(values))
 

@@ -365,6 +365,26 @@ def test_flat_and_written_forms_hide_passwords() -> None:
     assert cfg.tracker.uri.count("pa55w0rd") == 1  # the run itself still has it
 
 
+def test_the_token_of_a_signed_address_is_hidden() -> None:
+    address = "https://host/{000..007}.tar"
+    cfg = composed(*TINY[1:], "data=webdataset", f'data.path="{address}?token=pa55w0rd&x=1"')
+    assert config.flatten(cfg)["data.path"] == f"{address}?***"
+    assert cfg.data.path.endswith("pa55w0rd&x=1")
+
+
+def test_a_list_is_a_file_and_shards_are_found_by_their_reader(tmp_path: Path) -> None:
+    for data, path in (("list", tmp_path), ("list", tmp_path / "nowhere.csv")):
+        assert (
+            f"data.path: there is no file '{path}'" in config.problems(composed(f"data={data}", f"data.path={path}"))[0]
+        )
+    (tmp_path / "list.csv").touch()
+    good = ["data=list", f"data.path={tmp_path / 'list.csv'}"]
+    assert config.problems(composed(*good, *TINY[1:])) == []
+    found = config.problems(composed(*good, "data.validation_path=nowhere", *TINY[1:]))
+    assert [problem.partition(":")[0] for problem in found] == ["data.validation_path"]
+    assert config.problems(composed("data=webdataset", "data.path=[a.tar, b.tar]", *TINY[1:])) == []
+
+
 def test_written_form_is_resolved_and_loads_again() -> None:
     cfg = composed("weights=tiny", "prompts=[a]", verb="generate")
     text = config.to_yaml(cfg)

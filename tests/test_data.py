@@ -15,6 +15,7 @@ from PIL import Image
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
+from kandinsky_exp.data.hub_rows import hub_rows
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize, to_rgb
 from kandinsky_exp.errors import DataError
@@ -402,6 +403,38 @@ def test_hub_reads_what_was_saved_to_disk(datasets, rows, tmp_path):
     assert fingerprint(again.validation) == fingerprint(splits.validation) != fingerprint(splits.train)
     assert len(sources.hub(str(tmp_path / "one")).train) == 6
     assert sources.hub(str(tmp_path / "both"), validation_split=None).validation is None
+
+
+def hub_fingerprint(path, digests=None, **arguments):
+    return sources.hub(str(path), **arguments).train.fingerprint(digests or FileDigests(None))
+
+
+def test_the_fingerprint_of_a_hub_data_set_follows_its_files(datasets, rows, tmp_path):
+    embedded = rows.map(lambda row: row, features=rows.features)
+    embedded = embedded.with_format("arrow").map(datasets.table.embed_table_storage, batched=True).with_format(None)
+    embedded.save_to_disk(str(tmp_path / "one"))
+    first = hub_fingerprint(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "pictures")
+    assert hub_fingerprint(tmp_path / "two") == first, "the files hold the pictures"
+    loaded = datasets.load_from_disk(str(tmp_path / "one"))
+    part, other = (hub_rows("x", "train", loaded.select(some), "image", "text") for some in ([4, 1, 2], [4, 1, 3]))
+    found = {first, hub_fingerprint(tmp_path / "two", caption_column="other"), fingerprint(part), fingerprint(other)}
+    assert len(found) == 4
+    memory = FileDigests(tmp_path / "cache")
+    assert hub_fingerprint(tmp_path / "one", memory) == hub_fingerprint(tmp_path / "one", memory) == first
+
+
+def test_the_fingerprint_of_a_hub_data_set_follows_the_files_that_it_names(datasets, rows, tmp_path):
+    rows.save_to_disk(str(tmp_path / "set"))
+    in_memory = hub_rows("x", "train", rows, "image", "text")
+    first = fingerprint(in_memory)
+    assert fingerprint(in_memory) == first
+    Image.new("RGB", (20, 12), "white").save(tmp_path / "pictures" / "003.png")
+    second = fingerprint(in_memory)
+    (tmp_path / "pictures" / "003.png").unlink()
+    assert len({first, second, fingerprint(in_memory)}) == 3
+    assert [row for row, _ in sources.find_bad(in_memory, True)] == [3]
 
 
 def test_hub_names_what_is_wrong(datasets, rows, tmp_path):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 4
-PAUSE = 0.5  # seconds before the second try; twice as long before each further one
+PAUSE = 0.25  # seconds before the second try; twice as long before each further one
 FOR_GOOD = range(400, 500)  # HTTP codes that another try does not change, but for the next two
 FOR_NOW = (408, 429)
 BLOCK = 1 << 20

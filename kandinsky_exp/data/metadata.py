@@ -70,7 +70,8 @@ def read_plain(file: Path, image_columns: Sequence[str], caption_column: str) ->
         if file.suffix.lower() == ".jsonl":
             table = _json_table(file, [*image_columns, caption_column])
         elif file.suffix.lower() == ".parquet":
-            table = pq.read_table(file, columns=[*image_columns, caption_column])
+            with pq.ParquetFile(file) as content:
+                table = content.read([*image_columns, caption_column])  # those of them that there are
         else:
             return None  # Arrow is more lenient than `csv`
         name = next(column for column in image_columns if column in table.column_names)

@@ -156,6 +156,7 @@ def read_listed(file: Path, image_column: str, caption_column: str, *, inside: b
     home, origin, unit = file.parent, file, metadata.unit(file)
     title = str(home if inside else file)
     plain = metadata.read_plain(file, names, caption_column)
+    release()
     if plain and not (inside and pc.any(_leads_out(plain[0])).as_py()):
         return FileRows(title, str(home), str(origin), unit, _all_good(*plain, unit == "line"), (("", ""),))
     rows = (
