@@ -1,13 +1,11 @@
 """Where the benchmarks touch what is inside the package: the one file to follow it when that changes.
 
-All else goes through `run(cfg)`, the command, and the stages' own `encode` and `loss`.
+All else goes through `run(cfg)`, the command, and the stages' own `encode` and `loss`. Imports torch only inside: the
+process that starts the others stays small.
 """
 
 from pathlib import Path
 from typing import Any
-
-from kandinsky_exp.data import encode
-from kandinsky_exp.stages.base import DiffusionStage
 
 TABLE_FILE = "images.arrow"  # one per encoded table
 BATCH = 8  # data.encode_batch
@@ -22,11 +20,11 @@ def compose(overrides: list[str]) -> Any:
         return hydra.compose("train", overrides)
 
 
-def encode_table(source: Any, stage: DiffusionStage, folder: Path) -> None:
+def encode_table(source: Any, stage: Any, folder: Path) -> None:
     """All of a source's images and captions into a new table, as a run with default settings does it."""
-    encode.encode_table(
-        source, stage, folder, dtype="fp16", batch_size=BATCH, num_workers=WORKERS, log=lambda line: None
-    )
+    from kandinsky_exp.data.encode import encode_table as encode
+
+    encode(source, stage, folder, dtype="fp16", batch_size=BATCH, num_workers=WORKERS, log=lambda line: None)
 
 
 def tables(output_root: Path) -> int:
@@ -44,6 +42,3 @@ def _is_last_line_of_an_encoding(line: str) -> bool:
     """`encoded 64 of 64 images, 210.3/s`: the first of the two numbers equals the second on the last line."""
     words = line.partition("encoded ")[2].split()
     return len(words) > 3 and words[1] == "of" and words[0] == words[2] and words[3].startswith("images")
-
-
-__all__ = ["compose", "encode_table", "encodings", "tables"]

@@ -28,7 +28,7 @@ def runner(
 
 
 def overrides_for(stage: str, pipelines: str, pictures: str, batch: int, resolution: int) -> list[str]:
-    """What a comparison fixes; all else is as a user gets it. The schedule calls `turns`."""
+    """What a comparison fixes; all else is as a user gets it. The schedule tells `turns` of every step."""
     return [
         f"model={stage}",
         f"weights.prior={Path(pipelines) / 'prior'}",
@@ -36,5 +36,5 @@ def overrides_for(stage: str, pipelines: str, pictures: str, batch: int, resolut
         f"data.path={pictures}",
         f"data.resolution={resolution}",
         f"trainer.batch_size={batch}",
-        "scheduler._target_=turns.schedule",
+        "scheduler._target_=schedule.constant",
     ]

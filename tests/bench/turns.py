@@ -4,8 +4,7 @@ The measured loop calls `Turns` once per optimizer step. Every `block` steps it 
 many, so that whatever else the machine does meets both alike. What counts is the ratio within each pair of blocks, and
 the median of it over the pairs.
 
-A run of ours calls it from its learning-rate schedule, which a config may name (`scheduler._target_=turns.schedule`):
-that is the one thing that happens once per step and belongs to the user.
+A run of ours calls it from its learning-rate schedule: see `schedule.py`.
 """
 
 import statistics
@@ -14,11 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-
 Hook = Callable[[], None]
-_HOOKS: list[Hook] = []
+_hooks: list[Hook] = []
 
 
 @dataclass
@@ -82,32 +78,24 @@ def steps_for(blocks: int, block: int = 10, offset: int = 5) -> int:
 
 
 def hook(function: Hook | None) -> None:
-    """Have `schedule` call this once per step; None for nothing."""
-    _HOOKS[:] = [] if function is None else [function]
+    """Have `step_done` call this; None for nothing."""
+    _hooks[:] = [] if function is None else [function]
 
 
-class _Hooked(LambdaLR):
-    def step(self, epoch: int | None = None) -> None:
-        super().step()
-        if self.last_epoch > 0:  # the first call comes from the constructor
-            for function in _HOOKS:
-                function()
+def step_done() -> None:
+    """One optimizer step of a run is done."""
+    for function in _hooks:
+        function()
 
 
-def schedule(optimizer: Optimizer, total_steps: int, *, warmup_steps: int = 0, stamps: str | None = None) -> LambdaLR:
-    """A constant rate whose every step calls the hook.
+def stamp_into(file: Path) -> None:
+    """Have every step add a line to a file: the time since 1970."""
 
-    Args:
-        stamps: a file that gets a line per step, the time since 1970, where no hook is set.
-    """
-    if stamps is not None:
-        hook(lambda: _stamp(Path(stamps)))
-    return _Hooked(optimizer, lambda step: 1.0)
+    def stamp() -> None:
+        with file.open("a") as lines:
+            lines.write(f"{time.time():.6f}\n")
 
-
-def _stamp(file: Path) -> None:
-    with file.open("a") as lines:
-        lines.write(f"{time.time():.6f}\n")
+    hook(stamp)
 
 
 def read_stamps(file: Path) -> list[float]:
