@@ -44,7 +44,8 @@ def process(command: Sequence[str], log: Path, wanted: Sequence[int] = (0,)) -> 
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
     with log.open("w") as output:
         started, since = time.time(), time.perf_counter()
-        running = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        # Elsewhere than here: `python -m` looks for the package in the current folder first.
+        running = subprocess.Popen(command, env=environment, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(running.pid, 0)
         seconds = time.perf_counter() - since
     running.returncode = os.waitstatus_to_exitcode(status)
