@@ -5,7 +5,6 @@ logging, no data loading, no checks, no random-number bookkeeping, no dropped co
 with its defaults does all of that besides, and the ratio charges it for it.
 """
 
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -36,31 +35,32 @@ def examples(made: DiffusionStage, pictures: str, rows: int) -> list[dict[str, T
     return [made.preprocess(example.image(), example.captions[0]) for example in chosen]
 
 
-def bare_step(name: str, pipelines: str, pictures: str, batch: int, resolution: int) -> Callable[[], None]:
-    """A function that takes one step of `batch` rows, on a network of its own with the same weights."""
-    made = stage(name, pipelines, resolution)
-    rows = examples(made, pictures, 4 * batch)
-    batches = cycle([made.encode(collate(rows[start : start + batch])) for start in range(0, len(rows), batch)])
-    forward = {"prior": _prior, "decoder": _decoder}[name]
-    network: Any = made.network
-    alphas = made.alphas_cumprod
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0, fused=True)
+class BareStep:
+    """Takes one step of `batch` rows at each call, on a network of its own with the same weights."""
 
-    def step() -> None:
-        features = next(batches)
-        clean = features["image_embeds" if name == "prior" else "latents"]
-        noise, timesteps = torch.randn_like(clean), torch.randint(len(alphas), (len(clean),))
-        alpha = alphas[timesteps].view(-1, *[1] * (clean.ndim - 1))
+    def __init__(self, name: str, pipelines: str, pictures: str, batch: int, resolution: int) -> None:
+        made = stage(name, pipelines, resolution)
+        rows = examples(made, pictures, 4 * batch)
+        self.batches = cycle(
+            [made.encode(collate(rows[start : start + batch])) for start in range(0, len(rows), batch)]
+        )
+        self.name, self.alphas = name, made.alphas_cumprod
+        self.network: Any = made.network
+        self.trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, weight_decay=0.0, fused=True)
+
+    def __call__(self) -> None:
+        features = next(self.batches)
+        clean = features["image_embeds" if self.name == "prior" else "latents"]
+        noise, timesteps = torch.randn_like(clean), torch.randint(len(self.alphas), (len(clean),))
+        alpha = self.alphas[timesteps].view(-1, *[1] * (clean.ndim - 1))
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        output = forward(network, noisy, timesteps, features)
-        loss = F.mse_loss(output[:, : clean.shape[1]], clean if name == "prior" else noise)
+        output = FORWARD[self.name](self.network, noisy, timesteps, features)
+        loss = F.mse_loss(output[:, : clean.shape[1]], clean if self.name == "prior" else noise)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def _prior(network: Any, noisy: Tensor, timesteps: Tensor, features: Features) -> Tensor:
@@ -78,3 +78,6 @@ def _decoder(network: Any, noisy: Tensor, timesteps: Tensor, features: Features)
     condition = {"image_embeds": features["image_embeds"]}
     answer: Tensor = network(noisy, timesteps, None, added_cond_kwargs=condition).sample
     return answer
+
+
+FORWARD = {"prior": _prior, "decoder": _decoder}

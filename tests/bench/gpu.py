@@ -11,8 +11,10 @@ cached      features in pinned memory of the host, as the runner trains by defau
 compiled    the same, with the network compiled
 online      the frozen encoders, in bf16, in every step; preprocessed pixels come from pinned memory
 lora        cached, an adapter of rank 16 trains beside frozen bf16 weights
-published   what a step of the published scripts costs: encoders in every step, two waits for the device, AdamW not fused
-            (the decoder without the variational term, both without dropped conditions). Written after them, not them
+published   what a step of the published scripts costs, written after them: encoders in every step, two waits for the
+            device, AdamW not fused, no variational term
+
+No row drops conditions.
 
 Model FLOPs are those of the networks as such, counted on the meta device: forward and backward of what trains, forward
 of the encoders where the row runs them. Utilisation is their share of the device's dense bf16 peak, which is known for
@@ -157,7 +159,8 @@ def attach_lora(made: Any) -> None:
 
 
 def runner_step(row: Row, plan: Plan) -> Callable[[], object]:
-    """The runner's own optimizer step."""
+    """The runner's own optimizer step, with what `precision=bf16` sets."""
+    torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(mixed_precision="bf16", cpu=plan.device.type == "cpu")
     stage = make_stage(row, plan)
     trainable = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
@@ -180,7 +183,8 @@ def runner_step(row: Row, plan: Plan) -> Callable[[], object]:
 
 
 def published_step(row: Row, plan: Plan) -> Callable[[], object]:
-    """A step with the costs of the published scripts."""
+    """A step with the costs of the published scripts, which leave TF32 off by default."""
+    torch.set_float32_matmul_precision("highest")
     accelerator = Accelerator(mixed_precision="bf16", cpu=plan.device.type == "cpu")
     stage = make_stage(row, plan)
     made = accelerator.prepare(stage.network.train())

@@ -83,7 +83,8 @@ def facts() -> dict[str, Any]:
     """What a reader needs to know of the machine; nothing that names it."""
     cpu = ""
     if (info := Path("/proc/cpuinfo")).is_file():
-        cpu = next((line.partition(":")[2].strip() for line in info.open() if line.startswith("model name")), "")
+        lines = info.read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     packages = ("torch", "diffusers", "transformers", "accelerate", "mlflow")
     return {
         "cores": len(os.sched_getaffinity(0)),

@@ -30,9 +30,9 @@ def warm(
     block: int,
 ) -> dict[str, Any]:
     """Seconds of the script's step and of the bare one, by turns."""
-    from bare import bare_step
+    from bare import BareStep
 
-    measured = turns.Turns(bare_step(stage, pipelines, pictures, batch, resolution), block, block // 2)
+    measured = turns.Turns(BareStep(stage, pipelines, pictures, batch, resolution), block, block // 2)
     steps = turns.steps_for(blocks, block, block // 2)
     run_script(references, stage, arguments(pipelines, pictures, root, batch, resolution, steps), measured, steps)
     return measured.summary()

@@ -63,6 +63,7 @@ class Bench:
     work: Path
     references: Path | None
     scale: Scale
+    stages: tuple[str, ...] = STAGES
 
     @cached_property
     def pipelines(self) -> Path:
@@ -75,11 +76,11 @@ class Bench:
 
     @cached_property
     def runner_steps(self) -> dict[str, dict[str, Any]]:
-        return {stage: self._steps("steps.runner", stage) for stage in STAGES}
+        return {stage: self._steps("steps.runner", stage) for stage in self.stages}
 
     @cached_property
     def published_steps(self) -> dict[str, dict[str, Any]]:
-        return {stage: self._steps("published.warm", stage, references=self.references) for stage in STAGES}
+        return {stage: self._steps("published.warm", stage, references=self.references) for stage in self.stages}
 
     def _steps(self, function: str, stage: str, **more: Any) -> dict[str, Any]:
         settings = {"blocks": self.scale.blocks[stage], "block": self.scale.block}
@@ -98,7 +99,7 @@ def say(text: str) -> None:
 
 def item1(bench: Bench) -> Iterator[Result]:
     """Our step against the bare one."""
-    for stage in STAGES:
+    for stage in bench.stages:
         found = bench.runner_steps[stage]
         measured = {"ours ms": 1e3 * found["step"], "bare ms": 1e3 * found["bare"]}
         yield Result(1, f"{stage}: our step / bare step", measured, found["ratio"], 1.05)
@@ -106,7 +107,7 @@ def item1(bench: Bench) -> Iterator[Result]:
 
 def item2(bench: Bench) -> Iterator[Result]:
     """The guide's scripts against ours; the bare step, measured beside each, is the common measure of both."""
-    for stage in STAGES if bench.references is not None else ():
+    for stage in bench.stages if bench.references is not None else ():
         ours, theirs = bench.runner_steps[stage], bench.published_steps[stage]
         speedup = theirs["ratio"] / ours["ratio"]
         measured = {"theirs ms": 1e3 * theirs["step"], "ours ms": 1e3 * ours["step"]}
@@ -162,7 +163,7 @@ def their_epoch(bench: Bench, stage: str) -> tuple[float, float]:
 
 def item3(bench: Bench) -> Iterator[Result]:
     """Encoding against the encoders alone."""
-    for stage in STAGES:
+    for stage in bench.stages:
         say(f"encoding, {stage}")
         settings = bench.common(stage) | {"batch": bench.scale.large_batch, "rounds": bench.scale.repeats}
         found = machine.child("encoding.throughput", settings, bench.work)
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="folder with the two published scripts")
     parser.add_argument("--json", type=Path, help="write the table there too")
     parser.add_argument("--only", default="1,2,3,4,5,6", help="items to measure")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="of items 1 to 3")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it works")
     parser.add_argument("--work", type=Path, help="keep everything here; otherwise it is removed")
     arguments = parser.parse_args()
@@ -229,7 +231,7 @@ def main() -> None:
     machine_facts = machine.facts()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="bench-"))
     references = arguments.reference.absolute() if arguments.reference else None
-    bench = Bench(work.absolute(), references, QUICK if arguments.quick else Scale())
+    bench = Bench(work.absolute(), references, QUICK if arguments.quick else Scale(), tuple(arguments.stages))
     bench.work.mkdir(parents=True, exist_ok=True)
     try:
         results = [result for item in arguments.only.split(",") for result in ITEMS[int(item)](bench)]

@@ -14,12 +14,12 @@ def runner(
     The default objective too: conditions are dropped, and the decoder has its variational term, neither of which the
     bare step computes.
     """
-    from bare import bare_step
+    from bare import BareStep
     from doors import compose
 
     from kandinsky_exp.run import run
 
-    measured = turns.Turns(bare_step(stage, pipelines, pictures, batch, resolution), block, block // 2)
+    measured = turns.Turns(BareStep(stage, pipelines, pictures, batch, resolution), block, block // 2)
     turns.hook(measured)
     steps = turns.steps_for(blocks, block, block // 2) + 1  # the last one, which checkpoints, is in no block
     overrides = overrides_for(stage, pipelines, pictures, batch, resolution)
