@@ -54,10 +54,10 @@ def test_a_table_says_what_misses_its_limit(tmp_path: Path) -> None:
 
 
 def test_two_loops_by_turns() -> None:
-    BareSteps = []
+    taken = []
 
     def bare() -> None:
-        BareSteps.append(1)
+        taken.append(1)
         time.sleep(0.002)
 
     measured = turns.Turns(bare, block=4, offset=2)
@@ -65,7 +65,7 @@ def test_two_loops_by_turns() -> None:
         time.sleep(0.006)
         measured()
     assert len(measured.pairs) == 4  # the first, which warms up, and three
-    assert len(BareSteps) == 16
+    assert len(taken) == 16
     assert [len(block) for block, _ in measured.pairs] == [1, 4, 4, 4]
     found = measured.summary()
     assert found["pairs"] == 3
@@ -118,12 +118,9 @@ def test_the_bare_step_trains(stage: str, pipelines: Path, tmp_path: Path) -> No
 
     folder = pictures.write(tmp_path / "pictures", 2, (64, 80))
     step = BareStep(stage, str(pipelines), str(folder), 2, 64)
-    network = next(
-        cell.cell_contents for cell in step.__closure__ or () if isinstance(cell.cell_contents, torch.nn.Module)
-    )
-    before = [parameter.detach().clone() for parameter in network.parameters()]
+    before = [parameter.detach().clone() for parameter in step.network.parameters()]
     step()
-    changed = [not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True)]
+    changed = [not torch.equal(old, new) for old, new in zip(before, step.network.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2
 
 
@@ -143,26 +140,13 @@ def test_a_cheap_cache_is_the_one_that_a_run_looks_for(tmp_path: Path) -> None:
 # --- the programs
 
 
+@pytest.mark.slow
 def test_gpu_py_without_a_gpu_and_without_mlflow(tmp_path: Path) -> None:
-    flags = [
-        "--quick",
-        "--device",
-        "cpu",
-        "--peak-tflops",
-        "0.1",
-        "--rows",
-        "prior-b4-*d",
-        "--json",
-        str(tmp_path / "o"),
-    ]
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "gpu.py"), *flags, str(tmp_path / "o")],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    answer = tmp_path / "out.json"
+    flags = ["--quick", "--device=cpu", "--peak-tflops=0.1", "--rows", "prior-b4-*d", f"--json={answer}"]
+    done = subprocess.run([sys.executable, str(BENCH / "gpu.py"), *flags], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "o").read_text("utf-8"))
+    found = json.loads(answer.read_text("utf-8"))
     assert [row["row"] for row in found["rows"]] == ["prior-b4-cached", "prior-b4-published"]
     for row in found["rows"]:
         assert row["samples_per_second"] > 0
