@@ -64,6 +64,13 @@ def demo(session: nox.Session) -> None:
     session.run(python, "-m", "kandinsky_exp.demo", *session.posargs, env=ENVIRONMENT)
 
 
+@nox.session(venv_backend="none", default=False)
+def bench(session: nox.Session) -> None:
+    """The ratios that the README promises; arguments after `--` go to tests/bench/run.py. Let nothing else run."""
+    python = project_environment(session)
+    session.run(python, "tests/bench/run.py", *session.posargs, env=ENVIRONMENT)
+
+
 @nox.session(default=False)
 def min_versions(session: nox.Session) -> None:
     """All tests on the oldest versions that pyproject.toml promises. Their warnings are not errors."""

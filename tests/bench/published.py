@@ -1,0 +1,98 @@
+"""Item 2, the other side: the guide's script, as it is, in this process; what it reports to is all that is taken over.
+
+Its learning rate, weight decay and the like are those of our runs; none of them has an influence on its speed.
+"""
+
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import turns
+
+
+class _EnoughError(Exception):
+    """Raised out of the script after its last step: its final save would look for files on the hub."""
+
+
+def warm(
+    references: str,
+    stage: str,
+    pipelines: str,
+    pictures: str,
+    root: str,
+    batch: int,
+    resolution: int,
+    blocks: int,
+    block: int,
+) -> dict[str, Any]:
+    """Seconds of the script's step and of the bare one, by turns."""
+    from bare import BareStep
+
+    measured = turns.Turns(BareStep(stage, pipelines, pictures, batch, resolution), block, block // 2)
+    steps = turns.steps_for(blocks, block, block // 2)
+    run_script(references, stage, arguments(pipelines, pictures, root, batch, resolution, steps), measured, steps)
+    return measured.summary()
+
+
+def cold(
+    references: str, stage: str, pipelines: str, pictures: str, root: str, batch: int, resolution: int, steps: int
+) -> dict[str, Any]:
+    """When the last step of the first epoch was done, in seconds since 1970."""
+    measured = turns.Turns(None)
+    run_script(references, stage, arguments(pipelines, pictures, root, batch, resolution, steps), measured, steps)
+    return {"first": measured.ends[0], "last": measured.ends[-1]}
+
+
+def run_script(references: str, stage: str, flags: list[str], after_step: Callable[[], None], steps: int) -> None:
+    import accelerate
+
+    done = 0
+
+    class Recording(accelerate.Accelerator):
+        def __init__(self, *args: Any, log_with: Any = None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+        def init_trackers(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log(self, values: dict[str, Any], step: int | None = None, log_kwargs: Any = None) -> None:
+            nonlocal done
+            done += 1
+            after_step()
+            if done == steps:
+                raise _EnoughError
+
+    accelerate.Accelerator = Recording  # type: ignore[misc]
+    script = Path(references) / f"train_text_to_image_{stage}.py"
+    sys.argv = [str(script), *flags]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except _EnoughError:
+        return
+    raise RuntimeError(f"{script} ended after {done} of {steps} steps")
+
+
+def arguments(pipelines: str, pictures: str, root: str, batch: int, resolution: int, steps: int) -> list[str]:
+    place = Path(root) / f"published-{os.getpid()}-{time.time_ns()}"
+    settings = {
+        "pretrained_prior_model_name_or_path": f"{pipelines}/prior",
+        "pretrained_decoder_model_name_or_path": f"{pipelines}/decoder",
+        "train_data_dir": pictures,
+        "cache_dir": place / "datasets",
+        "output_dir": place / "output",
+        "resolution": resolution,
+        "seed": 0,
+        "train_batch_size": batch,
+        "max_train_steps": steps,
+        "checkpointing_steps": steps + 1,
+        "learning_rate": 1e-5,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "adam_weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
+    return [f"--{name}={value}" for name, value in settings.items()]

@@ -1,0 +1,251 @@
+"""What the runner costs, beside the bare step and beside the published scripts: one table of ratios.
+
+    nox -s bench -- [--reference FOLDER] [--json out.json] [--only 1,3] [--quick]
+    python tests/bench/run.py …                        the same, in an environment that has the package
+
+FOLDER holds the guide's `train_text_to_image_{prior,decoder}.py` (diffusers, examples/kandinsky2_2/text_to_image);
+without it item 2 is left out. Everything runs on the CPU with one thread per process, at the `bench` size of
+`architecture/`, on generated pictures. Both sides of a ratio are measured by turns, in one process where that is
+possible. Let nothing else run meanwhile. Exit code 1 when a limit is missed. `--quick` only shows that it works: its
+figures mean nothing, and miss limits as they like.
+
+1  our step / the bare step, a run with default settings and logging              ≤ 1.05
+2  the guide's step / ours ≥ 3; our samples/s ≥ 0.9 of what the bare step allows; one cold epoch of the whole command
+   (start, encode, train) and the peak memory of its process                      ≤ theirs
+3  images/s of encoding (reading, decoding, writing included) / encoders alone    ≥ 0.9
+4  1,000 → 100,000 rows: step time, anonymous memory ≤ 1.05; a start from a warm cache of 100,000 rows < 2 s + imports
+5  `--cfg job` < 1.5 s; first step of a tiny cached run in a fresh process < 10 s
+6  a sweep of 4 runs encodes as often as one run
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import machine
+import pictures
+import report
+import startup
+import turns
+from report import Result
+
+STAGES = ("prior", "decoder")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    resolution: int = 256
+    blocks: dict[str, int] = field(default_factory=lambda: {"prior": 16, "decoder": 8})
+    block: int = 10
+    pictures: int = 128
+    repeats: int = 3
+    large_batch: int = 32
+    rows: tuple[int, int] = (1_000, 100_000)
+    row_steps: int = 300
+
+
+QUICK = Scale(64, {"prior": 1, "decoder": 1}, 2, 8, 1, 8, (70, 140), 10)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where everything lies, and what has been measured already."""
+
+    work: Path
+    references: Path | None
+    scale: Scale
+    stages: tuple[str, ...] = STAGES
+
+    @cached_property
+    def pipelines(self) -> Path:
+        machine.child("prepare.pipelines", {"folder": self.work / "pipelines"}, self.work)
+        return self.work / "pipelines"
+
+    @cached_property
+    def data(self) -> Path:
+        return pictures.write(self.work / "pictures", self.scale.pictures)
+
+    @cached_property
+    def runner_steps(self) -> dict[str, dict[str, Any]]:
+        return {stage: self._steps("steps.runner", stage) for stage in self.stages}
+
+    @cached_property
+    def published_steps(self) -> dict[str, dict[str, Any]]:
+        return {stage: self._steps("published.warm", stage, references=self.references) for stage in self.stages}
+
+    def _steps(self, function: str, stage: str, **more: Any) -> dict[str, Any]:
+        settings = {"blocks": self.scale.blocks[stage], "block": self.scale.block}
+        say(f"{function} {stage}")
+        return machine.child(function, {**self.common(stage), **settings, **more}, self.work)
+
+    def common(self, stage: str) -> dict[str, Any]:
+        root = Path(tempfile.mkdtemp(prefix=f"{stage}-", dir=self.work))
+        where = {"pipelines": self.pipelines, "pictures": self.data, "root": root}
+        return {"stage": stage, **where, "batch": 4, "resolution": self.scale.resolution}
+
+
+def say(text: str) -> None:
+    print(f"measuring {text}", file=sys.stderr, flush=True)
+
+
+def item1(bench: Bench) -> Iterator[Result]:
+    """Our step against the bare one."""
+    for stage in bench.stages:
+        found = bench.runner_steps[stage]
+        measured = {"ours ms": 1e3 * found["step"], "bare ms": 1e3 * found["bare"]}
+        yield Result(1, f"{stage}: our step / bare step", measured, found["ratio"], 1.05)
+
+
+def item2(bench: Bench) -> Iterator[Result]:
+    """The guide's scripts against ours; the bare step, measured beside each, is the common measure of both."""
+    for stage in bench.stages if bench.references is not None else ():
+        ours, theirs = bench.runner_steps[stage], bench.published_steps[stage]
+        speedup = theirs["ratio"] / ours["ratio"]
+        measured = {"theirs ms": 1e3 * theirs["step"], "ours ms": 1e3 * ours["step"]}
+        yield Result(2, f"{stage}: guide's step / ours", measured, speedup, 3.0, at_least=True)
+        allowed = {"speed-up": speedup, "of bare step": theirs["ratio"]}
+        what = f"{stage}: speed-up / what the bare step allows"
+        yield Result(2, what, allowed, speedup / theirs["ratio"], 0.9, at_least=True)
+        yield from cold_epoch(bench, stage)
+
+
+def cold_epoch(bench: Bench, stage: str) -> Iterator[Result]:
+    """One epoch from nothing: from the start of the process to the last step, and its peak memory.
+
+    Neither side records: the script's tracker is taken out, ours is `none`. What MLflow adds stands beside it.
+    """
+    found: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
+    for number in range(bench.scale.repeats):
+        say(f"{stage}, cold epoch {number + 1}")
+        found["ours"].append(our_epoch(bench, stage, "none"))
+        found["theirs"].append(their_epoch(bench, stage))
+    found["with MLflow"] = [our_epoch(bench, stage, "mlflow")]
+    for index, (what, unit) in enumerate([("cold epoch", "s"), ("peak memory", "MB")]):
+        medians = {side: statistics.median(reading[index] for reading in readings) for side, readings in found.items()}
+        measured = {f"{side} {unit}": value for side, value in medians.items()}
+        yield Result(2, f"{stage}: {what}, ours / guide's", measured, medians["ours"] / medians["theirs"], 1.0)
+
+
+def our_epoch(bench: Bench, stage: str, tracker: str) -> tuple[float, float]:
+    """(seconds, MB) of the real command with its defaults; the saving of the result is in the memory.
+
+    Nothing is held out: the guide's scripts train on every picture, and so have as many steps.
+    """
+    from steps import overrides_for
+
+    common = bench.common(stage)
+    names = ("stage", "pipelines", "pictures", "batch", "resolution")
+    stamps = Path(common["root"]) / "stamps"
+    overrides = overrides_for(*(common[name] for name in names))
+    place = [f"+scheduler.stamps={stamps}", f"output_root={common['root']}", "name=epoch", f"tracker={tracker}"]
+    done = machine.runner(
+        [*overrides, *place, "trainer.max_epochs=1", "validation.fraction=0"], stamps.with_name("log")
+    )
+    return turns.read_stamps(stamps)[-1] - done.started, done.peak_mb
+
+
+def their_epoch(bench: Bench, stage: str) -> tuple[float, float]:
+    steps = bench.scale.pictures // 4
+    done = machine.child(
+        "published.cold", {**bench.common(stage), "references": bench.references, "steps": steps}, bench.work
+    )
+    return done["last"] - done["started"], done["peak_mb"]
+
+
+def item3(bench: Bench) -> Iterator[Result]:
+    """Encoding against the encoders alone."""
+    for stage in bench.stages:
+        say(f"encoding, {stage}")
+        settings = bench.common(stage) | {"batch": bench.scale.large_batch, "rounds": bench.scale.repeats}
+        found = machine.child("encoding.throughput", settings, bench.work)
+        measured = {"encode images/s": found["encode"], "encoders images/s": found["encoders"]}
+        yield Result(3, f"{stage}: encode / encoders alone", measured, found["ratio"], 0.9, at_least=True)
+
+
+def item4(bench: Bench) -> Iterator[Result]:
+    """Many rows against few."""
+    places = {count: pictures.write_many(bench.work / f"rows-{count}", count) for count in (64, *bench.scale.rows)}
+    roots = {count: bench.work / f"rows-{count}-root" for count in bench.scale.rows}
+    found: dict[int, list[dict[str, Any]]] = {count: [] for count in bench.scale.rows}
+    for count, root in roots.items():
+        say(f"filling a cache of {count:,} rows")
+        machine.child("rows.fill", {"pictures": places[count], "root": root}, bench.work)
+    for number in range(bench.scale.repeats):
+        for count, root in roots.items():
+            say(f"{count:,} rows, round {number + 1}")
+            where = {"pictures": places[count], "few_pictures": places[64], "root": root}
+            found[count].append(machine.child("rows.measure", {**where, "steps": bench.scale.row_steps}, bench.work))
+    yield from compare_rows(found)
+
+
+def compare_rows(found: dict[int, list[dict[str, Any]]]) -> Iterator[Result]:
+    few, many = sorted(found)
+    for name, unit, factor in (("step", "ms", 1e3), ("memory", "MB", 1.0)):
+        medians = {count: factor * statistics.median(one[name] for one in found[count]) for count in found}
+        measured = {f"{count:,} rows {unit}": value for count, value in medians.items()}
+        yield Result(4, f"{name}: {many:,} / {few:,} rows", measured, medians[many] / medians[few], 1.05)
+    starts = {count: statistics.median(one["start"] for one in found[count]) for count in found}
+    measured = {f"{count:,} rows s": value for count, value in starts.items()}
+    yield Result(4, f"start to first step, warm cache of {many:,} rows", measured, starts[many], 2.0, unit="s")
+
+
+def item5(bench: Bench) -> Iterator[Result]:
+    """Start-up."""
+    say("start-up")
+    found = startup.answer(bench.work, bench.scale.repeats + 2)
+    yield Result(5, "--cfg job", found, found["median s"], 1.5, unit="s")
+    found = startup.first_step(bench.work, bench.scale.repeats)
+    yield Result(5, "first step of a tiny cached run", found, found["median s"], 10.0, unit="s")
+
+
+def item6(bench: Bench) -> Iterator[Result]:
+    """A sweep."""
+    say("a sweep")
+    found = startup.sweep(bench.work)
+    times = max(found[f"4 runs: {what}"] / found[f"one run: {what}"] for what in ("tables", "encodings"))
+    yield Result(6, "encodings: sweep of 4 runs / one run", found, times, 1.0)
+
+
+ITEMS: dict[int, Callable[[Bench], Iterator[Result]]] = dict(enumerate([item1, item2, item3, item4, item5, item6], 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="folder with the two published scripts")
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--only", default="1,2,3,4,5,6", help="items to measure")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="of items 1 to 3")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it works")
+    parser.add_argument("--work", type=Path, help="keep everything here; otherwise it is removed")
+    arguments = parser.parse_args()
+    assert "torch" not in sys.modules, "a child's peak memory would begin with that of this process"
+    machine_facts = machine.facts()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="bench-"))
+    references = arguments.reference.absolute() if arguments.reference else None
+    bench = Bench(work.absolute(), references, QUICK if arguments.quick else Scale(), tuple(arguments.stages))
+    bench.work.mkdir(parents=True, exist_ok=True)
+    try:
+        results = [result for item in arguments.only.split(",") for result in ITEMS[int(item)](bench)]
+    finally:
+        if arguments.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    print("; ".join(f"{name} {value}" for name, value in machine_facts.items()))
+    print(report.table(results))
+    if references is None and "2" in arguments.only.split(","):
+        print("item 2 is left out: it needs --reference FOLDER with the published scripts")
+    if arguments.json:
+        report.write_json(arguments.json, machine_facts, results)
+    sys.exit(0 if all(result.ok for result in results) else 1)
+
+
+if __name__ == "__main__":
+    main()
