@@ -89,6 +89,16 @@ def data(cfg: DictConfig) -> sources.Splits:
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 
+def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.Report:
+    """Read every row that costs little to read; images are looked at when they are encoded.
+
+    Raises:
+        DataError: with the first rows that cannot be used, unless these are to be skipped.
+    """
+    reads_captions = "text_encoder" in stage_class(cfg).encoders
+    return sources.check(splits, reads_captions, skip=cfg.data.on_error == "skip")
+
+
 def stage_class(cfg: DictConfig) -> type[DiffusionStage]:
     cls: type[DiffusionStage] = get_class(cfg.model._target_)
     return cls

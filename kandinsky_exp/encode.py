@@ -5,7 +5,7 @@ import logging
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, config, processes, workspace
-from kandinsky_exp.data import cache, sources
+from kandinsky_exp.data import cache
 from kandinsky_exp.readers import ReadSettings, open_readers
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def encode(cfg: DictConfig) -> None:
         splits = build.data(cfg)
         if accelerator.is_main_process:
             workspace.make_root(folder)
-        sources.check(splits, cfg.data.on_error == "raise" and "text_encoder" in build.stage_class(cfg).encoders)
+        build.check_data(cfg, splits)
         stage = build.bare_stage(cfg, weights)
         settings = ReadSettings(
             cache=folder,

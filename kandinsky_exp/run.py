@@ -110,10 +110,9 @@ def prepare(
     if cfg.hub.push:
         hub.check_login()
     build.fetch(cfg, weights)
-    reads_captions = cfg.data.on_error == "raise" and "text_encoder" in build.stage_class(cfg).encoders
-    report = sources.check(splits, reads_captions)
-    if splits.validation is None and splits.train.count is not None:
-        sources.held_out(splits.train.count, cfg.validation.fraction, cfg.seed)  # too few images are told now
+    report = build.check_data(cfg, splits)
+    if splits.validation is None and isinstance(splits.train, sources.Indexed):
+        sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume)
     held.enter_context(workspace.occupied(space.folder))

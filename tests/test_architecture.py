@@ -36,8 +36,8 @@ OWN_IMPORTS = {
     "cli": {"command_line", "config", "errors"},
     "__main__": {"cli"},
 }
-ENTRY_POINTS = {"__main__", "cli", "demo", "generate", "run", "tiny.make"}  # nobody imports a verb but by its name
-KNOW_OMEGACONF = {"cli", "command_line", "config", "schema", "targets", "build", "run", "generate"}
+ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "generate", "run", "tiny.make"}  # nobody imports a verb but by its name
+KNOW_OMEGACONF = {"cli", "command_line", "config", "schema", "targets", "build", "run", "records", "generate", "encode"}
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
 LAZY = {"mlflow", "datasets"}  # optional at run time: imported by the functions that use them

@@ -369,7 +369,7 @@ def test_a_prior_from_scratch_is_refused(tiny_folder, tmp_path):
     shutil.rmtree(folder / "prior_prior")
     architecture.prior().save_pretrained(folder / "prior_prior")
     with pytest.raises(ConfigError, match="clip_std has zeros"):
-        make("prior", folder)
+        _ = make("prior", folder).network
 
 
 @BOTH
