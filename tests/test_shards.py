@@ -158,6 +158,12 @@ def test_names_as_webdataset_reads_them(tmp_path):
     assert train.count == 4
 
 
+def test_names_that_are_not_unicode(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("caf\udce9.png", png(1)), ("caf\udce9.txt", b"one")])
+    (example,) = sources.webdataset(path).train.examples()
+    assert (example.id, example.captions) == ("a.tar/caf\ufffd.png", ("one",))
+
+
 def test_captions_in_json(tmp_path):
     members = [
         ("1.json", json.dumps({"caption": "one", "width": 3}).encode()),
@@ -190,6 +196,11 @@ BAD_MEMBERS = {
     "not JSON": ([("1.png", png(1)), ("1.json", b"{")], {"caption_column": "json.x"}, "its .json cannot be read"),
     "a list": ([("1.png", png(1)), ("1.json", b"[]")], {"caption_column": "json.x"}, "its .json is not a JSON object"),
     "no key": ([("1.png", png(1)), ("1.json", b'{"y": 1}')], {"caption_column": "json.x"}, "no column 'x' among y"),
+    "half a letter": (
+        [("1.png", png(1)), ("1.json", b'{"x": "\\ud83d"}')],
+        {"caption_column": "json.x"},
+        "its .json cannot be read: 'utf-8' codec",
+    ),
     "a number": (
         [("1.png", png(1)), ("1.json", b'{"x": 1}')],
         {"caption_column": "json.x"},
@@ -261,7 +272,15 @@ def overwrite(path):
     path.write_bytes(content)
 
 
+def boast(path):
+    """A header that announces 16 GB of further header."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, 1 << 34
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+
+
 BROKEN = {
+    "endless header": (boast, "no tar file that can be read to its end: a header of 17,179,869,184 bytes"),
     "empty file": (lambda path: path.write_bytes(b""), "no tar file that can be read"),
     "empty tar": (lambda path: write_tar(path, []), r"holds no images \(jpg, png, webp, jpeg\)"),
     "no images": (lambda path: write_tar(path, [("a.bin", b"x"), ("b.csv", b"x")]), "holds no images"),

@@ -206,6 +206,13 @@ def test_texts_beside_images_in_train_and_validation(tmp_path):
     assert (ids(flat.train), ids(flat.validation)) == (["a.png"], ["b.png"])
 
 
+def test_a_file_name_that_is_not_unicode_is_listed(tmp_path):
+    beside(tmp_path, a="one")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
+    with pytest.raises(DataError, match=r"'caf\\udce9\.png' is not UTF-8; give it another name"):
+        sources.check(sources.folder(tmp_path), False)
+
+
 def test_lonely_images_and_texts_are_listed(tmp_path):
     beside(tmp_path, a="one", b=None, c=" \n")
     (tmp_path / "d.txt").write_text("no picture")

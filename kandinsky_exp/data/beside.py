@@ -45,6 +45,10 @@ def _suffix(name: str) -> str:
     return Path(name).suffix.lower()
 
 
+def _is_unicode(name: str) -> bool:
+    return name.isascii() or name.encode(errors="replace").decode() == name
+
+
 def _rows(home: Path, skip: Path) -> Iterator[FileRow]:
     number = 0
     for folder, files in _walk(home, skip):
@@ -52,7 +56,9 @@ def _rows(home: Path, skip: Path) -> Iterator[FileRow]:
         texts = {Path(name).stem: folder / name for name in files if _suffix(name) == TEXT}
         pictured = {Path(name).stem for name in files if _suffix(name) in IMAGES}
         for name in files:
-            if _suffix(name) in IMAGES:
+            if not _is_unicode(inside + name):
+                yield FileRow(number, None, (), (f"{inside + name!a} is not UTF-8; give it another name", ""))
+            elif _suffix(name) in IMAGES:
                 yield _picture(number, inside + name, texts.get(Path(name).stem))
             elif _suffix(name) == TEXT and Path(name).stem not in pictured:
                 problem = f"{inside}{name} has no image beside it; add one or remove it"

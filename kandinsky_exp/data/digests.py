@@ -5,7 +5,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -20,10 +20,13 @@ from kandinsky_exp.errors import DataError
 
 MISSING = bytes(32)  # stands for a file that cannot be read
 CHUNK = 4096
+FEW = 512
+REPORT_SECONDS = 10.0
 SETTLED = 2_000_000_000  # ns: a file may change again within one tick of a coarse file system's clock
 
 Integers = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
+Log = Callable[[str], None]
 
 
 class Hash(Protocol):
@@ -64,10 +67,11 @@ class FileDigests:
     Args:
         folder: where the memory is kept, one small Arrow file per data set; None remembers nothing. A memory that is
             damaged or cannot be written only costs the time of reading the files again.
+        log: gets a line now and then while many files are read.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, log: Log | None = None) -> None:
+        self.folder, self.log = folder, log
 
     def __call__(self, name: str, paths: Sequence[str] | pa.Array) -> pa.Array:
         """Digests of the files at `paths`, an array of binary(32); `MISSING` for one that cannot be read.
@@ -81,13 +85,28 @@ class FileDigests:
         sizes, times = _stat(paths)
         memory = _Memory.read(self._file(name))
         digests, fresh = memory.recall(paths, sizes, times)
-        hashed = _hash_files(paths, np.flatnonzero(fresh))
-        for row, digest in hashed:
-            digests[row] = np.frombuffer(digest, np.uint8)
-        keep = (sizes >= 0) & (np.abs(now - times) > SETTLED) & digests.any(axis=1)
-        if self.folder is not None and ((fresh & keep).any() or keep.sum() != len(memory)):
-            _Memory.of(paths, sizes, times, digests).filtered(keep).write(self._file(name))
+        settled = (sizes >= 0) & (np.abs(now - times) > SETTLED)
+
+        def remember() -> None:
+            _Memory.of(paths, sizes, times, digests).filtered(settled & digests.any(axis=1)).write(self._file(name))
+
+        self._read(paths, np.flatnonzero(fresh), digests, remember)
+        keep = settled & digests.any(axis=1)
+        if (fresh & keep).any() or keep.sum() != len(memory):
+            remember()
         return _binary(digests)
+
+    def _read(self, paths: pa.Array, rows: Integers, digests: Bytes, remember: Callable[[], None]) -> None:
+        """Fill in the digests of `rows`; what was read by then survives an interruption."""
+        reported = time.monotonic()
+        for start in range(0, len(rows), FEW):
+            some = rows[start : start + FEW]
+            digests[some] = _hash_files(paths.take(pa.array(some)).to_pylist())
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                remember()
+                if self.log is not None:
+                    self.log(f"read {start + len(some):,} of {len(rows):,} files that are new or have changed")
 
     def required(self, name: str, paths: Sequence[str]) -> pa.Array:
         """The same, of files that have to be there.
@@ -135,7 +154,8 @@ class _Memory:
 
     def write(self, file: Path | None) -> None:
         """Atomically, and in silence where the disk is full or read-only."""
-        assert file is not None
+        if file is None:
+            return
         schema = self.columns.schema.with_metadata({b"sum": self._sum()})
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -192,13 +212,9 @@ def _strings(values: pa.Array) -> Iterator[str]:
         yield from values.slice(start, CHUNK).to_pylist()
 
 
-def _hash_files(paths: pa.Array, rows: Integers) -> Iterator[tuple[int, bytes]]:
-    if not len(rows):
-        return
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(rows), CHUNK):
-            some = rows[start : start + CHUNK]
-            yield from zip(some.tolist(), pool.map(_hash_file, paths.take(pa.array(some)).to_pylist()), strict=True)
+def _hash_files(paths: list[str]) -> Bytes:
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter lock
+        return np.frombuffer(b"".join(pool.map(_hash_file, paths)), np.uint8).reshape(-1, 32)
 
 
 def _hash_file(path: str) -> bytes:

@@ -27,11 +27,20 @@ from kandinsky_exp.errors import DataError
 
 MAX_BYTES = 256 << 20  # of one member
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+MAX_HEADER = 1 << 20
+EXTENDED = (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 class _Member(tarfile.TarInfo):
     """A tar header. `tarfile` takes a damaged or missing one for the end of the archive, and drops what follows."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if not header.isreg() and header.type in EXTENDED and header.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")  # it would be read at once, as a whole
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -155,6 +164,7 @@ class Shards(Source):
         try:
             text = group.members[key].decode("utf-8-sig").strip()
             row = json.loads(text) if is_json else {key: text}
+            json.dumps(row, ensure_ascii=False).encode()  # half of a pair of escapes is no character
         except (ValueError, RecursionError) as error:
             return (), f"its .{key} cannot be read: {error}"
         if not isinstance(row, dict):
@@ -173,7 +183,8 @@ def _reading(shard: str) -> Iterator[tarfile.TarFile]:
             ):
                 yield archive
         else:
-            with tarfile.open(shard, "r:*", tarinfo=_Member) as archive:
+            # of a file that is none of the kinds "r:*" tries, it does not say why
+            with tarfile.open(shard, "r:*" if _is_compressed(shard) else "r:", tarinfo=_Member) as archive:
                 yield archive
     except DAMAGE as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
@@ -190,7 +201,7 @@ def _is_compressed(shard: str) -> bool:
 
 def _split(name: str) -> tuple[str, str]:
     """Base name with its folder, and extension: all from the first dot on. Both are empty for other files."""
-    folder, file = posixpath.split(name)
+    folder, file = posixpath.split(name.encode(errors="surrogateescape").decode(errors="replace"))
     base, _, key = file.partition(".")
     return (posixpath.join(folder, base), key.lower()) if base and key else ("", "")
 
