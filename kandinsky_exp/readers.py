@@ -179,7 +179,7 @@ class _Opener:
     ) -> None:
         self.stage, self.settings, self.accelerator = stage, settings, accelerator
         self.encoders, self.log = encoders, log
-        self.digests = FileDigests(settings.cache)
+        self.digests = FileDigests(settings.cache, log)
         self.notes: list[str] = []
         self.skipped: list[str] = []
 

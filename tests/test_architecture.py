@@ -36,7 +36,8 @@ OWN_IMPORTS = {
     "cli": {"command_line", "config", "errors"},
     "__main__": {"cli"},
 }
-ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "generate", "run", "tiny.make"}  # nobody imports a verb but by its name
+# Nobody imports a verb but by its name.
+ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "generate", "run", "tiny.make"}
 KNOW_OMEGACONF = {"cli", "command_line", "config", "schema", "targets", "build", "run", "records", "generate", "encode"}
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}

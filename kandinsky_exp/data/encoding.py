@@ -24,7 +24,7 @@ from kandinsky_exp.errors import DataError
 
 CHUNK = 256  # examples between commits: what a killed process does again at most
 LOOK_ON_SECONDS = 5.0  # how long to look for further problems when one was found
-FEW = 256  # examples that are not worth starting worker processes for
+FEW = 64  # examples that are not worth starting worker processes for
 
 CacheDtype = Literal["fp16", "fp32"]
 Cells = dict[str, Array]
@@ -59,7 +59,7 @@ class EncodeSettings:
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return 0 if count is not None and count < FEW else min(8, cores - 1)
+        return 0 if count is not None and count <= FEW else min(8, cores - 1)
 
 
 @dataclass
