@@ -180,8 +180,16 @@ def optimizer_step(
         samples.append((result.per_sample, result.timesteps))
     training.scheduler.step()
     if training.ema is not None:
-        training.ema.step(training.trainable)
+        update_average(training.ema, training.trainable)
     return StepResult(torch.stack(losses).mean(), norm, rows, samples, waited)
+
+
+@torch.no_grad()
+def update_average(average: EMAModel, parameters: list[nn.Parameter]) -> None:
+    """`average.step`, in one pass and without its temporary copy of all parameters."""
+    average.optimization_step += 1
+    average.cur_decay_value = average.get_decay(average.optimization_step)
+    torch._foreach_lerp_(average.shadow_params, [*parameters], 1 - average.cur_decay_value)
 
 
 def stop_agreed(stop: Stop, accelerator: Accelerator, step: int, log_every: int) -> int | None:

@@ -65,7 +65,8 @@ def test_records(decoder_root: Path) -> None:
     assert tags["weights"] == "tiny"
     assert len(tags["data_fingerprint"]) == 64
     assert len(tags["git_commit"]) in (40, len("unknown"))
-    for key in ("train/loss", "train/lr", "train/grad_norm", "train/samples_per_second"):
+    times = ("train/samples_per_second", "train/step_seconds", "train/data_seconds", "train/peak_memory_gb")
+    for key in ("train/loss", "train/lr", "train/grad_norm", *times):
         assert list(history(decoder_root, found.info.run_id, key)) == [2, 4], key
     assert list(history(decoder_root, found.info.run_id, "validation/loss")) == [0, 2, 4]
     inputs = {entry.tags[0].value: entry.dataset for entry in found.inputs.dataset_inputs}

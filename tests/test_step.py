@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import build, loop, processes
+from kandinsky_exp import build, loop, pipelines, processes
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.errors import DataError, NonFiniteLoss
 from kandinsky_exp.meter import Meter, StepResult
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.tracking import NullTracker
+from kandinsky_exp.weights import MODELS
 
 CPU = torch.device("cpu")
 EVERYTHING = [
@@ -288,11 +289,23 @@ def test_the_counters_see_what_they_count() -> None:
 
 
 @STAGES
-def test_fused_optimizer_and_foreach_average(stage: str, bench: Any) -> None:
-    made = bench(stage, "trainer.ema_decay=0.9")
-    assert all(group["fused"] for group in made.training.optimizer.param_groups)
-    assert isinstance(made.training.ema, EMAModel)
-    assert made.training.ema.foreach
+def test_the_optimizer_is_fused(stage: str, bench: Any) -> None:
+    assert all(group["fused"] for group in bench(stage).training.optimizer.param_groups)
+
+
+def test_the_average_is_that_of_diffusers() -> None:
+    random = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(size, generator=random)) for size in ((3, 4), (5,), ())]
+    ours, theirs = (EMAModel(parameters, decay=0.95, foreach=True) for _ in range(2))
+    for _ in range(200):
+        for parameter in parameters:
+            parameter.data += torch.randn(parameter.shape, generator=random)
+        loop.update_average(ours, parameters)
+        theirs.step(parameters)
+    assert ours.optimization_step == theirs.optimization_step
+    assert ours.cur_decay_value == theirs.cur_decay_value == 0.95
+    for mine, expected in zip(ours.shadow_params, theirs.shadow_params, strict=True):
+        torch.testing.assert_close(mine, expected)
 
 
 # --- metrics
@@ -391,6 +404,58 @@ def test_the_first_step_that_is_not_finite_is_named(before: str, accelerator: Ac
     meter.add(result(float("nan"), [1.0], [0]))
     with pytest.raises(NonFiniteLoss, match=r"not finite at step 5 \(.*gradient norm inf, lr 0\.001, rows \[7, 9\]\)"):
         meter.read(6, 1e-3)
+
+
+# --- what does not train leaves memory
+
+
+def loaded(stage: Any) -> set[str]:
+    return set(stage.weights._loaded) & set(MODELS)
+
+
+def test_a_decoder_asks_the_prior_once_and_lets_it_go(bench: Any) -> None:
+    made = bench("decoder")
+    made.stage.use_null_condition(made.stage.encode_null())  # as it comes from a cache
+    made.stage.weights.release(made.stage.encoders)
+    settings = build.sample_settings(made.cfg)
+    network = made.stage.network.eval()
+    first = made.stage.sample(network, ["a dog"], settings)
+    assert loaded(made.stage) == {"movq"}
+    assert made.stage.sample(network, ["a dog"], settings)[0].tobytes() == first[0].tobytes()
+    embeds = pipelines.embed_prompts(pipelines.prior_pipeline(made.stage.weights), ["a dog"], settings)
+    theirs = made.stage._decode(network, embeds, settings)
+    assert theirs[0].tobytes() == first[0].tobytes()
+
+
+def test_a_prior_needs_the_image_encoder_for_one_embedding(bench: Any) -> None:
+    made = bench("prior")
+    settings = build.sample_settings(made.cfg)
+    network = made.stage.network.eval()
+    first = made.stage.sample(network, ["a dog"], settings)
+    assert loaded(made.stage) == {"text_encoder", "unet", "movq"}
+    embeds = pipelines.embed_prompts(pipelines.prior_pipeline(made.stage.weights, network), ["a dog"], settings)
+    theirs = pipelines.decode(pipelines.decoder_pipeline(made.stage.weights), embeds, settings)
+    assert theirs[0].tobytes() == first[0].tobytes()
+
+
+def test_encoders_that_training_needs_stay(bench: Any) -> None:
+    """Features encoded on the fly: an encoder that was loaded for them is not taken away by sampling."""
+    made = bench("prior")
+    made.stage.weights.load("image_encoder")
+    made.stage.sample(made.stage.network.eval(), ["a dog"], build.sample_settings(made.cfg))
+    assert "image_encoder" in loaded(made.stage)
+
+
+def test_the_decoder_trains_in_channels_last_and_the_prior_has_none(bench: Any) -> None:
+    weight = bench("decoder").stage.network.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert bench("prior").stage.memory_format == torch.preserve_format
+
+
+def test_a_prior_redraws_nothing(bench: Any) -> None:
+    made = bench("prior")
+    assert made.stage.reconstruct(made.stage.network, made.features(), build.sample_settings(made.cfg)) == []
 
 
 # --- compiled once

@@ -1,0 +1,293 @@
+"""Checkpoints written behind: the state at their step, whole or not there, and never in the way of training."""
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PriorTransformer, UNet2DConditionModel
+from running import SMALL, composed, same, train
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from kandinsky_exp import adapters, build, checkpoint, cli, processes
+from kandinsky_exp.behind import CheckpointWriter
+from kandinsky_exp.errors import CheckpointFailure
+
+STAGES = pytest.mark.parametrize("stage", ["prior", "decoder"])
+PART = {"prior": "prior", "decoder": "unet"}
+MODEL = {"prior": PriorTransformer, "decoder": UNet2DConditionModel}
+
+
+@pytest.fixture
+def trained(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
+    """Called with a stage and overrides: (training, accelerator) as a run builds them, after one made-up step."""
+    with contextlib.ExitStack() as stack:
+
+        def make(stage: str, *overrides: str) -> Any:
+            weights = [f"weights.prior={tiny_folder}", f"weights.decoder={tiny_folder}"]
+            cfg = composed(tmp_path, f"model={stage}", *weights, *overrides)
+            accelerator = stack.enter_context(processes.accelerated(lambda: build.accelerator(cfg)))
+            made = build.training(cfg, build.stage(cfg, build.weights(cfg)), accelerator, 100)
+            step(made)
+            return made, accelerator
+
+        yield make
+
+
+def step(training: Any) -> None:
+    """Every trainable weight, every average and the optimizer's state move."""
+    generator = torch.Generator().manual_seed(training.step)
+    for parameter in training.trainable:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    training.optimizer.step()
+    training.scheduler.step()
+    if training.ema is not None:
+        training.ema.step(training.trainable)
+    training.step += 1
+
+
+def snapshot(training: Any, accelerator: Any) -> checkpoint.Snapshot:
+    return checkpoint.snapshot(training, training.stage.part, accelerator, 0.5)
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """What is in each file; safetensors writes its header in any order."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: tensors(path) if path.suffix == ".safetensors" else path.read_bytes() for name, path in found.items()}
+
+
+def tensors(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, bytes]]]:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return metadata, {key: (str(value.dtype), value.numpy().tobytes()) for key, value in load_file(path).items()}
+
+
+# --- what is in them
+
+
+@STAGES
+@pytest.mark.parametrize("extras", [[], ["trainer.ema_decay=0.9"]], ids=["raw", "ema"])
+def test_a_checkpoint_is_what_the_libraries_write(stage: str, extras: list[str], trained: Any, tmp_path: Path) -> None:
+    training, accelerator = trained(stage, *extras)
+    step(training)
+    model = accelerator.unwrap_model(training.network)
+    folder = snapshot(training, accelerator).on_host().write(tmp_path / "checkpoints")
+    assert folder.name == "step-00000002"
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = files(folder / PART[stage]), files(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert ours == theirs
+    assert same(MODEL[stage].from_pretrained(folder / PART[stage]).state_dict(), model.state_dict())
+    if training.ema is not None:
+        averaged = MODEL[stage].from_pretrained(folder / f"{PART[stage]}_ema")
+        names = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+        expected = {**model.state_dict(), **dict(zip(names, training.ema.shadow_params, strict=True))}
+        assert same(averaged.state_dict(), expected)
+        assert not same(averaged.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_is_what_diffusers_saves(kind: str, trained: Any, tmp_path: Path) -> None:
+    training, accelerator = trained("decoder", f"adapter={kind}", "adapter.rank=2", "adapter.alpha=3",
+                                    "trainer.ema_decay=0.5")  # fmt: skip
+    step(training)
+    folder = snapshot(training, accelerator).on_host().write(tmp_path / "checkpoints")
+    model = accelerator.unwrap_model(training.network)
+    model.save_lora_adapter(tmp_path / "theirs", weight_name=adapters.WEIGHTS_NAME)
+    ours, theirs = folder / "unet" / adapters.WEIGHTS_NAME, tmp_path / "theirs" / adapters.WEIGHTS_NAME
+    assert same(load_file(ours), load_file(theirs))
+    with safe_open(ours, "pt") as first, safe_open(theirs, "pt") as second:
+        settings = [json.loads(file.metadata()["lora_adapter_metadata"]) for file in (first, second)]
+    for one in settings:
+        one["target_modules"] = sorted(one["target_modules"])
+    assert settings[0] == settings[1]
+    assert settings[0]["lora_alpha"] == 3
+    averaged = load_file(folder / "unet_ema" / adapters.WEIGHTS_NAME)
+    assert averaged.keys() == load_file(ours).keys()
+    assert not same(averaged, load_file(ours))
+
+
+@STAGES
+@pytest.mark.parametrize("extras", [["trainer.ema_decay=0.9"], ["adapter=lora", "adapter.rank=2"]], ids=["ema", "lora"])
+def test_a_copy_is_the_state_at_its_step(stage: str, extras: list[str], trained: Any, tmp_path: Path) -> None:
+    """Written after training went on, it is what was written at once; and resumed from, it is that state again."""
+    training, accelerator = trained(stage, *extras)
+    view = snapshot(training, accelerator)
+    held = view.on_host()
+    view.write(tmp_path / "at-once")
+    for _ in range(3):
+        step(training)
+    after = copy.deepcopy(accelerator.unwrap_model(training.network).state_dict())
+    folder = held.write(tmp_path / "later")
+    assert files(folder) == files(tmp_path / "at-once" / "step-00000001")
+    checkpoint.load(training, folder, training.stage.part, accelerator)
+    assert training.step == 1
+    assert files(snapshot(training, accelerator).write(tmp_path / "again")) == files(folder)
+    for _ in range(3):
+        step(training)
+    assert same(accelerator.unwrap_model(training.network).state_dict(), after)
+
+
+def test_a_copy_takes_what_was_said_and_shares_frozen_weights(trained: Any) -> None:
+    training, accelerator = trained("prior", "trainer.ema_decay=0.9")
+    view = snapshot(training, accelerator)
+    held = view.on_host()
+    raw, averaged = (held.networks[name].tensors for name in ("prior", "prior_ema"))
+    assert raw["clip_mean"] is averaged["clip_mean"]  # does not train
+    assert raw["proj_in.weight"] is not averaged["proj_in.weight"]
+    trainable = sum(parameter.nbytes for parameter in training.trainable)
+    frozen = raw["clip_mean"].nbytes + raw["clip_std"].nbytes
+    assert 4 * trainable + frozen <= view.size() < 4.1 * trainable + frozen  # weights, averages, two moments
+
+
+def test_the_state_of_another_memory_format_fits(trained: Any, tmp_path: Path) -> None:
+    """A checkpoint from before the decoder trained in channels-last holds contiguous moments."""
+    training, accelerator = trained("decoder")
+    folder = snapshot(training, accelerator).write(tmp_path / "checkpoints")
+    tensors = torch.load(folder / "optimizer.pt", weights_only=True)
+    for state in tensors["optimizer"]["state"].values():
+        state.update({key: value.contiguous() for key, value in state.items()})
+    torch.save(tensors, folder / "optimizer.pt")
+    checkpoint.load(training, folder, "unet", accelerator)
+    for parameter, state in training.optimizer.state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+    convolution = accelerator.unwrap_model(training.network).conv_in.weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+    step(training)
+
+
+# --- the writer
+
+
+def test_the_writer_writes_behind_one_after_the_other(trained: Any, tmp_path: Path) -> None:
+    training, accelerator = trained("prior")
+    done: list[tuple[str, int]] = []
+    writer = CheckpointWriter(tmp_path, 2, True, lambda folder, step: done.append((folder.name, step)))
+    for _ in range(4):
+        writer.save(snapshot(training, accelerator))
+        step(training)
+    writer.wait()
+    assert done == [(f"step-{number:08d}", number) for number in (1, 2, 3, 4)]
+    assert [folder.name for folder in checkpoint.complete(tmp_path)] == [
+        "step-00000001", "step-00000003", "step-00000004",
+    ]  # fmt: skip  # the first of those with the same loss is the best
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(trained: Any, tmp_path: Path) -> None:
+    """The writer is held up at a named pipe: `save` has returned, the record is not made, the folder not there."""
+    training, accelerator = trained("prior")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    done = []
+
+    def recorded(folder: Path, number: int) -> None:
+        pipe.read_text()  # until somebody writes
+        done.append(number)
+
+    writer = CheckpointWriter(tmp_path / "checkpoints", 2, True, recorded)
+    writer.save(snapshot(training, accelerator))
+    step(training)
+    assert done == []
+    pipe.write_text("go on")
+    writer.wait()
+    assert done == [1]
+
+
+def test_what_the_writer_cannot_hold_is_written_at_once(trained: Any, tmp_path: Path) -> None:
+    training, accelerator = trained("prior")
+    done: list[int] = []
+    writer = CheckpointWriter(tmp_path, 2, False, lambda folder, step: done.append(step))
+    writer.save(snapshot(training, accelerator))
+    assert done == [1]
+
+
+def test_no_room_for_the_copy(trained: Any, tmp_path: Path) -> None:
+    training, accelerator = trained("prior")
+    view = snapshot(training, accelerator)
+    huge = torch.empty(1 << 42, dtype=torch.uint8, device="meta")  # 4 TB, on paper
+    assert not CheckpointWriter(tmp_path, 2, True, lambda *_: None)._has_room(
+        checkpoint.Snapshot(1, view.networks, {"huge": huge}, {})
+    )
+
+
+def test_a_failed_write_is_raised_at_the_next_point_and_the_last_one_stays(trained: Any, tmp_path: Path) -> None:
+    training, accelerator = trained("prior")
+    root = tmp_path / "checkpoints"
+    writer = CheckpointWriter(root, 2, True, lambda *_: None)
+    writer.save(snapshot(training, accelerator))
+    writer.wait()
+    step(training)
+    (root / "step-00000002").write_text("in the way of the folder")
+    writer.save(snapshot(training, accelerator))
+    with pytest.raises(CheckpointFailure, match="the checkpoint of step 2 could not be written"):
+        writer.save(snapshot(training, accelerator))
+    assert [folder.name for folder in checkpoint.complete(root)] == ["step-00000001"]
+    writer.wait()  # said once
+
+
+def test_a_failed_write_does_not_hide_another_error(trained: Any, tmp_path: Path) -> None:
+    training, accelerator = trained("prior")
+    (tmp_path / "file").write_text("")
+    writer = CheckpointWriter(tmp_path / "file" / "checkpoints", 2, True, lambda *_: None)
+    with pytest.raises(KeyError), writer.settled():
+        {}[writer.save(snapshot(training, accelerator))]
+    with pytest.raises(CheckpointFailure), writer.settled():
+        writer.save(snapshot(training, accelerator))
+
+
+# --- whole runs
+
+
+def test_a_run_whose_checkpoint_fails_exits_with_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "p" / "checkpoints" / "step-00000004").write_text("in the way")
+    (tmp_path / "p" / "run.json").write_text('{"run_id": null, "status": "KILLED"}')
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*SMALL, "model=prior", f"output_root={tmp_path}", "name=p", "tracker=none", "checkpoint.every=2"])
+    assert caught.value.code == 1
+    assert "error: the checkpoint of step 4 could not be written" in capfd.readouterr().err
+    record = json.loads((tmp_path / "p" / "run.json").read_text())
+    assert (record["status"], record["step"]) == ("FAILED", 2)
+    (tmp_path / "p" / "checkpoints" / "step-00000004").unlink()
+    train(tmp_path, "model=prior", "name=p", "tracker=none")
+    assert json.loads((tmp_path / "p" / "run.json").read_text())["step"] == 4
+
+
+def test_behind_or_not_leaves_the_same(tmp_path: Path) -> None:
+    for behind in ("true", "false"):
+        train(tmp_path, "model=prior", f"name=behind-{behind}", "tracker=none", "trainer.ema_decay=0.9",
+              f"checkpoint.behind={behind}", "checkpoint.every=1")  # fmt: skip
+    assert files(tmp_path / "behind-true" / "checkpoints") == files(tmp_path / "behind-false" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_killed_while_it_writes_it_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    overrides = [*SMALL, "model=decoder", f"output_root={tmp_path}", "name=d", "tracker=none", "checkpoint.every=1",
+                 "trainer.max_steps=100000", "validation.every=100000", "trainer.ema_decay=0.9"]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "kandinsky_exp", *overrides], stderr=subprocess.DEVNULL)
+    root = tmp_path / "d" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoint.complete(root) and list(root.glob(".step-*.part/*/*.safetensors"))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "timed out"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(root.glob(".step-*.part"))
+    newest = checkpoint.newest(root)
+    assert newest is not None
+    reached = checkpoint.read_state(newest)["step"]
+    assert json.loads((tmp_path / "d" / "run.json").read_text())["step"] <= reached
+    train(tmp_path, "model=decoder", "name=d", "tracker=none", "trainer.ema_decay=0.9", "checkpoint.every=1000",
+          f"trainer.max_steps={reached + 1}")  # fmt: skip
+    assert f"step {reached} of {reached + 1}" in (tmp_path / "d" / "train.log").read_text()
+    assert not list(root.glob(".step-*.part"))
