@@ -112,9 +112,10 @@ class FeatureReader:
             total_steps=steps,
             groups=self._groups(),
         )
-        with contextlib.closing(prefetch(self._read(sampler), self.device)) as batches:
-            for batch in batches:
-                yield self._encoded(batch)
+        # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own.
+        batches = (self._encoded(batch) for batch in self._read(sampler))
+        with contextlib.closing(prefetch(batches, self.device)) as ahead:
+            yield from ahead
 
     def _read(self, sampler: StreamBatchSampler) -> Iterator[Features]:
         if isinstance(self.dataset, CachedFeatures):  # a thread is enough: nothing has to be decoded

@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> float:
                 stage = build.stage(cfg, weights)
                 settings = build.read_settings(cfg, accelerator.device)
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
-                if settings.cached and not build.prompts(cfg.validation.prompts):
+                if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
                 steps = build.total_steps(cfg, len(data.train), accelerator.num_processes)
                 space.record.rows = len(data.train)

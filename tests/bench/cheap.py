@@ -4,6 +4,7 @@ Its pictures are not looked at and its features are random, but it goes by the s
 stage: a table that a run with this stage wrote is the one that the real stage finds. Only for data sets of a benchmark.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,13 +22,12 @@ TOKENS = 18  # of a caption
 
 class _Blind(Preprocess):
     def __call__(self, image: Image.Image | None, caption: str | None) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        if image is not None:
-            tensors["clip_pixels"] = torch.zeros(1)
-        if caption is not None:
-            mask = torch.arange(self.tokenizer.model_max_length) < TOKENS  # type: ignore[union-attr]
-            tensors |= {"input_ids": torch.zeros_like(mask, dtype=torch.int64), "text_mask": mask}
-        return tensors
+        tensors = {} if image is None else {"clip_pixels": torch.zeros(1)}
+        return tensors if caption is None else tensors | self.tokenize([caption])[0][0]
+
+    def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], bool]]:
+        mask = torch.arange(self.tokenizer.model_max_length) < TOKENS  # type: ignore[union-attr]
+        return [({"input_ids": torch.zeros_like(mask, dtype=torch.int64), "text_mask": mask}, False) for _ in captions]
 
 
 class CheapPrior(PriorStage):
