@@ -129,7 +129,7 @@ def test_a_cheap_cache_is_the_one_that_a_run_looks_for(tmp_path: Path) -> None:
     many = pictures.write_many(tmp_path / "many", 80)
     root = str(tmp_path / "root")
     assert rows.fill(str(many), root) == {"tables": 1}  # what trains and what is held out
-    found = rows.measure(str(many), str(few), root, 4)  # it refuses to go on where a run encodes
+    found = rows.measure(str(many), str(few), root, 5, 2)  # it refuses to go on where a run encodes
     turns.hook(None)
     assert found["step"] > 0
     assert found["start"] > 0

@@ -5,6 +5,7 @@ logging, no data loading, no checks, no random-number bookkeeping, no dropped co
 with its defaults does all of that besides, and the ratio charges it for it.
 """
 
+import tempfile
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ from kandinsky_exp.weights import Weights
 STAGES: dict[str, type[DiffusionStage]] = {"prior": PriorStage, "decoder": DecoderStage}
 
 
-def stage(name: str, pipelines: str, resolution: int) -> DiffusionStage:
-    weights = Weights(f"{pipelines}/prior", f"{pipelines}/decoder", cache_folder=Path(pipelines))
+def stage(name: str, pipelines: str | None, resolution: int) -> DiffusionStage:
+    """From a folder with the two pipelines; None for the tiny weights that ship."""
+    if pipelines is None:
+        weights = Weights("tiny", "tiny", cache_folder=Path(tempfile.mkdtemp()))
+    else:
+        weights = Weights(f"{pipelines}/prior", f"{pipelines}/decoder", cache_folder=Path(pipelines))
     return STAGES[name](weights, resolution=resolution)  # type: ignore[call-arg]
 
 
@@ -38,7 +43,7 @@ def examples(made: DiffusionStage, pictures: str, rows: int) -> list[dict[str, T
 class BareStep:
     """Takes one step of `batch` rows at each call, on a network of its own with the same weights."""
 
-    def __init__(self, name: str, pipelines: str, pictures: str, batch: int, resolution: int) -> None:
+    def __init__(self, name: str, pipelines: str | None, pictures: str, batch: int, resolution: int) -> None:
         made = stage(name, pipelines, resolution)
         rows = examples(made, pictures, 4 * batch)
         self.batches = cycle(

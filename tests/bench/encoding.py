@@ -9,7 +9,7 @@ from typing import Any
 def throughput(
     stage: str, pipelines: str, pictures: str, root: str, resolution: int, batch: int, rounds: int
 ) -> dict[str, Any]:
-    """Images per second of both, by turns; the first round of each warms up.
+    """Images per second of both, by turns.
 
     Encoding reads, decodes, crops and tokenizes, runs the encoders and writes the table. The encoders alone see as many
     images, with one caption each, whose tensors were made before.
@@ -25,7 +25,8 @@ def throughput(
     rows = examples(made, pictures, len(source))
     batches = [collate(rows[start : start + batch]) for start in range(0, len(rows), batch)]
     whole, alone = [], []
-    for round_number in range(rounds + 1):
+    made.encode(batches[0])  # warms up
+    for round_number in range(rounds):
         since = time.perf_counter()
         encode_table(source, made, Path(root) / f"table-{round_number}")
         whole.append(len(source) / (time.perf_counter() - since))
@@ -34,7 +35,7 @@ def throughput(
             made.encode(tensors)
         alone.append(len(source) / (time.perf_counter() - since))
     return {
-        "encode": statistics.median(whole[1:]),
-        "encoders": statistics.median(alone[1:]),
-        "ratio": statistics.median(one / other for one, other in zip(whole[1:], alone[1:], strict=True)),
+        "encode": statistics.median(whole),
+        "encoders": statistics.median(alone),
+        "ratio": statistics.median(one / other for one, other in zip(whole, alone, strict=True)),
     }

@@ -3,7 +3,6 @@
 A tiny prior trains on a folder of small pictures whose features are cached already: see `cheap.py`.
 """
 
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import turns
 
 
 def overrides_for(pictures: str, root: str) -> list[str]:
-    """50 of 100,000 rows are held out: validating thousands would be most of the time, and tell nothing."""
+    """10 of 100,000 rows are held out: validating thousands would be most of the time, and tell nothing."""
     return [
         "model=prior",
         "weights=tiny",
         f"data.path={pictures}",
         "data.resolution=64",
-        "validation.fraction=0.0005",
+        "validation.fraction=0.0001",
         "trainer.batch_size=4",
         "tracker=none",
         f"output_root={root}",
@@ -37,9 +36,15 @@ def fill(pictures: str, root: str) -> dict[str, Any]:
     return {"tables": doors.tables(Path(root))}
 
 
-def measure(pictures: str, few_pictures: str, root: str, steps: int) -> dict[str, Any]:
-    """Seconds of a step, memory at the last step, and seconds from `run` to the first step, all imports done."""
+def measure(pictures: str, few_pictures: str, root: str, steps: int, block: int) -> dict[str, Any]:
+    """A step, memory at the last step, and seconds from `run` to the end of the first step, all imports done.
+
+    Returns:
+        `step`, in units of a bare step of the same network that is measured by turns: processes, and the moods of the
+        machine, compare that way. `memory` in MB. `start` in seconds.
+    """
     import doors
+    from bare import BareStep
 
     from kandinsky_exp.run import run
 
@@ -47,7 +52,7 @@ def measure(pictures: str, few_pictures: str, root: str, steps: int) -> dict[str
     few = [*overrides_for(few_pictures, f"{root}-few"), *hooked, "trainer.max_steps=3", f"name=few-{time.time_ns()}"]
     run(doors.compose(few))
     before = doors.tables(Path(root))
-    timer, memory = turns.Turns(None), []
+    timer, memory = turns.Turns(BareStep("prior", None, few_pictures, 4, 64), block, block // 2), []
 
     def after_step() -> None:
         timer()
@@ -55,12 +60,11 @@ def measure(pictures: str, few_pictures: str, root: str, steps: int) -> dict[str
             memory.append(machine.anonymous_mb())
 
     turns.hook(after_step)
-    config = doors.compose(
-        [*overrides_for(pictures, root), *hooked, f"trainer.max_steps={steps}", f"name=rows-{time.time_ns()}"]
-    )
+    many = [*overrides_for(pictures, root), *hooked, f"trainer.max_steps={steps}", f"name=rows-{time.time_ns()}"]
+    config = doors.compose(many)
     since = time.time()
     run(config)
     if doors.tables(Path(root)) != before:
         raise RuntimeError(f"the cache under {root} was not warm: the run encoded")
-    warm = timer.seconds[min(20, steps // 2) :]
-    return {"step": statistics.median(warm), "memory": memory[0], "start": timer.ends[0] - since}
+    found = timer.summary()
+    return {"step": found["ratio"], "ms": 1e3 * found["step"], "memory": memory[0], "start": timer.ends[0] - since}

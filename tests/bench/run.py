@@ -46,14 +46,15 @@ class Scale:
     resolution: int = 256
     blocks: dict[str, int] = field(default_factory=lambda: {"prior": 16, "decoder": 8})
     block: int = 10
-    pictures: int = 128
+    pictures: int = 96
     repeats: int = 3
     large_batch: int = 32
     rows: tuple[int, int] = (1_000, 100_000)
-    row_steps: int = 300
+    row_steps: int = 400
+    row_block: int = 20
 
 
-QUICK = Scale(64, {"prior": 1, "decoder": 1}, 2, 8, 1, 8, (70, 140), 10)
+QUICK = Scale(64, {"prior": 1, "decoder": 1}, 2, 8, 1, 8, (70, 140), 10, 2)
 
 
 @dataclass(frozen=True)
@@ -183,14 +184,15 @@ def item4(bench: Bench) -> Iterator[Result]:
         for count, root in roots.items():
             say(f"{count:,} rows, round {number + 1}")
             where = {"pictures": places[count], "few_pictures": places[64], "root": root}
-            found[count].append(machine.child("rows.measure", {**where, "steps": bench.scale.row_steps}, bench.work))
+            how = {"steps": bench.scale.row_steps, "block": bench.scale.row_block}
+            found[count].append(machine.child("rows.measure", {**where, **how}, bench.work))
     yield from compare_rows(found)
 
 
 def compare_rows(found: dict[int, list[dict[str, Any]]]) -> Iterator[Result]:
     few, many = sorted(found)
-    for name, unit, factor in (("step", "ms", 1e3), ("memory", "MB", 1.0)):
-        medians = {count: factor * statistics.median(one[name] for one in found[count]) for count in found}
+    for name, unit in (("step", "bare steps"), ("memory", "MB")):
+        medians = {count: statistics.median(one[name] for one in found[count]) for count in found}
         measured = {f"{count:,} rows {unit}": value for count, value in medians.items()}
         yield Result(4, f"{name}: {many:,} / {few:,} rows", measured, medians[many] / medians[few], 1.05)
     starts = {count: statistics.median(one["start"] for one in found[count]) for count in found}
