@@ -47,6 +47,7 @@ class Scale:
     blocks: dict[str, int] = field(default_factory=lambda: {"prior": 16, "decoder": 8})
     block: int = 10
     pictures: int = 96
+    sides: tuple[int, int] = (256, 400)  # of the pictures, in pixels
     repeats: int = 3
     large_batch: int = 32
     rows: tuple[int, int] = (1_000, 100_000)
@@ -54,7 +55,17 @@ class Scale:
     row_block: int = 20
 
 
-QUICK = Scale(64, {"prior": 1, "decoder": 1}, 2, 8, 1, 8, (70, 140), 10, 2)
+QUICK = Scale(
+    resolution=64,
+    blocks={"prior": 1, "decoder": 1},
+    block=2,
+    pictures=8,
+    repeats=1,
+    large_batch=8,
+    rows=(70, 140),
+    row_steps=10,
+    row_block=2,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Bench:
 
     @cached_property
     def data(self) -> Path:
-        return pictures.write(self.work / "pictures", self.scale.pictures)
+        return pictures.write(self.work / "pictures", self.scale.pictures, self.scale.sides)
 
     @cached_property
     def runner_steps(self) -> dict[str, dict[str, Any]]:
