@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,20 @@ class SampleSettings:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % (1 << 63))
 
 
-class PriorPipeline(diffusers.KandinskyV22PriorPipeline):  # type: ignore[misc]  # untyped
-    """The prior pipeline without its image encoder, by far the largest part, of which it needs one embedding."""
+@cache
+def _without_image_encoder() -> Any:
+    """The prior pipeline without its largest part by far, of which it needs one embedding.
 
-    null_embed: Tensor
+    Made when first used: to import the pipelines is slow, and `quiet_libraries` has to come before.
+    """
 
-    def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
-        return self.null_embed.to(device).repeat(batch_size, 1)
+    class PriorPipeline(diffusers.KandinskyV22PriorPipeline):  # type: ignore[misc]  # untyped
+        null_embed: Tensor
+
+        def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
+            return self.null_embed.to(device).repeat(batch_size, 1)
+
+    return PriorPipeline
 
 
 def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embed: Tensor | None = None) -> Any:
@@ -54,7 +62,7 @@ def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embe
     Args:
         null_embed: (1, E), what `zero_embed` gives: then no image encoder is loaded.
     """
-    cls = diffusers.KandinskyV22PriorPipeline if null_embed is None else PriorPipeline
+    cls = diffusers.KandinskyV22PriorPipeline if null_embed is None else _without_image_encoder()
     pipeline = cls(
         prior=weights.load("prior") if network is None else network,
         image_encoder=weights.load("image_encoder") if null_embed is None else None,
