@@ -174,10 +174,12 @@ def optimizer_step(
             accelerator.backward(result.loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(training.trainable, settings.max_grad_norm or math.inf)
-            training.optimizer.step()
-            training.optimizer.zero_grad()
         losses.append(result.loss.detach())
         samples.append((result.per_sample, result.timesteps))
+    # Accelerate's own `step` looks for a package on the disk whenever it is called; only a loss scaler needs it.
+    optimizer = training.optimizer.optimizer if accelerator.scaler is None else training.optimizer
+    optimizer.step()
+    optimizer.zero_grad()
     training.scheduler.step()
     if training.ema is not None:
         update_average(training.ema, training.trainable)
