@@ -21,8 +21,8 @@ class NoiseSource:
     def __init__(self, seed: int, rank: int, device: torch.device | str) -> None:
         self.seed, self.rank = seed, rank
         self._generator = torch.Generator(device)
-        # What a network draws by itself, as dropout does, comes from torch's global generators. `torch.manual_seed` would
-        # seed them too, but costs milliseconds, and on a machine without CUDA remembers every call.
+        # What a network draws by itself, as dropout does, comes from torch's global generators. `torch.manual_seed`
+        # would seed them too, but costs milliseconds, and on a machine without CUDA remembers every call.
         self._global = [torch.default_generator]
         if self._generator.device.type == "cuda":
             self._global.append(torch.cuda.default_generators[self._generator.device.index or 0])
