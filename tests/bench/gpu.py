@@ -7,9 +7,9 @@ Needs no network, no data set and no MLflow. FOLDER holds the architecture as `p
 `image_encoder.json`, `text_encoder.json`; the default is the small one in `architecture/`. The stages, losses and the
 optimizer step are the runner's own, in bf16 autocast over fp32 weights, with fused AdamW. The rows of each shape:
 
-cached      features in pinned memory of the host, as the runner trains by default
+cached      features on the host, read ahead and pinned as the runner does by default
 compiled    the same, with the network compiled
-online      the frozen encoders, in bf16, in every step; preprocessed pixels come from pinned memory
+online      the frozen encoders, in bf16, in every step, one batch ahead of it
 lora        cached, an adapter of rank 16 trains beside frozen bf16 weights
 published   what a step of the published scripts costs, written after them: encoders in every step, two waits for the
             device, AdamW not fused, no variational term
@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky_exp import adapters, loop
+from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.decoder import DecoderStage
@@ -80,7 +81,6 @@ class Plan:
     steps: int
     warm_up: int
     peak_tflops: float | None
-    channels_last: bool
 
 
 def rows(quick: bool) -> list[Row]:
@@ -120,14 +120,11 @@ def features(row: Row, architecture: Path) -> Features:
 
 
 def stream(row: Row, plan: Plan, stage: DiffusionStage) -> Iterator[Features]:
-    """Batches on the device, from a few that lie on the host; encoded there where the row encodes."""
+    """Batches from a few that lie on the host; encoded on the device where the row encodes."""
     make = examples if row.encodes else features
     ready = [make(row, plan.architecture) for _ in range(4)]
-    if plan.device.type == "cuda":
-        ready = [{name: value.pin_memory() for name, value in batch.items()} for batch in ready]
     for batch in cycle(ready):
-        moved = {name: value.to(plan.device, non_blocking=True) for name, value in batch.items()}
-        yield {**(stage.encode(moved) if row.encodes else moved), "index": torch.arange(row.batch)}
+        yield {**(stage.encode(batch) if row.encodes else batch), "index": torch.arange(row.batch)}
 
 
 # --- steps
@@ -144,8 +141,6 @@ def make_stage(row: Row, plan: Plan) -> DiffusionStage:
     stage: DiffusionStage = cls(weights, resolution=row.resolution, **plain)
     if row.kind == "lora":
         attach_lora(stage.network)
-    if plan.channels_last and row.stage == "decoder":
-        stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if row.kind == "compiled":
         torch._dynamo.reset()
         stage.network.compile()
@@ -166,7 +161,8 @@ def runner_step(row: Row, plan: Plan) -> Callable[[], object]:
     trainable = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    prepared, prepared_optimizer = accelerator.prepare(stage.network, optimizer)
+    network = stage.place(plan.device, mixed_precision=True)
+    prepared, prepared_optimizer = accelerator.prepare(network, optimizer)
     training = loop.Training(stage, prepared.train(), prepared_optimizer, schedule, None)
     settings = loop.LoopSettings(
         max_steps=1 << 30,
@@ -178,7 +174,7 @@ def runner_step(row: Row, plan: Plan) -> Callable[[], object]:
         total_batch=row.batch,
         progress=False,
     )
-    batches, noise = stream(row, plan, stage), NoiseSource(0, 0, plan.device)
+    batches, noise = prefetch(stream(row, plan, stage), plan.device), NoiseSource(0, 0, plan.device)
     return lambda: loop.optimizer_step(training, batches, noise, accelerator, settings)
 
 
@@ -194,7 +190,7 @@ def published_step(row: Row, plan: Plan) -> Callable[[], object]:
     alphas = stage.alphas_cumprod.to(plan.device)
 
     def step() -> float:
-        given = next(batches)
+        given = {name: value.to(plan.device) for name, value in next(batches).items()}
         clean = stage.clean(given) if row.stage == "decoder" else given["image_embeds"].float()
         noise, timesteps = torch.randn_like(clean), torch.randint(len(alphas), (row.batch,), device=plan.device)
         alpha = alphas[timesteps].view(-1, *[1] * (clean.ndim - 1))
@@ -326,7 +322,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the device")
-    parser.add_argument("--channels-last", action="store_true", help="for the decoder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -335,7 +330,7 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = arguments.peak_tflops or known_peak(name)
     steps, warm_up = (2, 1) if arguments.quick else (arguments.steps, arguments.warm_up)
-    plan = Plan(arguments.architecture, device, steps, warm_up, peak, arguments.channels_last)
+    plan = Plan(arguments.architecture, device, steps, warm_up, peak)
     chosen = [row for row in rows(arguments.quick) if any(fnmatch(row.name, one) for one in arguments.rows)]
     if not chosen:
         sys.exit(f"no row is named so; there are {', '.join(row.name for row in rows(arguments.quick))}")

@@ -44,10 +44,10 @@ class Scale:
     """How much is measured."""
 
     resolution: int = 256
-    blocks: dict[str, int] = field(default_factory=lambda: {"prior": 16, "decoder": 8})
+    blocks: dict[str, int] = field(default_factory=lambda: {"prior": 40, "decoder": 10})
     block: int = 10
     pictures: int = 96
-    sides: tuple[int, int] = (256, 400)  # of the pictures, in pixels
+    sides: tuple[int, int] = (512, 768)  # of the pictures, in pixels: fine-tuning sets are rarely smaller
     repeats: int = 3
     large_batch: int = 32
     rows: tuple[int, int] = (1_000, 100_000)
