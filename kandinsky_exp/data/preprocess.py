@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
 from typing import IO, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from kandinsky_exp.data.buckets import Size, nearest_bucket
 
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 MIN_SIDE = 8  # pixels
+MAX_SHAPE = 50  # long sides per short side: CLIP scales the short side to 224, and the long one with it
 MAX_PIXELS = 178_956_970  # where Pillow suspects an attack; one channel of 32 bits would be 716 MB
 
 # Pillow warns from here on and refuses twice as much, both before the picture can be asked for its size.
@@ -47,6 +47,8 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(_too_large(f"{width:,} x {height:,} pixels"))
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width} x {height} pixels, too small to learn from (the least is {MIN_SIDE} a side)")
+    if max(width, height) > MAX_SHAPE * min(width, height):
+        raise ValueError(f"{width:,} x {height:,} pixels, longer than {MAX_SHAPE} times its other side; crop it")
 
 
 def _too_large(size: str) -> str:
@@ -164,7 +166,8 @@ class Preprocess:
         processor = self.image_processor.to_dict() if self.image_processor is not None else None
         tokenizer = None
         if self.tokenizer is not None:
-            vocabulary = repr(sorted(self.tokenizer.get_vocab().items(), key=itemgetter(1)))
-            tokenizer = [vocabulary, self.tokenizer.model_max_length, self.tokenizer.pad_token_id]
+            rules = self.tokenizer.backend_tokenizer.to_str()  # normaliser, vocabulary, merges and all
+            rules = rules[rules.index('"added_tokens"') :]  # before these: truncation and padding of the last call
+            tokenizer = [rules, self.tokenizer.model_max_length, self.tokenizer.pad_token_id]
         parts = json.dumps([processor, tokenizer, self.resolution, self.buckets], sort_keys=True, default=str)
         return hashlib.sha256(parts.encode()).hexdigest()
