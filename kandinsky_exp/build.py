@@ -226,6 +226,7 @@ def encode_settings(cfg: DictConfig, device: torch.device) -> EncodeSettings:
     return EncodeSettings(
         dtype=cfg.data.cache_dtype,
         batch_size=cfg.data.encode_batch or encode_batch(cfg, device),
+        fixed_batch=cfg.data.encode_batch is not None,
         workers=cfg.data.encode_workers,
         mirrored=cfg.data.flip,
         skip_bad=cfg.data.on_error == "skip",

@@ -83,6 +83,7 @@ def problems(cfg: DictConfig, *, quick: bool = False) -> list[str]:
     root = max(ROOTS, key=lambda schema: len(_hints(schema).keys() & values.keys()))
     if values.get("list") or values.get("remove"):  # `encode` reads no data then: what has to be given need not be
         values["data"] = {key: "." if value == "???" else value for key, value in values["data"].items()}
+        quick = True  # nor does it build anything, and a second is long for a list
     wrong = dict(_check_schema(values, root))
     good = {key: value for key, value in _leaves(values) if key not in wrong and value != "???"}
     wrong |= {key: text for key, text in _check_files(good) if key not in wrong}

@@ -1,12 +1,12 @@
 """The verb `encode`: what a cached run does first, for its own sake; and what is there already."""
 
 import logging
+from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, processes, workspace
+from kandinsky_exp import config
 from kandinsky_exp.data import cache
-from kandinsky_exp.readers import ReadSettings, open_readers
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +18,31 @@ def encode(cfg: DictConfig) -> None:
         UserError: the config, the data or the weights are not usable, or there is no room.
     """
     config.validate(cfg)
-    folder = build.cache_folder(cfg)
     if cfg.list or cfg.remove:
-        if cfg.remove:
-            print(f"{cache.remove(folder, list(cfg.remove)) / 1e6:,.1f} MB removed")
-        print(cache.listing(folder))
-        return
+        _show(cfg)
+    else:
+        _encode(cfg)
+
+
+def _show(cfg: DictConfig) -> None:
+    folder = Path(cfg.output_root).expanduser() / "cache"
+    if cfg.remove:
+        names = [cfg.remove] if isinstance(cfg.remove, str) else list(cfg.remove)
+        print(f"{cache.remove(folder, names) / 1e6:,.1f} MB removed")
+    print(cache.listing(folder))
+
+
+def _encode(cfg: DictConfig) -> None:
+    # Here, because they import torch: `_show` is done in a second.
+    from kandinsky_exp import build, processes, workspace
+    from kandinsky_exp.readers import ReadSettings, open_readers
+
+    folder = build.cache_folder(cfg)
     processes.quiet_libraries()
     with processes.stop_signals(), processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         weights = build.weights(cfg)
         splits = build.data(cfg)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not folder.is_dir():  # one on a read-only disk may hold all that is needed
             workspace.make_root(folder)
         build.check_data(cfg, splits)
         stage = build.bare_stage(cfg, weights)

@@ -47,7 +47,7 @@ Seed = Annotated[int, SEED]
 Side = Annotated[int, SIDE]
 Name = Annotated[str, FOLDER_NAME]
 Prompts = list[Text] | Text
-Names = list[Text]
+Names = list[Text] | Text
 
 
 @dataclass

@@ -2,11 +2,17 @@
 
 import json
 import os
+import pty
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +25,12 @@ from test_features import DecoderEncoders, PriorEncoders, encode
 from kandinsky_exp import cli
 from kandinsky_exp.data import cache, encoding, sources
 from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
+from kandinsky_exp.data.examples import Example, Indexed
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
+from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, removal
+from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler, choose_mirror
-from kandinsky_exp.data.table import CAPTIONS, IMAGES, META, FeatureTable
+from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.encode import encode as encode_verb
 from kandinsky_exp.errors import ConfigError, DataError
 
@@ -91,9 +100,24 @@ def test_another_batch_size_begins_anew(prior, tmp_path):
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     with pytest.raises(KeyboardInterrupt):
         encode(source, Stopping(encoding.CHUNK), tmp_path / "parts", batch_size=8)
-    stage = PriorEncoders()
-    encode(source, stage, tmp_path / "parts", batch_size=4)
+    stage, said = PriorEncoders(), []
+    encode(source, stage, tmp_path / "parts", batch_size=4, log=said.append)
     assert stage.images == rows
+    assert "was begun with batches of 8: encoding again" in said[0]
+
+
+def test_a_batch_size_that_nobody_chose_is_that_of_the_first_process(prior, tmp_path):
+    rows = encoding.CHUNK + 4
+    source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, Stopping(encoding.CHUNK), tmp_path / "parts", batch_size=8)
+    torch.manual_seed(0)
+    stage = PriorEncoders()
+    table = encode(source, stage, tmp_path / "parts", batch_size=64, fixed_batch=False)
+    assert (stage.images, table.meta["batch_size"]) == (4, 8)
+    encode(source, prior, tmp_path / "whole", batch_size=8)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
 KILLED = """
@@ -137,7 +161,9 @@ def test_a_flipped_bit_is_an_error_never_a_wrong_batch(prior, tmp_path, file):
         try:
             assert everything(folder) == good  # padding and other bytes without meaning
         except (DataError, OSError, ValueError, KeyError) as error:  # all but the first: the table is made again
-            damaged += "is damaged; remove it with `kandinsky-exp encode remove=0123abcd`" in str(error)
+            damaged += "is damaged; remove the table with `kandinsky-exp encode 'remove=[0123abcd]' output" in str(
+                error
+            )
     assert damaged >= 5
 
 
@@ -145,6 +171,31 @@ def everything(folder: Path) -> list[dict[str, list[float]]]:
     table = FeatureTable(folder)
     rows = [table.row(index, caption) for index in range(len(table)) for caption in range(table.captions(index))]
     return [{name: value.tolist() for name, value in row.items()} for row in rows]
+
+
+def test_what_the_machine_cannot_read_now_is_not_removed(prior, tmp_path):
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)])).train
+    encode(source, prior, tmp_path / "key")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(64)]  # no hole is left below the limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 1, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot be read \(Too many open files\); they were left as they are"):
+            encode(source, prior, tmp_path / "key")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in spare:
+            os.close(descriptor)
+    assert len(encode(source, Stopping(0), tmp_path / "key")) == 1
+
+
+def test_a_damaged_table_is_removed_only_by_who_may_make_it_again(prior, tmp_path):
+    encode(sources.folder(write_pictures(tmp_path / "set", [(16, 16)])).train, prior, tmp_path / "key")
+    (tmp_path / "key" / META).write_text("{")
+    assert cache.open_table(tmp_path / "key", print) is None
+    assert (tmp_path / "key" / META).exists()
+    assert cache.open_table(tmp_path / "key", print, mend=True) is None
+    assert not (tmp_path / "key").exists()
 
 
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path):
@@ -160,18 +211,160 @@ def test_a_cache_that_cannot_be_written_is_named(prior, tmp_path):
         encode(source, prior, tmp_path / "cache" / "key")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a disk")
+@contextmanager
+def read_only(folder: Path):
+    """A folder whose disk takes no writes, not even root's."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs root to mount a disk")
+    if subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def test_a_table_on_a_read_only_disk_serves(prior, tmp_path):
     source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * 2)).train
     encode(source, prior, tmp_path / "cache" / "key")
-    if subprocess.run(["mount", "--bind", "-o", "ro", tmp_path / "cache", tmp_path / "cache"], check=False).returncode:
-        pytest.skip("this machine mounts nothing")
-    try:
+    encode(source, prior, tmp_path / "cache" / "damaged")
+    (tmp_path / "cache" / "damaged" / META).write_text("{")
+    with read_only(tmp_path / "cache"):
         assert len(encode(source, prior, tmp_path / "cache" / "key")) == 2
-        with pytest.raises(DataError, match="Read-only file system"):
-            encode(source, prior, tmp_path / "cache" / "other")
-    finally:
-        subprocess.run(["umount", tmp_path / "cache"], check=True)
+        said = []
+        for name in ("other", "damaged"):
+            with pytest.raises(DataError, match=r"cannot be written to .* \(Read-only file system\); set output_root"):
+                encode(source, prior, tmp_path / "cache" / name, log=said.append)
+        assert len(said) == 1
+        assert "are damaged" in said[0]
+        with pytest.raises(ConfigError, match=r"remove: .* cannot be removed \(Read-only file system\)"):
+            cache.remove(tmp_path / "cache", ["key"])
+
+
+def test_the_verb_needs_no_writable_disk_for_what_is_encoded(tmp_path, capfd):
+    verb(tmp_path, "model=prior")
+    with read_only(tmp_path / "cache"):
+        verb(tmp_path, "model=prior")
+    assert "found in" in capfd.readouterr().err
+
+
+# ---- other things that go wrong
+
+
+class Few(Indexed):
+    """Examples of which the third is read by `read`."""
+
+    name = "few"
+
+    def __init__(self, folder, read, breaks=False):
+        self.parent, self.read, self.breaks = sources.folder(folder).train, read, breaks
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        if row == 2 and self.breaks:
+            raise OSError(5, "Input/output error")
+        found = self.parent[row]
+        return Example(found.id, found.captions, self.read, found.where) if row == 2 else found
+
+    def fingerprint(self, digests):
+        return "few"
+
+
+def dies() -> bytes:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return b""
+
+
+def test_a_worker_that_dies_is_an_error_with_a_cure(prior, tmp_path):
+    source = Few(write_pictures(tmp_path / "set", [(16, 16)] * 4), dies)
+    with pytest.raises(
+        DataError, match=r"data\.encode_workers: the processes that read images failed .*; set data\.encode_workers=0"
+    ):
+        encode(source, prior, tmp_path / "key", workers=1, batch_size=1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_breaks_off_is_not_the_output_disk(prior, tmp_path, workers):
+    source = Few(write_pictures(tmp_path / "set", [(16, 16)] * 4), dies, breaks=True)
+    with pytest.raises(DataError, match=r"cannot be read any further \(.*Input/output error") as caught:
+        encode(source, prior, tmp_path / "key", workers=workers, batch_size=1)
+    assert "output_root" not in str(caught.value)
+
+
+class Choosy:
+    """An image processor that stumbles over one image."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, images, return_tensors):
+        if images.width == 17:
+            raise IndexError("list index out of range")
+        return self.processor(images=images, return_tensors=return_tensors)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_an_example_does_to_a_processor_is_said_of_that_example(prior, tmp_path, workers):
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16), (17, 16), (16, 16)])).train
+    stage = PriorEncoders()
+    stage.preprocess = Preprocess(Choosy(stage.preprocess.image_processor), stage.preprocess.tokenizer, None)
+    with pytest.raises(DataError, match=r"line 2: image 1\.png: IndexError: list index out of range"):
+        encode(source, stage, tmp_path / "key", workers=workers)
+    assert encode(source, stage, tmp_path / "skipped", workers=workers, skip_bad=True).ids == ["0.png", "2.png"]
+
+
+def test_a_strip_is_refused_before_it_is_blown_up(prior, tmp_path):
+    source = sources.folder(write_pictures(tmp_path / "set", [(400, 8), (8, 401)])).train
+    with pytest.raises(DataError, match=r"line 2: image 1\.png: 8 x 401 pixels, longer than 50 times") as caught:
+        encode(source, prior, tmp_path / "key")
+    assert "0.png" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "cure"), [(4, r"data\.encode_batch=2 \(it is 4\) or precision"), (1, "precision=bf16")]
+)
+def test_encoders_without_memory_ask_for_smaller_batches(tmp_path, size, cure):
+    class Large(PriorEncoders):
+        def encode(self, examples):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0")
+
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * 2)).train
+    with pytest.raises(DataError, match=rf"memory \(CUDA out of memory.* 9 GiB\.\); set {cure}"):
+        encode(source, Large(), tmp_path / "key", batch_size=size)
+
+
+# ---- what it says of itself
+
+
+def test_it_is_announced_once_also_with_batches_as_large_as_a_chunk(prior, tmp_path):
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * (encoding.CHUNK * 2 + 1))).train
+    said = []
+    encode(source, prior, tmp_path / "key", batch_size=encoding.CHUNK, log=said.append)
+    assert [text.split()[0] for text in said] == ["encoding", "encoded"]
+
+
+SHOWN_ON_A_TERMINAL = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from test_encode import Path, PriorEncoders, encode, sources
+encode(sources.folder(sys.argv[1]).train, PriorEncoders(), Path(sys.argv[2]), batch_size=4)
+"""
+
+
+def test_the_bar_reaches_its_end(tmp_path):
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * 10)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", SHOWN_ON_A_TERMINAL, folder, tmp_path / "key", Path(__file__).parent]
+    termios.tcsetwinsize(theirs, (24, 100))
+    subprocess.run(command, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "100%" in shown
+    assert "10/10" in shown
+    assert " 4/10" in shown  # the first batch was done when the bar began
 
 
 # ---- skipping
@@ -204,8 +397,32 @@ def test_bad_examples_are_left_out_and_listed(prior, tmp_path):
 def test_a_table_with_gaps_is_refused_where_gaps_are_errors(prior, tmp_path):
     source = sources.folder(spoiled(tmp_path / "set")).train
     encode(source, prior, tmp_path / "key", skip_bad=True)
-    with pytest.raises(DataError, match=r"1\.png"):
+    with pytest.raises(DataError, match=r"1\.png") as caught:
         encode(source, prior, tmp_path / "key")
+    assert "if they were mended meanwhile: kandinsky-exp encode 'remove=[key]'" in str(caught.value)
+
+
+def test_a_part_with_gaps_is_refused_at_once_where_gaps_are_errors(tmp_path):
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * (encoding.CHUNK + 4))
+    (folder / "1.png").write_text("no picture")
+    source = sources.folder(folder).train
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, Stopping(encoding.CHUNK - 1), tmp_path / "key", batch_size=8, skip_bad=True)
+    stage = PriorEncoders()
+    with pytest.raises(DataError, match=r"image 1\.png(.|\n)*remove=\[key\]"):
+        encode(source, stage, tmp_path / "key", batch_size=8)
+    assert stage.images == 0
+
+
+def test_all_that_was_left_out_is_logged(prior, tmp_path):
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * 9)
+    for index in range(1, 8):
+        (folder / f"{index}.png").write_text("no picture")
+    source = sources.folder(folder).train
+    for _ in range(2):  # also when the table is there already
+        said = []
+        encode(source, prior, tmp_path / "key", skip_bad=True, log=said.append)
+        assert said[-1].count(".png: not an image") == 7
 
 
 def test_several_bad_examples_are_named_at_once(prior, tmp_path):
@@ -374,6 +591,74 @@ def test_tables_are_listed_and_removed(tmp_path, capsys):
     verb(tmp_path, "remove=[all]")
     assert cache.entries(tmp_path / "cache") == []
     assert "holds no encoded features" in capsys.readouterr().out
+
+
+def test_the_command_that_a_message_gives_works_as_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for root in ("outputs", "plain", "a b, (c)", "it's=[1]"):
+        folder = Path(root) / "cache" / "t0e12345678"
+        folder.mkdir(parents=True)
+        (folder / META).write_text('{"images": 1}')
+        cli.main(shlex.split(removal(folder))[1:])
+        assert not folder.exists()
+    assert removal(Path("outputs/cache/t0e12345678")) == "kandinsky-exp encode 'remove=[t0e12345]'"
+
+
+def test_one_name_needs_no_brackets(tmp_path):
+    verb(tmp_path, "model=prior", "data.max_samples=4")
+    first, second = cache.entries(tmp_path / "cache")
+    verb(tmp_path, f"remove={first.name[:8]}")
+    assert [entry.name for entry in cache.entries(tmp_path / "cache")] == [second.name]
+
+
+def test_removing_all_leaves_nothing_behind(tmp_path):
+    verb(tmp_path, "model=prior", "data.max_samples=4")
+    folder = tmp_path / "cache"
+    (folder / "t01.partial").mkdir()
+    (folder / "t01.partial" / IMAGES).write_bytes(b"no progress was written yet")
+    (folder / "null-x.part").write_bytes(b"half")
+    (folder / ".files-abc").write_bytes(b"half")
+    (folder / "mine.txt").write_text("not ours")
+    verb(tmp_path, "remove=[all]")
+    assert [path.name for path in folder.iterdir() if not path.name.startswith("tiny-")] == ["mine.txt"]
+
+
+def test_a_table_in_the_making_is_not_removed(tmp_path):
+    (tmp_path / "t01.partial").mkdir()
+    (tmp_path / "t01.partial" / IMAGES).touch()
+    with cache.locked(tmp_path / "t01", print):
+        for names in (["t01"], ["all"]):
+            with pytest.raises(ConfigError, match="another process is encoding into t01; wait for it"):
+                cache.remove(tmp_path, names)
+    assert [entry.about for entry in cache.entries(tmp_path)] == ["not complete"]
+
+
+def test_what_vanishes_meanwhile_is_not_listed(tmp_path):
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            for name in ("t01", "t02.partial"):
+                (tmp_path / name).mkdir()
+                for file in (IMAGES, META):
+                    (tmp_path / name / file).touch()
+                shutil.rmtree(tmp_path / name)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            cache.listing(tmp_path)
+    finally:
+        stop.set()
+        other.join()
+
+
+def test_listing_needs_no_torch(tmp_path):
+    command = "import sys; from kandinsky_exp import cli; cli.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command, "encode", "list=true"], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", command, "encode", "remove=all"], cwd=tmp_path, check=True)
 
 
 def test_the_last_use_is_that_of_the_last_run(tmp_path):

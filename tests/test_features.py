@@ -1,7 +1,10 @@
 """Encoding once into a table: exact, atomic, mapped from disk, and equal to encoding on the fly."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -9,18 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
 from kandinsky_exp.data.encode import cache_key, encode_table
 from kandinsky_exp.data.encoding import EncodeSettings
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, collate
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
 from kandinsky_exp.data.journal import Journal
+from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META
+from kandinsky_exp.data.loading import collate
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler
-from kandinsky_exp.data.table import CAPTIONS, IMAGES, META, FeatureTable
+from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.tiny import architecture
 
@@ -307,7 +314,36 @@ def test_the_key_follows_all_that_the_table_depends_on():
     assert len(set(keys)) == len(keys)
     # How fast it is encoded, and whether bad examples are forgiven, changes nothing in a table.
     assert cache_key("data", "encoder", prior, EncodeSettings("fp16", 64, workers=4, skip_bad=True)) == keys[0]
-    assert all(key.isalnum() and len(key) == 32 for key in keys)
+    assert all(key.isalnum() and len(key) == 32 and key[0] == "t" for key in keys)  # no beginning is a number
+
+
+def prior_fingerprint(tokenizer):
+    return Preprocess(None, tokenizer, None).fingerprint()
+
+
+def test_the_fingerprint_follows_the_tokenizers_rules_and_not_its_use():
+    tokenizer = architecture.tokenizer()
+    before = prior_fingerprint(tokenizer)
+    Preprocess(None, tokenizer, None).tokenize(["a cat"])  # leaves truncation and padding in the tokenizer
+    assert prior_fingerprint(tokenizer) == before
+    command = (
+        "from test_features import architecture, prior_fingerprint; print(prior_fingerprint(architecture.tokenizer()))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "3"}
+    told = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == before
+    prints = [before]
+    for change in (lambda rules: rules["model"]["merges"].pop(), lambda rules: rules.update(normalizer=None)):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        change(rules)
+        other = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(rules)),
+            model_max_length=tokenizer.model_max_length,
+            pad_token=tokenizer.pad_token,
+        )
+        assert other.get_vocab() == tokenizer.get_vocab()
+        prints.append(prior_fingerprint(other))
+    assert len(set(prints)) == 3
 
 
 # ---- what cannot be encoded
@@ -374,7 +410,7 @@ def anonymous_megabytes():
 def large_table(folder, rows):
     """A table of 100 KB a row, written without an encoder."""
     latents = np.random.default_rng(0).random((16, 4, 80, 80), np.float32)
-    journal = Journal(folder.with_name("partial"), 16)
+    journal = Journal(folder.with_name("partial"), 16, print)
     for start in range(0, rows, 16):
         columns = {
             "id": [f"{start + row}.png" for row in range(16)],

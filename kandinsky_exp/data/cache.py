@@ -1,61 +1,120 @@
 """The folder of encoded features: finding a table, keeping others out while it is made, listing and removing."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from kandinsky_exp.data.journal import PROGRESS
+from kandinsky_exp.data.layout import IMAGES, META, PROGRESS
 from kandinsky_exp.data.progress import Log
-from kandinsky_exp.data.table import META, FeatureTable
 from kandinsky_exp.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from kandinsky_exp.data.table import FeatureTable
+
 SPARE = 1.05  # of what a table is thought to need
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
+PARTIAL = ".partial"
+LEFTOVERS = ("null-*", "files-*.arrow", ".files-*", "*.aside", "*.part")  # what runs keep beside tables, or half wrote
 
 
 def partial(folder: Path) -> Path:
     """Where a table is made."""
-    return folder.with_name(f"{folder.name}.partial")
+    return folder.with_name(f"{folder.name}{PARTIAL}")
 
 
-def open_table(folder: Path, log: Log) -> FeatureTable | None:
-    """The table in a folder, None if there is none; a damaged one is removed, so that it is made again.
+def open_table(folder: Path, log: Log, *, mend: bool = False) -> "FeatureTable | None":
+    """The table in a folder, None if there is none that is whole.
 
     A complete table never changes: neither a lock nor a writable disk is needed to read it.
+
+    Args:
+        mend: remove a damaged one, so that it can be made again. Only for who has it `locked`.
+
+    Raises:
+        DataError: there is something that could not be read, which may be the machine's fault.
     """
-    if not folder.exists():
-        return None
+    from kandinsky_exp.data.table import FeatureTable  # needs torch, as listing and removing do not
+
     try:
+        if not folder.exists():
+            return None
         table = FeatureTable(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log(f"the encoded features in {folder} are damaged ({error}); encoding again")
-        shutil.rmtree(folder)
+    except DAMAGE as error:
+        if not mend:
+            log(f"the encoded features in {folder} are damaged ({error})")
+            return None
+        with writing(folder):
+            shutil.rmtree(folder)
+        log("they were removed; encoding again")
         return None
+    except (OSError, MemoryError) as error:
+        raise DataError(
+            f"the encoded features in {folder} cannot be read ({_reason(error)}); they were left as they are: give the "
+            "same command again once that is mended, or set output_root to another folder"
+        ) from error
     with contextlib.suppress(OSError):  # its time is that of its last use; a read-only disk keeps none
-        (folder / META).touch()
+        os.utime(folder / META)
     return table
 
 
 @contextmanager
 def locked(folder: Path, log: Log) -> Iterator[None]:
-    """Alone with a table in the making."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Alone with a table in the making.
+
+    Raises:
+        DataError: no lock can be put there.
+    """
     lock = FileLock(folder.parent / f"{folder.name}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        log(f"another process is encoding into {folder}; waiting for it")
-        lock.acquire()
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log(f"another process is encoding into {folder}; waiting for it")
+            lock.acquire()
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what changes the disk that tables lie on, and around nothing else: errors are the disk's.
+
+    Raises:
+        DataError: it is full or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(_about_disk(folder, error)) from error
+
+
+def _about_disk(folder: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"output_root: the disk of {folder.parent} is full. What was encoded so far stays: make room and give the "
+            "same command again, or set output_root to another disk (kandinsky-exp encode list=true shows the caches)"
+        )
+    return (
+        f"output_root: encoded features cannot be written to {folder.parent} ({_reason(error)}); set output_root to a "
+        "folder that can, or data.cache=false to train without them"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def refuse_if_no_room(folder: Path, needed: int) -> None:
@@ -67,7 +126,8 @@ def refuse_if_no_room(folder: Path, needed: int) -> None:
     Raises:
         DataError: the disk has less than that, and a little to spare.
     """
-    free = shutil.disk_usage(folder).free
+    with writing(folder):
+        free = shutil.disk_usage(folder).free
     if needed * SPARE > free:
         raise DataError(
             f"output_root: the encoded features need {needed / 1e9:,.2f} GB and the disk of {folder.parent} has "
@@ -91,48 +151,89 @@ class Entry:
     bytes: int
     used: float
 
+    @property
+    def lock(self) -> str:
+        """Name of the lock of who makes it."""
+        return f"{self.name.removesuffix(PARTIAL)}.lock"
+
+    def is_named(self, name: str) -> bool:
+        """By its beginning, or by `all`."""
+        return name == "all" or (name != "" and self.name.startswith(name))
+
 
 def entries(cache: Path) -> list[Entry]:
     """All tables in a cache folder, the last used first."""
-    folders = [folder for folder in cache.glob("*") if (folder / META).is_file() or (folder / PROGRESS).is_file()]
-    return sorted(map(_entry, folders), key=lambda entry: -entry.used)
+    found = [entry for folder in cache.glob("*") if (entry := _entry(folder)) is not None]
+    return sorted(found, key=lambda entry: -entry.used)
 
 
-def _entry(folder: Path) -> Entry:
-    complete = (folder / META).is_file()
-    file = folder / (META if complete else PROGRESS)
-    size = sum(part.stat().st_size for part in folder.iterdir())
+def _entry(folder: Path) -> Entry | None:
+    """None for what is no table, and for one that another process removes or finishes meanwhile."""
+    try:
+        file = next((folder / name for name in (META, PROGRESS, IMAGES) if (folder / name).is_file()), None)
+        if file is None:
+            return None
+        size = sum(part.stat().st_size for part in folder.iterdir())
+        used = file.stat().st_mtime
+    except OSError:
+        return None
     try:
         facts = json.loads(file.read_text("utf-8"))
         about = " ".join(str(facts[key]) for key in ("stage", "source", "dtype") if key in facts)
         images = int(facts["images"])
     except (OSError, ValueError, KeyError, TypeError):
-        return Entry(folder.name, "damaged", 0, size, file.stat().st_mtime)
-    return Entry(folder.name, about if complete else "not complete", images, size, file.stat().st_mtime)
+        about = "not complete" if folder.name.endswith(PARTIAL) else "damaged"
+        return Entry(folder.name, about, 0, size, used)
+    return Entry(folder.name, about if file.name == META else "not complete", images, size, used)
 
 
 def remove(cache: Path, names: list[str]) -> int:
-    """Remove tables by their names or the beginnings of these; `all` is every one. Returns the bytes that became free.
+    """Remove tables by their names or the beginnings of these. Returns the bytes that became free.
+
+    `all` is every one, and all that runs keep beside them.
 
     Raises:
-        ConfigError: nothing is named so, or another process is encoding into it. Nothing was removed then.
+        ConfigError: nothing is named so, or another process is encoding into it, and nothing was removed; or the disk
+            does not let go of it.
     """
     found = entries(cache)
-    chosen = {entry for name in names for entry in found if name == "all" or (name and entry.name.startswith(name))}
-    unknown = [name for name in names if name != "all" and not any(entry.name.startswith(name) for entry in chosen)]
+    unknown = [name for name in names if name != "all" and not any(entry.is_named(name) for entry in found)]
     if unknown:
         known = ", ".join(entry.name[:8] for entry in found) or "none"
         raise ConfigError(f"remove: no encoded features are named {', '.join(unknown)} in {cache}; there are {known}")
-    with contextlib.ExitStack() as held:
-        for entry in chosen:
-            lock = FileLock(cache / f"{entry.name.removesuffix('.partial')}.lock")
-            try:
-                held.enter_context(lock.acquire(timeout=0))
-            except Timeout:
-                raise ConfigError(f"remove: another process is encoding into {entry.name}; wait for it") from None
-        for entry in chosen:
-            shutil.rmtree(cache / entry.name)
-    return sum(entry.bytes for entry in chosen)
+    locks = {entry.lock for entry in found if any(map(entry.is_named, names))}
+    try:
+        with contextlib.ExitStack() as held:
+            for lock in sorted(locks):
+                _hold(held, cache / lock)
+            # One in the making may have become complete, or have gone, before its lock was free.
+            chosen = [entry for entry in entries(cache) if entry.lock in locks and any(map(entry.is_named, names))]
+            for entry in chosen:
+                shutil.rmtree(cache / entry.name)
+        return sum(entry.bytes for entry in chosen) + (_sweep(cache) if "all" in names else 0)
+    except OSError as error:
+        raise ConfigError(f"remove: {error.filename or cache} cannot be removed ({_reason(error)})") from error
+
+
+def _hold(held: contextlib.ExitStack, lock: Path) -> None:
+    try:
+        held.enter_context(FileLock(lock).acquire(timeout=0))
+    except Timeout:
+        raise ConfigError(f"remove: another process is encoding into {lock.stem}; wait for it") from None
+
+
+def _sweep(cache: Path) -> int:
+    """Remove what runs keep beside the tables; the bytes that became free."""
+    freed = 0
+    for lock in cache.glob("*.lock"):
+        with contextlib.suppress(Timeout), FileLock(lock).acquire(timeout=0):  # another process holds it: it stays
+            lock.unlink(missing_ok=True)
+    for pattern in LEFTOVERS:
+        for file in filter(Path.is_file, cache.glob(pattern)):
+            with contextlib.suppress(FileNotFoundError):
+                freed += file.stat().st_size
+                file.unlink()
+    return freed
 
 
 def listing(cache: Path) -> str:

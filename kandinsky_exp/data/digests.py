@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from kandinsky_exp.data.progress import Log
 from kandinsky_exp.errors import DataError
 
 MISSING = bytes(32)  # stands for a file that cannot be read
@@ -26,7 +27,6 @@ SETTLED = 2_000_000_000  # ns: a file may change again within one tick of a coar
 
 Integers = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-Log = Callable[[str], None]
 
 
 class Hash(Protocol):

@@ -1,9 +1,10 @@
 """Encode a data set once: every image and every caption through the frozen encoders, into a table on disk."""
 
-import errno
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from kandinsky_exp.data import cache
 from kandinsky_exp.data.encoding import Encoder, EncodeSettings, Walk
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.journal import Journal
-from kandinsky_exp.data.metadata import first_few
+from kandinsky_exp.data.layout import removal
+from kandinsky_exp.data.metadata import SHOWN, first_few
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.progress import Log
 from kandinsky_exp.data.table import FORMAT, FeatureTable
@@ -19,9 +21,9 @@ from kandinsky_exp.errors import DataError
 
 
 def cache_key(source_fingerprint: str, encoder_fingerprint: str, preprocess: Preprocess, how: EncodeSettings) -> str:
-    """Name of the folder of a table: all that its content depends on."""
+    """Name of the folder of a table: all that its content depends on. It begins with a letter that no number has."""
     parts = [FORMAT, source_fingerprint, encoder_fingerprint, preprocess.fingerprint(), how.dtype, how.mirrored]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return "t" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:31]
 
 
 def encode_table(
@@ -46,50 +48,58 @@ def encode_table(
 
     Raises:
         DataError: for an unreadable image or a missing caption, unless these are skipped; for features that the dtype
-            cannot hold; for a disk that is full or cannot be written.
+            cannot hold; for a disk that is full or cannot be written; for want of memory.
     """
     table = cache.open_table(folder, log)
-    if table is None:
-        try:
-            with cache.locked(folder, log):
-                table = cache.open_table(folder, log)  # another process may have made it meanwhile
-                if table is None:
-                    with nullcontext() if encoders is None else encoders:
-                        _encode(source, stage, folder, how, log, about or {})
-                    return _accepted(FeatureTable(folder), how)
-        except OSError as error:
-            raise DataError(_about_disk(folder, error)) from error
-    log(f"encoded features of {len(table):,} images found in {folder}")
-    return _accepted(table, how)
+    if table is not None:
+        return _found(table, how, log)
+    with cache.locked(folder, log):
+        table = cache.open_table(folder, log, mend=True)  # another process may have made it meanwhile
+        if table is not None:
+            return _found(table, how, log)
+        _encode(source, stage, folder, how, log, nullcontext() if encoders is None else encoders, about or {})
+        table = cache.open_table(folder, log)
+        assert table is not None  # made just now, and the lock is held
+        return _accepted(table, how, log)
 
 
-def _accepted(table: FeatureTable, how: EncodeSettings) -> FeatureTable:
-    if table.skipped and not how.skip_bad:
-        raise DataError(first_few(table.skipped))
+def _found(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
+    log(f"encoded features of {len(table):,} images found in {table.folder}")
+    return _accepted(table, how, log)
+
+
+def _accepted(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
+    _refuse_gaps(table.skipped, table.folder, how)
+    if len(table.skipped) > SHOWN:  # whoever opens the table names the first few of them
+        log("all examples that were left out:\n" + "\n".join(table.skipped))
     return table
 
 
-def _about_disk(folder: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"output_root: the disk of {folder.parent} is full. What was encoded so far stays: make room and give the "
-            "same command again, or set output_root to another disk (kandinsky-exp encode list=true shows the caches)"
+def _refuse_gaps(skipped: Sequence[str], folder: Path, how: EncodeSettings) -> None:
+    if skipped and not how.skip_bad:
+        raise DataError(
+            f"{first_few(skipped)}\n(data.on_error=skip leaves such examples out and lists them; if they were mended "
+            f"meanwhile: {removal(folder)})"
         )
-    return (
-        f"output_root: encoded features cannot be written to {folder.parent} ({error.strerror or error}); set "
-        "output_root to a folder that can, or data.cache=false to train without them"
-    )
 
 
 def _encode(
-    source: Source, stage: Encoder, folder: Path, how: EncodeSettings, log: Log, about: dict[str, object]
+    source: Source,
+    stage: Encoder,
+    folder: Path,
+    how: EncodeSettings,
+    log: Log,
+    encoders: AbstractContextManager[Any],
+    about: dict[str, object],
 ) -> None:
-    journal = Journal(cache.partial(folder), how.batch_size)
+    journal = Journal(cache.partial(folder), how.batch_size, log, fixed_batch=how.fixed_batch)
+    progress = journal.progress
     with closing(journal):
-        Walk(source, stage, how, journal, log).encode_all()
-        if not journal.progress.images:
-            journal.close()
-            reasons = first_few(journal.progress.skipped) or "it holds no image"
+        _refuse_gaps(progress.skipped, folder, how)
+        with encoders:
+            Walk(source, stage, replace(how, batch_size=progress.batch_size), journal, log).encode_all()
+        if not progress.images:
+            reasons = first_few(progress.skipped) or "it holds no image"
             raise DataError(f"{source.name}: none of its examples can be used\n{reasons}")
         tokenizer = stage.preprocess.tokenizer
         facts = {

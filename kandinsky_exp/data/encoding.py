@@ -4,6 +4,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, Protocol
@@ -15,11 +16,12 @@ from torch import Tensor
 from kandinsky_exp.data import cache
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.journal import Journal
-from kandinsky_exp.data.loading import Batch, Features, Loader, stack
+from kandinsky_exp.data.layout import CAPTIONS, IMAGES
+from kandinsky_exp.data.loading import Batch, Features, Loader, collate, is_of_workers, workers_failed
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.progress import Log, Report
-from kandinsky_exp.data.table import CAPTIONS, DTYPES, IMAGES, Array
+from kandinsky_exp.data.table import DTYPES, Array
 from kandinsky_exp.errors import DataError
 
 CHUNK = 256  # examples between commits: what a killed process does again at most
@@ -44,6 +46,7 @@ class EncodeSettings:
 
     Args:
         batch_size: images, and then captions, per call of `Encoder.encode`.
+        fixed_batch: somebody chose that; otherwise what an earlier process began goes on in its batches.
         workers: processes that decode images; None = one per core but one, and none for a few images.
         mirrored: also encode the mirror of each image.
         skip_bad: leave out what cannot be used, instead of raising.
@@ -51,6 +54,7 @@ class EncodeSettings:
 
     dtype: CacheDtype = "fp16"
     batch_size: int = 8
+    fixed_batch: bool = True
     workers: int | None = None
     mirrored: bool = False
     skip_bad: bool = False
@@ -99,24 +103,47 @@ class Walk:
     report: Report = field(init=False)
 
     def encode_all(self) -> None:
-        done = self.journal.progress.source_rows
-        self.report = Report(self.source.count, done, self.log)
+        """From where the journal is to the end of the source.
+
+        Raises:
+            DataError: see `encode_table`.
+        """
+        self.report = Report(self.source.count, self.journal.progress.source_rows, self.log)
+        failed = None
+        try:
+            with closing(self.report):
+                self._walk()
+        except torch.OutOfMemoryError as error:
+            failed = self._memory_is_short(error)
+        except RuntimeError as error:  # torch hears of a worker's death by a signal, whatever it is doing then
+            if not is_of_workers(error):
+                raise
+            failed = workers_failed(error)
+        if failed is not None:  # here, where no traceback keeps the workers and what lies on the device
+            raise failed
+        self.report.sum_up(self.journal.progress.images, self.journal.progress.captions)
+
+    def _walk(self) -> None:
+        done, size = self.report.first, self.how.batch_size
         loader = Loader(self.stage.preprocess, self.how.mirrored)
-        workers = self.how.processes(self.source.count)
-        batches = loader.batches(self.source.examples(done), self.how.batch_size, workers)
-        chunk_rows = -(-CHUNK // self.how.batch_size) * self.how.batch_size
-        for number, batch in enumerate(batches):
+        batches = loader.batches(self.source.examples(done), size, self.how.processes(self.source.count))
+        chunk_rows, before = -(-CHUNK // size) * size, 0.0
+        for batch in batches:
             self._check(batch, batches)
-            started = time.monotonic()
             self._take(batch)
             done += len(batch.examples)
-            if number == 1 and any(self.chunk.images):
-                self._announce((time.monotonic() - started) / len(batch.examples))
+            if before and any(self.chunk.images) and not self.report.announced:
+                self._announce((time.monotonic() - before) / len(batch.examples))
             self.report(done)
             if self.chunk.seen >= chunk_rows:
                 self._commit()
+            before = time.monotonic()  # the first batch takes longer than the others: it is not counted
         self._commit()
-        self.report.close(self.journal.progress.images, self.journal.progress.captions)
+
+    def _memory_is_short(self, error: torch.OutOfMemoryError) -> DataError:
+        size, reason = self.how.batch_size, str(error).partition("\n")[0]
+        smaller = f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""
+        return DataError(f"the encoders ran out of memory ({reason}); set {smaller}precision=bf16")
 
     def _check(self, batch: Batch, rest: Iterator[Batch]) -> None:
         """Refuse bad examples; where there is one, look a little further, to name several at once."""
@@ -171,7 +198,7 @@ class Walk:
     def _encode_waiting(self, waiting: list[tuple[int, list[Features]]]) -> None:
         batch, waiting[:] = waiting[: self.how.batch_size], waiting[self.how.batch_size :]
         views = zip(*(views for _, views in batch), strict=True)
-        self._encode_images([place for place, _ in batch], [stack(view) for view in views])
+        self._encode_images([place for place, _ in batch], [collate(view) for view in views])
 
     def _encode_images(self, places: list[int], views: list[Features]) -> None:
         ids = [self.chunk.ids[place] for place in places]
@@ -191,7 +218,7 @@ class Walk:
             self._encode_captions(batch)
 
     def _encode_captions(self, batch: list[Features]) -> None:
-        features = self.stage.encode(stack(batch))
+        features = self.stage.encode(collate(batch))
         owners = self._owners(len(self.chunk.captions), len(batch))
         lengths = [_prefix(row) for row in features.pop("text_mask").cpu()]
         arrays = {name: self._array(name, tensor, owners) for name, tensor in features.items()}

@@ -1,25 +1,19 @@
 """What training reads: features from an encoded table, or examples that the stage encodes on the fly."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from kandinsky_exp.data.examples import Source
-from kandinsky_exp.data.loading import Features, stack
+from kandinsky_exp.data.loading import Features
+from kandinsky_exp.data.loading import collate as collate
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import Visit, choose_caption, choose_mirror
 from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.errors import DataError
 
 Rows = NDArray[np.int64]
-
-
-def collate(rows: Sequence[Features]) -> Features:
-    """Stack rows of equal shapes along a new batch axis."""
-    return stack(rows)
 
 
 class CachedFeatures(Dataset[Features]):

@@ -6,9 +6,10 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kandinsky_exp.data.table import CAPTIONS, FORMAT, IMAGES, META, Columns, ColumnWriter, head_checksum
-
-PROGRESS = "progress.json"
+from kandinsky_exp.data.cache import writing
+from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, PROGRESS
+from kandinsky_exp.data.progress import Log
+from kandinsky_exp.data.table import FORMAT, Columns, ColumnWriter, head_checksum
 
 
 @dataclass
@@ -38,27 +39,34 @@ class Journal:
 
     Args:
         folder: where an earlier process may have left its part.
-        batch_size: of the encoders; what was made with another one is made again.
+        batch_size: of the encoders; `progress.batch_size` is the one to encode with.
+        fixed_batch: make again what was made with another one, instead of going on with that one.
+
+    Raises:
+        DataError: here and in every method, if the disk is full or cannot be written.
     """
 
-    def __init__(self, folder: Path, batch_size: int) -> None:
+    def __init__(self, folder: Path, batch_size: int, log: Log, *, fixed_batch: bool = True) -> None:
         self.folder = folder
-        self.progress = _read(folder, batch_size)
-        if self.progress.source_rows == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        sizes = self.progress.bytes
-        self._files = {name: ColumnWriter(folder / name, sizes.get(name, 0)) for name in (IMAGES, CAPTIONS)}
+        self.progress = _begun(folder, batch_size, log, fixed_batch)
+        with writing(folder):
+            if self.progress.source_rows == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            sizes = self.progress.bytes
+            self._files = {name: ColumnWriter(folder / name, sizes.get(name, 0)) for name in (IMAGES, CAPTIONS)}
 
     def append(self, name: str, columns: Columns) -> None:
-        self._files[name].append(columns)
+        with writing(self.folder):
+            self._files[name].append(columns)
 
     def commit(self) -> None:
         """Make all that was appended, and `progress` as it now is, last."""
-        for name, file in self._files.items():
-            file.flush()
-            self.progress.bytes[name] = file.size
-        _write(self.folder / PROGRESS, asdict(self.progress))
+        with writing(self.folder):
+            for name, file in self._files.items():
+                file.flush()
+                self.progress.bytes[name] = file.size
+            _write(self.folder / PROGRESS, asdict(self.progress))
 
     def finish(self, about: dict[str, object], target: Path) -> None:
         """Turn the folder into the complete table `target`.
@@ -68,27 +76,39 @@ class Journal:
         """
         self.close()
         facts = asdict(self.progress)
-        if not self.progress.captions:
-            (self.folder / CAPTIONS).unlink()
-            del facts["bytes"][CAPTIONS]
-        heads = {name: head_checksum(self.folder / name) for name in facts["bytes"]}
-        _write(self.folder / META, {"format": FORMAT, **facts, "heads": heads, **about})
-        (self.folder / PROGRESS).unlink()
-        self.folder.replace(target)
+        with writing(self.folder):
+            if not self.progress.captions:
+                (self.folder / CAPTIONS).unlink()
+                del facts["bytes"][CAPTIONS]
+            heads = {name: head_checksum(self.folder / name) for name in facts["bytes"]}
+            _write(self.folder / META, {"format": FORMAT, **facts, "heads": heads, **about})
+            (self.folder / PROGRESS).unlink()
+            self.folder.replace(target)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        with writing(self.folder):
+            for file in self._files.values():
+                file.close()
 
 
-def _read(folder: Path, batch_size: int) -> Progress:
-    """What an earlier process committed; nothing, if it cannot be gone on with."""
+def _begun(folder: Path, batch_size: int, log: Log, fixed_batch: bool) -> Progress:
+    found = _read(folder)
+    if found is None:
+        return Progress(batch_size)
+    if fixed_batch and found.batch_size != batch_size:
+        log(f"{folder} was begun with batches of {found.batch_size}: encoding again")
+        return Progress(batch_size)
+    return found
+
+
+def _read(folder: Path) -> Progress | None:
+    """What an earlier process committed; None, if it cannot be gone on with."""
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text("utf-8")))
         whole = all((folder / name).stat().st_size >= size for name, size in progress.bytes.items())
-    except (OSError, ValueError, TypeError):
-        return Progress(batch_size)
-    return progress if whole and progress.batch_size == batch_size else Progress(batch_size)
+        return progress if whole and progress.batch_size >= 1 else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _write(file: Path, content: dict[str, object]) -> None:

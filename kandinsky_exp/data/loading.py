@@ -50,7 +50,7 @@ class Batch:
     counts: list[int] = field(default_factory=list)
 
 
-def stack(rows: Sequence[Features]) -> Features:
+def collate(rows: Sequence[Features]) -> Features:
     """Rows of equal shapes along a new batch axis."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -67,13 +67,19 @@ class Loader(Dataset[Loaded]):
     mirrored: bool
 
     def __getitem__(self, example: Example) -> Loaded:
-        wants_captions = self.preprocess.tokenizer is not None
-        if wants_captions and example.caption_problem:
-            return Loaded(example.id, problem=f"{example.where}: {example.caption_problem}")
         try:
-            image = example.image()
+            return self._load(example)
         except DataError as error:
             return Loaded(example.id, problem=str(error))
+        except Exception as error:  # whatever a processor or tokenizer stumbles over: it must be known at what
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return Loaded(example.id, problem=f"{example.where}: image {example.id}: {reason}")
+
+    def _load(self, example: Example) -> Loaded:
+        wants_captions = self.preprocess.tokenizer is not None
+        if wants_captions and example.caption_problem:
+            raise DataError(f"{example.where}: {example.caption_problem}")
+        image = example.image()
         views = [image, self.preprocess.mirror(image)] if self.mirrored else [image]
         captions = self.preprocess.tokenize(example.captions) if wants_captions else []
         return Loaded(
@@ -84,15 +90,27 @@ class Loader(Dataset[Loaded]):
         )
 
     def batches(self, examples: Iterator[Example], batch_size: int, workers: int) -> Iterator[Batch]:
-        """Batches of `batch_size` examples, good and bad, in order; the last may be smaller."""
+        """Batches of `batch_size` examples, good and bad, in order; the last may be smaller.
+
+        Raises:
+            DataError: the source cannot be read any further, or worker processes cannot be started, or one died.
+        """
         loader: DataLoader[Loaded] = DataLoader(
             self,
             batch_sampler=_Chunks(examples, batch_size),
             num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=_leave_signals_to_the_main_process if workers else None,
+            collate_fn=_batch,
+            worker_init_fn=leave_signals if workers else None,
         )
-        yield from loader
+        failed = None
+        try:
+            yield from loader
+        except (OSError, RuntimeError) as error:
+            if not workers:
+                raise
+            failed = workers_failed(error)
+        if failed is not None:  # here, where no traceback keeps the workers: torch would go on to raise their death
+            raise failed
 
 
 @dataclass(frozen=True)
@@ -103,16 +121,37 @@ class _Chunks:
     size: int
 
     def __iter__(self) -> Iterator[list[Example]]:
-        while chunk := list(islice(self.items, self.size)):
+        while chunk := self._next():
             yield chunk
 
+    def _next(self) -> list[Example]:
+        try:
+            return list(islice(self.items, self.size))
+        except OSError as error:
+            raise DataError(f"data: the examples cannot be read any further ({error})") from error
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+
+def is_of_workers(error: RuntimeError) -> bool:
+    return "DataLoader worker" in str(error)
+
+
+def workers_failed(error: Exception) -> DataError:
+    """What to do about worker processes that cannot be started, died, or have no shared memory left."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1] if lines[0].startswith("Caught") else lines[0]  # a worker's traceback ends with the reason
+    return DataError(
+        f"data.encode_workers: the processes that read images failed ({reason.strip()}); set data.encode_workers=0 to "
+        "read them without, or fewer"
+    )
+
+
+def leave_signals(worker: int) -> None:
+    """To the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def collate(loaded: list[Loaded]) -> Batch:
+def _batch(loaded: list[Loaded]) -> Batch:
     by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
     for place, example in enumerate(loaded):
         if not example.problem:
@@ -121,11 +160,11 @@ def collate(loaded: list[Loaded]) -> Batch:
     groups = []
     for places in by_shape.values():
         views = range(len(loaded[places[0]].images))
-        groups.append((places, [stack([loaded[place].images[view] for place in places]) for view in views]))
+        groups.append((places, [collate([loaded[place].images[view] for place in places]) for view in views]))
     captions = [caption for example in loaded for caption in example.captions]
     return Batch(
         [Loaded(example.id, truncated=example.truncated, problem=example.problem) for example in loaded],
         groups,
-        stack(captions) if captions else None,
+        collate(captions) if captions else None,
         [len(example.captions) for example in loaded],
     )

@@ -40,8 +40,8 @@ class Report:
                 f"encoding {left:,} images{going_on}: {left * bytes_each / 1e6:,.2f} MB to write, about "
                 f"{tqdm.format_interval(left * seconds_each)}"
             )
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.total, initial=self.first, unit="image", desc="encoding", dynamic_ncols=True)
+        if sys.stderr.isatty():  # some are done by now: the first batches told the size
+            self.bar = tqdm(total=self.total, initial=self.done, unit="image", desc="encoding", dynamic_ncols=True)
         return 0 if self.total is None else int((self.total - self.first) * bytes_each)
 
     def __call__(self, done: int) -> None:
@@ -57,9 +57,13 @@ class Report:
         of_all = f" of {self.total:,}" if self.total is not None else ""
         self.log(f"encoded {done:,}{of_all} images, {rate:.1f} images/s{left}")
 
-    def close(self, images: int, captions: int) -> None:
+    def close(self) -> None:
+        """Leave the bar where it is; an error may follow."""
         if self.bar is not None:
             self.bar.close()
+
+    def sum_up(self, images: int, captions: int) -> None:
+        """Say what it came to."""
         seconds = time.monotonic() - self.started
         texts = f" and {captions:,} captions" if captions else ""
         rate = (self.done - self.first) / max(seconds, 1e-9)

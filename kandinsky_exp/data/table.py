@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, removal
 from kandinsky_exp.errors import DataError
 
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
-IMAGES, CAPTIONS, META = "images.arrow", "captions.arrow", "table.json"
 CHECKSUM = "crc32"
 HEAD = 4096  # bytes, more than a schema takes
 SHAPE = ".shape"  # ends the name of the column with the shapes of a ragged one
@@ -114,7 +114,11 @@ class MappedColumns:
             with pa.memory_map(str(path)) as file:
                 reader = pa.ipc.open_stream(file)
                 batches = list(reader)
-        except pa.ArrowException as error:
+        except MemoryError:  # Arrow's is one of its own too, and says nothing of the file
+            raise
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's; Arrow's own speak of what it found in the file
             raise ValueError(f"{path.name}: {error}") from error
         shapes = {field.name: json.loads(field.metadata[b"shape"]) for field in reader.schema}
         self._starts = list(accumulate((batch.num_rows for batch in batches), initial=0))
@@ -138,8 +142,8 @@ class MappedColumns:
         expected = int(cells.pop(CHECKSUM))
         if self._sum(cells.values()) != expected:
             raise DataError(
-                f"{self.path}: row {index} is damaged; remove it with `kandinsky-exp encode "
-                f"remove={self.path.parent.name}`, and it will be encoded again"
+                f"{self.path}: row {index} is damaged; remove the table with `{removal(self.path.parent)}`, and it "
+                "will be encoded again"
             )
         for name in [name for name in cells if name.endswith(SHAPE)]:
             cells[name.removesuffix(SHAPE)] = cells[name.removesuffix(SHAPE)].reshape(cells.pop(name))
@@ -190,7 +194,7 @@ class FeatureTable:
         """Open a table.
 
         Raises:
-            OSError, ValueError, KeyError: the folder holds no complete table.
+            OSError, ValueError, KeyError, TypeError, AttributeError: the folder holds no complete table.
         """
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / META).read_text("utf-8"))
