@@ -54,7 +54,8 @@ def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
 
 def weights(cfg: DictConfig) -> Weights:
     sources = {key: cfg.weights[key] for key in ("prior", "decoder", "prior_revision", "decoder_revision", "variant")}
-    return Weights(**sources, cache_folder=cache_folder(cfg), frozen_dtype=cfg.precision.frozen_dtype)
+    precision = {"frozen_dtype": cfg.precision.frozen_dtype, "tf32": cfg.precision.tf32}
+    return Weights(**sources, **precision, cache_folder=cache_folder(cfg))
 
 
 def cache_folder(cfg: DictConfig) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from kandinsky_exp.errors import Interrupted, RunFailure, UserError
 
@@ -43,6 +43,11 @@ def on_main_process(action: Callable[[], Result]) -> Result:
         raise outcome[1]
     result: Result = outcome[0]
     return result
+
+
+def on_any_process(flag: bool) -> bool:
+    """Whether it is so on one of the processes at least; the same answer on all."""
+    return any(gather_object([flag]))
 
 
 class Stop:

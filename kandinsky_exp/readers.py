@@ -9,10 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from filelock import FileLock
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from kandinsky_exp import processes
@@ -23,11 +20,13 @@ from kandinsky_exp.data.encode import cache_key, encode_table
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Indexed, Source, Splits
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Rows, collate
+from kandinsky_exp.data.loading import leave_signals
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.data.sampler import StreamBatchSampler
 from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.errors import DataError
+from kandinsky_exp.null_condition import null_condition
 from kandinsky_exp.stages.base import DiffusionStage, Features
 
 Log = Callable[[str], None]
@@ -75,6 +74,10 @@ class FeatureReader:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def id(self, index: int) -> str:
+        """What the data set calls a row: its file, or its number there."""
+        return self.dataset.id(index)
+
     def rows(self, indices: list[int]) -> Features:
         """These rows, as validation sees them; they have to be of one shape."""
         features = self._encoded(collate([self.dataset.plain(index) for index in indices]))
@@ -99,15 +102,15 @@ class FeatureReader:
         by_shape = isinstance(self.dataset, CachedFeatures) and self.dataset.table.meta["buckets"]
         return self.dataset.groups() if by_shape and isinstance(self.dataset, CachedFeatures) else None
 
-    def stream(self, start_step: int, steps: int, processes: Accelerator) -> Iterator[Features]:
+    def stream(self, start_step: int, steps: int, accelerator: Accelerator) -> Iterator[Features]:
         """Micro-batches from the first one after `start_step` on, read ahead of the step that needs them."""
         sampler = StreamBatchSampler(
             len(self),
             self.settings.seed,
             batch_size=self.settings.batch_size,
             grad_accumulation=self.settings.grad_accumulation,
-            num_processes=processes.num_processes,
-            rank=processes.process_index,
+            num_processes=accelerator.num_processes,
+            rank=accelerator.process_index,
             start_step=start_step,
             total_steps=steps,
             groups=self._groups(),
@@ -122,7 +125,14 @@ class FeatureReader:
             for visits in sampler:
                 yield collate([self.dataset[visit] for visit in visits])
             return
-        loader = DataLoader(self.dataset, batch_sampler=sampler, num_workers=self.settings.workers, collate_fn=collate)
+        workers = self.settings.workers
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals if workers else None,
+        )
         try:
             yield from loader
         except DataError as error:  # a worker's comes with its traceback in front
@@ -157,9 +167,9 @@ def open_readers(
     Raises:
         DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
     """
-    encoders = stage.weights.fingerprint(stage.encoders)
-    with accelerator.main_process_first():
-        stage.use_null_condition(null_condition(stage, settings.cache, encoders))
+    encoders = processes.on_main_process(lambda: stage.weights.fingerprint(stage.encoders))
+    null = processes.on_main_process(lambda: null_condition(stage, settings.cache, encoders, accelerator.device))
+    stage.use_null_condition(null)
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
     notes, skipped = opener.notes, opener.skipped
@@ -189,7 +199,7 @@ class _Opener:
         if not self.settings.cached:
             return self._online(source)
         fingerprint, folder = processes.on_main_process(lambda: self._encode(source))
-        table = FeatureTable(folder)
+        table = _opened_by_all(folder)
         self._note(table.skipped, table.meta["truncated"], table.meta["text_length"])
         return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
 
@@ -216,7 +226,8 @@ class _Opener:
             )
         for part in self.stage.encoders:
             self.stage.weights.load(part).to(self.accelerator.device)
-        bad = dict(find_bad(source, self.stage.preprocess.tokenizer is not None))
+        reads_captions = self.stage.preprocess.tokenizer is not None
+        bad = processes.on_main_process(lambda: dict(find_bad(source, reads_captions)))
         if bad and not self.settings.how.skip_bad:
             raise DataError(first_few(list(bad.values())))
         self._note(list(bad.values()), 0, 0)
@@ -250,17 +261,17 @@ class _Opener:
             self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut")
 
 
-def null_condition(stage: DiffusionStage, cache: Path, encoders: str) -> Features:
-    """The null condition, kept beside the caches: a run from cached features loads no encoder for it."""
-    key = hashlib.sha256(f"{encoders} {stage.preprocess.fingerprint()}".encode()).hexdigest()[:32]
-    file = cache / f"null-{stage.name}-{key}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):
-        return dict(load_file(file))
-    features = {key: value.cpu() for key, value in stage.encode_null().items()}
-    with contextlib.suppress(OSError):  # a disk that cannot be written: the next run computes it again
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):  # runs of a parallel sweep ask for it together
-            aside = file.with_suffix(".part")
-            save_file(features, aside)
-            aside.replace(file)
-    return features
+def _opened_by_all(folder: Path) -> FeatureTable:
+    """A table that the main process has just opened.
+
+    Raises:
+        DataError: another process does not see it; on all of them, so that none waits for one that is gone.
+    """
+    table = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        table = FeatureTable(folder)
+    if processes.on_any_process(table is None) or table is None:
+        raise DataError(
+            f"output_root: not every process can read {folder}; output_root has to be on a disk that all machines share"
+        )
+    return table

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
+from kandinsky_exp import weight_files
 from kandinsky_exp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Weights:
         prior, decoder: a hub id, a diffusers folder, the folder of an earlier run, or `tiny`.
         cache_folder: where the tiny pipelines are built.
         frozen_dtype: torch dtype, by name, of what does not train.
+        tf32: whether matrix products of float32 are rounded to it.
     """
 
     prior: str
@@ -135,6 +137,7 @@ class Weights:
     decoder_revision: str | None = None
     variant: str | None = None
     frozen_dtype: str = "float32"
+    tf32: bool = False
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def folder(self, part: str) -> Path:
@@ -248,14 +251,11 @@ class Weights:
             self.release(fresh)
 
     def fingerprint(self, parts: Iterable[str]) -> str:
-        """A hash that changes when any file of these parts does (small files by content, large by size and time)."""
-        digest = hashlib.sha256(f"{self.frozen_dtype} {self.variant}".encode())
-        for part in parts:
-            for file in sorted(path for path in self.folder(part).rglob("*") if path.is_file()):
-                stat = file.stat()
-                content = file.read_bytes() if stat.st_size < 1 << 20 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
-                digest.update(f"{part} {file.name} ".encode() + hashlib.sha256(content).digest())
-        return digest.hexdigest()
+        """A hash that follows what these parts compute: the content of the files they are read from, and precision."""
+        files = {part: weight_files.opened(self.folder(part), part in MODELS, self.variant) for part in parts}
+        rounded = self.tf32 and self.frozen_dtype == "float32"
+        texts = [self.frozen_dtype, "tf32" if rounded else "", weight_files.fingerprint(files, self.cache_folder)]
+        return hashlib.sha256(" ".join(texts).encode()).hexdigest()
 
 
 def _read_part(part: str, folder: Path, dtype: str, variant: str | None) -> Any:
@@ -279,12 +279,11 @@ def _read_model(part: str, folder: Path, dtype: str, variant: str | None) -> Any
     import torch
     import transformers
 
-    has_variant = variant is not None and any(folder.glob(f"*.{variant}.safetensors"))
     cls = getattr(transformers if part.endswith("encoder") else diffusers, MODELS[part])
     return cls.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
-        variant=variant if has_variant else None,
+        variant=variant if weight_files.has_variant(folder, variant) else None,
         use_safetensors=True,
         local_files_only=True,
     )

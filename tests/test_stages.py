@@ -26,6 +26,7 @@ from transformers import (
 from kandinsky_exp import pipelines
 from kandinsky_exp.data import sources
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.null_condition import null_condition
 from kandinsky_exp.stages.base import enable_attention
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
@@ -578,3 +579,89 @@ def test_a_prior_samples_with_the_weights_in_training_and_the_base_decoder(tiny_
     changed = constant_prior(tiny_folder, torch.full((64,), 2.0))
     assert difference(before[0], stage.sample(changed, ["a cat"], settings())[0]) > 1
     assert difference(before[0], stage.sample(stage.network, ["a cat"], settings())[0]) == 0
+
+
+# --- what encoded features depend on
+
+
+ENCODERS = ("text_encoder", "image_encoder")
+
+
+@pytest.fixture
+def theirs(tiny_folder, tmp_path):
+    """A pipeline folder that may be written to, and the fingerprint of its encoders."""
+    folder = tmp_path / "theirs"
+    shutil.copytree(tiny_folder, folder)
+    return folder, load(folder).fingerprint(ENCODERS)
+
+
+def aged(file, seconds=100):
+    """Old enough that its time says something."""
+    times = (file.stat().st_atime - seconds, file.stat().st_mtime - seconds)
+    os.utime(file, times)
+    return file
+
+
+def test_encoders_count_by_content(theirs):
+    folder, before = theirs
+    file = aged(folder / "prior_text_encoder" / "model.safetensors")
+    assert load(folder).fingerprint(ENCODERS) == before  # another time alone
+    assert load(folder).fingerprint(ENCODERS) == before  # from memory
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, (0, file.stat().st_mtime - 200))
+    assert load(folder).fingerprint(ENCODERS) != before
+
+
+def test_a_copy_of_the_encoders_is_the_same(theirs):
+    folder, before = theirs
+    shutil.copytree(folder, folder.parent / "moved" / "copy", copy_function=shutil.copyfile)
+    assert load(folder.parent / "moved" / "copy").fingerprint(ENCODERS) == before
+
+
+def test_files_that_are_not_opened_do_not_count(theirs):
+    folder, before = theirs
+    part = folder / "prior_image_encoder"
+    (part / "README.md").write_text("about it")
+    (part / "model.fp16.safetensors").write_bytes(b"of another variant")
+    assert load(folder).fingerprint(ENCODERS) == before
+    assert load(folder, variant="bf16").fingerprint(ENCODERS) == before  # there is none: the plain files are read
+    assert load(folder, variant="fp16").fingerprint(ENCODERS) != before
+
+
+def test_shards_count(theirs):
+    folder, before = theirs
+    part = folder / "prior_text_encoder"
+    (part / "model.safetensors").rename(part / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (part / "model.safetensors.index.json").write_text(json.dumps(index))
+    sharded = load(folder).fingerprint(ENCODERS)
+    assert sharded != before
+    (part / "model-00001-of-00001.safetensors").write_bytes(b"other")
+    assert load(folder).fingerprint(ENCODERS) != sharded
+
+
+def test_precision_counts(theirs):
+    folder, before = theirs
+    assert load(folder, tf32=True).fingerprint(ENCODERS) != before
+    half = load(folder, frozen_dtype="bfloat16").fingerprint(ENCODERS)
+    assert half != before
+    assert load(folder, frozen_dtype="bfloat16", tf32=True).fingerprint(ENCODERS) == half  # it has no part in it
+
+
+def test_the_null_condition_is_encoded_once(tiny_folder, tmp_path):
+    first = null_condition(make("prior", tiny_folder), tmp_path / "cache", "encoders", torch.device("cpu"))
+    again = make("prior", tiny_folder)
+    found = null_condition(again, tmp_path / "cache", "encoders", torch.device("cpu"))
+    assert not again.weights._loaded.keys() & set(ENCODERS)
+    assert found.keys() == first.keys()
+    assert all(torch.equal(found[key], first[key]) for key in first)
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_the_null_condition_needs_no_disk_that_can_be_written(tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    stage = make("decoder", tiny_folder)
+    found = null_condition(stage, tmp_path / "file" / "cache", "encoders", torch.device("cpu"))
+    assert torch.equal(found["image_embeds"], make("decoder", tiny_folder).null_condition()["image_embeds"])

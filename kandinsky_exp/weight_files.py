@@ -1,0 +1,61 @@
+"""Which files a part of Kandinsky 2.2 is read from, and what they hold."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kandinsky_exp.errors import ConfigError, DataError
+
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weights and of transformers'
+
+
+def has_variant(folder: Path, variant: str | None) -> bool:
+    return variant is not None and any(folder.glob(f"*.{variant}.safetensors"))
+
+
+def opened(folder: Path, is_model: bool, variant: str | None) -> list[Path]:
+    """The files that loading a part opens: a hub snapshot may hold other variants beside them, and pictures.
+
+    Args:
+        is_model: a network; else a tokenizer, an image processor or a scheduler.
+        variant: such as `fp16`; the plain files count where the part has none of that name.
+    """
+    if not is_model:
+        return sorted(path for ending in ("json", "txt", "model") for path in folder.glob(f"*.{ending}"))
+    infix = f".{variant}" if has_variant(folder, variant) else ""
+    singles = [folder / f"{stem}{infix}.safetensors" for stem in STEMS]
+    indices = [folder / f"{stem}.safetensors.index{infix}.json" for stem in STEMS]
+    files = [folder / "config.json", *singles, *indices, *(shard for index in indices for shard in _shards(index))]
+    return [file for file in files if file.is_file()]
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or loading will complain of it
+        return []
+    return [index.parent / str(name) for name in sorted(names)]
+
+
+def fingerprint(files: Mapping[str, Sequence[Path]], memory: Path) -> str:
+    """A hash of what the files of some parts hold, wherever they lie.
+
+    Args:
+        memory: folder where the hashes of large files are remembered, by size and time.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    from kandinsky_exp.data.digests import FileDigests  # brings pyarrow, which a look at the config does not need
+
+    paths = [str(file.absolute()) for some in files.values() for file in some]
+    try:
+        digests = iter(FileDigests(memory).required(f"weights {paths}", paths).to_pylist())
+    except DataError as error:
+        raise ConfigError(f"weights: {str(error).partition(';')[0]}; fetch or copy them again") from error
+    total = hashlib.sha256()
+    for part, some in files.items():
+        for file in some:
+            total.update(f"{part} {file.name} ".encode() + next(digests))
+    return total.hexdigest()
