@@ -6,10 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]  # Accelerate brings it
-
-from kandinsky_exp import checkpoint, processes
-from kandinsky_exp.errors import CheckpointFailure
+from kandinsky_exp import checkpoint, host_memory, processes
+from kandinsky_exp.errors import CheckpointFailure, NonFiniteLoss
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +36,13 @@ class CheckpointWriter:
             CheckpointFailure: that of the checkpoint before; or of this one, where it is not written behind.
         """
         self.wait()
-        if not self.behind or not self._has_room(snapshot):
+        copy = self._copy(snapshot) if self.behind else None
+        if copy is None:
             self._write(snapshot)
             self.wait()
             return
         # A daemon: a second signal ends the process at once, and what is half-written then was never there.
-        self._thread = threading.Thread(target=self._write, args=(snapshot.on_host(),), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -64,16 +63,31 @@ class CheckpointWriter:
         """On the way out wait for what is being written; its failure is raised unless something else went wrong."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             try:
-                self.wait()
+                # This one stops all processes at once, and none may be gone before the write is done; a failure of one
+                # process alone is nothing that the others would answer.
+                processes.on_main_process(self.wait) if isinstance(error, NonFiniteLoss) else self.wait()
             except CheckpointFailure as failure:
                 logger.error("%s", failure)
             raise
         processes.on_main_process(self.wait)
 
+    def _copy(self, snapshot: checkpoint.Snapshot) -> checkpoint.Snapshot | None:
+        """A copy in host memory, None where it does not fit."""
+        if not self._has_room(snapshot):
+            return None
+        try:
+            return snapshot.on_host()
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # others may have taken it meanwhile; torch has no error of its own
+            logger.warning("no copy of the checkpoint in host memory (%s): training waits for it", error)
+            return None
+
     def _has_room(self, snapshot: checkpoint.Snapshot) -> bool:
-        needed, available = snapshot.size(), psutil.virtual_memory().available
+        needed, available = snapshot.size(), host_memory.available()
         if needed <= ROOM * available:
             return True
         logger.info(

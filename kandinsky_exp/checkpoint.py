@@ -208,6 +208,7 @@ def _load_optimizer(training: Training, tensors: dict[str, Any]) -> None:
     scheduler.load_state_dict(tensors["scheduler"])
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
+        _place_steps(optimizer, group)
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = base_rates
         rates = [
@@ -216,6 +217,17 @@ def _load_optimizer(training: Training, tensors: dict[str, Any]) -> None:
         for group, base, rate in zip(optimizer.param_groups, base_rates, rates, strict=True):
             group["initial_lr"], group["lr"] = base, rate
         scheduler._last_lr = rates
+
+
+def _place_steps(optimizer: Any, group: dict[str, Any]) -> None:
+    """Where the setting of now wants the step counts: loading leaves them where that of the checkpoint wanted them."""
+    if not group.keys() & {"fused", "capturable"}:
+        return
+    on_device = bool(group.get("fused") or group.get("capturable"))
+    for parameter in group["params"]:
+        state = optimizer.state.get(parameter, {})
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(parameter.device if on_device else "cpu")
 
 
 def _match_strides(optimizer: Any) -> None:

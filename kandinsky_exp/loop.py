@@ -1,9 +1,8 @@
 """The training loop: Accelerate's mechanics and nothing of diffusion."""
 
-import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,15 +12,13 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from kandinsky_exp.errors import Interrupted
+from kandinsky_exp.display import progress_bar, report
+from kandinsky_exp.errors import Interrupted, RunFailure, UserError
 from kandinsky_exp.meter import Meter, StepResult
 from kandinsky_exp.randomness import NoiseSource, derive_seed, validation_generator
 from kandinsky_exp.stages.base import Features, Stage
 from kandinsky_exp.tracking import Tracker
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,11 +61,14 @@ class LoopSettings:
 
 
 class Events(Protocol):
-    """What happens between steps. Both are called on every process."""
+    """What happens between steps. All are called on every process."""
 
     def validate(self, step: int) -> None: ...
 
     def checkpoint(self, step: int) -> None: ...
+
+    def wait(self) -> None:
+        """Until what these began in the background is done; raises what went wrong with it."""
 
     def settled(self) -> AbstractContextManager[None]:
         """On the way out, wait for what these began in the background, and raise what went wrong with it."""
@@ -105,17 +105,28 @@ def train(
     settings: LoopSettings,
     events: Events,
     stop: Stop,
+    identify: Callable[[int], str] = str,
 ) -> float | None:
     """Train up to `settings.max_steps`; the last `train/loss` that was logged, None when no step was left.
 
+    Args:
+        identify: what a user calls the row of a batch's `index`, for messages.
+
     Raises:
         NonFiniteLoss: a loss or gradient was NaN or infinite; no checkpoint was written after it.
+        RunFailure: the data could not be read any more, or another thing that a user can put right.
         Interrupted: `stop` was set; a checkpoint was written.
     """
-    meter = Meter(accelerator, settings.total_batch, training.stage.num_timesteps)
+    meter = Meter(accelerator, settings.total_batch, training.stage.num_timesteps, identify)
     training.network.train()
     saved = training.step
-    with progress_bar(training.step, settings) as bar, stop.deferred(), events.settled(), closed(batches):
+    with (
+        progress_bar(training.step, settings.max_steps, settings.progress) as bar,
+        stop.deferred(),
+        events.settled(),
+        closed(batches),
+        failing(training),
+    ):
         while training.step < settings.max_steps:
             meter.add(optimizer_step(training, batches, noise, accelerator, settings))
             training.step += 1
@@ -135,6 +146,8 @@ def train(
                     events.checkpoint(step)
                     saved = step
             if stopping is not None:
+                # All processes: a launcher kills the others as soon as one is gone, the one that writes as well.
+                events.wait()
                 raise Interrupted(stopping)
     return meter.last_loss
 
@@ -147,6 +160,16 @@ def closed(batches: Iterator[Features]) -> Iterator[None]:
     finally:
         if isinstance(batches, Generator):
             batches.close()
+
+
+@contextmanager
+def failing(training: Training) -> Iterator[None]:
+    """What a user can put right is, once training has begun, still the failure of a run that did train."""
+    try:
+        yield
+    except UserError as error:
+        advice = "once that is put right, the same command goes on from the last checkpoint"
+        raise RunFailure(f"{error}\n(training stopped after step {training.step}; {advice})") from error
 
 
 def due(step: int, every: int, last: bool) -> bool:
@@ -202,31 +225,6 @@ def stop_agreed(stop: Stop, accelerator: Accelerator, step: int, log_every: int)
         return None
     flag = torch.tensor([stop.signal_number or 0], device=accelerator.device)
     return int(accelerator.gather(flag).max().item()) or None
-
-
-def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, bar: "tqdm[Any]") -> None:
-    tracker.log_metrics(metrics, step)
-    bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", lr=f"{metrics['train/lr']:.1e}")
-    if bar.disable:
-        logger.info(
-            "step %d of %d: loss %.4f, lr %.2e, gradient norm %.3f, %.1f samples/s, about %s left",
-            step,
-            total,
-            metrics["train/loss"],
-            metrics["train/lr"],
-            metrics["train/grad_norm"],
-            metrics["train/samples_per_second"],
-            tqdm.format_interval((total - step) * metrics["train/step_seconds"]),
-        )
-
-
-@contextmanager
-def progress_bar(step: int, settings: LoopSettings) -> Iterator["tqdm[Any]"]:
-    """A bar with steps/s, ETA and loss on a terminal; elsewhere `report` writes plain lines."""
-    with tqdm(
-        total=settings.max_steps, initial=step, unit="step", disable=not settings.progress, dynamic_ncols=True
-    ) as bar:
-        yield bar
 
 
 @contextmanager

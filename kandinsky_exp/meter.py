@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from kandinsky_exp.errors import NonFiniteLoss
+from kandinsky_exp.errors import NonFiniteLoss, UserError
 
 PARTS = 4  # of the timestep range, each with a loss of its own
+NAMED = 16  # samples of a step that is not finite
 FOLD = 64  # micro-steps whose per-sample losses are kept before they are added up
 
 
@@ -40,17 +41,23 @@ class Meter:
 
     Args:
         num_timesteps: length of the noise schedule, whose quarters have a loss each.
+        identify: what a user calls a row of the data, for messages.
     """
 
     accelerator: Accelerator
     total_batch: int
     num_timesteps: int
+    identify: Callable[[int], str] = str
     last_loss: float | None = None
     _results: list[StepResult] = field(default_factory=list)
     _samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _by_part: Tensor | None = None
     _unchecked: int = 0
     _started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.accelerator.device.type == "cuda":  # what encoding or drawing took before is not training's
+            torch.cuda.reset_peak_memory_stats(self.accelerator.device)
 
     def add(self, result: StepResult) -> None:
         self._samples += result.samples
@@ -137,15 +144,31 @@ class Meter:
 
     def _raise(self, step: int, rate: float) -> None:
         bad = self._bad().tolist()
-        first = bad.index(True) if any(bad) else 0
-        result = self._results[first - self._unchecked]
-        rows = torch.cat([part.flatten() for part in result.rows]).tolist()
-        where = f"step {step - self._unchecked + first + 1}"
-        values = f"loss {float(result.loss):.4g}, gradient norm {float(result.norm):.4g}"
+        if any(bad):
+            first = bad.index(True)
+            result = self._results[first - self._unchecked]
+            where = f"at step {step - self._unchecked + first + 1}"
+            values = f"loss {float(result.loss):.4g}, gradient norm {float(result.norm):.4g}, lr {rate:.3g}"
+            details = f"{values}, samples {self._names(result.rows)}"
+        else:  # that process names them
+            where = f"on another process, at one of the {self._unchecked} steps up to step {step}"
+            details = f"lr {rate:.3g}"
         raise NonFiniteLoss(
-            f"the loss or its gradient is not finite at {where} ({values}, lr {rate:.3g}, rows {rows}). The last "
-            "checkpoint is from before. Lower optimizer.lr, raise scheduler.warmup_steps, or look at the rows"
+            f"the loss or its gradient is not finite {where} ({details}). The last checkpoint is from before. Lower "
+            "optimizer.lr, raise scheduler.warmup_steps, or look at the samples"
         )
+
+    def _names(self, rows: list[Tensor]) -> str:
+        """The first samples of a step, as the data set calls them."""
+        numbers = torch.cat([part.flatten() for part in rows]).tolist()
+        names = []
+        for row in numbers[:NAMED]:
+            try:
+                names.append(self.identify(row))
+            except UserError:  # it cannot be read: that is not what stops the run
+                names.append(f"row {row}")
+        more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+        return f"{', '.join(names)}{more}"
 
     @contextmanager
     def paused(self) -> Iterator[None]:

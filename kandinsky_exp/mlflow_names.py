@@ -5,7 +5,9 @@ import json
 import posixpath
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 MAX_PARAM = 6000  # characters; MLflow's limits
 MAX_TAG = 8000
@@ -53,6 +55,18 @@ def run_tags(tags: Mapping[str, str], parent_run_id: str | None) -> dict[str, st
     if parent_run_id:
         system["mlflow.parentRunId"] = parent_run_id
     return {**system, **tag_texts(tags)}
+
+
+def dataset_source(source: str) -> tuple[str, str]:
+    """Type and JSON of a data set's source, as MLflow's own classes write them: a path, a URL or a hub id."""
+    if source.lower().startswith(("http://", "https://")):
+        parts = urlsplit(source)
+        bare = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))  # a query may hold keys
+        return "http", json.dumps({"url": bare})
+    path = Path(source).expanduser()
+    if path.is_absolute() or path.exists():
+        return "local", json.dumps({"uri": path.resolve().as_uri()})
+    return "hugging_face", json.dumps({"path": source})
 
 
 def shortened(text: str, limit: int) -> str:

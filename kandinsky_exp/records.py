@@ -9,6 +9,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, config, tracking, workspace
+from kandinsky_exp.data import download
+from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.readers import Readers
 from kandinsky_exp.weights import PARTS, Weights
 
@@ -60,6 +63,20 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
         return record.run_id
 
 
+def note_data(space: workspace.Workspace, fingerprint: str) -> None:
+    """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
+    before = space.record.data
+    if space.is_resumed and space.record.step > 0 and before not in (None, fingerprint):
+        logger.warning(
+            "the training data has changed since step %d of this run (fingerprint %s, now %s): losses from before and "
+            "from now on do not compare; to keep them apart, start anew under another name",
+            space.record.step,
+            str(before)[:12],
+            fingerprint[:12],
+        )
+    space.record.data = fingerprint
+
+
 def describe(
     cfg: DictConfig,
     accelerator: Accelerator,
@@ -90,7 +107,16 @@ def describe(
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
     for context, reader in (("training", data.train), ("validation", data.held_out)):
         if reader is not None:
-            name, origin = reader.source.name, reader.source.name.rpartition("/")[0]  # <hub id>/<split>
-            if Path(name).exists():
-                name, origin = Path(name).name, name
+            name, origin = named(reader.source)
             tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)
+
+
+def named(source: Source) -> tuple[str, str]:
+    """What a data set is called, and where it comes from: a path, a URL, or a hub id."""
+    if isinstance(source, Shards):
+        first = download.shown(source.shards[0])
+        where = first if download.is_url(first) else str(Path(first).absolute())
+        return f"{Path(first).name}{source.name.removeprefix(first)}", where
+    if Path(source.name).exists():
+        return Path(source.name).name, source.name
+    return source.name, source.name.rpartition("/")[0]  # <hub id>/<split>

@@ -74,6 +74,7 @@ def run(cfg: DictConfig) -> float:
                 if space.start is not None:
                     checkpoint.load(training, space.start, stage.part, accelerator)
                     logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
+                records.note_data(space, data.train.fingerprint)
                 records.describe(cfg, accelerator, tracker, space, weights, data)
                 events = Events(cfg, accelerator, space, training, tracker, data.held_out)
                 if training.step == 0:
@@ -87,6 +88,7 @@ def run(cfg: DictConfig) -> float:
                     settings=build.loop_settings(cfg, steps, accelerator),
                     events=events,
                     stop=stop,
+                    identify=data.train.id,
                 )
                 if train_loss is None:  # no step was left: an earlier start was stopped while it saved its result
                     events.validate(training.step)
@@ -206,6 +208,9 @@ class Events:
         processes.on_main_process(
             lambda: self.writer.save(checkpoint.snapshot(self.training, part, self.accelerator, measured))
         )
+
+    def wait(self) -> None:
+        processes.on_main_process(self.writer.wait)
 
     def recorded(self, folder: Path, step: int) -> None:
         self.space.record.step = step

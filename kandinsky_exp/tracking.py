@@ -15,6 +15,7 @@ from kandinsky_exp.errors import Interrupted, TrackingError
 from kandinsky_exp.mlflow_names import (
     MAX_DATASET_NAME,
     MAX_DIGEST,
+    dataset_source,
     legal_name,
     masked,
     param_text,
@@ -71,7 +72,7 @@ class Tracker(Protocol):
         """Record `text` as the artifact `file`, a relative POSIX path."""
 
     def log_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
-        """Record a data set as an input of the run; `context` says what for, as in `training`."""
+        """Record a data set as an input of the run, by path, URL or hub id; `context` is such as `training`."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; a tag that exists is replaced."""
@@ -263,13 +264,12 @@ class MlflowTracker:
     def _write_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        local = Path(source).expanduser().exists()
-        origin = {"uri": Path(source).expanduser().resolve().as_uri()} if local else {"path": source}
+        source_type, origin = dataset_source(source)
         dataset = Dataset(
             name=shortened(name, MAX_DATASET_NAME),
             digest=digest[:MAX_DIGEST],
-            source_type="local" if local else "hugging_face",
-            source=json.dumps(origin),
+            source_type=source_type,
+            source=origin,
             profile=json.dumps({"num_rows": rows}),
         )
         entry = DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])

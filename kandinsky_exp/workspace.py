@@ -33,6 +33,7 @@ class Record:
         stage: what trains in the folder; `sweep` for a folder of jobs.
         validation_loss: what `run` returned, once finished.
         rows: images that train; None before they were counted.
+        data: fingerprint of what trains; None before it was read.
     """
 
     run_id: str | None = None
@@ -41,6 +42,7 @@ class Record:
     validation_loss: float | None = None
     stage: str | None = None
     rows: int | None = None
+    data: str | None = None
 
 
 @dataclass

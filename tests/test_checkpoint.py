@@ -19,7 +19,7 @@ from running import SMALL, composed, same, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kandinsky_exp import adapters, build, checkpoint, cli, processes
+from kandinsky_exp import adapters, build, checkpoint, cli, host_memory, processes
 from kandinsky_exp.behind import CheckpointWriter
 from kandinsky_exp.errors import CheckpointFailure
 
@@ -166,6 +166,20 @@ def test_the_state_of_another_memory_format_fits(trained: Any, tmp_path: Path) -
     step(training)
 
 
+@pytest.mark.parametrize("setting", ["fused", "capturable"])
+def test_step_counts_go_where_the_setting_of_now_wants_them(setting: str) -> None:
+    """A checkpoint made without the setting holds them on the host; the device here is one on paper."""
+    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.state[parameter] = {"step": torch.tensor(5.0), "exp_avg": torch.empty(3, device="meta")}
+    (group,) = optimizer.param_groups
+    checkpoint._place_steps(optimizer, group)
+    assert optimizer.state[parameter]["step"] == 5
+    group[setting] = True
+    checkpoint._place_steps(optimizer, group)
+    assert optimizer.state[parameter]["step"].device.type == "meta"
+
+
 # --- the writer
 
 
@@ -218,6 +232,45 @@ def test_no_room_for_the_copy(trained: Any, tmp_path: Path) -> None:
     assert not CheckpointWriter(tmp_path, 2, True, lambda *_: None)._has_room(
         checkpoint.Snapshot(1, view.networks, {"huge": huge}, {})
     )
+
+
+class TooLarge(checkpoint.Snapshot):
+    """No copy of it fits, whatever was free a moment before."""
+
+    def on_host(self) -> checkpoint.Snapshot:
+        torch.empty(1 << 60, dtype=torch.uint8)
+        raise AssertionError("an exabyte")
+
+
+def test_a_copy_that_fails_is_written_at_once(trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training, accelerator = trained("prior")
+    view = snapshot(training, accelerator)
+    done: list[int] = []
+    writer = CheckpointWriter(tmp_path, 2, True, lambda folder, step: done.append(step))
+    writer.save(TooLarge(view.step, view.networks, view.tensors, view.state))
+    assert done == [1]
+    assert "training waits for it" in caplog.text
+
+
+def cgroup(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{content}\n")
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    stat = "anon 100\ninactive_file 50\ntotal_inactive_file 50"
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    cgroup(root / "user" / "job", memory__max="max", memory__current=900, memory__stat=stat)
+    for name, text in (("memory.max", 1000), ("memory.current", 900), ("memory.stat", stat)):
+        (root / "user" / name).write_text(f"{text}\n")  # of the group above
+    own.write_text("0::/user/job\n")
+    assert list(host_memory.limits(root, own)) == [150]
+    cgroup(root / "memory", memory__limit_in_bytes=500, memory__usage_in_bytes=600, memory__stat=stat)
+    own.write_text("5:cpu:/x\n4:memory:/not/seen/from/inside\n")
+    assert list(host_memory.limits(root, own)) == [0]
+    assert list(host_memory.limits(root, tmp_path / "no linux")) == []
+    assert host_memory.available() > 0
 
 
 def test_a_failed_write_is_raised_at_the_next_point_and_the_last_one_stays(trained: Any, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from running import client, composed, history, network, runs, same, train
 
-from kandinsky_exp import cli, hub
-from kandinsky_exp.errors import CheckpointError, ConfigError
+from kandinsky_exp import cli, hub, readers
+from kandinsky_exp.data.table import HEAD, FeatureTable
+from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, RunFailure
 from kandinsky_exp.generate import generate
 from kandinsky_exp.run import run
 
@@ -143,6 +144,42 @@ def test_a_root_that_cannot_be_written_is_named(tracker: str, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_root: .*file/out cannot be written"):
         run(composed(tmp_path / "file" / "out", "model=prior", f"tracker={tracker}"))
+
+
+def test_a_table_that_is_damaged_fails_the_run(tmp_path: Path) -> None:
+    """What was trained before counts: a finished run that is extended is finished no more."""
+    train(tmp_path, "model=prior", "name=p", *QUICK)
+    for folder in {path.parent for path in tmp_path.glob("cache/*/captions.arrow")}:
+        damage(folder)
+    with pytest.raises(RunFailure, match=r"is damaged; .*\n\(training stopped after step 2"):
+        train(tmp_path, "model=prior", "name=p", "tracker=none", "trainer.max_steps=4")
+    assert json.loads((tmp_path / "p" / "run.json").read_text())["status"] == "FAILED"
+
+
+def damage(folder: Path) -> None:
+    """One bit of each caption's features behind the file's head: nothing that opening the table could see."""
+    table, file = FeatureTable(folder), folder / "captions.arrow"
+    content = bytearray(file.read_bytes())
+    for index in range(len(table)):
+        row = table.row(index)
+        place = content.index(row["text_states"][row["text_mask"]].numpy().tobytes())
+        if place >= HEAD:
+            content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_other_data_on_resume_is_said(root: Path) -> None:
+    before = json.loads((root / "p" / "run.json").read_text())["data"]
+    resume(root)
+    assert "data has changed" not in (root / "p" / "train.log").read_text()
+    train(root, "model=prior", "name=p", "tracker=none", "trainer.max_steps=4", "data.max_samples=11")
+    assert "the training data has changed since step 3 of this run" in (root / "p" / "train.log").read_text()
+    assert json.loads((root / "p" / "run.json").read_text())["data"] not in (None, before)
+
+
+def test_a_table_that_only_some_processes_see(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="output_root has to be on a disk that all machines share"):
+        readers._opened_by_all(tmp_path / "nothing")
 
 
 # --- weights that are none

@@ -9,9 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from running import SMALL, history, network, runs, train
 
 COMMAND = [sys.executable, "-m", "kandinsky_exp"]
+LAUNCH = [
+    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+    "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "kandinsky_exp", "train",
+]  # fmt: skip
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -30,10 +35,8 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_two_processes_train_one_run(stage: str, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "kandinsky_exp", "train"]
     output = finish(start(
-        *launch, *SMALL, f"model={stage}", f"output_root={tmp_path}", "trainer.batch_size=2", "trainer.log_every=1",
+        *LAUNCH, *SMALL, f"model={stage}", f"output_root={tmp_path}", "trainer.batch_size=2", "trainer.log_every=1",
         "validation.prompts=[a dog]", "trainer.grad_accumulation=2", "trainer.ema_decay=0.9",
     ))  # fmt: skip
     (found,) = runs(tmp_path)
@@ -65,6 +68,47 @@ def test_a_signal_ends_with_a_checkpoint_and_its_exit_code(number: signal.Signal
     assert found.info.status == "KILLED"
     assert json.loads((tmp_path / "p" / "run.json").read_text())["status"] == "KILLED"
     assert len(list((tmp_path / "p" / "checkpoints").glob("step-*"))) == 1
+
+
+def pictures(folder: Path) -> Path:
+    folder.mkdir()
+    for index in range(6):
+        Image.new("RGB", (64, 64), (40 * index, 0, 0)).save(folder / f"{index}.png")
+    rows = [json.dumps({"file_name": f"{index}.png", "text": f"red {index}"}) for index in range(6)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_goes_while_a_run_trains_fails_the_run(workers: int, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "pictures")
+    process = start(*COMMAND, *SMALL, "model=prior", f"output_root={tmp_path}", "name=p", "trainer.max_steps=1000000",
+                    "data=folder", f"data.path={folder}", "data.cache=false", f"data.num_workers={workers}",
+                    "data.resolution=64", "validation.every=1000000", "checkpoint.every=1000000")  # fmt: skip
+    log = tmp_path / "p" / "train.log"
+    wait_until(lambda: log.is_file() and "step 2 of" in log.read_text(), process)
+    for file in folder.glob("*.png"):
+        file.unlink()
+    output = finish(process)
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert "(training stopped after step" in output
+    assert {run.info.status for run in runs(tmp_path)} == {"FAILED"}
+    assert json.loads((tmp_path / "p" / "run.json").read_text())["status"] == "FAILED"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_with_one_checkpoint(tmp_path: Path) -> None:
+    process = start(*LAUNCH, *SMALL, "model=prior", f"output_root={tmp_path}", "name=p", "trainer.max_steps=1000000",
+                    "trainer.log_every=1", "validation.every=1000000", "checkpoint.every=1000000")  # fmt: skip
+    log = tmp_path / "p" / "train.log"
+    wait_until(lambda: log.is_file() and "step 2 of" in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    assert process.returncode != 0
+    assert {run.info.status for run in runs(tmp_path)} == {"KILLED"}, output
+    (folder,) = (tmp_path / "p" / "checkpoints").iterdir()
+    assert json.loads((tmp_path / "p" / "run.json").read_text())["step"] == int(folder.name.removeprefix("step-"))
 
 
 def wait_until(condition: object, process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_exp import build, loop, pipelines, processes
 from kandinsky_exp.data.prefetch import prefetch
-from kandinsky_exp.errors import DataError, NonFiniteLoss
+from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
 from kandinsky_exp.meter import Meter, StepResult
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.tracking import NullTracker
@@ -169,6 +170,8 @@ class Nothing:
 
     def checkpoint(self, step: int) -> None: ...
 
+    def wait(self) -> None: ...
+
     def settled(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -198,7 +201,9 @@ class Bench:
         while True:
             yield self.features() | {"index": torch.arange(4)}
 
-    def train(self, steps: int, batches: Iterator[dict[str, Tensor]] | None = None) -> None:
+    def train(
+        self, steps: int, batches: Iterator[dict[str, Tensor]] | None = None, events: "Nothing | None" = None
+    ) -> None:
         loop.train(
             self.training,
             batches if batches is not None else self.batches(),
@@ -206,8 +211,8 @@ class Bench:
             accelerator=self.accelerator,
             tracker=self.tracker,
             settings=build.loop_settings(self.cfg, self.training.step + steps, self.accelerator),
-            events=Nothing(),
-            stop=Nothing(),
+            events=events or Nothing(),
+            stop=events or Nothing(),
         )
 
     def validate(self) -> float:
@@ -419,8 +424,65 @@ def test_the_first_step_that_is_not_finite_is_named(before: str, accelerator: Ac
     meter.add(result(0.5, [1.0], [0]))
     meter.add(result(0.5, [1.0, 2.0], [0, 1], norm=torch.tensor(float("inf")), rows=[torch.tensor([7, 9])]))
     meter.add(result(float("nan"), [1.0], [0]))
-    with pytest.raises(NonFiniteLoss, match=r"not finite at step 5 \(.*gradient norm inf, lr 0\.001, rows \[7, 9\]\)"):
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step 5 \(.*gradient norm inf, lr 0\.001, samples 7, 9\)"):
         meter.read(6, 1e-3)
+
+
+def test_samples_that_are_not_finite_have_the_names_of_the_data_set(accelerator: Accelerator) -> None:
+    def identify(row: int) -> str:
+        if row == 9:
+            raise DataError("row 9 is damaged")
+        return f"{row}.png"
+
+    meter = Meter(accelerator, 4, 1000, identify)
+    meter.add(result(float("nan"), [1.0], [0], rows=[torch.tensor([7, 9]), torch.arange(20, 40)]))
+    with pytest.raises(NonFiniteLoss, match=r"samples 7\.png, row 9, 20\.png, .*33\.png and 6 more\)"):
+        meter.check(1, 1e-3)
+
+
+def test_a_process_without_a_bad_step_says_so(accelerator: Accelerator) -> None:
+    meter = Meter(accelerator, 4, 1000)
+    for _ in range(3):
+        meter.add(result(0.5, [1.0], [0]))
+    with pytest.raises(NonFiniteLoss, match=r"on another process, at one of the 3 steps up to step 8 \(lr 0\.001\)"):
+        meter._raise(8, 1e-3)
+
+
+# --- ways out
+
+
+class Stopping(Nothing):
+    """A signal has come; what happens is noted."""
+
+    signal_number = 15
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def checkpoint(self, step: int) -> None:
+        self.seen.append(f"checkpoint {step}")
+
+    def wait(self) -> None:
+        self.seen.append("wait")
+
+
+def test_a_stop_waits_for_its_checkpoint(bench: Any) -> None:
+    """On every process: a launcher that sees one gone ends the one that writes."""
+    made, events = bench("prior"), Stopping()
+    with pytest.raises(Interrupted):
+        made.train(3, events=events)
+    assert events.seen == ["checkpoint 1", "wait"]
+
+
+def test_data_that_fails_while_a_run_trains_is_a_failure_of_the_run(bench: Any) -> None:
+    made = bench("prior")
+
+    def damaged() -> Iterator[dict[str, Tensor]]:
+        yield from islice(made.batches(), 2)
+        raise DataError("a.png cannot be read")
+
+    with pytest.raises(RunFailure, match=r"a\.png cannot be read\n\(training stopped after step 2"):
+        made.train(5, damaged())
 
 
 # --- what does not train leaves memory

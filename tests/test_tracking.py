@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -25,9 +26,11 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.errors import Interrupted, TrackingError
-from kandinsky_exp.mlflow_names import MAX_PARAM, masked, param_text
+from kandinsky_exp.mlflow_names import MAX_PARAM, dataset_source, masked, param_text
 from kandinsky_exp.provenance import git_commit, pip_freeze
+from kandinsky_exp.records import named
 from kandinsky_exp.tracking import MlflowTracker, NullTracker, Tracker, default_uri, probe, tracked
 from kandinsky_exp.writer import BackgroundWriter
 
@@ -197,6 +200,7 @@ def test_processes_that_first_touch_a_store_together_all_live(tmp_path: Path) ->
 import multiprocessing, sys
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store  # once for all, and the race is the closer for it
+from kandinsky_exp.records import named
 from kandinsky_exp.tracking import MlflowTracker, default_uri, probe, tracked
 def first_touch(root, together):
     together.wait()
@@ -339,7 +343,9 @@ def test_the_status_is_true_in_a_process_of_its_own(client: MlflowClient, output
     code = """
 import signal, sys, time
 from pathlib import Path
+from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.errors import Interrupted
+from kandinsky_exp.records import named
 from kandinsky_exp.tracking import MlflowTracker, default_uri, tracked
 def stop(number, frame):
     raise Interrupted(number)
@@ -623,3 +629,23 @@ def test_a_job_that_fails_is_tried_again_and_then_a_warning(caplog: pytest.LogCa
     assert writer.close()
     assert len(tries) == 2
     assert "the picture was not recorded (postgresql://***@host is full)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "origin"),
+    [
+        ("https://me:secret@host/a/000.tar?token=secret", "http", {"url": "https://host/a/000.tar"}),
+        ("/data/that/is/elsewhere", "local", {"uri": "file:///data/that/is/elsewhere"}),
+        ("someone/pictures", "hugging_face", {"path": "someone/pictures"}),
+    ],
+)
+def test_where_a_data_set_comes_from(source: str, kind: str, origin: dict[str, str]) -> None:
+    found, text = dataset_source(source)
+    assert (found, json.loads(text)) == (kind, origin)
+
+
+def test_shards_are_no_data_set_of_the_hub() -> None:
+    shards = ("https://me:secret@host/a/000.tar?token=secret", "https://host/a/001.tar")
+    source = Shards("https://host/a/000.tar and 1 more", shards, ("jpg",), "txt")
+    assert named(source) == ("000.tar and 1 more", "https://host/a/000.tar")
+    assert named(replace(source, name="/a/000.tar", shards=("/a/000.tar",))) == ("000.tar", "/a/000.tar")
