@@ -619,6 +619,10 @@ def test_removing_all_leaves_nothing_behind(tmp_path):
     (folder / "null-x.part").write_bytes(b"half")
     (folder / ".files-abc").write_bytes(b"half")
     (folder / "mine.txt").write_text("not ours")
+    with cache.locked(folder / "null-y", print):  # another run is at it
+        verb(tmp_path, "remove=[all]")
+        left = {path.name for path in folder.iterdir() if not path.name.startswith("tiny-")}
+        assert left == {"mine.txt", "null-y.lock"}
     verb(tmp_path, "remove=[all]")
     assert [path.name for path in folder.iterdir() if not path.name.startswith("tiny-")] == ["mine.txt"]
 

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 SPARE = 1.05  # of what a table is thought to need
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 PARTIAL = ".partial"
-LEFTOVERS = ("null-*", "files-*.arrow", ".files-*", "*.aside", "*.part")  # what runs keep beside tables, or half wrote
+LEFTOVERS = (
+    "null-*.safetensors",
+    "files-*.arrow",
+    ".files-*",
+    "*.aside",
+    "*.part",
+)  # kept beside tables, or half written
 
 
 def partial(folder: Path) -> Path:
