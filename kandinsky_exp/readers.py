@@ -115,8 +115,8 @@ class FeatureReader:
             total_steps=steps,
             groups=self._groups(),
         )
-        # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it would
-        # take the step's cores from it: two teams of threads there are slower than one after the other.
+        # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it
+        # would take the step's cores from it: two teams of threads there are slower than one after the other.
         with_step = self.device.type == "cpu"
         batches = self._read(sampler) if with_step else map(self._encoded, self._read(sampler))
         with contextlib.closing(prefetch(batches, self.device)) as ahead:
