@@ -13,16 +13,18 @@ from PIL import Image
 from running import SMALL, history, network, runs, train
 
 COMMAND = [sys.executable, "-m", "kandinsky_exp"]
-LAUNCH = [
-    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
-    "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "kandinsky_exp", "train",
-]  # fmt: skip
+# `accelerate launch --cpu` starts one process, whatever number it is given: torch's launcher, which it uses on GPUs.
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *COMMAND[1:], "train"]
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}
     )
+
+
+def start_two(*overrides: str) -> subprocess.Popen[str]:
+    return start(*LAUNCH, *SMALL, *overrides, ACCELERATE_USE_CPU="true")
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
@@ -35,8 +37,8 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_two_processes_train_one_run(stage: str, tmp_path: Path) -> None:
-    output = finish(start(
-        *LAUNCH, *SMALL, f"model={stage}", f"output_root={tmp_path}", "trainer.batch_size=2", "trainer.log_every=1",
+    output = finish(start_two(
+        f"model={stage}", f"output_root={tmp_path}", "trainer.batch_size=2", "trainer.log_every=1",
         "validation.prompts=[a dog]", "trainer.grad_accumulation=2", "trainer.ema_decay=0.9",
     ))  # fmt: skip
     (found,) = runs(tmp_path)
@@ -99,7 +101,7 @@ def test_an_image_that_goes_while_a_run_trains_fails_the_run(workers: int, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_stop_with_one_checkpoint(tmp_path: Path) -> None:
-    process = start(*LAUNCH, *SMALL, "model=prior", f"output_root={tmp_path}", "name=p", "trainer.max_steps=1000000",
+    process = start_two("model=prior", f"output_root={tmp_path}", "name=p", "trainer.max_steps=1000000",
                     "trainer.log_every=1", "validation.every=1000000", "checkpoint.every=1000000")  # fmt: skip
     log = tmp_path / "p" / "train.log"
     wait_until(lambda: log.is_file() and "step 2 of" in log.read_text(), process)
