@@ -395,13 +395,13 @@ def test_resume_never_refuses_an_existing_name(prior_root: Path) -> None:
         train(prior_root, "model=prior", "name=p", "checkpoint.resume=never")
 
 
-def test_fork_from_a_checkpoint_of_another_run(prior_root: Path) -> None:
+def test_fork_from_a_checkpoint_of_another_run(prior_root: Path, tmp_path: Path) -> None:
     source = prior_root / "p" / "checkpoints" / "step-00000002"
-    train(prior_root, "model=prior", "name=fork", f"checkpoint.resume={source}")
-    fork = runs(prior_root)[-1]
+    train(tmp_path, "model=prior", "name=fork", f"checkpoint.resume={source}")
+    (fork,) = runs(tmp_path)
     assert fork.info.run_name == "fork"
     assert fork.data.tags["resumed_from"] == runs(prior_root)[0].info.run_id
-    assert same(network(prior_root / "fork" / "pipeline" / "prior"), network(prior_root / "p" / "pipeline" / "prior"))
+    assert same(network(tmp_path / "fork" / "pipeline" / "prior"), network(prior_root / "p" / "pipeline" / "prior"))
 
 
 def test_checkpoints_are_pruned_but_the_best_stays(tmp_path: Path) -> None:
