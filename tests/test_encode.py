@@ -277,6 +277,8 @@ def dies() -> bytes:
     return b""
 
 
+# torch reports a worker's death wherever the main process happens to be, at times where nobody can catch it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_dies_is_an_error_with_a_cure(prior, tmp_path):
     source = Few(write_pictures(tmp_path / "set", [(16, 16)] * 4), dies)
     with pytest.raises(
