@@ -79,10 +79,7 @@ class CheckpointWriter:
             return None
         try:
             return snapshot.on_host()
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # others may have taken it meanwhile; torch has no error of its own
+        except (RuntimeError, MemoryError) as error:  # torch has no error of its own for a host that is out of memory
             logger.warning("no copy of the checkpoint in host memory (%s): training waits for it", error)
             return None
 

@@ -50,7 +50,7 @@ def _keep(features: Features, file: Path) -> None:
 def _alone(file: Path) -> Iterator[None]:
     """Other processes wait, where the disk has locks and can be written."""
     lock = FileLock(file.with_suffix(".lock"))
-    with contextlib.suppress(OSError, NotImplementedError):
+    with contextlib.suppress(OSError, NotImplementedError):  # filelock's own word for a disk without locks
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:

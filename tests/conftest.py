@@ -16,3 +16,23 @@ def tiny_folder(tmp_path_factory) -> Path:
 
     base = tmp_path_factory.getbasetemp()
     return build((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny")
+
+
+@pytest.fixture(scope="module")
+def prior():
+    """The prior's encoders, always with the same weights."""
+    import torch
+    from encoders import PriorEncoders
+
+    torch.manual_seed(0)
+    return PriorEncoders()
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """The decoder's encoders, always with the same weights."""
+    import torch
+    from encoders import DecoderEncoders
+
+    torch.manual_seed(0)
+    return DecoderEncoders()

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoders import DecoderEncoders, PriorEncoders, encode
 from PIL import Image
 from running import SMALL, composed, train
-from test_features import DecoderEncoders, PriorEncoders, encode
 
 from kandinsky_exp import cli
 from kandinsky_exp.data import cache, encoding, sources
@@ -33,18 +33,6 @@ from kandinsky_exp.data.sampler import StreamBatchSampler, choose_mirror
 from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.encode import encode as encode_verb
 from kandinsky_exp.errors import ConfigError, DataError
-
-
-@pytest.fixture(scope="module")
-def prior():
-    torch.manual_seed(0)
-    return PriorEncoders()
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    torch.manual_seed(0)
-    return DecoderEncoders()
 
 
 def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
