@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,7 +102,15 @@ class CheckpointWriter:
             self.recorded(folder, snapshot.step)
         except Exception as error:  # whatever it is, it is raised where the run can stop
             self._failure = CheckpointFailure(
-                f"the checkpoint of step {snapshot.step} could not be written to {self.root} ({error}); the one before "
-                "is whole: make room, and run the same command again"
+                f"the checkpoint of step {snapshot.step} could not be written to {self.root} ({error}){self._room(snapshot)}; "
+                "the one before is whole: make room, and run the same command again"
             )
             self._failure.__cause__ = error
+
+    def _room(self, snapshot: checkpoint.Snapshot) -> str:
+        """What it needs and what there is, where the disk can say so."""
+        try:
+            free = shutil.disk_usage(self.root).free
+        except OSError:
+            return ""
+        return f": it needs {snapshot.size() / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left"

@@ -192,8 +192,13 @@ def total_steps(cfg: DictConfig, rows: int | None, num_processes: int) -> int:
     """
     if cfg.trainer.max_epochs is None or rows is None:
         return int(cfg.trainer.max_steps)
-    per_step = cfg.trainer.batch_size * cfg.trainer.grad_accumulation * num_processes
+    per_step = total_batch(cfg, num_processes)
     return int(min(cfg.trainer.max_steps, -(-rows * cfg.trainer.max_epochs // per_step)))
+
+
+def total_batch(cfg: DictConfig, num_processes: int) -> int:
+    """Samples per optimizer step, over all processes."""
+    return int(cfg.trainer.batch_size * cfg.trainer.grad_accumulation * num_processes)
 
 
 def loop_settings(cfg: DictConfig, steps: int, device: Accelerator) -> LoopSettings:
@@ -204,7 +209,7 @@ def loop_settings(cfg: DictConfig, steps: int, device: Accelerator) -> LoopSetti
         log_every=cfg.trainer.log_every,
         validate_every=cfg.validation.every,
         checkpoint_every=cfg.checkpoint.every,
-        total_batch=cfg.trainer.batch_size * cfg.trainer.grad_accumulation * device.num_processes,
+        total_batch=total_batch(cfg, device.num_processes),
         progress=device.is_main_process and sys.stderr.isatty(),
     )
 

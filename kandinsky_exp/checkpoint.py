@@ -1,18 +1,14 @@
 """Checkpoints: the network in diffusers layout and the loop's state, complete or not there at all.
 
-    step-00000500/  prior/ or unet/  [prior_ema/ or unet_ema/]  optimizer.pt  state.json
+    step-00000500/  prior/ or unet/  [prior_ema/ or unet_ema/]  optimizer.safetensors  state.json
 
 A folder is written under another name and renamed when it is whole; older ones are removed only after that.
 """
 
 import inspect
-import json
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,10 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from kandinsky_exp import adapters
+from kandinsky_exp import adapters, state_file
 from kandinsky_exp.adapters import NetworkFiles
 from kandinsky_exp.errors import CheckpointError
+from kandinsky_exp.integrity import flush_to_disk, read_state, seal
 from kandinsky_exp.loop import Training
+from kandinsky_exp.state_file import mapped
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Snapshot:
 
     Args:
         networks: by folder, such as `unet` and `unet_ema`.
-        tensors: what goes to `optimizer.pt`.
+        tensors: what goes to `optimizer.safetensors`.
         state: what goes to `state.json`.
     """
 
@@ -45,12 +43,13 @@ class Snapshot:
     def on_host(self) -> "Snapshot":
         copies: dict[int, Tensor] = {}
         networks = {name: files.on_host(copies) for name, files in self.networks.items()}
-        return replace(self, networks=networks, tensors=_mapped(self.tensors, _on_host))
+        others: dict[int, Tensor] = {}  # in the strides they have: what trains may have others than its file
+        return replace(self, networks=networks, tensors=mapped(self.tensors, lambda value: _on_host(value, others)))
 
     def size(self) -> int:
         """Bytes that `on_host` asks for."""
         found = {id(value): value for files in self.networks.values() for value in files.tensors.values()}
-        _mapped(self.tensors, lambda value: found.setdefault(id(value), value))
+        mapped(self.tensors, lambda value: found.setdefault(id(value), value))
         return sum(value.nbytes for value in found.values())
 
     def write(self, root: Path) -> Path:
@@ -60,66 +59,63 @@ class Snapshot:
         for left in root.glob(".step-*.part"):  # by a process that was killed
             shutil.rmtree(left)
         aside.mkdir(parents=True)
-        for name, files in self.networks.items():
-            files.write(aside / name)
-        torch.save(self.tensors, aside / "optimizer.pt")
-        (aside / "state.json").write_text(json.dumps(self.state, indent=2) + "\n", "utf-8")
-        for path in [*aside.rglob("*"), aside]:
-            _flush_to_disk(path)
-        if folder.exists():
+        try:
+            for name, files in self.networks.items():
+                files.write(aside / name)
+            state_file.write(self.tensors, aside / state_file.NAME)
+            seal(aside, self.state)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk has other uses for the room
+            raise
+        if folder.exists():  # a damaged one that was passed over when the run was resumed
             shutil.rmtree(folder)
         aside.rename(folder)
+        flush_to_disk(root)
         return folder
 
 
-def snapshot(training: Training, part: str, accelerator: Accelerator, validation_loss: float | None) -> Snapshot:
+def snapshot(
+    training: Training,
+    part: str,
+    accelerator: Accelerator,
+    *,
+    validated: bool,
+    validation_loss: float | None,
+    total_batch: int,
+) -> Snapshot:
     """The state at this step, not copied yet.
 
     Args:
         part: name of the network's subfolder, `prior` or `unet`.
+        validated: whether this very step was validated, with or without a loss.
         validation_loss: the fixed-noise loss at this very step, None where it was not measured.
+        total_batch: samples per optimizer step, over all processes.
     """
     network = accelerator.unwrap_model(training.network)
     networks = {part: training.stage.snapshot(network, {})}
-    state: dict[str, Any] = {"step": training.step, "validation_loss": validation_loss}
+    state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
     state["optimizer"] = type(_bare(training.optimizer)).__name__
+    state |= {"total_batch": total_batch, "processes": accelerator.num_processes}
     if training.ema is not None:
         names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         averages = dict(zip(names, training.ema.shadow_params, strict=True))
         networks[f"{part}_ema"] = training.stage.snapshot(network, averages)
         state["ema_step"] = training.ema.optimization_step
     tensors = {"optimizer": training.optimizer.state_dict(), "scheduler": training.scheduler.state_dict()}
+    tensors["unread"] = training.unread
     if accelerator.scaler is not None:
         tensors["scaler"] = accelerator.scaler.state_dict()
     return Snapshot(training.step, networks, tensors, state)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Nested dicts, lists and tuples made anew, with other tensors."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(item, change) for item in value)
-    return value
-
-
-def _on_host(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """A rename may reach the disk before the data it names: force the data first."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _on_host(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    if id(value) not in copies:
+        copies[id(value)] = value.detach().to("cpu", copy=True)
+    return copies[id(value)]
 
 
 def complete(root: Path) -> list[Path]:
-    """The complete checkpoints, oldest first; one whose state cannot be read is none."""
+    """The complete checkpoints, oldest first; one whose state cannot be read is none. Their other files are not read."""
     return sorted(folder for folder in root.glob("step-*") if _is_complete(folder))
 
 
@@ -131,29 +127,11 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def newest(root: Path) -> Path | None:
-    found = complete(root)
-    return found[-1] if found else None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The loop state of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is missing or is no such state.
-    """
-    try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
-        state["step"] = int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"checkpoint.resume: {folder} is no complete checkpoint ({error}); give a checkpoints/step-… folder"
-        ) from error
-    return state
-
-
-def load(training: Training, folder: Path, part: str, accelerator: Accelerator) -> None:
+def load(training: Training, folder: Path, part: str, accelerator: Accelerator) -> dict[str, Any]:
     """Put a checkpoint back into `training`, exactly.
+
+    Returns:
+        Its loop state: see `snapshot`.
 
     Raises:
         CheckpointError: it does not fit this run's network, optimizer or EMA setting.
@@ -176,17 +154,19 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
             training.ema.shadow_params = [parameter.detach().clone() for parameter in training.trainable]
             training.ema.optimization_step = int(state.get("ema_step", 0))
         adapters.load(network, folder / part)
-        tensors = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        tensors = state_file.read(folder / state_file.NAME)
         _load_optimizer(training, tensors)
+        training.unread = tensors["unread"]
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint.resume: {folder} does not fit this run ({reason}); use the settings it was made with, start "
-            "anew under another name, or, if it is damaged, remove it to go on from the one before"
+            "anew under another name"
         ) from error
     training.step = state["step"]
+    return state
 
 
 def _bare(optimizer: Any) -> Any:

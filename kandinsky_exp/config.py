@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kandinsky_exp import targets, weights
 from kandinsky_exp.errors import ConfigError
@@ -63,6 +64,19 @@ def validate(cfg: DictConfig) -> None:
 def flatten(cfg: DictConfig) -> Values:
     """The resolved config as {dotted key: value}, secrets aside. Lists and empty mappings stay values."""
     return dict(_leaves(_without_secrets(_resolved(cfg))))
+
+
+def flatten_file(file: Path) -> Values:
+    """A config that `to_yaml` wrote, as `flatten` gives it. It is data: nothing in it is resolved or built.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return dict(_leaves(OmegaConf.to_container(OmegaConf.load(file), resolve=False)))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"name: {file} cannot be read ({reason}); bring it back, or choose another name") from error
 
 
 def to_yaml(cfg: DictConfig) -> str:

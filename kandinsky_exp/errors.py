@@ -36,7 +36,19 @@ class RunFailure(Exception):
 
 
 class NonFiniteLoss(RunFailure):
-    """Training produced NaN or infinity."""
+    """Training produced NaN or infinity.
+
+    Args:
+        step: the optimizer step, where it happened on this process.
+    """
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        self.step = step
+        super().__init__(message)
+
+
+class OutOfMemory(RunFailure):
+    """The device or the host has no memory left."""
 
 
 class CheckpointFailure(RunFailure):

@@ -4,19 +4,19 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 
 from kandinsky_exp.display import progress_bar, report
 from kandinsky_exp.errors import Interrupted, RunFailure, UserError
 from kandinsky_exp.meter import Meter, StepResult
-from kandinsky_exp.randomness import NoiseSource, derive_seed, validation_generator
+from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.stages.base import Features, Stage
 from kandinsky_exp.tracking import Tracker
 
@@ -29,6 +29,7 @@ class Training:
         network: the stage's network as Accelerate prepared it.
         scheduler: the learning-rate schedule, stepped once per optimizer step.
         step: optimizer steps done.
+        unread: of the meter, at the last checkpoint: what was measured and not reported yet.
     """
 
     stage: Stage
@@ -37,6 +38,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
     step: int = 0
+    unread: dict[str, Any] = field(default_factory=dict)
 
     def rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
@@ -74,18 +76,6 @@ class Events(Protocol):
         """On the way out, wait for what these began in the background, and raise what went wrong with it."""
 
 
-class HeldOut(Protocol):
-    """Rows that do not train."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: list[int]) -> Features:
-        """These rows as features on the device."""
-
-    def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
-        """`indices` in batches whose rows have equal shapes."""
-
-
 class Stop(Protocol):
     """A wish to stop that a signal handler notes down; read between steps."""
 
@@ -93,6 +83,9 @@ class Stop(Protocol):
 
     def deferred(self) -> AbstractContextManager[None]:
         """While it is open, a first signal only sets `signal_number`."""
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """While it is open inside `deferred`, a first signal raises Interrupted all the same."""
 
 
 def train(
@@ -107,19 +100,28 @@ def train(
     stop: Stop,
     identify: Callable[[int], str] = str,
 ) -> float | None:
-    """Train up to `settings.max_steps`; the last `train/loss` that was logged, None when no step was left.
+    """Train up to `settings.max_steps`; the last `train/loss` that was logged, None when there was none ever.
 
     Args:
         identify: what a user calls the row of a batch's `index`, for messages.
 
     Raises:
         NonFiniteLoss: a loss or gradient was NaN or infinite; no checkpoint was written after it.
-        RunFailure: the data could not be read any more, or another thing that a user can put right.
+        RunFailure: the data could not be read any more; a checkpoint was written.
         Interrupted: `stop` was set; a checkpoint was written.
     """
     meter = Meter(accelerator, settings.total_batch, training.stage.num_timesteps, identify)
+    meter.restore(training.unread)
     training.network.train()
     saved = training.step
+
+    def save() -> None:
+        nonlocal saved
+        meter.check(training.step, training.rate())
+        training.unread = meter.state()
+        events.checkpoint(training.step)
+        saved = training.step
+
     with (
         progress_bar(training.step, settings.max_steps, settings.progress) as bar,
         stop.deferred(),
@@ -128,23 +130,26 @@ def train(
         failing(training),
     ):
         while training.step < settings.max_steps:
-            meter.add(optimizer_step(training, batches, noise, accelerator, settings))
+            try:
+                meter.add(optimizer_step(training, batches, noise, accelerator, settings))
+            except UserError:  # the data's; what was trained up to here is whole, where no other process waits for this
+                if saved != training.step and accelerator.num_processes == 1:
+                    save()
+                raise
             training.step += 1
             step, last = training.step, training.step == settings.max_steps
             bar.update()
-            validate, save = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
+            validate, saves = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
             if due(step, settings.log_every, last):
                 report(meter.read(step, training.rate()), step, settings.max_steps, tracker, bar)
-            elif validate or save:
+            elif validate or saves:
                 meter.check(step, training.rate())
             stopping = stop_agreed(stop, accelerator, step, settings.log_every)
             with meter.paused():
                 if validate and stopping is None:
-                    events.validate(step)
-                if save or (stopping is not None and saved != step):
-                    meter.check(step, training.rate())
-                    events.checkpoint(step)
-                    saved = step
+                    stopping = validated_or_stopped(events, step, stop, accelerator)
+                if saves or (stopping is not None and saved != step):
+                    save()
             if stopping is not None:
                 # All processes: a launcher kills the others as soon as one is gone, the one that writes as well.
                 events.wait()
@@ -168,7 +173,7 @@ def failing(training: Training) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        advice = "once that is put right, the same command goes on from the last checkpoint"
+        advice = "once that is put right, the same command goes on from there"
         raise RunFailure(f"{error}\n(training stopped after step {training.step}; {advice})") from error
 
 
@@ -217,6 +222,23 @@ def update_average(average: EMAModel, parameters: list[nn.Parameter]) -> None:
     torch._foreach_lerp_(average.shadow_params, [*parameters], 1 - average.cur_decay_value)
 
 
+def validated_or_stopped(events: Events, step: int, stop: Stop, accelerator: Accelerator) -> int | None:
+    """Validate; the signal to stop for, if one came meanwhile.
+
+    A validation may take longer than a machine that is preempted has left: one process breaks it off, and whoever
+    resumes makes it anew. Several processes would wait for each other.
+    """
+    if accelerator.num_processes > 1:
+        events.validate(step)
+        return stop_agreed(stop, accelerator, step, 1)
+    try:
+        with stop.at_once():
+            events.validate(step)
+    except Interrupted as interrupted:
+        return interrupted.signal_number
+    return stop.signal_number
+
+
 def stop_agreed(stop: Stop, accelerator: Accelerator, step: int, log_every: int) -> int | None:
     """The signal to stop for. Several processes agree at log points only: asking costs a wait for the device."""
     if accelerator.num_processes == 1:
@@ -225,69 +247,3 @@ def stop_agreed(stop: Stop, accelerator: Accelerator, step: int, log_every: int)
         return None
     flag = torch.tensor([stop.signal_number or 0], device=accelerator.device)
     return int(accelerator.gather(flag).max().item()) or None
-
-
-@contextmanager
-def averaged_weights(training: Training) -> Iterator[None]:
-    """The EMA weights in place of the raw ones; nothing where there is no EMA."""
-    if training.ema is None:
-        yield
-        return
-    training.ema.store(training.trainable)
-    training.ema.copy_to(training.trainable)
-    try:
-        yield
-    finally:
-        training.ema.restore(training.trainable)
-
-
-@contextmanager
-def uncompiled(network: nn.Module) -> Iterator[None]:
-    """The network as it is, where `trainer.compile` compiled it for the training step.
-
-    Validation asks for other batch sizes, no gradient and evaluation mode: each would cost a compilation of its own,
-    minutes long, for a few calls.
-    """
-    if getattr(network, "_compiled_call_impl", None) is None:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@torch.no_grad()
-def validate(
-    stage: Stage,
-    network: nn.Module,
-    held_out: HeldOut,
-    *,
-    accelerator: Accelerator,
-    seed: int,
-    draws: int,
-    batch_size: int,
-) -> float:
-    """Mean unweighted loss over held-out rows, with noise and timesteps that depend on (seed, row, draw) alone.
-
-    The draws of a row fall into equal parts of the timestep range, so that the estimate falls smoothly. It does not
-    depend on batch size or number of processes (beyond rounding), nor on a run's loss weighting or dropped conditions.
-    """
-    network.eval()
-    mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))
-    total = torch.zeros(2, device=accelerator.device)
-    for chunk in held_out.batches(mine, batch_size):
-        features = held_out.rows(chunk)
-        for draw in range(draws):
-            generators = [validation_generator(seed, row, draw) for row in chunk]
-            timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)
-            with accelerator.autocast():
-                losses = stage.loss(network, features, generators, timesteps).per_sample
-            total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
-    network.train()
-    summed: Tensor = accelerator.reduce(total, reduction="sum")
-    return float(summed[0] / summed[1])
-
-
-def spread_timesteps(seed: int, rows: list[int], draw: int, draws: int, num_timesteps: int) -> Tensor:
-    """One timestep per row from part `draw` of `draws` equal parts of [0, T): a row's offset is the same in each."""
-    offsets = [derive_seed("timestep", seed, row) / (1 << 63) for row in rows]
-    return torch.tensor([int(num_timesteps * (draw + offset) / draws) for offset in offsets])

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from kandinsky_exp.data.encode import cache_key, encode_table
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Indexed, Source, Splits
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Rows, collate
-from kandinsky_exp.data.loading import leave_signals
+from kandinsky_exp.data.loading import is_of_workers, leave_signals, workers_failed
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.data.sampler import StreamBatchSampler
@@ -102,7 +102,7 @@ class FeatureReader:
         by_shape = isinstance(self.dataset, CachedFeatures) and self.dataset.table.meta["buckets"]
         return self.dataset.groups() if by_shape and isinstance(self.dataset, CachedFeatures) else None
 
-    def stream(self, start_step: int, steps: int, accelerator: Accelerator) -> Iterator[Features]:
+    def stream(self, start_step: int, steps: int, accelerator: Accelerator) -> Generator[Features]:
         """Micro-batches from the first one after `start_step` on, read ahead of the step that needs them."""
         sampler = StreamBatchSampler(
             len(self),
@@ -135,10 +135,17 @@ class FeatureReader:
             collate_fn=collate,
             worker_init_fn=leave_signals if workers else None,
         )
+        failed = None
         try:
             yield from loader
         except DataError as error:  # a worker's comes with its traceback in front
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        except RuntimeError as error:
+            if not is_of_workers(error):
+                raise
+            failed = workers_failed(error, "data.num_workers")
+        if failed is not None:  # here, where no traceback keeps the workers
+            raise failed
 
     def _encoded(self, batch: Features) -> Features:
         if self.encode is None:
@@ -151,12 +158,14 @@ class Readers:
     """A data set, ready to train from.
 
     Args:
+        source: fingerprint of the set as it was given, before anything was held out.
         notes: what a user should know of it, a line each.
         skipped: what was wrong with the examples that were left out.
     """
 
     train: FeatureReader
     held_out: FeatureReader | None
+    source: str
     notes: list[str]
     skipped: list[str]
 
@@ -174,14 +183,14 @@ def open_readers(
     stage.use_null_condition(null)
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
-    notes, skipped = opener.notes, opener.skipped
+    about = (train.fingerprint, opener.notes, opener.skipped)
     if splits.validation is not None:
         held_out = opener.open(splits.validation)
-        return Readers(train, held_out if len(held_out) else None, notes, skipped)
+        return Readers(train, held_out if len(held_out) else None, *about)
     rest, held = sources.held_out(len(train), settings.fraction, settings.seed)
     if not len(held):
-        return Readers(train, None, notes, skipped)
-    return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), notes, skipped)
+        return Readers(train, None, *about)
+    return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), *about)
 
 
 class _Opener:

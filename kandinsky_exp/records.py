@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, tracking, workspace
+from kandinsky_exp import build, config, integrity, tracking, workspace
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -16,6 +16,7 @@ from kandinsky_exp.readers import Readers
 from kandinsky_exp.weights import PARTS, Weights
 
 logger = logging.getLogger(__name__)
+OUTBOX = "outbox"  # in the run's folder
 
 
 def tracker_uri(cfg: DictConfig) -> str:
@@ -37,9 +38,30 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
         run_id=space.record.run_id,
         tags=tags,
         parent_run_id=sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None,
+        outbox=space.folder / OUTBOX,
+        token=space.record.token,
+        redone_from=first_redone(space),
     )
     space.record.run_id = tracker.run_id
     return tracker
+
+
+def first_redone(space: workspace.Workspace) -> int | None:
+    """The first step whose records may be there already, since it is done again to the same numbers."""
+    if not space.repeats:
+        return None
+    return 0 if space.start is None else int(integrity.read_state(space.start)["step"])
+
+
+def deliver_left(cfg: DictConfig, space: workspace.Workspace) -> None:
+    """Records that a finished run could not hand over are handed over by whoever starts it again."""
+    outbox = space.folder / OUTBOX
+    if cfg.tracker.name == "none" or space.record.run_id is None or not outbox.is_dir():
+        return
+    if tracking.deliver_left(tracker_uri(cfg), outbox, space.record.run_id):
+        logger.info("MLflow: the records that waited in %s were delivered", outbox)
+    else:
+        logger.warning("MLflow: some records still wait in %s", outbox)
 
 
 def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
@@ -63,9 +85,9 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
         return record.run_id
 
 
-def note_data(space: workspace.Workspace, fingerprint: str) -> None:
+def note_data(space: workspace.Workspace, data: Readers) -> None:
     """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
-    before = space.record.data
+    before, fingerprint = space.record.data, data.train.fingerprint
     if space.is_resumed and space.record.step > 0 and before not in (None, fingerprint):
         logger.warning(
             "the training data has changed since step %d of this run (fingerprint %s, now %s): losses from before and "
@@ -74,7 +96,7 @@ def note_data(space: workspace.Workspace, fingerprint: str) -> None:
             str(before)[:12],
             fingerprint[:12],
         )
-    space.record.data = fingerprint
+    space.record.data, space.record.source = fingerprint, data.source
 
 
 def describe(

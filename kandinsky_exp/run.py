@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -17,20 +19,24 @@ from kandinsky_exp import (
     build,
     checkpoint,
     config,
+    fixed_noise,
     hub,
     loop,
+    memory_advice,
+    nonfinite,
     pipelines,
     processes,
     records,
+    resuming,
     tracking,
     workspace,
 )
-from kandinsky_exp.behind import CheckpointWriter
 from kandinsky_exp.data import sources
+from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.errors import Interrupted, UserError
 from kandinsky_exp.randomness import NoiseSource
-from kandinsky_exp.readers import FeatureReader, open_readers
-from kandinsky_exp.validation import Validator
+from kandinsky_exp.readers import open_readers
+from kandinsky_exp.events import Events
 from kandinsky_exp.weights import PARTS, Weights
 
 logger = logging.getLogger(__name__)
@@ -51,47 +57,51 @@ def run(cfg: DictConfig) -> float:
     processes.quiet_libraries()
     with (
         processes.stop_signals() as stop,
+        stop.after(cfg.trainer.max_minutes),
         processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
         weights = build.weights(cfg)
         splits = build.data(cfg)
-        space = processes.on_main_process(lambda: prepare(cfg, weights, splits, held))
-        with workspace.logging_to(space.folder / "train.log", accelerator.is_main_process):
-            if is_finished(cfg, accelerator, space):
-                return nothing_left(space)
+        count = accelerator.num_processes
+        space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, held))
+        with workspace.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
+            for note in space.notes:
+                logger.warning("%s", note)
+            if is_finished(cfg, count, space):
+                return nothing_left(cfg, accelerator, space)
             tracker = records.start_tracker(cfg, accelerator, space)
-            with tracking.tracked(tracker), recorded(space, accelerator, tracker):
+            with tracking.tracked(tracker), recorded(space, accelerator, tracker, stop):
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
                 settings = build.read_settings(cfg, accelerator.device)
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
                 if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
-                steps = build.total_steps(cfg, len(data.train), accelerator.num_processes)
+                steps = build.total_steps(cfg, len(data.train), count)
                 space.record.rows = len(data.train)
-                training = build.training(cfg, stage, accelerator, steps)
-                if space.start is not None:
-                    checkpoint.load(training, space.start, stage.part, accelerator)
-                    logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
-                records.note_data(space, data.train.fingerprint)
-                records.describe(cfg, accelerator, tracker, space, weights, data)
-                events = Events(cfg, accelerator, space, training, tracker, data.held_out)
-                if training.step == 0:
-                    events.validate(0)
-                train_loss = loop.train(
-                    training,
-                    data.train.stream(training.step, steps, accelerator),
-                    NoiseSource(cfg.seed, accelerator.process_index, accelerator.device),
-                    accelerator=accelerator,
-                    tracker=tracker,
-                    settings=build.loop_settings(cfg, steps, accelerator),
-                    events=events,
-                    stop=stop,
-                    identify=data.train.id,
-                )
-                if train_loss is None:  # no step was left: an earlier start was stopped while it saved its result
-                    events.validate(training.step)
+                with memory_advice.given(cfg, accelerator.device, stage):
+                    training = build.training(cfg, stage, accelerator, steps)
+                    events = Events(cfg, accelerator, space, training, tracker, data.held_out)
+                    if space.start is not None:
+                        events.restored(checkpoint.load(training, space.start, stage.part, accelerator))
+                        logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
+                    records.note_data(space, data)
+                    records.describe(cfg, accelerator, tracker, space, weights, data)
+                    if events.owes_validation(training.step, steps):
+                        events.validate(training.step)
+                    with nonfinite.batch_kept(space.folder, data.train, accelerator, tracker):
+                        train_loss = loop.train(
+                            training,
+                            data.train.stream(training.step, steps, accelerator),
+                            NoiseSource(cfg.seed, accelerator.process_index, accelerator.device),
+                            accelerator=accelerator,
+                            tracker=tracker,
+                            settings=build.loop_settings(cfg, steps, accelerator),
+                            events=events,
+                            stop=stop,
+                            identify=data.train.id,
+                        )
                 save_result(cfg, accelerator, space, training, weights)
                 result = events.validator.loss if data.held_out is not None else train_loss
                 space.record.validation_loss = result
@@ -99,11 +109,12 @@ def run(cfg: DictConfig) -> float:
 
 
 def prepare(
-    cfg: DictConfig, weights: Weights, splits: sources.Splits, held: contextlib.ExitStack
+    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, held: contextlib.ExitStack
 ) -> workspace.Workspace:
     """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only.
 
     Args:
+        count: processes of the run.
         held: keeps the folder to this run.
     """
     workspace.make_root(Path(cfg.output_root).expanduser())
@@ -116,13 +127,34 @@ def prepare(
     if splits.validation is None and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
-    space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume)
-    held.enter_context(workspace.occupied(space.folder))
+    space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
+    compare(cfg, weights, splits, count, space)
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
+        space.record.token = uuid.uuid4().hex
+        space.write_record()  # first: from now on the folder is a run
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
-        space.write_record()
     print(f"{space.folder}\n{report}", file=sys.stderr)
     return space
+
+
+def compare(
+    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: workspace.Workspace
+) -> None:
+    """Refuse to go on as another run; `space` learns what is different."""
+    encoders = weights.content(build.stage_class(cfg).encoders)
+    reads = space.is_resumed and not is_finished(cfg, count, space)
+    facts = resuming.Facts(
+        source=splits.train.fingerprint(FileDigests(build.cache_folder(cfg))) if reads else None,
+        encoders=encoders if reads else None,
+        holds_out=splits.validation is None,
+        total_batch=build.total_batch(cfg, count),
+        processes=count,
+    )
+    file = space.folder / "config.yaml"
+    before = config.flatten_file(file) if space.is_resumed and file.is_file() else {}
+    resuming.check(space, before, now := config.flatten(cfg), facts)
+    space.repeats = resuming.repeats(space, now, facts)
+    space.record.encoders = encoders
 
 
 def place(cfg: DictConfig) -> tuple[Path, str | None]:
@@ -134,9 +166,18 @@ def place(cfg: DictConfig) -> tuple[Path, str | None]:
 
 
 @contextlib.contextmanager
-def recorded(space: workspace.Workspace, accelerator: Accelerator, tracker: tracking.Tracker) -> Iterator[None]:
+def recorded(
+    space: workspace.Workspace, accelerator: Accelerator, tracker: tracking.Tracker, stop: processes.Stop
+) -> Iterator[None]:
     """The run folder's own record of how the run ended, true without any tracker."""
     before = space.record.status
+
+    def killed() -> None:
+        space.record.status = "KILLED"
+        space.write_record()
+
+    if accelerator.is_main_process:
+        stop.last_words += [killed, lambda: tracker.abandon("KILLED")]
     space.record.status = "RUNNING"
     try:
         if accelerator.is_main_process:
@@ -158,65 +199,20 @@ def recorded(space: workspace.Workspace, accelerator: Accelerator, tracker: trac
             space.write_record()
 
 
-def is_finished(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> bool:
+def is_finished(cfg: DictConfig, count: int, space: workspace.Workspace) -> bool:
     """Whether an earlier start has done all that is asked for, as far as that is known without the data."""
-    steps = build.total_steps(cfg, space.record.rows, accelerator.num_processes)
+    steps = build.total_steps(cfg, space.record.rows, count)
     return space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps
 
 
-def nothing_left(space: workspace.Workspace) -> float:
+def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> float:
+    if accelerator.is_main_process:
+        records.deliver_left(cfg, space)
     logger.info(
         "%s is finished: nothing left to do. Raise trainer.max_steps to train on, or choose another name", space.folder
     )
     loss = space.record.validation_loss
     return float("nan") if loss is None else loss
-
-
-class Events:
-    """What happens between steps: validation, checkpoints."""
-
-    def __init__(
-        self,
-        cfg: DictConfig,
-        accelerator: Accelerator,
-        space: workspace.Workspace,
-        training: loop.Training,
-        tracker: tracking.Tracker,
-        reader: FeatureReader | None,
-    ) -> None:
-        self.accelerator, self.space, self.training, self.tracker = accelerator, space, training, tracker
-        self.writer = CheckpointWriter(space.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.behind, self.recorded)
-        self.settled = self.writer.settled
-        self.validator = Validator(
-            training,
-            accelerator,
-            tracker,
-            space.folder / "samples",
-            reader,
-            build.prompts(cfg.validation.prompts),
-            build.sample_settings(cfg),
-            draws=cfg.validation.draws,
-            reconstructions=cfg.validation.reconstructions,
-        )
-
-    def validate(self, step: int) -> None:
-        self.validator(step)
-
-    def checkpoint(self, step: int) -> None:
-        measured = self.validator.loss if self.validator.loss_step == step else None
-        part = self.training.stage.part
-        processes.on_main_process(
-            lambda: self.writer.save(checkpoint.snapshot(self.training, part, self.accelerator, measured))
-        )
-
-    def wait(self) -> None:
-        processes.on_main_process(self.writer.wait)
-
-    def recorded(self, folder: Path, step: int) -> None:
-        self.space.record.step = step
-        self.space.write_record()
-        self.tracker.flush()
-        logger.info("step %d: checkpoint %s", step, folder)
 
 
 def save_result(
@@ -229,7 +225,7 @@ def save_result(
     """`adapter/` or `pipeline/`, with the averaged weights where there are any; then, if asked, the hub."""
     if accelerator.is_main_process:
         network = accelerator.unwrap_model(training.network)
-        with loop.averaged_weights(training):
+        with fixed_noise.averaged_weights(training):
             if adapters.has_adapter(network):
                 result = space.folder / "adapter"
                 training.stage.save(network, result)

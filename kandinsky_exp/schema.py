@@ -149,6 +149,7 @@ class Adapter:
 class Trainer:
     max_steps: Count
     max_epochs: Count | None
+    max_minutes: Positive | None
     batch_size: Count
     grad_accumulation: Count
     max_grad_norm: Positive | None

@@ -80,6 +80,10 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """Wait (some seconds at most) until what was handed over is in the store."""
 
+    def sync(self) -> None: ...
+
+    def abandon(self, status: Status) -> None: ...
+
     def finish(self, status: Status) -> None:
         """Write all that is left and the status; later calls record nothing."""
 
@@ -104,6 +108,10 @@ class NullTracker:
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
     def flush(self) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def abandon(self, status: Status) -> None: ...
 
     def finish(self, status: Status) -> None: ...
 
@@ -136,6 +144,9 @@ class MlflowTracker:
         run_id: str | None = None,
         tags: Mapping[str, str] = {},
         parent_run_id: str | None = None,
+        outbox: Path | None = None,
+        token: str | None = None,
+        redone_from: int | None = None,
     ) -> None:
         self._client, self.uri = connect(uri)
         with explained(self.uri):
@@ -198,6 +209,10 @@ class MlflowTracker:
 
     def flush(self) -> None:
         self._writer.flush()
+
+    def sync(self) -> None: ...
+
+    def abandon(self, status: Status) -> None: ...
 
     def finish(self, status: Status) -> None:
         if self._finished:

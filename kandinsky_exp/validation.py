@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from kandinsky_exp import loop
+from kandinsky_exp import fixed_noise, loop
 from kandinsky_exp.data.preprocess import center_crop_resize
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.pipelines import SampleSettings
@@ -20,7 +20,7 @@ from kandinsky_exp.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 
-class HeldOut(loop.HeldOut, Protocol):
+class HeldOut(fixed_noise.HeldOut, Protocol):
     """The held-out rows, and what they were before they were encoded."""
 
     def picture(self, index: int) -> Image.Image:
@@ -51,7 +51,7 @@ class Validator:
 
     def __call__(self, step: int) -> None:
         network = self.accelerator.unwrap_model(self.training.network)
-        with loop.averaged_weights(self.training), loop.uncompiled(network):
+        with fixed_noise.averaged_weights(self.training), fixed_noise.uncompiled(network):
             self._measure(step)
             if self.accelerator.is_main_process:
                 self._draw(step)
@@ -60,7 +60,7 @@ class Validator:
     def _measure(self, step: int) -> None:
         if self.held_out is None:
             return
-        self.loss = loop.validate(
+        self.loss = fixed_noise.validate(
             self.training.stage,
             self.accelerator.unwrap_model(self.training.network),
             self.held_out,

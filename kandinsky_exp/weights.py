@@ -205,6 +205,9 @@ class Weights:
                 self._loaded[part].eval().requires_grad_(False)
         return self._loaded[part]
 
+    def is_loaded(self, part: str) -> bool:
+        return part in self._loaded
+
     def load_trainable(self, part: str) -> Any:
         """A network to train: a copy of its own, in fp32, whatever the precision of the rest."""
         return self._read(part, "float32").train()
@@ -252,10 +255,14 @@ class Weights:
 
     def fingerprint(self, parts: Iterable[str]) -> str:
         """A hash that follows what these parts compute: the content of the files they are read from, and precision."""
-        files = {part: weight_files.opened(self.folder(part), part in MODELS, self.variant) for part in parts}
         rounded = self.tf32 and self.frozen_dtype == "float32"
-        texts = [self.frozen_dtype, "tf32" if rounded else "", weight_files.fingerprint(files, self.cache_folder)]
+        texts = [self.frozen_dtype, "tf32" if rounded else "", self.content(parts)]
         return hashlib.sha256(" ".join(texts).encode()).hexdigest()
+
+    def content(self, parts: Iterable[str]) -> str:
+        """A hash of the files that these parts are read from, wherever they lie."""
+        files = {part: weight_files.opened(self.folder(part), part in MODELS, self.variant) for part in parts}
+        return weight_files.fingerprint(files, self.cache_folder)
 
 
 def _read_part(part: str, folder: Path, dtype: str, variant: str | None) -> Any:

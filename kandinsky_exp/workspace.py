@@ -5,22 +5,25 @@
 
 import json
 import logging
+import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock
 from tqdm import tqdm
 
-from kandinsky_exp import checkpoint
+from kandinsky_exp import integrity
 from kandinsky_exp.errors import CheckpointError, ConfigError
 
 RECORD = "run.json"
+LOG = "train.log"
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -34,6 +37,8 @@ class Record:
         validation_loss: what `run` returned, once finished.
         rows: images that train; None before they were counted.
         data: fingerprint of what trains; None before it was read.
+        token: marks the MLflow run from its first moment on, before `run_id` is known.
+        source, encoders: fingerprints of the data set as it was given, and of the frozen encoders' files.
     """
 
     run_id: str | None = None
@@ -43,6 +48,9 @@ class Record:
     stage: str | None = None
     rows: int | None = None
     data: str | None = None
+    token: str | None = None
+    source: str | None = None
+    encoders: str | None = None
 
 
 @dataclass
@@ -51,52 +59,110 @@ class Workspace:
 
     Args:
         start: the checkpoint to go on from, None to start from the pretrained weights.
-        parent_run_id: MLflow run that `start` belongs to, where that is another run.
+        is_fork: `start` belongs to another run; `parent_run_id` is its MLflow run.
+        notes: what a user should know of it, a line each.
+        changed: settings that are not what they were, {key: (before, now)}.
+        repeats: whether the steps that are done again come to the very numbers that are recorded of them.
     """
 
     folder: Path
     record: Record
     start: Path | None = None
+    is_fork: bool = False
     parent_run_id: str | None = None
     is_resumed: bool = False
+    notes: list[str] = field(default_factory=list)
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    repeats: bool = False
+    _writing: threading.RLock = field(default_factory=threading.RLock, repr=False)  # a signal may come while it writes
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
     def write_record(self) -> None:
-        write_atomically(self.folder / RECORD, json.dumps(asdict(self.record), indent=2) + "\n")
+        with self._writing:
+            write_atomically(self.folder / RECORD, json.dumps(asdict(self.record), indent=2) + "\n")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the other processes of a run, which write nothing."""
+        return {name: value for name, value in vars(self).items() if name != "_writing"}
 
 
-def claim(output_root: Path, name: str | None, stage: str, resume: str) -> Workspace:
-    """Find or make the run's folder; nothing in an existing one is changed.
+def claim(output_root: Path, name: str | None, stage: str, resume: str, held: ExitStack) -> Workspace:
+    """Find or make the run's folder and keep others out; nothing in an existing one is changed.
 
     Args:
         name: null for `<stage>-<date>-<time>`, with a suffix where that is taken.
         resume: `auto`, `never`, or a checkpoint's or run's folder to start a new run from.
+        held: gives the folder back.
 
     Raises:
         ConfigError: the name is taken and may not be resumed, or the place cannot be written.
-        CheckpointError: there is no checkpoint where `resume` says.
+        CheckpointError: there is no good checkpoint where there should be one.
     """
     make_root(output_root)
     try:
         if name is None:
-            workspace = Workspace(_fresh_folder(output_root, f"{stage}-{datetime.now():%Y%m%d-%H%M%S}"), Record())
+            folder = _fresh_folder(output_root, f"{stage}-{datetime.now():%Y%m%d-%H%M%S}")
         else:
-            workspace = _named(output_root / name, resume)
+            folder = output_root / name
+            _look(folder, stage, resume)
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"name: {output_root} takes no folder {name} ({error.strerror}); choose another") from error
-    if workspace.record.stage not in (None, stage):
-        raise ConfigError(
-            f"name: {workspace.folder} holds a {workspace.record.stage}, with which model={stage} cannot go on; choose "
-            "another name"
-        )
+    held.enter_context(occupied(folder))
+    # Only now is it known what an earlier start left: it may have gone on until a moment ago.
+    record = _look(folder, stage, resume)
+    workspace = Workspace(folder, record or Record(), is_resumed=record is not None)
     workspace.record.stage = stage
+    workspace.start = integrity.newest_good(workspace.checkpoints, workspace.notes.append)
     if resume not in ("auto", "never") and workspace.start is None:
         # Also where this very run was stopped before its first checkpoint: it began there.
-        workspace.start, workspace.parent_run_id = _starting_point(Path(resume).expanduser())
+        try:
+            _fork(workspace, Path(resume).expanduser())
+        except CheckpointError:
+            if record is None:
+                _give_up(folder)
+            raise
     return workspace
+
+
+def _look(folder: Path, stage: str, resume: str) -> Record | None:
+    """The record of the run in a folder, None where there is none yet; changes nothing.
+
+    Raises:
+        ConfigError: the folder is something else, or holds a run that this one cannot go on with.
+    """
+    record = read_record(folder)
+    if record is None:
+        # A start that was killed at once leaves these two.
+        strangers = [path for path in folder.iterdir() if not _is_beginning(path)] if folder.is_dir() else []
+        if strangers or (folder / RECORD).exists():
+            why = f"its {RECORD} cannot be read" if (folder / RECORD).exists() else "is not a run"
+            raise ConfigError(f"name: {folder} exists and {why}; choose another name or move it away")
+        return None
+    if record.stage not in (None, stage):
+        raise ConfigError(
+            f"name: {folder} holds a {record.stage}, with which model={stage} cannot go on; choose another name"
+        )
+    if resume == "never":
+        raise ConfigError(
+            f"name: the run {folder} exists and checkpoint.resume=never; choose another name, or go on with it by "
+            "checkpoint.resume=auto"
+        )
+    return record
+
+
+def _give_up(folder: Path) -> None:
+    """Take back a folder that was made for nothing."""
+    (folder / LOG).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _is_beginning(path: Path) -> bool:
+    return path.name == f".{RECORD}.part" or (path.name == LOG and path.stat().st_size == 0)
 
 
 def make_root(folder: Path) -> None:
@@ -116,15 +182,17 @@ def make_root(folder: Path) -> None:
 def occupied(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder by a lock on its `train.log`, which goes when this process does.
 
+    A POSIX lock: unlike flock's, it is not handed on to worker processes, which outlive a killed one by seconds.
+
     Raises:
         ConfigError: another process is training there.
     """
-    with (folder / "train.log").open("a") as file:
+    with (folder / LOG).open("a") as file:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX leaves it open which of the two it is
             raise ConfigError(
                 f"name: another process is training in {folder}; wait for it, stop it, or choose another name"
             ) from error
@@ -144,42 +212,32 @@ def _fresh_folder(output_root: Path, name: str) -> Path:
     raise ConfigError(f"name: a thousand runs are called {name}; set name=…")
 
 
-def _named(folder: Path, resume: str) -> Workspace:
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        return Workspace(folder, Record())
-    record = read_record(folder)
-    if record is None:
-        if any(folder.iterdir()):
-            why = f"its {RECORD} cannot be read" if (folder / RECORD).exists() else "is not a run"
-            raise ConfigError(f"name: {folder} exists and {why}; choose another name or move it away")
-        return Workspace(folder, Record())
-    if resume == "never":
-        raise ConfigError(
-            f"name: the run {folder} exists and checkpoint.resume=never; choose another name, or go on with it by "
-            "checkpoint.resume=auto"
-        )
-    return Workspace(folder, record, start=checkpoint.newest(folder / "checkpoints"), is_resumed=True)
-
-
 def read_record(folder: Path) -> Record | None:
     """The record of a run folder, None where there is none that can be read."""
     try:
         record = Record(**json.loads((folder / RECORD).read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return record if isinstance(record.step, int) else None
 
 
-def _starting_point(source: Path) -> tuple[Path, str | None]:
-    """The checkpoint that `checkpoint.resume=<folder>` means, and the MLflow run that made it."""
+def _fork(workspace: Workspace, source: Path) -> None:
+    """Let the run begin at the checkpoint that `checkpoint.resume=<folder>` means, and know whose it is."""
     run_folder = source if (source / "checkpoints").is_dir() else source.parent.parent
-    found = checkpoint.newest(source / "checkpoints") if run_folder == source else source
-    if found is None or not found.is_dir():
+    if run_folder == source:
+        workspace.start = integrity.newest_good(source / "checkpoints", workspace.notes.append)
+    elif source.is_dir():
+        problem = integrity.damage(source)
+        if problem is not None:
+            raise CheckpointError(
+                f"checkpoint.resume: {source} is no whole checkpoint ({problem}); give another step-… folder, or a run's"
+            )
+        workspace.start = source
+    if workspace.start is None:
         raise CheckpointError(f"checkpoint.resume: there is no checkpoint in {source}; give a run or a step-… folder")
-    checkpoint.read_state(found)
     record = read_record(run_folder)
-    return found, record.run_id if record is not None else None
+    workspace.is_fork = True
+    workspace.parent_run_id = record.run_id if record is not None else None
 
 
 def locked(file: Path) -> FileLock:
@@ -191,7 +249,10 @@ def locked(file: Path) -> FileLock:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, whole."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, "utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from running import client, composed, history, network, runs, same, train
+from safetensors.torch import load_file
 
-from kandinsky_exp import cli, hub, readers
+from kandinsky_exp import cli, hub, readers, state_file
+from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.data.table import HEAD, FeatureTable
 from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, RunFailure
 from kandinsky_exp.generate import generate
@@ -25,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a finished prior `p` of two steps, checkpoints after both, and an adapter `l`."""
     root = tmp_path_factory.mktemp("faults")
     train(root, "model=prior", "name=p", "checkpoint.every=1", *QUICK)
-    train(root, "model=prior", "name=l", "adapter=lora", *QUICK)
+    train(root, "model=prior", "name=l", "checkpoint.every=1", "adapter=lora", *QUICK)
     return root
 
 
@@ -63,7 +65,7 @@ def test_a_finished_run_keeps_the_config_it_was_trained_with(root: Path) -> None
 
 def test_a_refused_resume_keeps_the_config(root: Path) -> None:
     before = (root / "p" / "config.yaml").read_text()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ConfigError, match="adapter.name: was none, is lora"):
         resume(root, "adapter=lora")
     assert (root / "p" / "config.yaml").read_text() == before
     resume(root, "optimizer.lr=0.5")
@@ -71,7 +73,7 @@ def test_a_refused_resume_keeps_the_config(root: Path) -> None:
 
 
 def test_a_running_run_is_left_alone(root: Path) -> None:
-    hold = f"import fcntl, sys; f = open({str(root / 'p' / 'train.log')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); " \
+    hold = f"import fcntl, sys; f = open({str(root / 'p' / 'train.log')!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); " \
            "print('held', flush=True); sys.stdin.read()"  # fmt: skip
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
@@ -93,14 +95,68 @@ def test_a_new_rate_counts_on_resume(root: Path) -> None:
 
 
 def checkpoint_tensors(root: Path) -> dict:
-    import torch
-
-    return torch.load(root / "p" / "checkpoints" / "step-00000003" / "optimizer.pt", weights_only=True)
+    return state_file.read(root / "p" / "checkpoints" / "step-00000003" / state_file.NAME)
 
 
-def test_another_optimizer_cannot_go_on(root: Path) -> None:
-    with pytest.raises(CheckpointError, match="made with the optimizer AdamW, not SGD"):
-        resume(root, "optimizer=sgd")
+REFUSED = [
+    (["optimizer=sgd"], "optimizer._target_: was torch.optim.AdamW, is torch.optim.SGD"),
+    (["seed=3"], "seed: was 0, is 3"),
+    (["model.snr_gamma=5"], "model.snr_gamma: was None, is 5"),
+    (["data.flip=true"], "data.flip: was False, is True"),
+    (["data.max_samples=11"], "data: not the images and captions that it trains on"),
+    (["trainer.batch_size=2"], "trainer.batch_size × trainer.grad_accumulation × processes: was 4, is 2"),
+    (["weights.prior={root}/other"], "weights: not the encoders that it trains with"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[overrides[0] for overrides, _ in REFUSED])
+def test_what_may_not_change_is_refused(overrides: list[str], message: str, root: Path, tiny_folder: Path) -> None:
+    if "weights" in overrides[0]:
+        shutil.copytree(tiny_folder, root / "other")
+        config = root / "other" / "prior_text_encoder" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "mended": 1}))
+    before = tree(root / "p")
+    with pytest.raises(ConfigError) as caught:
+        resume(root, *(text.format(root=root) for text in overrides))
+    assert message in str(caught.value)
+    assert f"start anew under another name, with checkpoint.resume={root}/p" in str(caught.value)
+    assert tree(root / "p") == before
+
+
+def test_all_that_may_not_change_is_listed_at_once(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)cannot go on with other\n  seed.*\n  model.*\n  data: .*\n.*anew"):
+        resume(root, "seed=3", "model.snr_gamma=5", "data.max_samples=11")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_may_change_does_and_is_said(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").symlink_to(source / "cache")
+    settings = ["model=prior", "name=p", "trainer.max_steps=2"]
+    train(tmp_path, *settings)
+    changes = ["trainer.max_steps=4", "trainer.log_every=1", "validation.every=1", "checkpoint.every=1"]
+    train(tmp_path, *settings, *changes, "trainer.batch_size=2", "trainer.grad_accumulation=2")
+    log = (tmp_path / "p" / "train.log").read_text()
+    assert "going on with changed settings: trainer.max_steps 2 → 4, trainer.batch_size 4 → 2" in log
+    assert "the order of the data stays the same" in log
+    (found,) = runs(tmp_path)
+    changed = json.loads(found.data.tags["changed_params"])
+    assert changed["trainer.max_steps"] == ["2", "4"]
+    assert changed["validation.every"] == ["2", "1"]
+    assert list(history(tmp_path, found.info.run_id, "validation/loss")) == [0, 2, 3, 4]
+    assert list(history(tmp_path, found.info.run_id, "train/loss")) == [2, 3, 4]
+
+
+def test_a_data_set_may_move(root: Path) -> None:
+    """It counts by what it holds."""
+    shutil.copytree(EMOJI, root / "here")
+    settings = ["model=prior", "name=moved", "tracker=none", "data=folder", "data.resolution=64"]
+    train(root, *settings, f"data.path={root}/here", "trainer.max_steps=2")
+    (root / "here").rename(root / "there")
+    train(root, *settings, f"data.path={root}/there", "trainer.max_steps=3")
+    assert json.loads((root / "moved" / "run.json").read_text())["step"] == 3
 
 
 def test_a_fork_stopped_before_its_first_checkpoint_begins_where_it_began(root: Path) -> None:
@@ -114,22 +170,76 @@ def test_a_fork_stopped_before_its_first_checkpoint_begins_where_it_began(root: 
 # --- damaged folders
 
 
-def test_a_checkpoint_without_a_readable_state_is_none(root: Path) -> None:
-    (root / "p" / "checkpoints" / LATEST / "state.json").write_text("{")
-    resume(root)
-    assert "step-00000001: step 1 of 3" in (root / "p" / "train.log").read_text()
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def pickled(file: Path) -> None:
+    file.with_name("optimizer.pt").write_bytes(b"\x80\x04cos\nsystem\n.")
+
+
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+NETWORK, ADAPTER = "prior/diffusion_pytorch_model.safetensors", "prior/pytorch_lora_weights.safetensors"
 
 
 @pytest.mark.parametrize(
-    ("run_name", "file"),
-    [("p", "optimizer.pt"), ("p", "prior/diffusion_pytorch_model.safetensors"),
-     ("l", "prior/pytorch_lora_weights.safetensors")],
-)  # fmt: skip
-@pytest.mark.parametrize("how", [truncate, lambda file: file.write_bytes(b"garbage")])
-def test_a_damaged_checkpoint_is_refused(run_name: str, file: str, how: Callable[[Path], None], root: Path) -> None:
+    ("run_name", "file", "how", "what"),
+    [
+        ("p", STATE, truncate, "state.json"),
+        ("p", STATE, flip, "state.json"),
+        ("p", STATE, Path.unlink, "No such file"),
+        ("p", OPTIMIZER, truncate, "optimizer.safetensors has 100 bytes instead of"),
+        ("p", OPTIMIZER, flip, "the checksum of optimizer.safetensors differs"),
+        ("p", OPTIMIZER, Path.unlink, "optimizer.safetensors is missing"),
+        ("p", NETWORK, truncate, f"{NETWORK} has 100 bytes instead of"),
+        ("p", NETWORK, flip, f"the checksum of {NETWORK} differs"),
+        ("p", NETWORK, lambda file: shutil.rmtree(file.parent), "prior/config.json is missing"),
+        ("p", NETWORK, pickled, "prior/optimizer.pt is none of its files"),
+        ("l", ADAPTER, flip, f"the checksum of {ADAPTER} differs"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    run_name: str, file: str, how: Callable[[Path], object], what: str, root: Path
+) -> None:
+    """The same weights come out: the one before is gone on from, and the steps are the same."""
+    settings = [f"name={run_name}", f"adapter={'lora' if run_name == 'l' else 'none'}"]
+    shutil.copytree(root / run_name, root / "undisturbed")
+    resume(root, *settings, "name=undisturbed")
     how(root / run_name / "checkpoints" / LATEST / file)
-    with pytest.raises(CheckpointError, match="if it is damaged, remove it to go on from the one before"):
-        resume(root, f"name={run_name}", f"adapter={'lora' if run_name == 'l' else 'none'}")
+    resume(root, *settings)
+    log = (root / run_name / "train.log").read_text()
+    assert f"{LATEST} is damaged and was passed over: " in log
+    assert what in log
+    assert "step-00000001: step 1 of 3" in log
+    made = file if "prior" in file else NETWORK
+    results = [root / name / "checkpoints" / "step-00000003" / made for name in (run_name, "undisturbed")]
+    assert results[0].is_file()
+    assert same(*map(load_file, results))
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_refused(root: Path) -> None:
+    for folder in (root / "p" / "checkpoints").iterdir():
+        flip(folder / NETWORK)
+    before = tree(root / "p")
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* is whole .*remove that folder"):
+        resume(root)
+    assert tree(root / "p") == before
+
+
+@pytest.mark.parametrize("given", ["checkpoints/step-00000002", ""])
+def test_a_fork_from_what_is_damaged(given: str, root: Path) -> None:
+    """A step that was named is refused, of a run the newest good one is taken."""
+    flip(root / "p" / "checkpoints" / LATEST / OPTIMIZER)
+    settings = ["name=fork", f"checkpoint.resume={root}/p/{given}"]
+    if given:
+        with pytest.raises(CheckpointError, match=r"is no whole checkpoint \(the checksum of optimizer"):
+            resume(root, *settings)
+        assert not (root / "fork").exists()
+    else:
+        resume(root, *settings)
+        assert "step-00000001: step 1 of 3" in (root / "fork" / "train.log").read_text()
 
 
 @pytest.mark.parametrize("text", ["{", '{"run_id": null, "step": "x"}'])
@@ -166,15 +276,6 @@ def damage(folder: Path) -> None:
         if place >= HEAD:
             content[place] ^= 1
     file.write_bytes(content)
-
-
-def test_other_data_on_resume_is_said(root: Path) -> None:
-    before = json.loads((root / "p" / "run.json").read_text())["data"]
-    resume(root)
-    assert "data has changed" not in (root / "p" / "train.log").read_text()
-    train(root, "model=prior", "name=p", "tracker=none", "trainer.max_steps=4", "data.max_samples=11")
-    assert "the training data has changed since step 3 of this run" in (root / "p" / "train.log").read_text()
-    assert json.loads((root / "p" / "run.json").read_text())["data"] not in (None, before)
 
 
 def test_a_table_that_only_some_processes_see(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The contract of a run: what it writes, what it records, what it returns."""
 
+import contextlib
 import json
 import math
 import signal
@@ -40,7 +41,7 @@ def test_run_folder(decoder_root: Path) -> None:
     }  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     checkpoint = folder / "checkpoints" / "step-00000004"
-    assert {path.name for path in checkpoint.iterdir()} == {"unet", "unet_ema", "optimizer.pt", "state.json"}
+    assert {path.name for path in checkpoint.iterdir()} == {"unet", "unet_ema", "optimizer.safetensors", "state.json"}
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [
         "step-00000000", "step-00000002", "step-00000004",
     ]  # fmt: skip
@@ -418,7 +419,8 @@ def test_checkpoints_are_pruned_but_the_best_stays(tmp_path: Path) -> None:
 def test_unnamed_runs_of_one_second_get_a_suffix(tmp_path: Path) -> None:
     from kandinsky_exp.workspace import claim
 
-    names = {claim(tmp_path, None, "prior", "auto").folder.name for _ in range(3)}
+    with contextlib.ExitStack() as held:
+        names = {claim(tmp_path, None, "prior", "auto", held).folder.name for _ in range(3)}
     assert len(names) == 3
     assert all(name.startswith("prior-") for name in names)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import build, loop, pipelines, processes
+from kandinsky_exp import build, fixed_noise, loop, pipelines, processes
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
 from kandinsky_exp.meter import Meter, StepResult
@@ -217,8 +217,8 @@ class Bench:
 
     def validate(self) -> float:
         network = self.accelerator.unwrap_model(self.training.network)
-        with loop.averaged_weights(self.training), loop.uncompiled(network):
-            return loop.validate(
+        with fixed_noise.averaged_weights(self.training), fixed_noise.uncompiled(network):
+            return fixed_noise.validate(
                 self.stage, network, MadeUpRows(self), accelerator=self.accelerator, seed=0, draws=2, batch_size=2
             )
 

@@ -135,13 +135,16 @@ def is_of_workers(error: RuntimeError) -> bool:
     return "DataLoader worker" in str(error)
 
 
-def workers_failed(error: Exception) -> DataError:
-    """What to do about worker processes that cannot be started, died, or have no shared memory left."""
+def workers_failed(error: Exception, key: str = "data.encode_workers") -> DataError:
+    """What to do about worker processes that cannot be started, died, or have no shared memory left.
+
+    Args:
+        key: the setting that started them.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = lines[-1] if lines[0].startswith("Caught") else lines[0]  # a worker's traceback ends with the reason
     return DataError(
-        f"data.encode_workers: the processes that read images failed ({reason.strip()}); set data.encode_workers=0 to "
-        "read them without, or fewer"
+        f"{key}: the processes that read images failed ({reason.strip()}); set {key}=0 to read them without, or fewer"
     )
 
 

@@ -1,0 +1,86 @@
+"""What happens between the steps of a run: validation and checkpoints, and what is owed of them when it goes on."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from omegaconf import DictConfig
+
+from kandinsky_exp import build, checkpoint, loop, processes, tracking, workspace
+from kandinsky_exp.behind import CheckpointWriter
+from kandinsky_exp.readers import FeatureReader
+from kandinsky_exp.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+
+class Events:
+    """What happens between steps: validation, checkpoints."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        accelerator: Accelerator,
+        space: workspace.Workspace,
+        training: loop.Training,
+        tracker: tracking.Tracker,
+        reader: FeatureReader | None,
+    ) -> None:
+        self.accelerator, self.space, self.training, self.tracker = accelerator, space, training, tracker
+        self.writer = CheckpointWriter(space.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.behind, self.recorded)
+        self.settled = self.writer.settled
+        self.validated: int | None = None  # the last step that was
+        self.validate_every = cfg.validation.every
+        self.total_batch = build.total_batch(cfg, accelerator.num_processes)
+        self.validator = Validator(
+            training,
+            accelerator,
+            tracker,
+            space.folder / "samples",
+            reader,
+            build.prompts(cfg.validation.prompts),
+            build.sample_settings(cfg),
+            draws=cfg.validation.draws,
+            reconstructions=cfg.validation.reconstructions,
+        )
+
+    def restored(self, state: dict[str, Any]) -> None:
+        """Know what was measured at the checkpoint that is gone on from; that of another run counts for nothing."""
+        if state["validated"] and not self.space.is_fork:
+            self.validated = self.training.step
+            self.validator.loss = state["validation_loss"]
+
+    def owes_validation(self, step: int, steps: int) -> bool:
+        """Before the first step of a start: at the very beginning, and where a stop came before a validation."""
+        begins = self.space.is_fork or step == 0
+        return self.validated != step and (begins or loop.due(step, self.validate_every, step >= steps))
+
+    def validate(self, step: int) -> None:
+        self.validator(step)
+        self.validated = step
+
+    def checkpoint(self, step: int) -> None:
+        processes.on_main_process(lambda: self._save(self.validated == step))
+
+    def _save(self, validated: bool) -> None:
+        self.tracker.sync()  # no checkpoint is there whose records could still be lost
+        self.writer.save(
+            checkpoint.snapshot(
+                self.training,
+                self.training.stage.part,
+                self.accelerator,
+                validated=validated,
+                validation_loss=self.validator.loss if validated else None,
+                total_batch=self.total_batch,
+            )
+        )
+
+    def wait(self) -> None:
+        processes.on_main_process(self.writer.wait)
+
+    def recorded(self, folder: Path, step: int) -> None:
+        self.space.record.step = step
+        self.space.write_record()
+        self.tracker.flush()
+        logger.info("step %d: checkpoint %s", step, folder)

@@ -1,0 +1,140 @@
+"""What to do when memory runs out: the settings that lower it most for the very run that failed.
+
+The amounts are estimates to rank settings by, from what is known when it happens: the parameters, the optimizer's
+state as it would be, and the peak of the device. Activations are what the peak holds beyond these.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+
+from kandinsky_exp.errors import OutOfMemory
+from kandinsky_exp.meter import peak_memory
+from kandinsky_exp.stages.base import DiffusionStage
+
+NAMED = 3
+HOST_WORDS = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.I)
+ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+) ([KMGT])iB")
+# Parts of the activations that a setting takes away, roughly, as measured on the networks at true size.
+CHECKPOINTED, HALVED, QUARTERED = 0.7, 0.45, 0.5
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a run's memory goes to, in bytes.
+
+    Args:
+        trainable, frozen: weights of the network.
+        optimizer: state beside the trainable weights.
+        average: of `trainer.ema_decay`.
+        encoders: frozen parts that stay because nothing is cached.
+        activations: the rest of the peak.
+    """
+
+    trainable: int
+    frozen: int
+    optimizer: int
+    average: int
+    encoders: int
+    activations: int
+
+
+@contextlib.contextmanager
+def given(cfg: DictConfig, device: torch.device, stage: DiffusionStage) -> Iterator[None]:
+    """Turn the end of memory into a message that says what to set.
+
+    Raises:
+        OutOfMemory: in place of torch's error, or Python's.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        validating = not stage.network.training
+        listed = "; ".join(advice(cfg, use_of(cfg, device, stage, error), device.type, validating=validating))
+        where = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+        raise OutOfMemory(
+            f"{where} has no memory left{' for validation' if validating else ''} ({reason}). What lowers it most for "
+            f"this run: {listed}"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(HOST_WORDS.search(str(error)))
+
+
+def use_of(cfg: DictConfig, device: torch.device, stage: DiffusionStage, error: BaseException) -> Use:
+    parameters = list(stage.network.parameters())
+    trainable = sum(value.nbytes for value in parameters if value.requires_grad)
+    frozen = sum(value.nbytes for value in parameters) - trainable
+    encoders = 0 if cfg.data.cache else sum(value.nbytes for value in stage.frozen_parameters())
+    optimizer = int(trainable * state_per_weight(cfg.optimizer._target_))
+    average = trainable if cfg.trainer.ema_decay is not None else 0
+    known = 2 * trainable + frozen + optimizer + average + encoders  # twice: weights and gradients
+    return Use(
+        trainable, frozen, optimizer, average, encoders, max(peak_memory(device) - known, asked_for(error), trainable)
+    )
+
+
+def asked_for(error: BaseException) -> int:
+    """Bytes of the allocation that failed, as the message has them; 0 if it does not say."""
+    found = ASKED.search(str(error))
+    if found is None:
+        return 0
+    if found[1]:
+        return int(found[1])
+    return int(float(found[2]) * 1024 ** (1 + "KMGT".index(found[3])))
+
+
+def state_per_weight(optimizer: str) -> float:
+    """Bytes of an optimizer's state per byte of what it trains, in fp32."""
+    name = optimizer.rpartition(".")[2].lower()
+    if "8bit" in name:
+        return 0.5
+    return {"adafactor": 0.01, "sgd": 1.0}.get(name, 2.0)
+
+
+def advice(cfg: DictConfig, use: Use, device: str, *, validating: bool = False) -> list[str]:
+    """The settings that lower the peak most, with what they save, the largest first.
+
+    Args:
+        validating: it ran out while nothing trained.
+    """
+    savings = dict(_of_activations(cfg, use, validating))
+    if cfg.adapter.name == "none":
+        savings["adapter=lora (under another name: it trains other weights)"] = (
+            use.trainable + use.optimizer + use.average
+        )
+    if use.encoders:
+        savings["data.cache=true"] = use.encoders
+    if use.average:
+        savings["trainer.ema_decay=null"] = use.average
+    if use.optimizer >= use.trainable:
+        small, left = ("adamw_8bit", 0.5) if device == "cuda" else ("adafactor", 0.01)
+        savings[f"optimizer={small} (under another name)"] = use.optimizer - int(left * use.trainable)
+    largest = sorted(savings.items(), key=lambda item: -item[1])[:NAMED]
+    return [f"{setting}, about {saved / 1e9:.2g} GB less" for setting, saved in largest]
+
+
+def _of_activations(cfg: DictConfig, use: Use, validating: bool) -> Iterator[tuple[str, int]]:
+    trainer = cfg.trainer
+    if validating and cfg.validation.batch_size > 1:
+        yield f"validation.batch_size={cfg.validation.batch_size // 2}", use.activations // 2
+    if not validating and trainer.batch_size > 1:
+        smaller = max(part for part in range(1, trainer.batch_size // 2 + 1) if trainer.batch_size % part == 0)
+        times = trainer.batch_size // smaller
+        setting = f"trainer.batch_size={smaller} trainer.grad_accumulation={trainer.grad_accumulation * times}"
+        yield f"{setting} (the same steps)", use.activations - use.activations // times
+    if not validating and not trainer.gradient_checkpointing:
+        yield "trainer.gradient_checkpointing=true", int(CHECKPOINTED * use.activations)
+    if cfg.precision.mixed_precision == "no":
+        yield "precision=bf16", int(HALVED * use.activations) + (use.frozen + use.encoders) // 2
+    if cfg.model._target_.endswith("DecoderStage") and cfg.data.resolution >= 512:
+        yield f"data.resolution={cfg.data.resolution * 3 // 4 // 64 * 64}", int(QUARTERED * use.activations)

@@ -1,0 +1,121 @@
+"""What may be different when a run goes on, and what may not: then it would not be the same run any more."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kandinsky_exp import integrity
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.workspace import Workspace
+
+Values = dict[str, Any]
+
+# Data sets and weights count by what they hold, wherever that lies now: their paths are not among these.
+FIXED = ("seed", "model", "adapter", "optimizer._target_", "data.resolution", "data.flip", "data.buckets")
+# Of a run that does the steps after its last checkpoint again, these change nothing that is measured.
+PLACE = ("name", "output_root")
+NEUTRAL = (
+    *PLACE,
+    "checkpoint",
+    "tracker",
+    "hub",
+    "validation.every",
+    "trainer.log_every",
+    "trainer.max_minutes",
+    "data.path",
+    "data.num_workers",
+    "data.encode_workers",
+    "data.on_error",
+    "weights",
+)
+LENGTH = ("trainer.max_steps", "trainer.max_epochs")  # neutral to a schedule that does not look at it
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a start trains, beyond its settings.
+
+    Args:
+        source: fingerprint of the data set; None = not compared.
+        encoders: of the frozen encoders' files; None = not compared.
+        holds_out: whether `validation.fraction` decides which images train.
+        total_batch: samples per optimizer step, over all processes.
+    """
+
+    source: str | None
+    encoders: str | None
+    holds_out: bool
+    total_batch: int
+    processes: int
+
+
+def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
+    """Compare a start with what the run was so far; says what changed in `space.changed` and `space.notes`.
+
+    Args:
+        before, now: flat settings. Keys that only one of them has are of another version.
+
+    Raises:
+        ConfigError: listing what may not change, and how to start anew.
+    """
+    different = {
+        key: (value, now[key]) for key, value in before.items() if key in now and not _alike(value, now[key])
+    }
+    if space.start is None or space.is_fork:  # it begins anew, whatever it was
+        space.changed = different
+        return
+    state = integrity.read_state(space.start)
+    fixed = (*FIXED, "validation.fraction") if facts.holds_out else FIXED
+    problems = [f"{key}: was {was}, is {now}" for key, (was, now) in different.items() if _is_in(key, fixed)]
+    for found, recorded, what in (
+        (facts.source, space.record.source, "data: not the images and captions that it trains on"),
+        (facts.encoders, space.record.encoders, "weights: not the encoders that it trains with"),
+    ):
+        if None not in (found, recorded) and found != recorded:
+            problems.append(what)
+    if state["total_batch"] != facts.total_batch:
+        problems.append(
+            f"trainer.batch_size × trainer.grad_accumulation × processes: was {state['total_batch']}, is "
+            f"{facts.total_batch}; images would be left out or seen twice"
+        )
+    if problems:
+        raise ConfigError(
+            f"name: {space.folder} cannot go on with other\n  " + "\n  ".join(problems) + "\nSet these as they were; or "
+            f"start anew under another name, with checkpoint.resume={space.folder} from the weights of this run"
+        )
+    space.changed = different
+    space.notes += _notes(different, state["processes"], facts.processes)
+
+
+def _notes(different: dict[str, tuple[Any, Any]], processes_before: int, processes: int) -> list[str]:
+    notes = []
+    listed = ", ".join(f"{key} {was} → {now}" for key, (was, now) in different.items() if key not in PLACE)
+    if listed:
+        notes.append(f"going on with changed settings: {listed}")
+    if processes_before != processes:
+        notes.append(
+            f"going on with {processes} processes instead of {processes_before}: the order of the data stays the same, "
+            "but noise and rounding differ, so that the last bits may too"
+        )
+    elif any(_is_in(key, ("trainer.batch_size", "trainer.grad_accumulation")) for key in different):
+        notes.append("the order of the data stays the same, but noise and rounding differ: the last bits may too")
+    return notes
+
+
+def repeats(space: Workspace, now: Values, facts: Facts) -> bool:
+    """Whether the steps that are done again, after the last checkpoint, come to the very numbers that they came to."""
+    steady = str(now.get("scheduler._target_", "")).endswith(".constant")
+    neutral = (*NEUTRAL, *LENGTH) if steady else NEUTRAL
+    if space.start is not None and integrity.read_state(space.start)["processes"] != facts.processes:
+        return False
+    return space.is_resumed and all(_is_in(key, neutral) for key in space.changed)
+
+
+def _is_in(key: str, groups: tuple[str, ...]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def _alike(was: Any, now: Any) -> bool:
+    if isinstance(was, str) and isinstance(now, str) and ("/" in was or "/" in now):
+        return Path(was).expanduser().absolute() == Path(now).expanduser().absolute()
+    return bool(was == now)
