@@ -16,11 +16,11 @@ from kandinsky_exp import integrity
 from kandinsky_exp.errors import Interrupted
 
 PART = {"prior": "prior", "decoder": "unet"}
-STEPS = 5  # of 4 images: the epoch of 12 ends after the third
+STEPS = 5
 ORDINARY = [
     f"trainer.max_steps={STEPS}", "trainer.log_every=2", "validation.every=2", "checkpoint.every=100",
-    "validation.reconstructions=0",
-]  # fmt: skip
+    "validation.reconstructions=0", "data.max_samples=6", "trainer.batch_size=2",
+]  # fmt: skip  # an epoch ends after three steps
 MATRIX = list(itertools.product(("prior", "decoder"), ("cached", "online"), (1, 3), (False, True), ("fp32", "bf16")))
 
 
@@ -49,7 +49,7 @@ def stopped_at(text: str, number: signal.Signals = signal.SIGTERM) -> Iterator[N
 
 
 def settings(stage: str, data: str, accumulation: int, ema: bool, precision: str) -> list[str]:
-    batch = {1: 4, 3: 1}[accumulation]
+    batch = {1: 2, 3: 1}[accumulation]
     return [
         *ORDINARY, f"model={stage}", f"data.cache={str(data == 'cached').lower()}", f"precision={precision}",
         f"trainer.grad_accumulation={accumulation}", f"trainer.batch_size={batch}",
@@ -92,16 +92,13 @@ def losses(folder: Path) -> list[str]:
 def test_stopped_after_any_step_it_ends_the_same(
     stage: str, data: str, accumulation: int, ema: bool, precision: str, root: Path
 ) -> None:
-    """Stopped after steps 1 to 4, in each of the ways there are; between them the whole loop is built anew."""
-    common = [*settings(stage, data, accumulation, ema, precision), "tracker=none"]
+    """Stopped inside an epoch and during a validation; between them the whole loop is built anew."""
+    common = [*settings(stage, data, accumulation, ema, precision), "tracker=none", "trainer.max_steps=4"]
     train(root, *common, "name=whole")
-    stopped = [*common, "name=stopped", "trainer.log_every=1"]
     with stopped_at("step 1 of"):
-        train(root, *stopped)
+        train(root, *common, "name=stopped", "trainer.log_every=1")
     with stopped_at("step 2: validation loss"):
         train(root, *common, "name=stopped")
-    with stopped_at("step 3 of"):
-        train(root, *stopped)
     train(root, *common, "name=stopped")
     whole, resumed = (checkpointed(root / name) for name in ("whole", "stopped"))
     assert whole.keys() == resumed.keys() == {PART[stage], *([f"{PART[stage]}_ema"] if ema else [])}
@@ -109,6 +106,20 @@ def test_stopped_after_any_step_it_ends_the_same(
         assert same(whole[name], resumed[name]), name
     results = [network(root / name / "pipeline" / PART[stage]) for name in ("whole", "stopped")]
     assert same(*results)
+
+
+def test_stopped_after_every_single_step(root: Path) -> None:
+    """Inside an epoch, at its end, and at every point between two log points."""
+    common = [*settings("prior", "cached", 3, True, "fp32"), "tracker=none", "trainer.max_steps=7"]
+    train(root, *common, "name=whole")
+    for step in range(1, 7):
+        with stopped_at(f"step {step} of"):
+            train(root, *common, "name=stopped", "trainer.log_every=1")
+        assert integrity.newest_good(root / "stopped" / "checkpoints", print).name == f"step-0000000{step}"
+    train(root, *common, "name=stopped")
+    whole, resumed = (checkpointed(root / name) for name in ("whole", "stopped"))
+    for name in whole:
+        assert same(whole[name], resumed[name]), name
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -168,7 +179,7 @@ def test_a_fork_knows_its_parent_and_leaves_it_alone(root: Path) -> None:
     train(root, *common, "name=parent")
     before = {path: path.stat().st_mtime_ns for path in (root / "parent").rglob("*")}
     # Another run may have other data, another seed and another rate.
-    train(root, *common, "name=fork", f"checkpoint.resume={root}/parent", "seed=5", "data.max_samples=10",
+    train(root, *common, "name=fork", f"checkpoint.resume={root}/parent", "seed=5", "data.max_samples=5",
           "optimizer.lr=1e-5", "trainer.max_steps=7")  # fmt: skip
     parent, fork = runs(root)
     assert fork.data.tags["resumed_from"] == parent.info.run_id

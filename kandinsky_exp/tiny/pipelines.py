@@ -1,6 +1,7 @@
 """The tiny Kandinsky 2.2 as a combined diffusers folder, built once from what ships."""
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -8,6 +9,7 @@ from filelock import FileLock
 ASSETS = Path(__file__).parent / "assets"
 
 
+@cache
 def version() -> str:
     """Changes when an asset or the architecture does, so that a stale folder is never used."""
     digest = hashlib.sha256((Path(__file__).parent / "architecture.py").read_bytes())

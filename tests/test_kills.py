@@ -1,0 +1,140 @@
+"""SIGKILL at random moments: the weights are those of an undisturbed run, and the records have no gap and nothing twice.
+
+`nox -s soak` kills one run 50 times; the ordinary tests a few times, at the moments that matter most.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import SMALL, client, history, network, runs, same, train
+
+from kandinsky_exp import cli
+
+# A server that has imported all of it hands out processes that begin at once: their start is no part of what is tested.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["kandinsky_exp.run", "mlflow", "running"])
+
+STEPS, LOG, VALIDATE = 240, 5, 60
+SETTINGS = [
+    "model=prior", f"trainer.max_steps={STEPS}", f"trainer.log_every={LOG}", f"validation.every={VALIDATE}",
+    "checkpoint.every=5", "trainer.ema_decay=0.9", "validation.prompts=[a red heart]", "data.max_samples=null",
+]  # fmt: skip
+Moment = Callable[[Path], object]
+
+
+def child(arguments: list[str], output: Path) -> None:
+    with output.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    cli.main(arguments)
+
+
+def attempt(root: Path, moment: Moment | None, settings: list[str] = SETTINGS) -> int:
+    """Start the run `killed` and kill it at a moment; its exit code."""
+    arguments = [*SMALL, f"output_root={root}", *settings, "name=killed"]
+    process = PROCESSES.Process(target=child, args=(arguments, root / "output.txt"))
+    process.start()
+    deadline = time.monotonic() + 120
+    while process.is_alive():
+        assert time.monotonic() < deadline
+        if moment is not None and moment(root):
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    process.join()
+    return process.exitcode or 0
+
+
+def after(seconds: float) -> Moment:
+    """So long after the run's log has grown, or the folder was made."""
+    begun: list[float] = []
+    sizes: list[int] = []
+
+    def moment(root: Path) -> bool:
+        log = root / "killed" / "train.log"
+        size = log.stat().st_size if log.is_file() else -1
+        sizes.append(size)
+        if not begun and size >= 0 and size != sizes[0]:
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() - begun[0] > seconds
+
+    return moment
+
+
+def finds(pattern: str) -> Moment:
+    """As soon as there is such a file."""
+    return lambda root: any(root.glob(pattern))
+
+
+ENCODING = finds("cache/*.partial/images.arrow")
+CHECKPOINT = finds("killed/checkpoints/.step-*.part/*")
+WRITING = finds("killed/outbox/*")
+RECORDED = finds("killed/run.json")
+
+
+def killed_over_and_over(root: Path, moments: list[Moment]) -> int:
+    """How many of the kills met a run that was alive."""
+    codes = [attempt(root, moment) for moment in moments]
+    assert set(codes) <= {-signal.SIGKILL, 0}, (root / "output.txt").read_text()[-3000:]
+    assert attempt(root, None) == 0, (root / "output.txt").read_text()[-3000:]
+    return codes.count(-signal.SIGKILL)
+
+
+def check(root: Path) -> None:
+    parts = [root / name / "pipeline" / "prior" for name in ("whole", "killed")]
+    assert same(*map(network, parts))
+    (run,) = [found for found in runs(root) if found.info.run_name == "killed"]
+    assert {found.info.status for found in runs(root)} == {"FINISHED"}
+    assert json.loads((root / "killed" / "run.json").read_text())["status"] == "FINISHED"
+    assert not (root / "killed" / "outbox").exists()
+    undisturbed = next(found for found in runs(root) if found.info.run_name == "whole").info.run_id
+    for key in run.data.metrics:
+        points = client(root).get_metric_history(run.info.run_id, key)
+        expected = range(0, STEPS + 1, VALIDATE) if key == "validation/loss" else range(LOG, STEPS + 1, LOG)
+        steps = [point.step for point in points]
+        assert len(steps) == len(set(steps)), f"{key}: twice"
+        if not key.startswith("train/loss_t"):  # a quarter of the timesteps may be missing from a few steps
+            assert sorted(steps) == list(expected), key
+        if "loss" in key or key == "train/grad_norm":
+            assert history(root, run.info.run_id, key) == history(root, undisturbed, key), key
+    files = [file.path for file in client(root).list_artifacts(run.info.run_id, "images")]
+    images = ["+".join(path.split("+")[:3]) for path in files if path.endswith(".png")]
+    assert sorted(images) == sorted(set(images)), "an image twice"
+    assert len(images) == 2 * (STEPS // VALIDATE + 1)  # the prompt's and the grid
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    whole = tmp_path / "undisturbed"
+    train(whole, *SETTINGS, "name=whole")
+    (whole / "cache").rename(tmp_path / "spare")  # the killed run encodes for itself
+    for path in whole.iterdir():
+        path.rename(tmp_path / path.name)
+    whole.rmdir()
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_killed_where_it_hurts(root: Path) -> None:
+    moments = [RECORDED, ENCODING, CHECKPOINT, WRITING, CHECKPOINT, after(0.3), WRITING, after(0.6)]
+    assert killed_over_and_over(root, moments) >= 6
+    check(root)
+
+
+@pytest.mark.soak
+def test_killed_fifty_times(root: Path) -> None:
+    chance = random.Random(0)
+    moments: list[Moment] = [RECORDED, ENCODING]
+    while len(moments) < 50:
+        moments.append(chance.choice([CHECKPOINT, WRITING, *[after(chance.uniform(0, 0.5)) for _ in range(6)]]))
+    assert killed_over_and_over(root, moments) >= 45
+    check(root)
