@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, tracking, workspace
+from kandinsky_exp import build, checkpoint, config, tracking, workspace
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -34,12 +34,28 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
         cfg.tracker.experiment,
         space.folder.name,
         tracking.default_artifact_root(cfg.output_root),
+        outbox=space.folder / "outbox",
         run_id=space.record.run_id,
         tags=tags,
         parent_run_id=sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None,
+        redone_from=redone_from(space),
     )
     space.record.run_id = tracker.run_id
     return tracker
+
+
+def redone_from(space: workspace.Workspace) -> int | None:
+    """The step from which on a run that goes on may have been recorded already, by a process that was killed."""
+    if not space.is_resumed:
+        return None
+    own = space.start is not None and space.start.parent == space.checkpoints
+    return int(checkpoint.read_state(space.start)["step"]) if space.start is not None and own else 0
+
+
+def deliver_left(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> None:
+    """What an earlier start of a finished run could not deliver, and the true status."""
+    if cfg.tracker.name != "none" and accelerator.is_main_process and space.record.run_id is not None:
+        tracking.deliver_left(tracker_uri(cfg), space.folder / "outbox", space.record.run_id)
 
 
 def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:

@@ -59,6 +59,7 @@ def run(cfg: DictConfig) -> float:
         space = processes.on_main_process(lambda: prepare(cfg, weights, splits, held))
         with workspace.logging_to(space.folder / "train.log", accelerator.is_main_process):
             if is_finished(cfg, accelerator, space):
+                records.deliver_left(cfg, accelerator, space)
                 return nothing_left(space)
             tracker = records.start_tracker(cfg, accelerator, space)
             with tracking.tracked(tracker), recorded(space, accelerator, tracker):
