@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import socket
 import tempfile
 import threading
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 LOCK_TIMEOUT = 300.0  # seconds; the first process makes the schema, the others wait for it
+
+_lock = threading.Lock()
+_impatient: list[int] = []
+_set_by_us: set[str] = set()
 
 
 def default_uri(output_root: str | Path) -> str:
@@ -27,6 +33,12 @@ def default_uri(output_root: str | Path) -> str:
 def artifact_root(output_root: str | Path) -> Path:
     """The folder for the artifacts of a store that has no artifact store of its own."""
     return Path(output_root).expanduser().resolve() / "mlartifacts"
+
+
+def artifact_location(uri: str, root: Path) -> str | None:
+    """The artifact folder for a new experiment, None where a server decides."""
+    server = uri.startswith(("http://", "https://", "databricks"))
+    return None if server else Path(root).expanduser().resolve().as_uri()
 
 
 def probe(uri: str, timeout: float = 5.0) -> None:
@@ -66,8 +78,8 @@ def connect(uri: str) -> "tuple[MlflowClient, str]":
         from mlflow import MlflowClient
     except ImportError as error:
         raise TrackingError(f"tracker: mlflow cannot be imported ({error}); install it or set tracker=none.") from error
-    # Two lines about tables being made, with MLflow's own time stamps, would only puzzle the user.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # Lines about tables being made, and the traceback of whatever we are going to say in a line, would only puzzle.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with explained(uri):
         if kind != "sqlite":
             return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
@@ -79,6 +91,27 @@ def connect(uri: str) -> "tuple[MlflowClient, str]":
         # Processes that first touch a fresh store together race in MLflow's schema creation, and most of them die.
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT):
             return MlflowClient(tracking_uri=absolute, registry_uri=absolute), absolute
+
+
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """Let MLflow's client try a request once, and for half a minute, where the user has not said otherwise.
+
+    By itself it goes on for minutes, and a `create_run` whose answer is lost it sends again, which makes a second run.
+    What we send is tried again by `writer`. These are settings of the process, and undone when nobody needs them.
+    """
+    with _lock:
+        for name in IMPATIENT.keys() - os.environ.keys() if not _impatient else ():
+            os.environ[name] = IMPATIENT[name]
+            _set_by_us.add(name)
+        _impatient.append(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _impatient.pop()
+            while _set_by_us and not _impatient:
+                os.environ.pop(_set_by_us.pop(), None)
 
 
 def find_experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:

@@ -1,32 +1,31 @@
 """Where a run is recorded: parameters, metrics, images and artifacts in an MLflow store, or nowhere.
 
-Once a run exists, recording never ends the training: a write that fails is a warning. Whether the store answers is
-asked before: by `probe`, and by the constructor of `MlflowTracker`.
+Once a run exists, recording never ends the training: a write that fails is a warning, and what could not be written
+waits in the run's folder. Whether the store answers is asked before: by `probe`, and by `MlflowTracker`'s constructor.
 """
 
 import contextlib
 import json
+import logging
+import posixpath
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from kandinsky_exp.errors import Interrupted, TrackingError
-from kandinsky_exp.mlflow_names import (
-    MAX_DATASET_NAME,
-    MAX_DIGEST,
-    dataset_source,
-    legal_name,
-    masked,
-    param_text,
-    run_tags,
-    shortened,
-    tag_texts,
-)
+from kandinsky_exp.delivery import Delivery, deliver_left, settle
+from kandinsky_exp.errors import Interrupted
+from kandinsky_exp.lane import Record
+from kandinsky_exp.mlflow_names import legal_name, masked, param_text, reason, run_tags, tag_texts
+from kandinsky_exp.mlflow_run import dataset_record, find_or_make, image_record, images_to, reopen, steps_logged
+from kandinsky_exp.outbox import Outbox
 from kandinsky_exp.provenance import git_commit, pip_freeze
+from kandinsky_exp.store import artifact_location, connect, default_uri, explained, impatient, probe
 from kandinsky_exp.store import artifact_root as default_artifact_root
-from kandinsky_exp.store import connect, default_uri, explained, find_experiment, probe
-from kandinsky_exp.writer import BackgroundWriter
+from kandinsky_exp.writer import described
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +37,7 @@ __all__ = [
     "Tracker",
     "default_artifact_root",
     "default_uri",
+    "deliver_left",
     "git_commit",
     "masked",
     "pip_freeze",
@@ -47,8 +47,11 @@ __all__ = [
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-CHANGED_PARAMS = "changed_params"
-ARTIFACT_PATIENCE = 60.0  # seconds
+FLUSH_PATIENCE = 10.0  # seconds
+PATIENCE = 60.0
+KILLED_PATIENCE = 5.0  # a machine that is taken away has no time
+
+log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -80,12 +83,17 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """Wait (some seconds at most) until what was handed over is in the store."""
 
-    def sync(self) -> None: ...
-
-    def abandon(self, status: Status) -> None: ...
+    def sync(self) -> None:
+        """Wait until what was handed over survives a power cut: it is in the store, or on this machine's disk."""
 
     def finish(self, status: Status) -> None:
-        """Write all that is left and the status; later calls record nothing."""
+        """Write all that is left and the status, within a minute (some seconds if KILLED); later calls record nothing.
+
+        What the store does not take is kept, and is delivered when the run is gone on with.
+        """
+
+    def abandon(self, status: Status) -> None:
+        """Note the status and return at once, also in a signal's handler; nothing may be delivered any more."""
 
 
 class NullTracker:
@@ -107,29 +115,34 @@ class NullTracker:
 
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
-    def flush(self) -> None: ...
-
     def sync(self) -> None: ...
 
-    def abandon(self, status: Status) -> None: ...
+    def flush(self) -> None: ...
 
     def finish(self, status: Status) -> None: ...
+
+    def abandon(self, status: Status) -> None: ...
 
 
 class MlflowTracker:
     """A run in an MLflow store.
 
     It works on `MlflowClient` alone: no active run, no environment variable (an exported MLFLOW_RUN_ID, say) and no run
-    that something else left open has a part in it.
+    that something else left open has a part in it. All that is recorded goes to the outbox first, and from there to
+    the store; what an earlier process left in the outbox goes before it.
 
     Args:
         uri: of the store; a relative sqlite path is made absolute.
         experiment: made where it does not exist.
         run_name: of a new run.
         artifact_root: local folder for the artifacts of a new experiment; a server decides for itself.
+        outbox: folder for what waits; None = what the store has not taken when the run is finished is lost.
         run_id: the run to go on with; None makes a new one.
+        token: becomes a tag of a new run. Where there is a run with it already, that one is gone on with: its process
+            was killed before it could remember the id.
         tags: set at once.
         parent_run_id: of a sweep's job.
+        redone_from: what is there already of this step and later ones is not recorded again; None: all is recorded.
 
     Raises:
         TrackingError: the store cannot be used, or has no run `run_id`.
@@ -141,154 +154,130 @@ class MlflowTracker:
         experiment: str,
         run_name: str,
         artifact_root: Path,
+        outbox: Path | None = None,
         run_id: str | None = None,
+        token: str | None = None,
         tags: Mapping[str, str] = {},
         parent_run_id: str | None = None,
-        outbox: Path | None = None,
-        token: str | None = None,
         redone_from: int | None = None,
     ) -> None:
-        self._client, self.uri = connect(uri)
-        with explained(self.uri):
-            if run_id is None:
-                server = self.uri.startswith(("http://", "https://", "databricks"))
-                artifacts = None if server else Path(artifact_root).expanduser().resolve().as_uri()
-                experiment_id = find_experiment(self._client, experiment, artifacts)
-                all_tags = run_tags(tags, parent_run_id)
-                run_id = self._client.create_run(experiment_id, tags=all_tags, run_name=run_name).info.run_id
-            else:
-                self._reopen(run_id, tags)
-        self.run_id: str | None = run_id
-        self._run = run_id
-        self._prompts: dict[str, str] = {}
-        self._prompts_file: str | None = None
-        self._writer = BackgroundWriter(self._write_metrics)
-        self._finished = False
+        with contextlib.ExitStack() as held:
+            held.enter_context(impatient())
+            self._client, self.uri = connect(uri)
+            if outbox is None:
+                outbox = Path(tempfile.gettempdir()) / f"kandinsky_exp-{uuid.uuid4().hex}"
+                held.callback(shutil.rmtree, outbox, ignore_errors=True)
+            self._outbox = Outbox(outbox)
+            with explained(self.uri):
+                if run_id is None:
+                    place = experiment, artifact_location(self.uri, artifact_root)
+                    run_id = find_or_make(self._client, place, run_name, token, run_tags(tags, parent_run_id))
+                reopen(self._client, self.uri, run_id, tags)
+                self._redone_from = redone_from
+                self._there = steps_logged(self._client, run_id, self._outbox, redone_from)
+            self.run_id: str | None = run_id
+            self._prompts: dict[str, str] = {}
+            self._prompts_file = ""
+            self._has_images = self._finished = False
+            self._outbox.open()
+            self._outbox.remove_status()  # of an earlier process: this one's will come
+            self._delivery = Delivery(self._client, run_id, self._outbox)
+            self._held = held.pop_all()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         texts = {legal_name(key): param_text(value) for key, value in params.items()}
-        self._writer.submit("the parameters", lambda: self._write_params(texts))
+        self._record({"kind": "params", "what": "the parameters", "texts": texts}, seal=True)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        now = time.time_ns() // 1_000_000
-        self._writer.add([(legal_name(key), float(value), now, int(step)) for key, value in metrics.items()])
+        now, step = time.time_ns() // 1_000_000, int(step)
+        values = {legal_name(key): float(value) for key, value in metrics.items()}
+        new = {key: value for key, value in values.items() if (key, step) not in self._there}
+        if new:
+            self._record({"kind": "metrics", "step": step, "time": now, "values": new}, points=len(new))
 
     def log_image(self, key: str, image: "Image", step: int, prompt: str | None = None) -> None:
-        # A copy: the caller may go on drawing. RGB: what both of the files MLflow writes (PNG, WebP) can hold.
-        copy = image.convert("RGB") if image.mode != "RGB" else image.copy()
-        clean, now = legal_name(key), time.time_ns() // 1_000_000
-
-        def job() -> None:
-            self._client.log_image(self._run, copy, key=clean, step=step, timestamp=now, synchronous=True)
-            self._write_prompt(clean, step, prompt)
-
-        self._writer.submit(f"the image {clean} of step {step}", job)
+        clean, step = legal_name(key), int(step)
+        record = image_record(clean, step, self._redone_from is not None and step >= self._redone_from)
+        self._attach(record, images_to(record["name"], image))
+        if not self._has_images:
+            self._has_images = True
+            self.set_tags({"mlflow.loggedImages": "True"})  # the UI looks for images where this is set
+        self._log_prompt(clean, step, prompt)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """As the protocol says; it waits for the copy, for the caller may remove the file.
+        """As the protocol says; the caller may remove the file afterwards.
 
         Raises:
             FileNotFoundError: there is nothing at `path`.
         """
         if not path.exists():
             raise FileNotFoundError(path)
-        copy = self._writer.submit(
-            f"the artifact {path.name}", lambda: self._client.log_artifact(self._run, str(path), folder)
-        )
-        copy.wait(ARTIFACT_PATIENCE)
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        self._attach({"what": f"the artifact {path.name}", "to": folder}, lambda to: copy(path, to / path.name))
 
     def log_text(self, text: str, file: str) -> None:
-        self._writer.submit(f"the artifact {file}", lambda: self._client.log_text(self._run, text, file))
+        to, name = posixpath.split(file)
+        data = text.encode("utf-8", "replace")
+        self._attach({"what": f"the artifact {file}", "to": to or None}, lambda place: (place / name).write_bytes(data))
 
     def log_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
-        self._writer.submit("the data set", lambda: self._write_dataset(name, digest, source, rows, context))
+        self._record(dataset_record(name, digest, source, rows, context))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        texts = dict(tags)
-        self._writer.submit("the tags", lambda: self._write_tags(texts))
+        self._record({"kind": "tags", "what": "the tags", "texts": tag_texts(tags)})
+
+    def sync(self) -> None:
+        self._outbox.sync()
 
     def flush(self) -> None:
-        self._writer.flush()
-
-    def sync(self) -> None: ...
-
-    def abandon(self, status: Status) -> None: ...
+        self.sync()
+        if not self._delivery.is_failing:  # else it is tried in its own time
+            self._delivery.flush(FLUSH_PATIENCE)
 
     def finish(self, status: Status) -> None:
         if self._finished:
             return
-        self._writer.submit(f"the status {status}", lambda: self._client.set_terminated(self._run, status))
+        self._end(status)
+        settle(self._delivery, KILLED_PATIENCE if status == "KILLED" else PATIENCE)
+        self._held.close()
+
+    def abandon(self, status: Status) -> None:
+        if not self._finished:
+            self._end(status)
+
+    def _end(self, status: Status) -> None:
+        self._outbox.set_status({"status": status, "time": time.time_ns() // 1_000_000})
         self._finished = True
-        self._writer.close()
+        self._delivery.records.notify()
 
-    def _reopen(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.exceptions import MlflowException
+    def _record(self, record: Record, points: int = 1, seal: bool = False) -> None:
+        if self._is_late(record):
+            return
+        self._outbox.records.append(record, seal)
+        self._delivery.records.notify(points)
 
+    def _attach(self, record: Record, fill: Callable[[Path], object]) -> None:
+        if self._is_late(record):
+            return
         try:
-            found = self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            found = None
-        if found is None or found.info.lifecycle_stage != "active":
-            raise TrackingError(
-                f"tracker.uri: {masked(self.uri)} has no run {run_id} to go on with, or it was deleted there; set "
-                "tracker.uri to the store the run began in, restore it (`mlflow runs restore`), or give a new name."
-            )
-        self._client.update_run(run_id, status="RUNNING")
-        self._run = run_id
-        self._write_tags(tags)
+            self._outbox.artifacts.attach({"kind": "files", **record}, fill)
+            self._delivery.artifacts.notify()
+        except Exception as error:
+            log.warning("MLflow: %s was not recorded (%s)", record["what"], reason(error))
 
-    def _write_metrics(self, points: list[tuple[str, float, int, int]]) -> None:
-        from mlflow.entities import Metric
+    def _is_late(self, record: Record) -> bool:
+        if self._finished:
+            log.warning("MLflow: %s came after the end of the run and was not recorded", described(record))
+        return self._finished
 
-        metrics = [Metric(key, value, timestamp, step) for key, value, timestamp, step in points]
-        self._client.log_batch(self._run, metrics=metrics, synchronous=True)
-
-    def _write_params(self, texts: dict[str, str]) -> None:
-        from mlflow.entities import Param
-
-        data = self._client.get_run(self._run).data
-        new = [Param(key, text) for key, text in texts.items() if key not in data.params]
-        self._client.log_batch(self._run, params=new, synchronous=True)
-        changed: dict[str, list[str]] = json.loads(data.tags.get(CHANGED_PARAMS, "{}"))
-        before = dict(changed)
-        for key, text in texts.items():
-            history = changed.get(key, [data.params.get(key, text)])
-            if history[-1] != text:
-                changed[key] = [*history, text]
-        if changed != before:
-            self._write_tags({CHANGED_PARAMS: json.dumps(changed, ensure_ascii=False)})
-
-    def _write_tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        rows = [RunTag(key, text) for key, text in tag_texts(tags).items()]
-        self._client.log_batch(self._run, tags=rows, synchronous=True)
-
-    def _write_prompt(self, key: str, step: int, prompt: str | None) -> None:
+    def _log_prompt(self, key: str, step: int, prompt: str | None) -> None:
         if prompt is None or prompt == self._prompts.get(key):
             return
-        if self._prompts_file is None or key in self._prompts:
+        if not self._prompts_file or key in self._prompts:
             self._prompts_file = f"prompts/step-{step:08d}.json"  # the prompts from this step on
         self._prompts[key] = prompt
         # Not in `images/`: one file there that is not named like an image, and the UI shows no image of the run at all.
-        text = json.dumps(self._prompts, indent=2, ensure_ascii=False)
-        self._client.log_text(self._run, text, self._prompts_file)
-
-    def _write_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        source_type, origin = dataset_source(source)
-        dataset = Dataset(
-            name=shortened(name, MAX_DATASET_NAME),
-            digest=digest[:MAX_DIGEST],
-            source_type=source_type,
-            source=origin,
-            profile=json.dumps({"num_rows": rows}),
-        )
-        entry = DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])
-        self._client.log_inputs(self._run, datasets=[entry])
+        self.log_text(json.dumps(self._prompts, indent=2, ensure_ascii=False), self._prompts_file)
 
 
 @contextlib.contextmanager

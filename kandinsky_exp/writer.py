@@ -1,166 +1,187 @@
-"""A background thread that writes to a slow store, so that a training step never waits for it."""
+"""A background thread that brings what waits to a slow store, so that a training step never waits for it."""
 
-import atexit
 import logging
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from pathlib import Path
 
+from kandinsky_exp.lane import Lane, Record, Segment
 from kandinsky_exp.mlflow_names import reason
 
 log = logging.getLogger(__name__)
-Point = TypeVar("Point")
 
-INTERVAL = 2.0  # seconds in which points gather to one write; the contract says 5 s until they are visible
-BATCH = 1000  # points that are written without gathering more: MLflow's own batch
-MAX_PAUSE = 60.0  # seconds between tries while the store is away
-MAX_POINTS = 100_000  # some 20 MB, held while the store is away
-MAX_JOBS = 64  # a job may hold an image
-JOB_TRIES = 2
-RETRY_PAUSE = 0.5  # seconds
-EXIT_TIMEOUT = 10.0
+INTERVAL = 2.0  # seconds in which metrics gather to one write; the contract says 5 s until they are visible
+BATCH = 1000  # metric values in one write: MLflow's own limit
+MAX_PAUSE = 30.0  # seconds between tries while the store is away
 
 
-class BackgroundWriter(Generic[Point]):
-    """Writes points in batches, and runs jobs in their order; a job sees all points that were added before it.
+class Refused(Exception):
+    """The store answers, and will never take this."""
 
-    A failed write is a warning, never an exception. Points are kept and tried again while the store is away, up to
-    MAX_POINTS of them.
+
+class Courier:
+    """Delivers one lane, oldest first; a record is forgotten once it is delivered, or refused.
+
+    While the store is away everything waits in the lane, however long, and is tried again after growing pauses. A
+    problem is a warning, never an exception.
 
     Args:
-        write: sends a batch of points to the store.
-        interval: seconds in which points gather.
+        what: goes this way, for messages.
+        send: delivers records of one kind: a batch of metrics, or one of another kind. Raises `Refused` for what will
+            never be taken, and anything else where a later try may succeed.
+        refuse: puts a refused record aside.
+        last: is called when nothing waits any more, and may raise as `send` does.
+        interval: seconds in which records gather.
     """
 
-    def __init__(self, write: Callable[[list[Point]], None], interval: float = INTERVAL) -> None:
-        self._write = write
+    def __init__(
+        self,
+        what: str,
+        lane: Lane,
+        send: Callable[[list[Record]], None],
+        refuse: Callable[[Record, Exception], None],
+        last: Callable[[], None] = lambda: None,
+        interval: float = INTERVAL,
+    ) -> None:
+        self._what, self._lane, self._send, self._refuse, self._last = what, lane, send, refuse, last
         self._interval = interval
-        self._points: list[Point] = []
-        self._jobs: deque[tuple[str, Callable[[], object], threading.Event]] = deque()
-        self._changed = threading.Condition()
-        self._busy = self._closed = self._warned_full = False
-        self._hurry = False
-        self._sending = 0  # points the thread is writing now
-        self._failures = 0  # in a row
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._segment: Segment | None = None
+        self._rest: deque[Record] = deque()  # of the segment
+        self._closed = False
+        self.failures = 0  # in a row
+        self.refusals = 0
+        # Its `put` may be called amid another `put`, by a signal's handler: a condition's `notify` may not.
+        self._news: queue.SimpleQueue[int | threading.Event] = queue.SimpleQueue()
+        if lane.paths():
+            self._news.put(BATCH)
+        self._thread = threading.Thread(target=self._run, name=f"tracking {what}", daemon=True)
         self._thread.start()
-        # A second Ctrl-C may end the wait of the caller, but what was handed over still gets its chance.
-        atexit.register(self.close, EXIT_TIMEOUT)
 
-    def add(self, points: Sequence[Point]) -> None:
-        """Hand over points; returns at once."""
-        with self._changed:
-            self._points.extend(points)
-            self._drop_excess()
-            self._changed.notify_all()
+    def notify(self, points: int = 1) -> None:
+        """Say that something was appended."""
+        self._news.put(points)
 
-    def submit(self, what: str, job: Callable[[], object], patience: float = 60.0) -> threading.Event:
-        """Hand over a job; while MAX_JOBS are pending, wait up to `patience` seconds, then drop it with a warning.
-
-        Returns:
-            Set when the job is over, well or badly.
-        """
+    def hurry(self) -> threading.Event:
+        """Ask for a try at once; set when it is over, well or badly."""
         over = threading.Event()
-        with self._changed:
-            if self._closed:
-                problem = "came after the end of the run"
-            elif not self._changed.wait_for(lambda: len(self._jobs) < MAX_JOBS, timeout=patience):
-                problem = "came faster than the store writes"
-            else:
-                self._jobs.append((what, job, over))
-                self._changed.notify_all()
-                return over
-        log.warning("MLflow: %s %s and was not recorded", what, problem)
-        over.set()
+        self._news.put(over)
         return over
 
-    def flush(self, timeout: float = 10.0) -> bool:
-        """Wait until everything is written, a write fails, or `timeout` seconds are over; True if all is written."""
-        with self._changed:
-            failures = self._failures
-            self._hurry = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._idle() or self._failures > failures, timeout)
-            return self._idle()
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that was appended is delivered, a try fails, or the time is over; True if it is delivered."""
+        return self.hurry().wait(timeout) and not self.failures
 
-    def close(self, timeout: float = 60.0) -> bool:
-        """Flush and end the thread; True if everything was written."""
-        end = time.monotonic() + timeout
-        done = self.flush(timeout)
-        with self._changed:
-            # Metrics that cannot be written must not take the jobs (the status of the run, say) with them.
-            self._changed.wait_for(lambda: not (self._jobs or self._busy), end - time.monotonic())
-            if not self._closed and not self._idle():
-                points, jobs = len(self._points) + self._sending, [what for what, *_ in self._jobs]
-                log.warning("MLflow: the store did not take %s", ", ".join([f"{points} metric values", *jobs]))
-            self._closed = True
-            self._changed.notify_all()
-        atexit.unregister(self.close)
-        return done
-
-    def _idle(self) -> bool:
-        return not (self._points or self._jobs or self._busy)
-
-    def _urgent(self) -> bool:
-        full = len(self._points) >= BATCH and not self._failures
-        return bool(self._jobs or self._closed or self._hurry or full)
+    def close(self) -> None:
+        """End the thread after the request it is in."""
+        self._closed = True
+        self.hurry()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._points or self._jobs or self._closed)
-                pause = min(MAX_PAUSE, self._interval * 2 ** min(self._failures, 10))
-                self._changed.wait_for(self._urgent, timeout=pause)
-                if self._closed:
-                    return
-                points, self._points = self._points, []
-                next_job = self._jobs[0] if self._jobs else None
-                self._busy, self._hurry, self._sending = True, False, len(points)
-            self._send(points)
-            if next_job is not None:
-                self._do(*next_job)
-            with self._changed:
-                if next_job is not None:
-                    self._jobs.popleft()
-                self._busy, self._sending = False, 0
-                self._changed.notify_all()
-
-    def _send(self, points: list[Point]) -> None:
-        if not points:
-            return
-        try:
-            self._write(points)
-        except Exception as error:
-            if not self._failures:
-                log.warning("MLflow: metrics cannot be written for now (%s); training goes on", reason(error))
-            with self._changed:
-                self._failures += 1
-                self._points[:0] = points
-                self._drop_excess()
-        else:
-            if self._failures:
-                log.warning("MLflow: the store is back; metrics are written again")
-            self._failures = 0
-
-    def _do(self, what: str, job: Callable[[], object], over: threading.Event) -> None:
-        for attempt in range(JOB_TRIES):
+        while not self._closed:
+            waiting = self._gather()
             try:
-                job()
-                break
+                if not self._closed:
+                    self._deliver()
             except Exception as error:
-                if attempt < JOB_TRIES - 1:
-                    time.sleep(RETRY_PAUSE)
-                else:
-                    log.warning("MLflow: %s was not recorded (%s)", what, reason(error))
-        over.set()
+                self._failed(error)
+            else:
+                self._succeeded()
+            for over in waiting:
+                over.set()
 
-    def _drop_excess(self) -> None:
-        excess = len(self._points) - MAX_POINTS
-        if excess <= 0:
-            return
-        del self._points[:excess]
-        if not self._warned_full:
-            self._warned_full = True
-            log.warning("MLflow: the store does not keep up; the oldest metric values are dropped")
+    def _gather(self) -> list[threading.Event]:
+        """Wait for news, and then until it is time for a try; who waits for it."""
+        news = None if self.failures else self._news.get()
+        pause = min(MAX_PAUSE, self._interval * 2 ** min(self.failures, 10))
+        end, points = time.monotonic() + pause, 0
+        while True:
+            if isinstance(news, threading.Event):
+                break
+            points += news or 0
+            if points >= BATCH and not self.failures:
+                break
+            try:
+                news = self._news.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                break
+        return [news] if isinstance(news, threading.Event) else []
+
+    def _deliver(self) -> None:
+        """All that waits by now; what comes meanwhile has time to gather."""
+        newest = self._lane.newest()
+        while not self._closed and self._advance(newest):
+            pass
+        if not self._closed:
+            self._last()
+
+    def _advance(self, newest: int) -> bool:
+        """One request's worth; False where nothing is left."""
+        if self._segment is None:
+            self._segment = self._lane.first(newest)
+            if self._segment is None:
+                return False
+            self._rest = deque(self._segment.records)
+        if self._rest:
+            batch = first_batch(self._rest)
+            self._hand_over(batch)
+            for _ in batch:
+                self._rest.popleft()
+        if not self._rest:
+            self._lane.remove(self._segment)
+            self._segment = None
+        return True
+
+    def _hand_over(self, batch: list[Record]) -> None:
+        try:
+            self._send(batch)
+        except Refused as error:
+            if len(batch) > 1:  # which one is it?
+                for record in batch:
+                    self._hand_over([record])
+                return
+            self._refuse(batch[0], error)
+            if not self.refusals:
+                log.warning("MLflow: %s was not recorded (%s)", described(batch[0]), reason(error))
+            self.refusals += 1
+
+    def _failed(self, error: Exception) -> None:
+        if not self.failures:
+            log.warning(
+                "MLflow: %s cannot be written for now (%s); they wait in %s, and training goes on",
+                self._what,
+                reason(error),
+                self._where(),
+            )
+        self.failures += 1
+
+    def _succeeded(self) -> None:
+        if self.failures and not self._closed:
+            log.warning("MLflow: the store is back; %s are written again", self._what)
+            self.failures = 0
+
+    def _where(self) -> Path:
+        return self._lane.folder.parent
+
+
+def first_batch(records: "deque[Record]") -> list[Record]:
+    """Metrics together, up to BATCH of them; all else alone."""
+    batch: list[Record] = []
+    points = 0
+    for record in records:
+        if batch and (record.get("kind") != "metrics" or points + len(record["values"]) > BATCH):
+            break
+        batch.append(record)
+        if record.get("kind") != "metrics":
+            break
+        points += len(record["values"])
+    return batch
+
+
+def described(record: Record) -> str:
+    """What a user calls a record."""
+    if record.get("kind") == "metrics":
+        return f"metrics of step {record['step']}"
+    return str(record.get("what", "an unreadable record"))

@@ -3,17 +3,17 @@
 import contextlib
 import http.server
 import json
-import logging
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from PIL import Image
 from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.errors import Interrupted, TrackingError
 from kandinsky_exp.mlflow_names import MAX_PARAM, dataset_source, masked, param_text
+from kandinsky_exp.outbox import Outbox
 from kandinsky_exp.provenance import git_commit, pip_freeze
 from kandinsky_exp.records import named
-from kandinsky_exp.tracking import MlflowTracker, NullTracker, Tracker, default_uri, probe, tracked
-from kandinsky_exp.writer import BackgroundWriter
+from kandinsky_exp.tracking import MlflowTracker, NullTracker, Tracker, default_uri, deliver_left, probe, tracked
 
 # MLflow's own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -434,7 +434,7 @@ def test_a_run_that_is_deleted_meanwhile_does_not_end_the_training(
         tracker.set_tags({"a": "b"})
     assert time.monotonic() - start < 10
     assert "metrics cannot be written" in caplog.text
-    assert "the status FINISHED was not recorded" in caplog.text
+    assert "3 records wait in" in caplog.text
 
 
 def test_an_artifact_that_is_not_there_is_a_mistake_of_ours(tracker: MlflowTracker, tmp_path: Path) -> None:
@@ -499,6 +499,224 @@ def test_a_run_that_is_not_there_cannot_be_resumed(client: MlflowClient, output_
             track(output_root, run_id=run_id)
 
 
+# What outlives a process: an outbox, a token, steps that are done again
+
+
+def history(client: MlflowClient, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(str(run_id), key)]
+
+
+def test_nothing_waits_after_a_good_end(output_root: Path, tmp_path: Path) -> None:
+    tracker = track(output_root, outbox=tmp_path / "outbox")
+    with tracked(tracker):
+        record_all(tracker)
+        tracker.sync()
+        assert (tmp_path / "outbox").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def record_all(tracker: MlflowTracker) -> None:
+    """One record of each kind."""
+    tracker.log_params({"seed": 0})
+    tracker.log_metrics({"a": 1.0, "nan": math.nan, "infinite": math.inf}, 1)
+    tracker.log_image("validation/00", red(), 1, prompt="a cat")
+    tracker.log_text("a", "a/b.txt")
+    tracker.log_dataset("emoji", "d" * 36, "someone/pictures", 64, "training")
+    tracker.set_tags({"b": "c"})
+
+
+def recorded(client: MlflowClient, run_id: str | None) -> dict[str, Any]:
+    """All that a run holds."""
+    run = client.get_run(str(run_id))
+    return {
+        "points": {
+            key: [str(point) for point in client.get_metric_history(str(run_id), key)] for key in run.data.metrics
+        },
+        "params": run.data.params,
+        "tags": run.data.tags,
+        "inputs": [entry.dataset.digest for entry in run.inputs.dataset_inputs],
+        "files": [file for folder in ("", "images", "a", "prompts") for file in artifacts(client, run_id, folder)],
+    }
+
+
+def test_what_is_delivered_twice_is_there_once(client: MlflowClient, output_root: Path, tmp_path: Path) -> None:
+    """A process may be killed when the store has its records and the outbox does not know that yet."""
+    client.delete_run((first := track(output_root, outbox=tmp_path / "outbox")).run_id)  # so that everything waits
+    record_all(first)
+    first.finish("FINISHED")
+    client.restore_run(first.run_id)
+    shutil.copytree(tmp_path / "outbox", tmp_path / "copy")
+    assert deliver_left(first.uri, tmp_path / "outbox", str(first.run_id))
+    once = recorded(client, first.run_id)
+    assert once["points"].keys() == {"a", "nan", "infinite"}
+    assert len(once["files"]) == 7
+    assert once["inputs"] == ["d" * 36]
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    assert deliver_left(first.uri, tmp_path / "copy", str(first.run_id))
+    assert recorded(client, first.run_id) == once
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from PIL import Image
+from kandinsky_exp.tracking import MlflowTracker, default_uri
+root, outbox = Path(sys.argv[1]), Path(sys.argv[2])
+tracker = MlflowTracker(default_uri(root), "tests", "a run", root / "mlartifacts", outbox, token="killed" + outbox.name)
+print(tracker.run_id, flush=True)
+for step in range(0, 30, 10):
+    tracker.log_metrics({"a": float(step)}, step)
+    tracker.log_image("validation/00", Image.new("RGB", (64, 64)), step, "a cat")
+if "delivered" in outbox.name:
+    tracker.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["delivered", "waiting"])
+def test_a_killed_run_is_gone_on_with(how: str, client: MlflowClient, output_root: Path, tmp_path: Path) -> None:
+    """It was killed before its id was remembered; from step 10 on all is done again."""
+    outbox = tmp_path / how
+    command = [sys.executable, "-c", KILLED, str(output_root), str(outbox)]
+    run_id = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120).stdout.strip()
+    assert client.get_run(run_id).info.status == "RUNNING"
+    again = track(output_root, outbox=outbox, token=f"killed{how}", redone_from=10)
+    assert again.run_id == run_id
+    with tracked(again):
+        for step in range(10, 50, 10):
+            again.log_metrics({"a": step + 0.5, "b": 0.0}, step)
+            again.log_image("validation/00", red(), step, "a cat")
+    assert history(client, run_id, "a") == [(0, 0.0), (10, 10.0), (20, 20.0), (30, 30.5), (40, 40.5)]
+    assert [step for step, _ in history(client, run_id, "b")] == [10, 20, 30, 40]
+    stored = artifacts(client, run_id, "images")
+    assert len(stored) == 10  # an image is two files
+    assert images(client, run_id) == {("validation/00", step) for step in range(0, 50, 10)}
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert not outbox.exists()
+
+
+def test_without_a_token_or_with_another_there_is_a_run_of_its_own(output_root: Path) -> None:
+    made = [track(output_root, token=token) for token in (None, "one", "two", "one", None)]
+    ids = [tracker.run_id for tracker in made]
+    assert ids[1] == ids[3]
+    assert len(set(ids)) == 4
+    for tracker in made:
+        tracker.finish("FINISHED")
+
+
+def test_a_status_that_was_left_is_not_that_of_a_run_that_goes_on(
+    client: MlflowClient, output_root: Path, tmp_path: Path
+) -> None:
+    first = track(output_root, outbox=tmp_path / "outbox")
+    client.delete_run(str(first.run_id))
+    first.log_metrics({"a": 1.0}, 1)
+    first.finish("KILLED")
+    client.restore_run(str(first.run_id))
+    again = track(output_root, outbox=tmp_path / "outbox", run_id=first.run_id)
+    again.flush()
+    assert client.get_run(str(again.run_id)).info.status == "RUNNING"
+    assert history(client, again.run_id, "a") == [(1, 1.0)]
+    again.finish("FINISHED")
+    assert client.get_run(str(again.run_id)).info.status == "FINISHED"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_that_was_killed_before_it_could_say_so(client: MlflowClient, output_root: Path) -> None:
+    tracker = track(output_root)
+    assert deliver_left(tracker.uri, output_root / "no outbox", str(tracker.run_id))
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+    client.set_terminated(str(tracker.run_id), "KILLED")
+    assert deliver_left(tracker.uri, output_root / "no outbox", str(tracker.run_id))
+    assert client.get_run(str(tracker.run_id)).info.status == "KILLED"
+
+
+def test_a_run_that_is_abandoned_ends_at_once(client: MlflowClient, output_root: Path, tmp_path: Path) -> None:
+    tracker = track(output_root, outbox=tmp_path / "outbox")
+    client.delete_run(str(tracker.run_id))  # nothing of it can be delivered
+    tracker.log_metrics({"a": 1.0}, 1)
+    began = time.monotonic()
+    tracker.abandon("KILLED")
+    tracker.finish("FAILED")
+    assert time.monotonic() - began < 0.5
+    client.restore_run(str(tracker.run_id))
+    assert deliver_left(tracker.uri, tmp_path / "outbox", str(tracker.run_id))
+    assert client.get_run(str(tracker.run_id)).info.status == "KILLED"
+    assert history(client, tracker.run_id, "a") == [(1, 1.0)]
+
+
+def test_what_the_store_refuses_is_kept_and_holds_up_nothing(
+    client: MlflowClient, output_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lane = Outbox(tmp_path / "outbox").records
+    for step, key in enumerate(["a", "no, name", "a"]):
+        lane.append({"kind": "metrics", "step": step, "time": 1, "values": {key: 1.0}})
+    lane.append({"kind": "of a later version"})
+    tracker = track(output_root, outbox=tmp_path / "outbox")
+    tracker.log_metrics({"a": 3.0}, 3)
+    tracker.finish("FINISHED")
+    assert [step for step, _ in history(client, tracker.run_id, "a")] == [0, 2, 3]
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+    lines = [json.loads(line) for line in (tmp_path / "outbox" / "refused.jsonl").read_text().splitlines()]
+    assert [line["record"].get("step") for line in lines] == [1, None]
+    assert "no, name" in lines[0]["reason"]
+    assert "metrics of step 1 was not recorded (Invalid value" in caplog.text
+    assert "2 records were refused" in caplog.text
+
+
+def test_an_artifact_store_that_is_away_holds_up_no_metrics(
+    client: MlflowClient, tmp_path: Path, output_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, outbox = tmp_path / "mlartifacts", tmp_path / "outbox"
+    root.write_text("not a folder")
+    tracker = MlflowTracker(default_uri(output_root), "no artifacts", "a", root, outbox)
+    for name in "abc":
+        tracker.log_text(name, f"{name}.txt")
+    tracker.log_metrics({"a": 1.0}, 1)
+    tracker.finish("FINISHED")
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+    assert history(client, tracker.run_id, "a") == [(1, 1.0)]
+    assert "images and files cannot be written for now" in caplog.text
+    assert f"3 records wait in {outbox}" in caplog.text
+    root.unlink()
+    (lost,) = outbox.rglob("b.txt")
+    shutil.rmtree(lost.parent)
+    assert deliver_left(tracker.uri, outbox, str(tracker.run_id))
+    assert artifacts(client, tracker.run_id) == ["a.txt", "c.txt"]
+    assert "the artifact b.txt was not recorded" in caplog.text
+
+
+def test_images_are_named_as_mlflow_names_them(client: MlflowClient, tracker: MlflowTracker) -> None:
+    tracker.log_image("a b/00", red(), 7)
+    tracker.flush()
+    ours = artifacts(client, tracker.run_id, "images")
+    ours_tag = client.get_run(str(tracker.run_id)).data.tags["mlflow.loggedImages"]
+    client.log_image(str(tracker.run_id), red(), key="a b/00", step=7, synchronous=True)
+    theirs = set(artifacts(client, tracker.run_id, "images")) - set(ours)
+    assert client.get_run(str(tracker.run_id)).data.tags["mlflow.loggedImages"] == ours_tag
+    blank = {re.sub(r"\d{13}\+[0-9a-f-]{36}", "", path) for path in ours}
+    assert blank == {re.sub(r"\d{13}\+[0-9a-f-]{36}", "", path) for path in theirs}
+    assert {size_of(artifact(client, tracker.run_id, path)) for path in ours} == {
+        size_of(artifact(client, tracker.run_id, path)) for path in theirs
+    }
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_mlflows_own_patience_is_the_users_again_afterwards(output_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    monkeypatch.delenv(names[0], raising=False)
+    monkeypatch.setenv(names[1], "77")
+    first, second = track(output_root), track(output_root)
+    first.finish("FINISHED")
+    assert [os.environ.get(name) for name in names] == ["0", "77"]
+    second.finish("FINISHED")
+    assert [os.environ.get(name) for name in names] == [None, "77"]
+
+
 # The environment (pitfall 30) and what else is open in the process (pitfall 17)
 
 
@@ -549,86 +767,7 @@ def test_where_the_code_comes_from() -> None:
     assert all("==" in line for line in lines)
 
 
-# The writer
-
-
-class Store:
-    """A store of a few lines, which can be away."""
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-        self.writes = 0
-        self.away = False
-
-    def write(self, points: list[int]) -> None:
-        if self.away:
-            raise OSError("away")
-        self.writes += 1
-        self.seen += points
-
-
-def test_points_are_batched_and_seen_by_later_jobs() -> None:
-    store = Store()
-    writer = BackgroundWriter(store.write, interval=30)
-    for i in range(100):
-        writer.add([i])
-    seen: list[int] = []
-    writer.submit("a job", lambda: seen.extend(store.seen)).wait(5)
-    assert seen == list(range(100))
-    assert store.writes <= 2
-    assert writer.close()
-
-
-def test_points_are_kept_while_the_store_is_away(caplog: pytest.LogCaptureFixture) -> None:
-    store = Store()
-    writer = BackgroundWriter(store.write, interval=0.01)
-    store.away = True
-    writer.add([1])
-    start = time.monotonic()
-    assert not writer.flush(5)
-    assert time.monotonic() - start < 1
-    writer.add([2])
-    store.away = False
-    assert writer.flush(5)
-    assert store.seen == [1, 2]
-    assert writer.close()
-    assert "the store is back" in caplog.text
-
-
-def test_what_is_held_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    store = Store()
-    store.away = True
-    writer = BackgroundWriter(store.write, interval=0.01)
-    for _ in range(11):
-        writer.add(list(range(10_000)))
-    assert not writer.close(1)
-    assert "did not take 100000 metric values" in caplog.text
-
-
-def test_jobs_that_come_too_fast_wait_and_then_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    gate = threading.Event()
-    writer = BackgroundWriter(Store().write)
-    jobs: list[Callable[[], object]] = [gate.wait] + [lambda: None] * 80
-    caplog.set_level(logging.WARNING)
-    for job in jobs:
-        writer.submit("a job", job, patience=0.01)
-    assert "faster than the store writes" in caplog.text
-    gate.set()
-    assert writer.close(5)
-
-
-def test_a_job_that_fails_is_tried_again_and_then_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    tries: list[int] = []
-
-    def job() -> None:
-        tries.append(1)
-        raise OSError("postgresql://me:secret@host is full")
-
-    writer = BackgroundWriter(Store().write)
-    assert writer.submit("the picture", job).wait(10)
-    assert writer.close()
-    assert len(tries) == 2
-    assert "the picture was not recorded (postgresql://***@host is full)" in caplog.text
+# Data sets
 
 
 @pytest.mark.parametrize(
