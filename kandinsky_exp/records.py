@@ -8,8 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-        token=space.record.token,
-        redone_from=redone_from(space),
+from kandinsky_exp import build, config, integrity, tracking, workspace
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -35,10 +34,17 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
         cfg.tracker.experiment,
         space.folder.name,
         tracking.default_artifact_root(cfg.output_root),
-        outbox=space.folder / "outbox",
         run_id=space.record.run_id,
         tags=tags,
+        outbox=space.folder / "outbox",
+        token=space.record.token,
         parent_run_id=sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None,
+        redone_from=redone_from(space),
+    )
+    space.record.run_id = tracker.run_id
+    return tracker
+
+
 def redone_from(space: workspace.Workspace) -> int | None:
     """The step from which on a run that goes on may have been recorded already, by a process that was killed.
 
@@ -53,8 +59,83 @@ def deliver_left(cfg: DictConfig, space: workspace.Workspace) -> None:
     """What an earlier start of a finished run could not deliver, and the true status."""
     if cfg.tracker.name != "none" and space.record.run_id is not None:
         tracking.deliver_left(tracker_uri(cfg), space.folder / "outbox", space.record.run_id)
-    )
-    space.record.run_id = tracker.run_id
-    return tracker
 
 
+def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
+    """The MLflow run that holds a sweep's jobs together: made by the first job, found by the others."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    with workspace.locked(folder / ".sweep.lock"):
+        record = workspace.read_record(folder) or workspace.Record()
+        if record.run_id is None:
+            parent = tracking.MlflowTracker(
+                tracker_uri(cfg),
+                cfg.tracker.experiment,
+                folder.name,
+                tracking.default_artifact_root(cfg.output_root),
+                tags={"sweep": folder.name},
+            )
+            # It trains nothing itself: there is nothing that could still go wrong with it.
+            parent.finish("FINISHED")
+            record = workspace.Record(parent.run_id, "FINISHED", stage="sweep")
+            workspace.Workspace(folder, record).write_record()
+        return record.run_id
+
+
+def note_data(space: workspace.Workspace, data: Readers) -> None:
+    """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
+    before, fingerprint = space.record.data, data.train.fingerprint
+    if space.is_resumed and space.record.step > 0 and before not in (None, fingerprint):
+        logger.warning(
+            "the training data has changed since step %d of this run (fingerprint %s, now %s): losses from before and "
+            "from now on do not compare; to keep them apart, start anew under another name",
+            space.record.step,
+            str(before)[:12],
+            fingerprint[:12],
+        )
+    space.record.data, space.record.source = fingerprint, data.source
+
+
+def describe(
+    cfg: DictConfig,
+    accelerator: Accelerator,
+    tracker: tracking.Tracker,
+    space: workspace.Workspace,
+    weights: Weights,
+    data: Readers,
+) -> None:
+    """Parameters, origins and the data set, for whoever compares this run later."""
+    for note in data.notes:
+        logger.warning(note)
+    if accelerator.is_main_process:
+        workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
+    if isinstance(tracker, tracking.NullTracker):
+        return
+    tracker.log_params(config.flatten(cfg))
+    side = PARTS[build.stage_class(cfg).part][0]
+    revision = weights.revision(side)
+    tags = {
+        "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
+        "data_fingerprint": data.train.fingerprint,
+        "git_commit": tracking.git_commit() or "unknown",
+    }
+    tracker.set_tags(tags)
+    tracker.log_artifact(space.folder / "config.yaml")
+    tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
+    if data.skipped:
+        tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
+    for context, reader in (("training", data.train), ("validation", data.held_out)):
+        if reader is not None:
+            name, origin = named(reader.source)
+            tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)
+
+
+def named(source: Source) -> tuple[str, str]:
+    """What a data set is called, and where it comes from: a path, a URL, or a hub id."""
+    if isinstance(source, Shards):
+        first = download.shown(source.shards[0])
+        where = first if download.is_url(first) else str(Path(first).absolute())
+        return f"{Path(first).name}{source.name.removeprefix(first)}", where
+    if Path(source.name).exists():
+        return Path(source.name).name, source.name
+    return source.name, source.name.rpartition("/")[0]  # <hub id>/<split>
