@@ -58,6 +58,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def soak(session: nox.Session) -> None:
+    """One run is killed 50 times, and ends as if it had not been; arguments after `--` go to pytest."""
+    python = project_environment(session)
+    session.run(python, "-m", "pytest", "-m", "soak", "--durations", "3", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(venv_backend="none", default=False)
 def demo(session: nox.Session) -> None:
     """Train the tiny prior and decoder on the shipped emoji and generate; arguments after `--` are overrides."""
     python = project_environment(session)

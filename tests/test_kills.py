@@ -130,6 +130,7 @@ def test_killed_where_it_hurts(root: Path) -> None:
     check(root)
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 def test_killed_fifty_times(root: Path) -> None:
     chance = random.Random(0)

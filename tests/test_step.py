@@ -1,6 +1,7 @@
 """A step without waste: batches read ahead, no wait for the device, metrics for nothing, compiled once."""
 
 import contextlib
+import copy
 import logging
 import shutil
 import threading
@@ -175,7 +176,7 @@ class Nothing:
     def settled(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    deferred = settled
+    deferred = at_once = settled
 
 
 class Bench:
@@ -445,7 +446,74 @@ def test_a_process_without_a_bad_step_says_so(accelerator: Accelerator) -> None:
     for _ in range(3):
         meter.add(result(0.5, [1.0], [0]))
     with pytest.raises(NonFiniteLoss, match=r"on another process, at one of the 3 steps up to step 8 \(lr 0\.001\)"):
-        meter._raise(8, 1e-3)
+        meter._raise(8, 1e-3, [False] * 3)
+
+
+@pytest.mark.parametrize("checked", [1, 7, 40])
+def test_a_loss_scaler_may_skip_nineteen_steps_in_a_row(checked: int, accelerator: Accelerator) -> None:
+    """At every rhythm of checks, and over a checkpoint."""
+    scaled = copy.copy(accelerator)
+    scaled.scaler = torch.amp.GradScaler("cpu")
+    meter, step = Meter(scaled, 4, 1000), 0
+
+    def steps(count: int, norm: float) -> None:
+        nonlocal meter, step
+        for _ in range(count):
+            meter.add(result(0.5, [1.0], [0], norm=torch.tensor(norm)))
+            step += 1
+            if step % checked == 0:
+                meter.check(step, 1e-3)
+                state = meter.state()
+                meter = Meter(scaled, 4, 1000)
+                meter.restore(state)
+
+    steps(19, float("inf"))
+    steps(1, 1.0)
+    steps(19, float("nan"))
+    steps(1, 1.0)
+    meter.check(step, 1e-3)
+    with pytest.raises(NonFiniteLoss, match=r"at step 60, the 20th in a row that the loss scaler skipped"):
+        steps(25, float("inf"))
+        meter.check(step, 1e-3)
+
+
+def test_a_loss_that_is_not_finite_is_a_failure_with_a_scaler_too(accelerator: Accelerator) -> None:
+    scaled = copy.copy(accelerator)
+    scaled.scaler = torch.amp.GradScaler("cpu")
+    meter = Meter(scaled, 4, 1000)
+    meter.add(result(float("nan"), [1.0], [0]))
+    with pytest.raises(NonFiniteLoss):
+        meter.check(1, 1e-3)
+
+
+@pytest.mark.parametrize("processes_before", [1, 2])
+def test_a_meter_goes_on_where_another_stopped(processes_before: int, accelerator: Accelerator) -> None:
+    """To the last bit on one process; after two, with the means of both."""
+    random = torch.Generator().manual_seed(0)
+    results = [
+        result(float(torch.rand((), generator=random)), torch.rand(3, generator=random).tolist(), [0, 500, 999])
+        for _ in range(150)  # more than are added up at a time
+    ]
+    whole, first = Meter(accelerator, 3, 1000), Meter(accelerator, 3, 1000)
+    for one in copy.deepcopy(results):
+        whole.add(one)
+    for one in copy.deepcopy(results[:100]):
+        first.add(one)
+    first.check(100, 1e-3)
+    state = first.state()
+    if processes_before == 2:
+        state = {"processes": state["processes"] * 2}
+    second = Meter(accelerator, 3, 1000)
+    second.restore(state)
+    for one in copy.deepcopy(results[100:]):
+        second.add(one)
+    expected, found = whole.read(150, 1e-3), second.read(150, 1e-3)
+    for key in ("train/loss", "train/grad_norm", "train/loss_t0", "train/loss_t2"):
+        if processes_before == 1:
+            assert found[key] == expected[key], key
+        elif key == "train/loss":
+            assert found[key] == pytest.approx(expected[key])
+    assert found["train/samples_per_second"] < 1e6  # the time before the stop counts
 
 
 # --- ways out
