@@ -131,6 +131,7 @@ def prepare(
     compare(cfg, weights, splits, count, space)
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
         space.record.token = uuid.uuid4().hex
+        space.record.status = "KILLED"  # true for whoever never comes to the first step
         space.write_record()  # first: from now on the folder is a run
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
     print(f"{space.folder}\n{report}", file=sys.stderr)
