@@ -70,19 +70,25 @@ class Delivery:
         self.artifacts.close()
 
 
-def settle(delivery: Delivery, patience: float) -> None:
-    """Give the store some seconds for what waits, end the threads, and say what is left and what becomes of it."""
+def settle(delivery: Delivery, patience: float, is_kept: bool = True) -> None:
+    """Give the store some seconds for what waits, end the threads, and say what is left and what becomes of it.
+
+    Args:
+        is_kept: the outbox is in a run's folder, and stays.
+    """
     done = delivery.flush(patience)
     delivery.close()
     outbox = delivery.outbox
-    if not done:
+    lost = outbox.held() + (0 if is_kept else outbox.waiting())
+    if not done and is_kept:
         log.warning(
-            "MLflow: %d records wait in %s; the same command delivers them once the store is there",
+            "MLflow: %d records wait in %s; the same command, with name=%s, delivers them once the store is there",
             outbox.waiting(),
             outbox.folder,
+            outbox.folder.parent.name,
         )
-        if outbox.held():
-            log.warning("MLflow: the disk was full, and %d records are lost", outbox.held())
+    if not done and lost:
+        log.warning("MLflow: the store did not take %d records, and they are lost", lost)
     if delivery.refusals:
         log.warning("MLflow: %d records were refused; they are in %s", delivery.refusals, outbox.folder)
 

@@ -140,8 +140,7 @@ class MlflowTracker:
         run_id: the run to go on with; None makes a new one.
         token: becomes a tag of a new run. Where there is a run with it already, that one is gone on with: its process
             was killed before it could remember the id.
-        tags: set at once.
-        parent_run_id: of a sweep's job.
+        tags: set at once. `parent_run_id`: of a sweep's job.
         redone_from: what is there already of this step and later ones is not recorded again; None: all is recorded.
 
     Raises:
@@ -164,6 +163,7 @@ class MlflowTracker:
         with contextlib.ExitStack() as held:
             held.enter_context(impatient())
             self._client, self.uri = connect(uri)
+            self._is_kept = outbox is not None
             if outbox is None:
                 outbox = Path(tempfile.gettempdir()) / f"kandinsky_exp-{uuid.uuid4().hex}"
                 held.callback(shutil.rmtree, outbox, ignore_errors=True)
@@ -238,7 +238,7 @@ class MlflowTracker:
         if self._finished:
             return
         self._end(status)
-        settle(self._delivery, KILLED_PATIENCE if status == "KILLED" else PATIENCE)
+        settle(self._delivery, KILLED_PATIENCE if status == "KILLED" else PATIENCE, self._is_kept)
         self._held.close()
 
     def abandon(self, status: Status) -> None:
