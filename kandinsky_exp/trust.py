@@ -176,12 +176,12 @@ def hydra_problems(section: dict[str, Any], typed: Collection[str], overrides: C
     allowed = (*OF_HYDRA, *typed)
     found = [
         f"{key}: {value!r:.200} is nothing that Hydra may build; if you trust that code, type {KEY}=[...] too"
-        for key, value in _leaves(section, "hydra")
-        if key.endswith("._target_") and not (isinstance(value, str) and _covers(allowed, value))
+        for key, name, value in _leaves(section, "hydra")
+        if name == "_target_" and not (isinstance(value, str) and _covers(allowed, value))
     ]
     for name in ("hydra_logging", "job_logging"):
-        for key, value in _leaves(section.get(name), f"hydra.{name}"):
-            if _is_strange(key.rpartition(".")[2], value, typed):
+        for key, last, value in _leaves(section.get(name), f"hydra.{name}"):
+            if _is_strange(last, value, typed):
                 found.append(f"{key}: {value!r:.200} is no handler or formatter of logging; name one that is")
     settings = section.get("job", {}).get("env_set") or {}
     for name in settings:
@@ -196,12 +196,11 @@ def _is_strange(name: str, value: Any, typed: Collection[str]) -> bool:
     return isinstance(value, str) and "://" in value and value not in STREAMS
 
 
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _leaves(value, f"{key}.{index}")
+def _leaves(node: Any, key: str, last: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted key, its last name, value). A name may have dots of its own: what a sweep varies."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        yield key, last, node
     else:
-        yield key, node
+        for name, value in items:
+            yield from _leaves(value, f"{key}.{name}", str(name))

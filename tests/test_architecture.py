@@ -28,7 +28,7 @@ OWN_IMPORTS = {
     "data": {"data", "errors"},
     "weights": {"errors", "tiny.pipelines", "weight_files"},
     "weight_files": {"data.digests", "errors"},
-    "pipelines": {"errors", "weights"},
+    "pipelines": {"errors", "weight_files", "weights"},
     "stages": {"adapters", "data.preprocess", "errors", "pipelines", "stages", "weights"},
     "loop": {"display", "errors", "meter", "randomness", "stages.base", "tracking"},
     "meter": {"errors"},
