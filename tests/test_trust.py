@@ -1,8 +1,12 @@
 """What came from elsewhere is data: no target, pickle, script or config of others runs, or leads out of its folder."""
 
+import json
 import os
 import pickle
+import re
+import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,12 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
+from PIL import Image
 
-from kandinsky_exp import build, cli, config, trust
+from kandinsky_exp import build, cli, config, generate, trust, weight_files, weights
+from kandinsky_exp.data import sources
 from kandinsky_exp.encode import encode
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.errors import ConfigError, DataError
 from kandinsky_exp.run import run
 
 TINY = ["data=emoji", "weights=tiny", "tracker=none", "trainer.max_steps=1"]
@@ -41,7 +47,8 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def composed(*overrides: str, verb: str = "train") -> DictConfig:
     with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        return compose(verb, [*TINY[: 2 if verb == "encode" else 4], *overrides])
+        small = {"train": TINY, "encode": TINY[:2], "generate": TINY[1:3]}[verb]
+        return compose(verb, [*small, *overrides])
 
 
 def with_node(key: str, node: Any, root: Path, verb: str = "train") -> DictConfig:
@@ -323,7 +330,7 @@ def saved(folder: Path, **more: Any) -> list[str]:
     """The arguments that run a config.yaml as an earlier run has left it, with something more in it."""
     values = OmegaConf.to_container(composed(), resolve=True) | more
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    return ["--config-dir", str(folder), "--config-name", "config"]
+    return ["--config-dir", str(folder), "--config-name", "config", "hydra/job_logging=none"]  # no log file left open
 
 
 CLAIM = {"optimizer": {"_target_": "evil_parts.mark", "_partial_": True, "lr": 0.1}, "trusted_modules": ["evil_parts"]}
@@ -348,8 +355,8 @@ def test_a_downloaded_config_cannot_trust_itself(
 def test_a_sweep_in_a_file_types_nothing(foreign: Path, marker: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (foreign / "sweep").mkdir()
     (foreign / "sweep" / "s.yaml").write_text(
-        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      trusted_modules: '[evil_parts]'\n"
-        "      optimizer._target_: evil_parts.mark\n"
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
+        "      trusted_modules: '[evil_parts]'\n      optimizer._target_: evil_parts.mark\n"
     )
     message = answer(capfd, "--config-dir", str(foreign), "sweep=s", *TINY, "name=s")
     assert REFUSAL in message
@@ -400,3 +407,167 @@ def test_harmless_sections_pass(foreign: Path, capfd: pytest.CaptureFixture[str]
     assert "\nerror: seed: has to be a whole number" in answer(capfd, *saved(foreign, hydra=section, seed=-1))
     typed = ["+hydra.job.env_set.HF_HUB_OFFLINE=1", "hydra/hydra_logging=default"]
     assert answer(capfd, *TINY, "seed=-1", *typed).startswith("error: seed: has to be a whole number")
+
+
+# --- a run of others, as `generate` reads it
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("weights:\n  prior: ${oc.env:HF_TOKEN}\n", "${oc.env:HF_TOKEN}"),
+        ("weights:\n  prior: a\n  decoder: {_target_: evil_parts.mark}\n", "a"),
+        ("weights:\n  prior: 7\n", "7"),
+        ("weights: []\n", None),
+        ("weights.prior: a\n", None),
+        ("weights:\n  prior: {_target_: evil_parts.mark}\n", "weights.prior is no text"),
+        ("weights:\n  prior: !!python/object/apply:evil_parts.mark []\n", "cannot be read"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nweights:\n  prior: x\n", "it has aliases"),
+        ("weights:\n  prior: x\n" + "#" * (1 << 18), "more than 256 KB"),
+        ("[" * 20000, "cannot be read"),
+    ],
+    ids=range(10),
+)
+def test_a_foreign_config_is_plain_data(
+    text: str, expected: str | None, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_aaaabbbbccccdddd")
+    (tmp_path / "config.yaml").write_text(text)
+    if expected is not None and " " in expected:
+        with pytest.raises(ConfigError, match=expected):
+            generate.saved_value(tmp_path, "weights.prior")
+    else:
+        assert generate.saved_value(tmp_path, "weights.prior") == expected
+    assert not marker.exists()
+
+
+def test_a_foreign_interpolation_is_not_expanded_in_the_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_PLACE", "/what/is/here")
+    (tmp_path / "run.json").write_text('{"step": 1}')
+    (tmp_path / "config.yaml").write_text("weights:\n  prior: /x/${oc.env:SOME_PLACE}\n  decoder: tiny\n")
+    cfg = composed(f"prior={tmp_path}", "prompts=[a]", verb="generate")
+    with pytest.raises(ConfigError, match=r"no folder '/x/\$\{oc\.env:SOME_PLACE\}'"):
+        generate.find_origins(cfg)
+
+
+# --- weights
+
+
+@pytest.fixture
+def their_weights(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "weights"))
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def zipped(file: Path) -> None:
+    import torch
+
+    torch.save({"weight": torch.zeros(2)}, file)
+
+
+PICKLED = {
+    "prior_prior/diffusion_pytorch_model.bin": lambda file: file.write_bytes(b""),
+    "prior_text_encoder/pytorch_model.PT": lambda file: file.write_bytes(b""),
+    "prior_image_encoder/flax_model.msgpack": lambda file: file.write_bytes(b""),
+    "prior_tokenizer/words.pkl": lambda file: file.write_bytes(b""),
+    "prior_prior/more/model.ckpt": lambda file: file.write_bytes(b""),
+    "prior_prior/notes.txt": lambda file: file.write_bytes(pickle.dumps(Bomb())),
+    "prior_prior/old.safetensors": zipped,
+    "prior_scheduler/tf_model": lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n"),
+}
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_a_pickle_beside_good_weights_is_refused_by_name(name: str, their_weights: Path, marker: Path) -> None:
+    (their_weights / name).parent.mkdir(exist_ok=True)
+    PICKLED[name](their_weights / name)
+    problem = weights.check_source(str(their_weights), "prior")
+    assert problem is not None
+    assert f"'{name}' is a pickle or an archive" in problem
+    assert "remove it, or convert it to .safetensors" in problem
+    with pytest.raises(ConfigError, match=re.escape(f"weights.prior: '{their_weights}': '{name}'")):
+        config.validate(composed("model=prior", f"weights.prior={their_weights}"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0480, 0x4B50])  # headers whose length looks like a pickle's beginning
+def test_a_length_in_front_of_tensors_is_no_pickle(length: int, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    for pad in range(length):
+        save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {"x": "y" * (length - 90 + pad)})
+        if int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") == length:
+            break
+    assert int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") == length
+    assert weight_files.untrusted(tmp_path) is None
+
+
+def test_a_foreign_checkpoint_with_a_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prior").mkdir()
+    (tmp_path / "prior" / "adapter.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"prior: .*'prior/adapter\.bin' is a pickle"):
+        generate.trained_network(tmp_path, "prior")
+
+
+def test_a_model_that_asks_for_a_repositorys_kernel(their_weights: Path) -> None:
+    """transformers would fetch it from the hub and run it, whoever calls from_pretrained."""
+    change(their_weights / "prior_text_encoder" / "config.json", _attn_implementation="someone/kernel")
+    assert "asks for the code of 'someone/kernel'" in str(weights.check_source(str(their_weights), "prior"))
+    parts = weights.Weights(str(their_weights), "tiny", their_weights / "cache")  # as from the hub, without that check
+    assert parts.load("text_encoder").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["../../outside.safetensors", "/dev/zero", "a/b.safetensors", "..\\b.safetensors"])
+def test_shards_that_lead_out(name: str, their_weights: Path) -> None:
+    index = their_weights / "prior_prior" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
+    assert "leads out of its folder" in str(weights.check_source(str(their_weights), "prior"))
+    assert all(file.parent == index.parent for file in weight_files.opened(index.parent, True, None))
+
+
+def test_custom_code_in_weights_is_not_run_and_not_passed_on(
+    their_weights: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto_map = dict.fromkeys(["AutoModel", "AutoTokenizer", "AutoImageProcessor"], "evil_parts.Optimizer")
+    for folder in [their_weights, *(path for path in their_weights.iterdir() if path.is_dir())]:
+        (folder / "evil_parts.py").write_text(EVIL)
+        for file in folder.glob("*config.json"):
+            change(file, auto_map=auto_map, trust_remote_code=True, custom_pipeline="evil_parts")
+    entries = json.loads((their_weights / "model_index.json").read_text())
+    theirs = {name: ["evil_parts", "Optimizer"] for name in entries if not name.startswith(("_", "prior_sch", "sch"))}
+    change(their_weights / "model_index.json", **theirs)
+    monkeypatch.chdir(their_weights)
+    cfg = composed(
+        f"weights.prior={their_weights}", f"weights.decoder={their_weights}", f"output_root={tmp_path / 'out'}",
+        "name=r", "data.max_samples=4", "validation.every=1", "validation.prompts=[a dog]", "validation.draws=1",
+        "validation.inference_steps=2",
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys in configs that are not expected
+        run(cfg)
+    assert not marker.exists()
+    result = tmp_path / "out" / "r" / "pipeline"
+    index = json.loads((result / "model_index.json").read_text())
+    assert {entry[0] for name, entry in index.items() if not name.startswith("_")} == {"diffusers", "transformers"}
+    assert "evil" not in (result / "model_index.json").read_text()
+    assert {file.suffix for file in result.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".txt", ".model"}
+
+
+def test_a_loading_script_of_a_data_set_is_not_run(marker: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
+    (folder / "loading.py").write_text(EVIL)
+    assert len(sources.hub(str(folder)).train) == 1
+    (folder / "pictures.py").write_text(EVIL)
+    for name in (folder, folder / "pictures.py"):
+        with pytest.raises(DataError, match=r"data\.name: .* cannot be loaded"):
+            sources.hub(str(name))
+    assert not marker.exists()
