@@ -117,5 +117,5 @@ def _forms(secret: str) -> Iterator[str]:
     """A secret as it is written in texts, in addresses and in JSON; one of several lines line by line."""
     for line in secret.splitlines():
         plain = line.strip()
-        if len(plain) >= SHORTEST and not os.path.exists(plain):  # noqa: PTH110 - a NUL is no error here
+        if len(plain) >= SHORTEST and not (plain.startswith("/") and os.path.exists(plain)):  # noqa: PTH110 - NUL
             yield from (plain, quote(plain, safe=""), json.dumps(plain)[1:-1])
