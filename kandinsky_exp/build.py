@@ -88,7 +88,7 @@ def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
         ConfigError: a target in it may not be named, or is not what it has to be.
     """
     settings = OmegaConf.to_container(cfg[key], resolve=True)
-    assert isinstance(settings, dict)
+    assert isinstance(settings, dict)  # nosec B101 # narrows the type
     if found := targets.problems({key: settings}, Train, trust.user_modules(cfg)):
         raise ConfigError(found)
     return {str(name): value for name, value in settings.items()}

@@ -162,7 +162,7 @@ def saved_value(run_folder: Path, key: str) -> str | None:
             text = content.read(LARGEST_CONFIG + 1)
         if len(text) > LARGEST_CONFIG:
             raise ValueError(f"more than {LARGEST_CONFIG >> 10} KB")
-        value = yaml.load(text, _PlainLoader)
+        value = yaml.load(text, _PlainLoader)  # nosec B506 # a SafeLoader
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{file} cannot be read: {reason}; mend it, or give other sources") from error

@@ -115,7 +115,7 @@ class Meter:
     def _totals(self) -> list[float]:
         """Non-finite or not, mean loss, mean norm, and of each quarter of the timesteps the summed error and count."""
         self._fold()
-        assert self._by_part is not None
+        assert self._by_part is not None  # nosec B101 # narrows the type
         losses = torch.stack([result.loss for result in self._results])
         norms = torch.stack([result.norm for result in self._results])
         means = torch.stack([losses.mean(), norms.mean().float()]) / self.accelerator.num_processes

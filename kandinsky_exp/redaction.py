@@ -18,7 +18,7 @@ SHORTEST = 6  # characters of an environment variable's value that is taken for 
 
 # A name, or a part of one, behind which a secret stands: `sslpassword`, `X-Amz-Signature`, `ssl_key`; no `keyword`.
 SAYS_SECRET = (
-    r"(?:password|passwd|passphrase|token|secret|signature|credential|api_?key|access_?key"
+    r"(?:password|passwd|passphrase|token|secret|signature|credential|api_?key|access_?key"  # nosec B105 # a pattern
     r"|(?<![a-z])(?:pwd|key|sig|sas|auth)(?![a-z]))"
 )
 ENVIRONMENT = re.compile(

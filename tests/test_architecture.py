@@ -159,6 +159,17 @@ def test_only_the_outer_modules_know_the_config_object() -> None:
     assert {name for name in MODULES if "omegaconf" in third_party(name)} <= KNOW_OMEGACONF
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_asks_a_library_to_run_what_it_loads(name: str) -> None:
+    for node in ast.walk(parse(MODULES[name])):
+        if isinstance(node, ast.Call):
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert words.get("trust_remote_code", "False") == "False", f"line {node.lineno}"
+            if ast.unparse(node.func) == "torch.load":
+                assert words.get("weights_only") == "True", f"line {node.lineno}"
+            assert ast.unparse(node.func) not in ("pickle.load", "pickle.loads", "yaml.unsafe_load", "eval", "exec")
+
+
 def test_hydra_instantiates_in_one_place() -> None:
     """Hydra 1.4 changes `instantiate`."""
     users = {name for name in MODULES for item in IMPORTS[name] if item.name in ("instantiate", "call")}

@@ -149,7 +149,7 @@ class Preprocess:
 
     def size(self, image: Image.Image) -> Size:
         """(width, height) of an image's `pixels`."""
-        assert self.resolution is not None
+        assert self.resolution is not None  # nosec B101 # narrows the type
         return nearest_bucket(*image.size, self.buckets) if self.buckets else (self.resolution, self.resolution)
 
     @staticmethod
@@ -158,7 +158,7 @@ class Preprocess:
 
     def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], bool]]:
         """The tensors of each caption, and whether it was cut."""
-        assert self.tokenizer is not None
+        assert self.tokenizer is not None  # nosec B101 # narrows the type
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
