@@ -1,5 +1,6 @@
 """`nox -s demo`, `nox -s tests`, …: every chore of the project. Sessions are listed by `nox --list`."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -76,6 +77,36 @@ def bench(session: nox.Session) -> None:
     """The ratios that the README promises; arguments after `--` go to tests/bench/run.py. Let nothing else run."""
     python = project_environment(session)
     session.run(python, "tests/bench/run.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def security(session: nox.Session) -> None:
+    """Bandit over the package; known vulnerabilities of all that constraints.txt pins, which needs the network."""
+    session.install(*CONSTRAINTS, *group("security"))
+    session.run("bandit", "--quiet", "--configfile", "pyproject.toml", "--recursive", "kandinsky_exp")
+    report = Path(session.create_tmp(), "audit.json").absolute()
+    report.unlink(missing_ok=True)
+    # Exact pins need no resolver. It exits with 0 for packages that it learned nothing about: the report tells.
+    options = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json", "--output", str(report)]
+    session.run("pip-audit", "--requirement", "constraints.txt", *options, silent=True, success_codes=[0, 1])
+    if problem := audit_problem(report):
+        session.error(problem)
+
+
+def audit_problem(report: Path) -> str | None:
+    """What a report of pip-audit says against the pins, or that it does not know; None where all is well."""
+    try:
+        audited = json.loads(report.read_text("utf-8"))["dependencies"]
+    except (OSError, ValueError, KeyError):
+        return "The vulnerability service could not be asked: there is no report.."
+    unasked = [f"{entry['name']} ({entry['skip_reason']})" for entry in audited if "skip_reason" in entry]
+    if unasked or not audited:
+        return (
+            f"The vulnerability service could not be asked about {len(unasked)} of {len(audited)} packages, such as "
+            f"{', '.join(unasked[:2])}.."
+        )
+    known = [f"{entry['name']} {entry['version']}: {vuln['id']}" for entry in audited for vuln in entry["vulns"]]
+    return "\n".join(["Known vulnerabilities:", *known]) if known else None
 
 
 @nox.session(default=False)

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import adapters
+from kandinsky_exp import adapters, targets, trust
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
 from kandinsky_exp.data.encoding import EncodeSettings
@@ -22,6 +22,7 @@ from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.loop import LoopSettings, Training
 from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.readers import ReadSettings
+from kandinsky_exp.schema import Train
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
 from kandinsky_exp.weights import PARTS, Weights, side_parts
 
@@ -78,15 +79,30 @@ def fetch(cfg: DictConfig, parts: Weights) -> None:
         parts.folder(part)
 
 
+def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
+    """The resolved settings of a node that is about to be built, checked as they are now.
+
+    Not as they were when the config was validated: that may not have been done, and a resolver may change its mind.
+
+    Raises:
+        ConfigError: a target in it may not be named, or is not what it has to be.
+    """
+    settings = OmegaConf.to_container(cfg[key], resolve=True)
+    assert isinstance(settings, dict)  # nosec B101 # narrows the type
+    if found := targets.problems({key: settings}, Train, trust.user_modules(cfg)):
+        raise ConfigError(found)
+    return {str(name): value for name, value in settings.items()}
+
+
 def data(cfg: DictConfig) -> sources.Splits:
     """The configured source, cut down to `max_samples`.
 
     Raises:
         DataError: it cannot be read.
     """
-    source = get_method(cfg.data._target_)
-    accepted = inspect.signature(source).parameters
-    splits = instantiate({key: value for key, value in cfg.data.items() if key == "_target_" or key in accepted})
+    settings = target_settings(cfg, "data")
+    accepted = inspect.signature(get_method(settings["_target_"])).parameters
+    splits = instantiate({key: value for key, value in settings.items() if key == "_target_" or key in accepted})
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 
@@ -101,7 +117,7 @@ def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.Report:
 
 
 def stage_class(cfg: DictConfig) -> type[DiffusionStage]:
-    cls: type[DiffusionStage] = get_class(cfg.model._target_)
+    cls: type[DiffusionStage] = get_class(target_settings(cfg, "model")["_target_"])
     return cls
 
 
@@ -127,7 +143,9 @@ def sample_settings(cfg: DictConfig) -> SampleSettings:
 
 def bare_stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     """The stage as its weights have it: enough to encode."""
-    made: DiffusionStage = instantiate(cfg.model, _convert_="all")(parts, resolution=cfg.data.resolution)
+    made: DiffusionStage = instantiate(target_settings(cfg, "model"), _convert_="all")(
+        parts, resolution=cfg.data.resolution
+    )
     if cfg.data.buckets and made.preprocess.resolution is not None:
         made.preprocess = replace(made.preprocess, buckets=bucket_sizes(cfg.data.resolution))
     return made
@@ -162,7 +180,7 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = _optimizer(cfg, trainable, device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
-    scheduler = instantiate(cfg.scheduler, _convert_="all")(optimizer, total_steps=total_steps)
+    scheduler = instantiate(target_settings(cfg, "scheduler"), _convert_="all")(optimizer, total_steps=total_steps)
     ema = None
     if cfg.trainer.ema_decay is not None:
         ema = EMAModel(trainable, decay=cfg.trainer.ema_decay, foreach=True)
@@ -171,11 +189,10 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
 
 
 def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: Accelerator) -> torch.optim.Optimizer:
-    settings = OmegaConf.to_container(cfg.optimizer, resolve=True)
-    assert isinstance(settings, dict)
+    settings = target_settings(cfg, "optimizer")
     if settings.get("fused", False) is None:
         del settings["fused"]
-        if "fused" in inspect.signature(get_class(cfg.optimizer._target_)).parameters:
+        if "fused" in inspect.signature(get_class(settings["_target_"])).parameters:
             settings["fused"] = device.device.type in ("cuda", "cpu", "mps", "xpu")
     try:
         made: torch.optim.Optimizer = instantiate(settings, _convert_="all")(trainable)

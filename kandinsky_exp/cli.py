@@ -8,6 +8,7 @@ import hashlib
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp import command_line, config
+from kandinsky_exp import command_line, config, redaction, trust
 from kandinsky_exp.errors import ConfigError, Interrupted, RunFailure, UserError
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
@@ -63,6 +65,7 @@ class Job:
     """What Hydra calls, once per job. A class and not a closure, so that process-based launchers can pickle it."""
 
     function: str
+    trusted: tuple[str, ...] = ()  # modules: typed, for what a config file says of itself does not count
     called: bool = field(default=False, init=False)
     failure: Exception | None = field(default=None, init=False)
 
@@ -73,7 +76,9 @@ class Job:
         if sweeping:  # Hydra's sweeper writes the command line there, passwords and all
             (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
         try:
-            config.validate(cfg)  # also the first thing the function does; here, before its module imports torch
+            config.validate(
+                cfg, self.trusted
+            )  # also the first thing the function does; here, before its module imports torch
             module, _, name = self.function.partition(":")
             return getattr(import_module(module), name)(cfg)
         except Exception as error:
@@ -114,14 +119,14 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(verb: str, line: command_line.CommandLine) -> None:
-    job = Job(VERBS[verb].function)
+    job = Job(VERBS[verb].function, line.trusted)
     app = hydra.main(config_path="pkg://kandinsky_exp.conf", config_name=verb, version_base="1.3")(job)
     extra = [] if line.shows_something else command_line.job_naming(line.overrides)
     try:
         # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
         if line.sweeps and not line.shows_something and (found := command_line.find_problems(verb, line)):
             raise ConfigError(found)  # before the sweeper makes its folder
-        with _replaced(sys, "argv", [_program(), *line.arguments, *extra]), _full_error():
+        with _replaced(sys, "argv", [_program(), *line.arguments, *extra]), _full_error(), _hydra_checked(line):
             app()
     except UserError:
         raise
@@ -149,6 +154,22 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _hydra_checked(line: command_line.CommandLine) -> Iterator[None]:
+    """Judges Hydra's own section of all that it composes: callbacks, plugins and loggers are built from it at once."""
+    load = ConfigLoaderImpl.load_configuration
+
+    def checked(loader: ConfigLoaderImpl, *args: Any, **settings: Any) -> DictConfig:
+        cfg = load(loader, *args, **settings)
+        section = OmegaConf.to_container(cfg.hydra, resolve=False)
+        if found := trust.hydra_problems(typing.cast(dict[str, Any], section), line.trusted, line.overrides):
+            raise ConfigError(found)
+        return cfg
+
+    with _replaced(ConfigLoaderImpl, "load_configuration", checked):
+        yield
+
+
+@contextmanager
 def _full_error() -> Iterator[None]:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -164,13 +185,13 @@ def _report(error: BaseException, verbose: bool) -> int:
     """Prints what went wrong, with a traceback where it helps; returns the exit code."""
     known = isinstance(error, (UserError, RunFailure, Interrupted, KeyboardInterrupt))
     if verbose or not known:
-        traceback.print_exception(error)
+        print(redaction.masked("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     if isinstance(error, Interrupted):
         return 128 + error.signal_number
     if isinstance(error, KeyboardInterrupt):
         return 130
     if known and not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):  # the same on all ranks
-        print(_message(error), file=sys.stderr)
+        print(redaction.masked(_message(error)), file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
 
 

@@ -5,7 +5,7 @@ then would be silently ignored. `explain` looks at every override and names all 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,11 +15,11 @@ from hydra import compose, initialize_config_module
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import config
+from kandinsky_exp import config, trust
 from kandinsky_exp.errors import ConfigError, UserError
 
 
@@ -32,6 +32,7 @@ class CommandLine:
     sweeps: bool
     shows_something: bool  # --help, --cfg, --info, completion: nothing runs
     config_dir: str | None
+    trusted: tuple[str, ...]  # modules that `_target_` may name too
 
 
 def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
@@ -56,7 +57,30 @@ def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
         sweeps=known.multirun or any(text.startswith("sweep=") for text in overrides),
         shows_something=bool(known.help or known.hydra_help or known.cfg or known.info or known.shell_completion),
         config_dir=known.config_dir,
+        trusted=_typed_modules(overrides),
     )
+
+
+def _typed_modules(overrides: list[str]) -> tuple[str, ...]:
+    """What was typed as `trusted_modules=[...]`. The composed config does not tell: a file can have put it there."""
+    parser, names = OverridesParser.create(), []
+    for text in overrides:
+        if text.lstrip("+").startswith(f"{trust.KEY}="):
+            try:
+                value = parser.parse_override(text).value()
+            except HydraException:
+                continue  # `explain` will say it
+            names += [*_names(value)]
+    return tuple(dict.fromkeys(names))
+
+
+def _names(value: Any) -> Iterator[str]:
+    choices = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else []
+    for choice in choices:
+        if isinstance(choice, list):
+            yield from _names(choice)
+        elif "${" not in str(choice):  # what that becomes is for a file to say
+            yield choice.text if isinstance(choice, QuotedString) else str(choice)
 
 
 def unknown_verb(word: str, verbs: Iterable[str]) -> str:
@@ -116,7 +140,7 @@ def find_problems(verb: str, line: CommandLine) -> list[str]:
             _text(override) for override in keys if _text(override) not in wrong and not override.is_sweep_override()
         ]
         known = {re.split("[=:]", problem)[0] for problem in problems}
-        further = config.problems(compose(verb, [*chosen, *rest]), quick=True)
+        further = config.problems(compose(verb, [*chosen, *rest]), trusted=line.trusted, quick=True)
         return problems + [problem for problem in further if problem.split(":")[0] not in known]
 
 

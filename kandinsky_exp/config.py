@@ -5,9 +5,8 @@ otherwise, or has arguments that no schema knows: a misspelt number is answered 
 """
 
 import math
-import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from kandinsky_exp import targets, weights
+from kandinsky_exp import redaction, targets, trust, weights
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.fitting import misfit
 from kandinsky_exp.schema import ROOTS, OpenNode
@@ -28,6 +27,7 @@ NEEDED = {  # what to do about a key that is not set
     "data.path": "give the folder of your images (or the list, or the shards), data.path=<folder>, or take data=hub",
     "data.name": "give the data set's id on the hub, e.g. data.name=lambdalabs/naruto-blip-captions",
 }
+TYPE_IT = "if you trust that code, type trusted_modules=[{}], or hand it to the function from Python"
 ALIASES = {  # what the diffusers scripts and other trainers call these
     "learning_rate": "optimizer.lr",
     "lr_scheduler": "scheduler",
@@ -50,20 +50,24 @@ ALIASES = {  # what the diffusers scripts and other trainers call these
 }
 
 
-def validate(cfg: DictConfig) -> None:
+def validate(cfg: DictConfig, trusted: Collection[str] = ()) -> None:
     """Checks a composed root config; loads no weights and reads no images.
+
+    Args:
+        trusted: modules that the user lets `_target_` name too; noted in the config, which alone cannot add any.
 
     Raises:
         ConfigError: with every problem, each as `key: what is wrong; what to do`.
     """
-    found = problems(cfg)
+    found = problems(cfg, trusted=trusted)
     if found:
         raise ConfigError(found)
+    trust.note(cfg, trusted)
 
 
 def flatten(cfg: DictConfig) -> Values:
     """The resolved config as {dotted key: value}, secrets aside. Lists and empty mappings stay values."""
-    return dict(_leaves(_without_secrets(_resolved(cfg))))
+    return dict(_leaves(redaction.redacted(_resolved(cfg))))
 
 
 def flatten_file(file: Path) -> Values:
@@ -81,13 +85,14 @@ def flatten_file(file: Path) -> Values:
 
 def to_yaml(cfg: DictConfig) -> str:
     """The resolved config as yaml, secrets aside."""
-    return OmegaConf.to_yaml(OmegaConf.create(_without_secrets(_resolved(cfg))))
+    return OmegaConf.to_yaml(OmegaConf.create(redaction.redacted(_resolved(cfg))))
 
 
-def problems(cfg: DictConfig, *, quick: bool = False) -> list[str]:
+def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = False) -> list[str]:
     """All that is wrong with a composed root config, each as `key: what is wrong; what to do`.
 
     Args:
+        trusted: modules that the user lets `_target_` name too.
         quick: something is wrong already: import targets only for arguments that no schema knows.
     """
     try:
@@ -103,7 +108,11 @@ def problems(cfg: DictConfig, *, quick: bool = False) -> list[str]:
     wrong |= {key: text for key, text in _check_files(good) if key not in wrong}
     found = [f"{key}: {text}" for key, text in wrong.items()]
     found += [text for text in _check_together(good) if text.partition(":")[0] not in wrong]
-    return found + _check_targets(values, root, quick=quick or bool(found))
+    if "trusted_modules" not in wrong and (files := trust.refused(cfg, trusted)):
+        found.append(
+            f"trusted_modules: a config file may not add {', '.join(files)}; {TYPE_IT.format(','.join(files))}"
+        )
+    return found + targets.problems(values, root, trust.user_modules(cfg, trusted), quick=quick or bool(found))
 
 
 def _resolved(cfg: DictConfig) -> Values:
@@ -116,22 +125,6 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{key}.{name}" if key else str(name))
     else:
         yield key, node
-
-
-def _without_secrets(values: Values) -> Values:
-    """Masks the password of every URL, such as that of tracker.uri, and the query of a web address; all else stays."""
-
-    def mask(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {name: mask(value) for name, value in node.items()}
-        if isinstance(node, list):
-            return [mask(value) for value in node]
-        if isinstance(node, str):  # a signed address has its token in the query
-            node = re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:***@", node)
-            return re.sub(r"(?i)^(https?://[^?#\s]*)\?\S+$", r"\1?***", node)
-        return node
-
-    return typing.cast(Values, mask(values))
 
 
 # --- the schema
@@ -286,15 +279,3 @@ def _check_together(good: Values) -> Iterator[str]:
     uri = good.get("tracker.uri")
     if uri and not urlsplit(uri).scheme:
         yield f"tracker.uri: '{uri}' is no address; e.g. sqlite:///runs/mlflow.db or http://localhost:5000"
-
-
-def _check_targets(values: Values, root: type[Any], *, quick: bool) -> list[str]:
-    """With `quick`, nodes whose keys the schema has judged already are not looked at again."""
-    found = []
-    for key, node in targets.nodes(values):
-        annotation = _hints(root).get(key)
-        schema = annotation if isinstance(annotation, type) and issubclass(annotation, OpenNode) else OpenNode
-        problem = targets.check_root_package(key, node)
-        judged = node.keys() <= {item.name for item in fields(schema)}
-        found += problem if problem or (quick and judged) else targets.check(key, node, schema)
-    return found

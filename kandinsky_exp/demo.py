@@ -61,7 +61,7 @@ def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | N
         cli.main(["train", f"experiment={experiment}", place, *overrides])
     seconds = time.monotonic() - started
     splits = sources.emoji()
-    assert splits.validation is not None
+    assert splits.validation is not None  # nosec B101 # narrows the type
     examples = list(splits.train.examples())[:captions]
     texts = [example.captions[0] for example in examples]
     pictures = [

@@ -1,6 +1,7 @@
 """The verb `encode`: what a cached run does first, for its own sake; and what is there already."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,13 +12,16 @@ from kandinsky_exp.data import cache
 logger = logging.getLogger(__name__)
 
 
-def encode(cfg: DictConfig) -> None:
+def encode(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> None:
     """Encode a data set as a run with the same settings would, or list or remove what was encoded.
+
+    Args:
+        trusted_modules: what `_target_` may name beside torch and the like; the config alone cannot add any.
 
     Raises:
         UserError: the config, the data or the weights are not usable, or there is no room.
     """
-    config.validate(cfg)
+    config.validate(cfg, trusted_modules)
     if cfg.list or cfg.remove:
         _show(cfg)
     else:

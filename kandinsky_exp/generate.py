@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
+from omegaconf import DictConfig
 from PIL import Image
 from safetensors import SafetensorError
 from yaml import YAMLError
@@ -19,9 +19,11 @@ from yaml import YAMLError
 from kandinsky_exp import adapters, build, config, mlflow_names, pipelines, processes, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.grid import labelled_grid
+from kandinsky_exp.weight_files import untrusted
 from kandinsky_exp.weights import Side, Weights, check_source, is_hub_id
 
 logger = logging.getLogger(__name__)
+LARGEST_CONFIG = 1 << 18  # bytes
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 NETWORK: dict[Side, str] = {"prior": "prior", "decoder": "unet"}
 
@@ -129,6 +131,8 @@ def trained_network(folder: Path, side: Side) -> Path:
     # A checkpoint's averaged weights are what its run validates with and would leave behind.
     for candidate in (folder / "adapter", folder / f"{name}_ema", folder / name):
         if candidate.is_dir() and (candidate.name != "adapter" or stage_of(folder) == side):
+            if problem := untrusted(candidate):
+                raise ConfigError(f"{side}: {folder}: {problem}")
             return candidate
     hint = "give a step-… folder inside checkpoints/, or wait until the run is finished"
     raise ConfigError(f"{side}: {folder} holds no trained {side}; {hint}")
@@ -147,15 +151,35 @@ def source_of(run_folder: Path, side: Side) -> str:
 
 
 def saved_value(run_folder: Path, key: str) -> str | None:
-    """A setting of the run, None where it has none."""
+    """A setting of the run as it is written, None where it has none. The run may be anybody's: nothing is resolved.
+
+    Raises:
+        ConfigError: the file cannot be read, is far larger than a config, or holds no text there.
+    """
     file = run_folder / "config.yaml"
     try:
-        value = OmegaConf.select(OmegaConf.create(OmegaConf.load(file)), key)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"{file} cannot be read: {str(error).splitlines()[0]}; mend it, or give other sources"
-        ) from error
+        with file.open("rb") as content:
+            text = content.read(LARGEST_CONFIG + 1)
+        if len(text) > LARGEST_CONFIG:
+            raise ValueError(f"more than {LARGEST_CONFIG >> 10} KB")
+        value = yaml.load(text, _PlainLoader)  # nosec B506 # a SafeLoader
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{file} cannot be read: {reason}; mend it, or give other sources") from error
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, (dict, list)):
+        raise ConfigError(f"{file}: {key} is no text; mend it, or give other sources")
     return None if value is None else str(value)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines can stand for gigabytes. What a run writes has none."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise YAMLError("it has aliases")
+        return super().compose_node(parent, index)
 
 
 def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from kandinsky_exp.redaction import masked as masked  # what writes to a store takes both from here
+
 MAX_PARAM = 6000  # characters; MLflow's limits
 MAX_TAG = 8000
 MAX_KEY = 250
 MAX_DATASET_NAME = 500
 MAX_DIGEST = 36
-
-
-def masked(text: str) -> str:
-    """`text` with the credentials in its URIs replaced by `***`."""
-    text = re.sub(r"://[^/\s]*@", "://***@", text)
-    return re.sub(r"([?&][\w-]*(?:password|passwd|pwd|token|secret|key)=)[^&\s]+", r"\1***", text, flags=re.I)
 
 
 def reason(error: BaseException) -> str:

@@ -14,8 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp.weights import COMBINED, PARTS, Side, Weights, side_parts
+from kandinsky_exp.weight_files import PART_FILES
+from kandinsky_exp.weights import COMBINED, MODELS, PARTS, Side, Weights, side_parts
 
+COMPANIONS = {  # classes of transformers that read the same files; the first is the published pipelines'
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "image_processor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
+}
 Embeds = tuple[Tensor, Tensor]
 
 
@@ -165,15 +170,23 @@ def save_result(weights: Weights, side: Side, folder: Path, save_network: Callab
 
 
 def _index_entry(weights: Weights, part: str) -> list[str]:
-    """[library, class] of a part, as the pipeline it came from names it."""
+    """[library, class] of a part. Never what another pipeline names there: loading the result would import it."""
+    if part in MODELS:
+        return ["transformers" if part.endswith("encoder") else "diffusers", MODELS[part]]
     folder = weights.folder(part)
-    index = json.loads((folder.parent / "model_index.json").read_text("utf-8"))
-    entry: list[str] = index[folder.name]
-    return entry
+    if part in COMPANIONS:
+        index = json.loads((folder.parent / "model_index.json").read_text("utf-8"))
+        entry = index.get(folder.name)
+        known = isinstance(entry, list) and len(entry) == 2 and entry[1] in COMPANIONS[part]
+        return ["transformers", entry[1] if known else COMPANIONS[part][0]]
+    return ["diffusers", type(weights.load(part)).__name__]
 
 
 def link_part(source: Path, target: Path, variant: str | None) -> None:
-    """Hard-link a part's files, or copy them where the file system cannot; weights of a variant lose its suffix."""
+    """Hard-link a part's files, or copy them where the file system cannot; weights of a variant lose its suffix.
+
+    Files of other kinds stay where they are: no code, pickle or note of others ends up in a result.
+    """
     target.mkdir(parents=True)
     for name, file in _files(source, variant):
         try:
@@ -186,7 +199,7 @@ def _files(source: Path, variant: str | None) -> Iterator[tuple[str, Path]]:
     suffix = f".{variant}.safetensors"
     has_variant = variant is not None and any(source.glob(f"*{suffix}"))
     for file in sorted(path for path in source.iterdir() if path.is_file()):
-        if file.suffix in (".bin", ".msgpack", ".h5", ".ckpt", ".pt"):
+        if file.suffix not in PART_FILES:
             continue
         if not has_variant:
             yield file.name, file

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-import subprocess
+import subprocess  # nosec B404 # git alone, by fixed arguments
 from pathlib import Path
 
 
@@ -29,7 +29,7 @@ def pip_freeze() -> str:
 def _git(folder: Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(folder), *arguments]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # nosec B603 # git
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip() or None

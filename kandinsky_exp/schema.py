@@ -35,6 +35,9 @@ BETAS = Rule(
 SIDE = Rule(lambda value: value > 0 and value % 8 == 0, "a multiple of 8, such as 512 or 768")
 SEED = Rule(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")
 FILLED = Rule(lambda text: text.strip() != "", "something other than nothing")
+MODULE = Rule(
+    lambda text: all(part.isidentifier() for part in text.split(".")), "the name of a module, as it is imported"
+)
 FOLDER_NAME = Rule(_is_folder_name, 'without any of / \\ : * ? " < > |')
 
 Count = Annotated[int, at_least(1)]
@@ -48,6 +51,7 @@ Side = Annotated[int, SIDE]
 Name = Annotated[str, FOLDER_NAME]
 Prompts = list[Text] | Text
 Names = list[Text] | Text
+Modules = list[Annotated[str, MODULE]]
 
 
 @dataclass
@@ -57,6 +61,7 @@ class OpenNode:
     given_later: ClassVar[frozenset[str]] = frozenset()  # arguments that the run hands over: not settings
     beside: ClassVar[frozenset[str]] = frozenset()  # keys that our code reads and the target does not take
     by_run: ClassVar[frozenset[str]] = frozenset()  # null = the run decides, and leaves it out where no target takes it
+    role: ClassVar[str] = ""  # what the target has to be: see `trust`
 
     _target_: Text
     _partial_: bool = True
@@ -64,6 +69,7 @@ class OpenNode:
 
 @dataclass
 class Model(OpenNode):
+    role = "model"
     given_later = frozenset({"weights", "resolution"})
 
     snr_gamma: Positive | None = None
@@ -73,6 +79,7 @@ class Model(OpenNode):
 
 @dataclass
 class Optimizer(OpenNode):
+    role = "optimizer"
     given_later = frozenset({"params"})
     by_run = frozenset({"fused"})
 
@@ -86,6 +93,7 @@ class Optimizer(OpenNode):
 
 @dataclass
 class Scheduler(OpenNode):
+    role = "scheduler"
     given_later = frozenset({"optimizer", "total_steps"})
 
     warmup_steps: CountOrZero = 0
@@ -110,6 +118,7 @@ class _DataKeys:
 
 @dataclass
 class Data(OpenNode, _DataKeys):
+    role = "data"
     beside = frozenset(_DataKeys.__annotations__)
 
     _partial_: bool = False
@@ -211,6 +220,7 @@ class Train:
     validation: Validation
     tracker: Tracker
     hub: Hub
+    trusted_modules: Modules | None = None
 
 
 @dataclass
@@ -245,6 +255,7 @@ class Encode:
     precision: Precision
     list: bool
     remove: Names
+    trusted_modules: Modules | None = None
 
 
 ROOTS: list[type[Any]] = [Train, Generate, Encode]

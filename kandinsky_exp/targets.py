@@ -1,14 +1,16 @@
-"""Every `_target_` before anything is built: that it exists, takes these arguments, and of these types."""
+"""Every `_target_` before anything is built: that it may be named, exists, takes these arguments, of these types."""
 
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from kandinsky_exp import trust
 from kandinsky_exp.fitting import misfit
 from kandinsky_exp.schema import OpenNode
 
@@ -40,26 +42,72 @@ def nodes(node: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from nodes(value, f"{key}.{index}")
 
 
-def check_root_package(key: str, node: dict[str, Any]) -> list[str]:
-    """The part of the check that imports nothing."""
+def problems(values: dict[str, Any], root: type[Any], added: Collection[str], *, quick: bool = False) -> list[str]:
+    """What is wrong with any target in resolved settings, as `key: ...` messages.
+
+    Args:
+        root: the schema of `values`.
+        added: modules that the user trusts beside those that any config may name.
+        quick: nodes whose keys the schema has judged already are not looked at beyond their names.
+    """
+    found = []
+    for key, node in nodes(values):
+        schema = _schema_of(root, key)
+        problem = check_name(key, node, added)
+        judged = node.keys() <= {item.name for item in fields(schema)}
+        found += problem if problem or (quick and judged) else check(key, node, schema, added)
+    return found
+
+
+def _schema_of(root: type[Any], key: str) -> type[OpenNode]:
+    annotation = typing.get_type_hints(root, include_extras=True).get(key)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, OpenNode) else OpenNode
+
+
+def check_name(key: str, node: dict[str, Any], added: Collection[str] = ()) -> list[str]:
+    """The part of the check that imports nothing.
+
+    Args:
+        added: modules that the user trusts beside those that any config may name.
+    """
     target = node["_target_"]
-    package = target.split(".")[0] if isinstance(target, str) else ""
-    if not package or "." not in target:
-        return [f"{key}._target_: has to be package.module.name, not {target!r}"]
+    if not isinstance(target, str):
+        return [f"{key}._target_: has to be package.module.name, not {target!r:.200}"]
+    if problem := trust.name_problem(target, added):
+        return [f"{key}._target_: {problem}"]
+    again = [name for name, text in _texts(node) if "${" in text]
+    if again:  # it was escaped, and would be resolved when the target is built: into anything
+        return [f"{key}.{again[0]}: holds ${{ after everything was resolved; write the value itself"]
+    package = target.split(".")[0]
     if is_installed(package):
         return []
     return [f"{key}._target_: {target} is in '{package}', which is not installed; {how_to_install(package)}"]
 
 
-def check(key: str, node: dict[str, Any], schema: type[OpenNode] = OpenNode) -> list[str]:
-    """What is wrong with a node, as `key: ...` messages. Imports the target's module.
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _texts(str(name), key)
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _texts(value, f"{key}.{index}")
+    elif isinstance(node, str):
+        yield key, node
+
+
+def check(key: str, node: dict[str, Any], schema: type[OpenNode] = OpenNode, added: Collection[str] = ()) -> list[str]:
+    """What is wrong with a node whose name is good, as `key: ...` messages. Imports the target's module.
 
     Args:
         key: the node's dotted key.
-        schema: tells which keys are not the target's arguments.
+        schema: tells which keys are not the target's arguments, and what the target has to be.
+        added: modules that the user trusts beside those that any config may name.
     """
     try:
-        target = _locate(node["_target_"])
+        target = _locate(node["_target_"], added)
+        if callable(target) and (problem := trust.object_problem(node["_target_"], target, schema.role, added)):
+            return [f"{key}._target_: {problem}"]
         signature = inspect.signature(target)
     except _NotThereError as error:
         return [f"{key}._target_: {error}"]
@@ -122,12 +170,16 @@ class _NotThereError(Exception):
     pass
 
 
-def _locate(path: str) -> Any:
+def _locate(path: str, added: Collection[str]) -> Any:
     """The object of a dotted path, or why there is none: Hydra's own message hides the true import error."""
     parts = path.split(".")
     found: Any = None
     for index, part in enumerate(parts):
         name = ".".join(parts[: index + 1])
+        if isinstance(found, ModuleType) and not trust.is_allowed_module(found.__name__, added):
+            raise _NotThereError(
+                f"{path:.200} leads out of {parts[0]}, to {found.__name__}; name what is the package's own"
+            )
         if index and hasattr(found, part):
             found = getattr(found, part)
             continue
@@ -135,7 +187,7 @@ def _locate(path: str) -> Any:
             if index and not isinstance(found, ModuleType):
                 raise ModuleNotFoundError(name=name)
             found = import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == name:
                 parent = ".".join(parts[:index])
                 close = _close(part, [text for text in dir(found) if not text.startswith("_")])

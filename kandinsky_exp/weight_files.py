@@ -7,11 +7,60 @@ from pathlib import Path
 
 from kandinsky_exp.errors import ConfigError, DataError
 
+PICKLES = frozenset(
+    {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5", ".hdf5", ".npy", ".npz"}
+)
+ZIP, HDF = b"PK\x03\x04", b"\x89HDF"  # torch.save writes a zip of pickles
+PART_FILES = (".json", ".safetensors", ".txt", ".model")
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weights and of transformers'
 
 
 def has_variant(folder: Path, variant: str | None) -> bool:
     return variant is not None and any(folder.glob(f"*.{variant}.safetensors"))
+
+
+def untrusted(folder: Path) -> str | None:
+    """What is wrong with a part's folder that came from anywhere, or None: pickles run code, shards may lead out."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if is_pickle(file):
+            return (
+                f"'{file.relative_to(folder.parent)}' is a pickle or an archive, which can run code when it is loaded; "
+                "remove it, or convert it to .safetensors"
+            )
+    if kernel := _kernel(folder / "config.json"):
+        return f"'{folder.name}/config.json' asks for the code of '{kernel:.100}'; take that key out"
+    for index in folder.glob("*.index*.json"):
+        for name in _shard_names(index):
+            if not _is_plain(name):
+                return (
+                    f"'{folder.name}/{index.name}' names '{name:.100}', which leads out of its folder; fetch it again"
+                )
+    return None
+
+
+def is_pickle(file: Path) -> bool:
+    """By its name or, whatever that is, by how it begins."""
+    if file.suffix.lower() in PICKLES:
+        return True
+    with file.open("rb") as content:
+        start = content.read(9)
+    if file.suffix == ".safetensors" and start[8:] == b"{":  # the length in front of it can look like anything
+        return False
+    return start.startswith((ZIP, HDF)) or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
+
+
+def _kernel(config: Path) -> str | None:
+    """A repository whose code transformers would fetch and run, as the implementation of a model's attention."""
+    try:
+        values = json.loads(config.read_text("utf-8")).items()
+    except (OSError, ValueError, AttributeError):  # there is none, or loading will complain of it
+        return None
+    named = (str(value) for key, value in values if key.endswith("attn_implementation"))
+    return next((name for name in named if "/" in name), None)
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and "\\" not in name
 
 
 def opened(folder: Path, is_model: bool, variant: str | None) -> list[Path]:
@@ -31,11 +80,14 @@ def opened(folder: Path, is_model: bool, variant: str | None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
+    return [index.parent / name for name in _shard_names(index) if _is_plain(name)]
+
+
+def _shard_names(index: Path) -> list[str]:
     try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or loading will complain of it
         return []
-    return [index.parent / str(name) for name in sorted(names)]
 
 
 def fingerprint(files: Mapping[str, Sequence[Path]], memory: Path) -> str:

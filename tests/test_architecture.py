@@ -28,23 +28,28 @@ OWN_IMPORTS = {
     "data": {"data", "errors"},
     "weights": {"errors", "tiny.pipelines", "weight_files"},
     "weight_files": {"data.digests", "errors"},
-    "pipelines": {"errors", "weights"},
+    "pipelines": {"errors", "weight_files", "weights"},
     "stages": {"adapters", "data.preprocess", "errors", "pipelines", "stages", "weights"},
     "loop": {"display", "errors", "meter", "randomness", "stages.base", "tracking"},
-    "meter": {"errors"},
+    "meter": {"errors", "state_file"},
     "display": {"tracking"},
     "host_memory": set(),
     "lane": set(),
     "outbox": {"lane", "mlflow_names"},
     "writer": {"lane", "mlflow_names"},
     "tracking": {"delivery", "errors", "lane", "mlflow_names", "mlflow_run", "outbox", "provenance", "store", "writer"},
-    "config": {"errors", "fitting", "schema", "targets", "weights"},
-    "cli": {"command_line", "config", "errors"},
+    "config": {"errors", "fitting", "redaction", "schema", "targets", "trust", "weights"},
+    "targets": {"fitting", "schema", "trust"},
+    "trust": set(),
+    "redaction": set(),
+    "integrity": {"errors"},
+    "state_file": set(),
+    "cli": {"command_line", "config", "errors", "redaction", "trust"},
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
 ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "generate", "run", "tiny.make"}
-KNOW_OMEGACONF = {"cli", "command_line", "config", "schema", "targets", "build", "run", "records", "generate", "encode"}
+KNOW_OMEGACONF = {"cli", "command_line", "config", "schema", "trust", "build", "run", "records", "generate", "encode"}
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
 LAZY = {"mlflow", "datasets"}  # optional at run time: imported by the functions that use them
@@ -157,6 +162,17 @@ def test_stages_data_and_adapters_are_clear_of_the_frameworks(name: str) -> None
 
 def test_only_the_outer_modules_know_the_config_object() -> None:
     assert {name for name in MODULES if "omegaconf" in third_party(name)} <= KNOW_OMEGACONF
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_asks_a_library_to_run_what_it_loads(name: str) -> None:
+    for node in ast.walk(parse(MODULES[name])):
+        if isinstance(node, ast.Call):
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert words.get("trust_remote_code", "False") == "False", f"line {node.lineno}"
+            if ast.unparse(node.func) == "torch.load":
+                assert words.get("weights_only") == "True", f"line {node.lineno}"
+            assert ast.unparse(node.func) not in ("pickle.load", "pickle.loads", "yaml.unsafe_load", "eval", "exec")
 
 
 def test_hydra_instantiates_in_one_place() -> None:

@@ -316,15 +316,16 @@ def test_a_users_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "my_broken.py").write_text("import no_such_thing\n")
     monkeypatch.syspath_prepend(tmp_path)
     mine = ["optimizer._target_=my_parts.Mine", "+optimizer.anything=goes"]
-    assert problems(*mine) == []
-    (found,) = problems("optimizer._target_=my_broken.Mine")
+    trusted = ["my_parts", "my_broken"]
+    assert config.problems(composed(*TINY, *mine), trusted=trusted) == []
+    (found,) = config.problems(composed(*TINY, "optimizer._target_=my_broken.Mine"), trusted=trusted)
     assert "importing my_broken failed: ModuleNotFoundError: No module named 'no_such_thing'" in found
 
 
 def test_nested_targets_are_found() -> None:
     values = {"a": {"_target_": "x.Y", "b": [{"_target_": "z.Z"}]}, "c": 1}
     assert [key for key, _ in targets.nodes(values)] == ["a", "a.b.0"]
-    assert targets.check("a", {"_target_": "fractions.Fraction", "numerator": 1}) == []
+    assert targets.check("a", {"_target_": "fractions.Fraction", "numerator": 1}, added=["fractions"]) == []
     assert targets.check("optimizer", {"_target_": "torch.optim.AdamW", "lr": 1}, Optimizer) == []
 
 
@@ -359,7 +360,7 @@ def test_fits(value: Any, annotation: Any, expected: bool) -> None:
 def test_flat_and_written_forms_hide_passwords() -> None:
     cfg = composed(*TINY, "tracker.uri=postgresql+psycopg2://me:pa55w0rd@host/db", "validation.prompts=[a, b]")
     flat = config.flatten(cfg)
-    assert flat["tracker.uri"] == "postgresql+psycopg2://me:***@host/db"
+    assert flat["tracker.uri"] == "postgresql+psycopg2://***@host/db"
     assert flat["validation.prompts"] == ["a", "b"]
     assert "pa55w0rd" not in config.to_yaml(cfg)
     assert cfg.tracker.uri.count("pa55w0rd") == 1  # the run itself still has it

@@ -1,5 +1,7 @@
 """What is shipped: the wheel's content and that it works alone; the constraints; the licences."""
 
+import ast
+import json
 import os
 import re
 import shutil
@@ -127,6 +129,40 @@ def test_constraints_fit_what_the_project_asks_for() -> None:
     for text in (*PROJECT["dependencies"], *groups):
         requirement = Requirement(text)
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
+
+
+def audit_problem(report: Path) -> str | None:
+    """The noxfile's, without nox, which need not be here."""
+    tree = ast.parse((ROOT / "noxfile.py").read_text("utf-8"))
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "audit_problem"]
+    names = {"json": json, "Path": Path}
+    exec(compile(tree, "noxfile.py", "exec"), names)
+    return names["audit_problem"](report)
+
+
+FOUND = {"name": "torch", "version": "2.13.0", "vulns": [{"id": "CVE-1"}]}
+FINE = {"name": "rich", "version": "15.0.0", "vulns": []}
+SKIPPED = {"name": "numpy", "skip_reason": "Dependency not found"}  # pip-audit exits with 0 all the same
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "problem"),
+    [
+        ([FINE], None),
+        ([FINE, FOUND], "Known vulnerabilities:\ntorch 2.13.0: CVE-1"),
+        ([FINE, SKIPPED], "could not be asked about 1 of 2 packages, such as numpy (Dependency not found)"),
+        ([], "could not be asked about 0 of 0 packages"),
+        (None, "could not be asked: there is no report"),
+    ],
+)
+def test_an_audit_that_learned_nothing_does_not_pass(
+    dependencies: list | None, problem: str | None, tmp_path: Path
+) -> None:
+    report = tmp_path / "audit.json"
+    if dependencies is not None:
+        report.write_text(json.dumps({"dependencies": dependencies, "fixes": []}))
+    found = audit_problem(report)
+    assert found is None if problem is None else problem in str(found)
 
 
 def test_the_changelog_tells_of_this_version() -> None:

@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from kandinsky_exp.data.examples import read_file
+from kandinsky_exp.data.metadata import caption_problem
 from kandinsky_exp.data.rows import FileRow, FileRows, gather
 from kandinsky_exp.errors import DataError
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 TEXT = ".txt"
+MAX_TEXT = 1 << 20  # bytes
 
 
 def read_beside(home: Path, skip: Path) -> FileRows:
@@ -72,11 +75,13 @@ def _picture(number: int, name: str, text: Path | None) -> FileRow:
     if text is None:
         return FileRow(number, name, (), ("", f"{name} has no {TEXT} of its name beside it; write one"))
     try:
-        caption = text.read_bytes().decode("utf-8-sig").strip()
+        caption = read_file(str(text), MAX_TEXT).decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         return FileRow(number, name, (), ("", f"{text.name}: not UTF-8 text; save it as UTF-8"))
     except OSError as error:
         return FileRow(number, name, (), ("", f"{text.name} cannot be read: {error.strerror}"))
     if not caption:
         return FileRow(number, name, (), ("", f"{text.name} is empty; write a caption or take the image out"))
+    if problem := caption_problem([caption]):
+        return FileRow(number, name, (), ("", f"{text.name}: {problem}"))
     return FileRow(number, name, (caption,))

@@ -124,7 +124,7 @@ def _open(url: str, method: str, headers: dict[str, str] | None = None) -> Any:
     if secret:
         token = base64.b64encode(unquote(secret).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {token}")  # not for whom we are sent on to
-    return urllib.request.urlopen(request, timeout=TIMEOUT)
+    return urllib.request.urlopen(request, timeout=TIMEOUT)  # nosec B310 # http(s): is_url was asked before
 
 
 def _retried(url: str, action: Callable[[], Result], mend: Callable[[], None] = lambda: None) -> Result:

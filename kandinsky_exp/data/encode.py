@@ -59,7 +59,7 @@ def encode_table(
             return _found(table, how, log)
         _encode(source, stage, folder, how, log, nullcontext() if encoders is None else encoders, about or {})
         table = cache.open_table(folder, log)
-        assert table is not None  # made just now, and the lock is held
+        assert table is not None  # made just now, and the lock is held  # nosec B101
         return _accepted(table, how, log)
 
 

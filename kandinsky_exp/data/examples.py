@@ -19,6 +19,8 @@ from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.data.preprocess import open_rgb
 from kandinsky_exp.errors import DataError
 
+MAX_BYTES = 256 << 20  # of one image's file
+
 
 @dataclass(frozen=True)
 class Example:
@@ -57,13 +59,17 @@ class Example:
         raise DataError(f"{self.where}: image {self.id}: {reason}; mend it or take the row out")
 
 
-def read_file(path: str) -> bytes:
-    """Content of an image file; a device or a pipe, which might never end, is refused."""
+def read_file(path: str, limit: int = MAX_BYTES) -> bytes:
+    """Content of a file; one of more than `limit` bytes, or a device or pipe that might never end, is refused."""
     file = Path(path)
     mode = file.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(0, "not a regular file")
-    return file.read_bytes()
+    with file.open("rb") as content:
+        read = content.read(limit + 1)
+    if len(read) > limit:
+        raise OSError(0, f"larger than the limit of {limit >> 10:,} KB")
+    return read
 
 
 def given(content: bytes) -> bytes:

@@ -75,7 +75,7 @@ class OnlineExamples(Dataset[Features]):
     def __len__(self) -> int:
         if self.rows is not None:
             return len(self.rows)
-        assert self.source.count is not None
+        assert self.source.count is not None  # nosec B101 # narrows the type
         return self.source.count
 
     def __getitem__(self, visit: Visit) -> Features:

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +16,9 @@ from kandinsky_exp.errors import DataError
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SHOWN = 5
 CHUNK = 4096
+MAX_LINE = 16 << 20  # bytes of JSON, characters of CSV
+MAX_CAPTION = 1 << 16  # characters; CLIP reads the first 77 tokens
+MAX_CAPTIONS = 1000  # of one image
 
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row | str]]  # a string says why there is no row
@@ -53,12 +56,31 @@ def read(file: Path, columns: Sequence[str]) -> Numbered:
 
 
 def _undecodable(file: Path) -> int:
-    content = file.read_bytes()
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        return content.count(b"\n", 0, error.start) + 1
+    with file.open("rb") as content:
+        for number, line in enumerate(_lines(content, file), start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
     return 1
+
+
+def _lines(content: IO[AnyStr], file: Path) -> Iterator[AnyStr]:
+    """Its lines, none of them so long that it could fill the memory."""
+    number = 1
+    while line := content.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise DataError(f"{file}, line {number}: longer than {MAX_LINE >> 20} MB; write one row per image")
+        yield line
+        number += 1
+
+
+def caption_problem(texts: Sequence[str]) -> str:
+    """Why the captions of one image are too many or too long, or nothing."""
+    if len(texts) > MAX_CAPTIONS:
+        return f"{len(texts):,} captions for one image, more than {MAX_CAPTIONS:,}; keep the good ones"
+    longest = max(map(len, texts), default=0)
+    return f"a caption of {longest:,} characters, more than {MAX_CAPTION:,}; cut it" if longest > MAX_CAPTION else ""
 
 
 def read_plain(file: Path, image_columns: Sequence[str], caption_column: str) -> tuple[pa.Array, pa.Array] | None:
@@ -71,6 +93,7 @@ def read_plain(file: Path, image_columns: Sequence[str], caption_column: str) ->
             table = _json_table(file, [*image_columns, caption_column])
         elif file.suffix.lower() == ".parquet":
             with pq.ParquetFile(file) as content:
+                _refuse_too_many(file, content)
                 table = content.read([*image_columns, caption_column])  # those of them that there are
         else:
             return None  # Arrow is more lenient than `csv`
@@ -97,6 +120,8 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
     values.validate(full=True)  # UTF-8
     if pc.any(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py():
         raise ValueError("an empty string")
+    if (pc.max(pc.utf8_length(values)).as_py() or 0) > MAX_CAPTION:
+        raise ValueError("a string that is too long")
     return values
 
 
@@ -110,7 +135,7 @@ def first_few(problems: Iterable[str], total: int | None = None) -> str:
 def _jsonl(path: Path) -> Numbered:
     # In binary, where only \n ends a line: a caption may hold one of the rarer line separators.
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, path), start=1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # -sig: a byte order mark may stand in front
             if text.strip():
                 yield number, _object(text)
@@ -128,7 +153,7 @@ def _object(text: str) -> Row | str:
 
 def _csv(path: Path) -> Numbered:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_lines(file, path), strict=True)
         try:
             header = next(reader, [])
             for row in reader:
@@ -144,6 +169,7 @@ def _csv(path: Path) -> Numbered:
 def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
     try:
         with pq.ParquetFile(path) as file:
+            _refuse_too_many(path, file)
             schema = file.schema_arrow
             wanted = [name for name in schema.names if name in columns]
             _refuse_pictures(path, schema, wanted)
@@ -156,6 +182,13 @@ def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
                     number += 1
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_too_many(path: Path, content: pq.ParquetFile) -> None:
+    """Equal values take no room in a file, however many they are; but every image has another name."""
+    rows, size = content.metadata.num_rows, path.stat().st_size
+    if rows > 1_000_000 + 16 * size:
+        raise DataError(f"{path}: {rows:,} rows in {size:,} bytes cannot be a list of images; write it again")
 
 
 def _blanks(rows: int) -> Iterator[pa.RecordBatch]:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import IO, Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from kandinsky_exp.data.buckets import Size, nearest_bucket
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 MIN_SIDE = 8  # pixels
 MAX_SHAPE = 50  # long sides per short side: CLIP scales the short side to 224, and the long one with it
+# Not all that Pillow can open: of EPS, for one, it has another program run the code.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
 MAX_PIXELS = 178_956_970  # where Pillow suspects an attack; one channel of 32 bits would be 716 MB
 
 # Pillow warns from here on and refuses twice as much, both before the picture can be asked for its size.
@@ -32,14 +34,21 @@ def open_rgb(file: IO[bytes]) -> Image.Image:
         OSError: if it is damaged.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_formats()) as image:
             _check_size(*image.size)
             return to_rgb(image)
     except UnidentifiedImageError:
-        raise ValueError("not an image that Pillow can read") from None
+        raise ValueError(f"not an image that Pillow can read as {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         size = re.search(r"\d+", str(error))
         raise ValueError(_too_large(f"{int(size[0]):,} pixels" if size else "too many pixels")) from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this build of Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -140,7 +149,7 @@ class Preprocess:
 
     def size(self, image: Image.Image) -> Size:
         """(width, height) of an image's `pixels`."""
-        assert self.resolution is not None
+        assert self.resolution is not None  # nosec B101 # narrows the type
         return nearest_bucket(*image.size, self.buckets) if self.buckets else (self.resolution, self.resolution)
 
     @staticmethod
@@ -149,7 +158,7 @@ class Preprocess:
 
     def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], bool]]:
         """The tensors of each caption, and whether it was cut."""
-        assert self.tokenizer is not None
+        assert self.tokenizer is not None  # nosec B101 # narrows the type
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"

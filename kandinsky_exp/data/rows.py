@@ -208,4 +208,6 @@ def parse_captions(row: dict[str, Any], column: str) -> Captions:
         return (), f"'{column}' holds {value!r:.60}; a caption is a string or a list of strings"
     if not texts or not all(text.strip() for text in texts):
         return (), f"an empty caption in '{column}'; write one or take the row out"
+    if problem := metadata.caption_problem(texts):
+        return (), f"'{column}': {problem}"
     return tuple(texts), ""

@@ -21,11 +21,12 @@ from typing import Self
 
 from kandinsky_exp.data import download
 from kandinsky_exp.data.digests import FileDigests, update
-from kandinsky_exp.data.examples import Example, Source, given, nothing
+from kandinsky_exp.data.examples import MAX_BYTES, Example, Source, given, nothing
 from kandinsky_exp.data.rows import Captions, parse_captions
 from kandinsky_exp.errors import DataError
 
-MAX_BYTES = 256 << 20  # of one member
+MAX_TEXT = 4 << 20  # bytes of a member with a caption, or with the JSON around it
+BOMB = 100  # bytes unpacked for each one read; pictures hardly shrink at all
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 MAX_HEADER = 1 << 20
 EXTENDED = (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -118,18 +119,19 @@ class Shards(Source):
         row = 0
         for shard in self.shards:
             before = row
-            with _reading(shard) as archive:
-                for group in self._walk(archive, start - row):
+            with _reading(shard) as (archive, end):
+                for group in self._walk(archive, end, start - row):
                     row += 1
                     yield shard, group
             if row == before:
                 raise DataError(f"{download.shown(shard)} holds no images ({', '.join(self.image_keys)})")
 
-    def _walk(self, archive: tarfile.TarFile, start: int) -> Iterator[_Group]:
+    def _walk(self, archive: tarfile.TarFile, end: int | None, start: int) -> Iterator[_Group]:
         wanted = {*self.image_keys, "json" if self.caption_key.startswith("json.") else self.caption_key}
         number, group = 0, _Group("")
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # kept for random access, a header for each image
+            _refuse_bomb(member, end)
             base, key = _split(member.name)
             if key not in wanted:
                 continue
@@ -138,7 +140,7 @@ class Shards(Source):
                     yield group
                     number += 1
                 group = _Group(base)
-            if problem := _problem(member):
+            if problem := _problem(member, MAX_BYTES if key in self.image_keys else MAX_TEXT):
                 group.refused[key] = problem
             else:
                 group.members[key] = _content(archive, member) if number >= start else b""
@@ -172,20 +174,30 @@ class Shards(Source):
         return parse_captions(row, self.caption_key.removeprefix("json.") if is_json else key)
 
 
+def _refuse_bomb(member: tarfile.TarInfo, end: int | None) -> None:
+    """Whatever is not wanted of a compressed archive is unpacked all the same.
+
+    Args:
+        end: bytes of the archive as it is stored; None where that is not known.
+    """
+    if end is not None and member.offset_data + member.size > MAX_BYTES + BOMB * end:
+        raise tarfile.ReadError(f"{end:,} bytes that unpack to more than {BOMB} times as many; no pictures do")
+
+
 @contextmanager
-def _reading(shard: str) -> Iterator[tarfile.TarFile]:
-    """The archive as a stream if it comes by URL; a local one is read with jumps over what is not wanted."""
+def _reading(shard: str) -> Iterator[tuple[tarfile.TarFile, int | None]]:
+    """The archive and its size; a stream if it comes by URL, while a local one is read with jumps over the unwanted."""
     try:
         if download.is_url(shard):
             with (
                 download.open_url(shard) as stream,
                 tarfile.open(mode="r|*", fileobj=stream, tarinfo=_Member) as archive,
             ):
-                yield archive
+                yield archive, getattr(stream.raw, "end", None)
         else:
             # of a file that is none of the kinds "r:*" tries, it does not say why
             with tarfile.open(shard, "r:*" if _is_compressed(shard) else "r:", tarinfo=_Member) as archive:
-                yield archive
+                yield archive, Path(shard).stat().st_size
     except DAMAGE as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise DataError(f"{download.shown(shard)}: no tar file that can be read to its end: {reason}") from None
@@ -206,19 +218,19 @@ def _split(name: str) -> tuple[str, str]:
     return (posixpath.join(folder, base), key.lower()) if base and key else ("", "")
 
 
-def _problem(member: tarfile.TarInfo) -> str:
+def _problem(member: tarfile.TarInfo, limit: int) -> str:
     if not member.isreg():
         return f"{member.name} is a link or no file; store the content"
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return f"{member.name} leads out of the archive"
-    if member.size > MAX_BYTES:
-        return f"{member.name} has {member.size >> 20:,} MB; the limit is {MAX_BYTES >> 20} MB"
+    if member.size > limit:
+        return f"{member.name} has {member.size >> 20:,} MB; the limit is {limit >> 20} MB"
     return ""
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(member)
-    assert file is not None  # a regular file
+    assert file is not None  # a regular file  # nosec B101
     return file.read()
 
 
