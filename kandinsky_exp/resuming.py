@@ -58,9 +58,7 @@ def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
     Raises:
         ConfigError: listing what may not change, and how to start anew.
     """
-    different = {
-        key: (value, now[key]) for key, value in before.items() if key in now and not _alike(value, now[key])
-    }
+    different = {key: (value, now[key]) for key, value in before.items() if key in now and not _alike(value, now[key])}
     if space.start is None or space.is_fork:  # it begins anew, whatever it was
         space.changed = different
         return
@@ -80,7 +78,9 @@ def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
         )
     if problems:
         raise ConfigError(
-            f"name: {space.folder} cannot go on with other\n  " + "\n  ".join(problems) + "\nSet these as they were; or "
+            f"name: {space.folder} cannot go on with other\n  "
+            + "\n  ".join(problems)
+            + "\nSet these as they were; or "
             f"start anew under another name, with checkpoint.resume={space.folder} from the weights of this run"
         )
     space.changed = different

@@ -4,9 +4,8 @@ import contextlib
 import logging
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -34,16 +33,19 @@ from kandinsky_exp import (
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.errors import Interrupted, UserError
+from kandinsky_exp.events import Events
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.readers import open_readers
-from kandinsky_exp.events import Events
 from kandinsky_exp.weights import PARTS, Weights
 
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig) -> float:
+def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     """Train as the config says.
+
+    Args:
+        trusted_modules: modules of one's own that `_target_` may name too; the config alone cannot add any.
 
     Returns:
         The last fixed-noise validation loss, lower is better; the last `train/loss` where nothing is held out.
@@ -53,7 +55,7 @@ def run(cfg: DictConfig) -> float:
         NonFiniteLoss: training diverged.
         Interrupted: a signal came; a checkpoint was written.
     """
-    config.validate(cfg)
+    config.validate(cfg, trusted_modules)
     processes.quiet_libraries()
     with (
         processes.stop_signals() as stop,
@@ -138,9 +140,7 @@ def prepare(
     return space
 
 
-def compare(
-    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: workspace.Workspace
-) -> None:
+def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: workspace.Workspace) -> None:
     """Refuse to go on as another run; `space` learns what is different."""
     encoders = weights.content(build.stage_class(cfg).encoders)
     reads = space.is_resumed and not is_finished(cfg, count, space)

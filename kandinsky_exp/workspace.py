@@ -19,7 +19,7 @@ from typing import Any, Literal
 from filelock import FileLock
 from tqdm import tqdm
 
-from kandinsky_exp import integrity
+from kandinsky_exp import integrity, redaction
 from kandinsky_exp.errors import CheckpointError, ConfigError
 
 RECORD = "run.json"
@@ -273,10 +273,10 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
     handlers: list[logging.Handler] = []
     if is_main:
         handlers = [_Terminal()]
-        handlers[0].setFormatter(logging.Formatter("%(message)s"))
+        handlers[0].setFormatter(redaction.Formatter("%(message)s"))
     if is_main and file is not None:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers[1].setFormatter(redaction.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         root.addHandler(handler)
     try:

@@ -65,7 +65,9 @@ def snapshot(training: Any, accelerator: Any) -> checkpoint.Snapshot:
 def files(folder: Path) -> dict[str, Any]:
     """What is in each file; safetensors writes its header in any order, so that checksums differ."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    content = {name: tensors(path) if path.suffix == ".safetensors" else path.read_bytes() for name, path in found.items()}
+    content = {
+        name: tensors(path) if path.suffix == ".safetensors" else path.read_bytes() for name, path in found.items()
+    }
     for name in [name for name in content if name.endswith("state.json")]:
         state = json.loads(content[name])
         content[name] = {key: value for key, value in state.items() if key not in ("files", "sha256")}

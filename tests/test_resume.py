@@ -144,7 +144,13 @@ def test_records_are_those_of_a_run_that_was_not_stopped(place: str, root: Path)
     train(root, *common, "name=stopped")
     whole, stopped = runs(root)
     assert stopped.info.status == "FINISHED"
-    for key in ("train/loss", "train/grad_norm", "train/lr", "validation/loss", *(f"train/loss_t{i}" for i in range(4))):
+    for key in (
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+        "validation/loss",
+        *(f"train/loss_t{i}" for i in range(4)),
+    ):
         assert history(root, whole.info.run_id, key) == history(root, stopped.info.run_id, key), key
         points = client(root).get_metric_history(stopped.info.run_id, key)
         assert len(points) == len({point.step for point in points}), key

@@ -346,4 +346,7 @@ def test_the_clock_jumps(jump: str, tmp_path: Path) -> None:
     assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000200") is None
     times = [point.timestamp for point in client(tmp_path).get_metric_history(found.info.run_id, "train/loss")]
     assert max(times) - min(times) > 2 * 86_400_000  # it did jump
-    assert run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=200")) == record(tmp_path / "p")["validation_loss"]
+    assert (
+        run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=200"))
+        == record(tmp_path / "p")["validation_loss"]
+    )
