@@ -102,8 +102,8 @@ class CheckpointWriter:
             self.recorded(folder, snapshot.step)
         except Exception as error:  # whatever it is, it is raised where the run can stop
             self._failure = CheckpointFailure(
-                f"the checkpoint of step {snapshot.step} could not be written to {self.root} ({error}){self._room(snapshot)}; "
-                "the one before is whole: make room, and run the same command again"
+                f"the checkpoint of step {snapshot.step} could not be written to {self.root} ({error})"
+                f"{self._room(snapshot)}; the one before is whole: make room, and run the same command again"
             )
             self._failure.__cause__ = error
 

@@ -115,7 +115,7 @@ def _on_host(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
 
 
 def complete(root: Path) -> list[Path]:
-    """The complete checkpoints, oldest first; one whose state cannot be read is none. Their other files are not read."""
+    """The complete checkpoints, oldest first; one whose state cannot be read is none. No other file is read."""
     return sorted(folder for folder in root.glob("step-*") if _is_complete(folder))
 
 

@@ -230,7 +230,7 @@ def _fork(workspace: Workspace, source: Path) -> None:
         problem = integrity.damage(source)
         if problem is not None:
             raise CheckpointError(
-                f"checkpoint.resume: {source} is no whole checkpoint ({problem}); give another step-… folder, or a run's"
+                f"checkpoint.resume: {source} is no whole checkpoint ({problem}); give another step-… folder, or a run"
             )
         workspace.start = source
     if workspace.start is None:
