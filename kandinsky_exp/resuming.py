@@ -77,11 +77,10 @@ def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
             f"{facts.total_batch}; images would be left out or seen twice"
         )
     if problems:
+        listed = "\n  ".join(problems)
         raise ConfigError(
-            f"name: {space.folder} cannot go on with other\n  "
-            + "\n  ".join(problems)
-            + "\nSet these as they were; or "
-            f"start anew under another name, with checkpoint.resume={space.folder} from the weights of this run"
+            f"name: {space.folder} cannot go on with other\n  {listed}\nSet these as they were; or start anew under "
+            f"another name, with checkpoint.resume={space.folder} from the weights of this run"
         )
     space.changed = different
     space.notes += _notes(different, state["processes"], facts.processes)

@@ -65,7 +65,7 @@ def test_a_finished_run_keeps_the_config_it_was_trained_with(root: Path) -> None
 
 def test_a_refused_resume_keeps_the_config(root: Path) -> None:
     before = (root / "p" / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match="adapter.name: was none, is lora"):
+    with pytest.raises(ConfigError, match=r"adapter\.name: was none, is lora"):
         resume(root, "adapter=lora")
     assert (root / "p" / "config.yaml").read_text() == before
     resume(root, "optimizer.lr=0.5")

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the weights are those of an undisturbed run, and the records have no gap and nothing twice.
+"""SIGKILL at random moments: the weights are those of an undisturbed run, the records have no gap and nothing twice.
 
 `nox -s soak` kills one run 50 times; the ordinary tests a few times, at the moments that matter most.
 """

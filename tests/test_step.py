@@ -472,9 +472,13 @@ def test_a_loss_scaler_may_skip_nineteen_steps_in_a_row(checked: int, accelerato
     steps(19, float("nan"))
     steps(1, 1.0)
     meter.check(step, 1e-3)
-    with pytest.raises(NonFiniteLoss, match=r"at step 60, the 20th in a row that the loss scaler skipped"):
+
+    def too_many() -> None:
         steps(25, float("inf"))
         meter.check(step, 1e-3)
+
+    with pytest.raises(NonFiniteLoss, match=r"at step 60, the 20th in a row that the loss scaler skipped"):
+        too_many()
 
 
 def test_a_loss_that_is_not_finite_is_a_failure_with_a_scaler_too(accelerator: Accelerator) -> None:

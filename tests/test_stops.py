@@ -178,11 +178,15 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
 # --- memory
 
 
+def little_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (7 << 30, 7 << 30))
+
+
 def test_no_memory_names_three_settings(tmp_path: Path) -> None:
-    """The address space is limited to what the process has when it trains, and little more than that."""
+    """The address space has room for the libraries, and not for the activations of 2,048 images."""
     train(tmp_path, "model=decoder", "tracker=none", "trainer.max_steps=1")
     process = start(tmp_path, "model=decoder", "name=d", "tracker=none", "data.max_samples=null", *ENDLESS,
-                    "trainer.batch_size=2048", prepare=lambda: resource.setrlimit(resource.RLIMIT_AS, (7 << 30, 7 << 30)))  # fmt: skip
+                    "trainer.batch_size=2048", prepare=little_memory)  # fmt: skip
     output = finish(process)
     assert process.returncode == 1, output
     assert "Traceback" not in output
