@@ -49,7 +49,10 @@ OWN_IMPORTS = {
 }
 # Nobody imports a verb but by its name.
 ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "generate", "run", "tiny.make"}
-KNOW_OMEGACONF = {"cli", "command_line", "config", "schema", "trust", "build", "run", "records", "generate", "encode"}
+KNOW_OMEGACONF = {
+    *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
+    "memory_advice",
+}
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
 LAZY = {"mlflow", "datasets"}  # optional at run time: imported by the functions that use them
