@@ -55,3 +55,8 @@ class Interrupted(BaseException):
 
     def __str__(self) -> str:
         return f"stopped by signal {self.signal_number}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, in one line that fits a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -16,10 +16,22 @@ from PIL import Image
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from kandinsky_exp import adapters, build, config, mlflow_names, pipelines, processes, store, tracking, workspace
+from kandinsky_exp import (
+    adapters,
+    architectures,
+    build,
+    config,
+    mlflow_names,
+    pipelines,
+    processes,
+    store,
+    tracking,
+    weight_files,
+    workspace,
+)
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.grid import labelled_grid
-from kandinsky_exp.weights import Side, Weights, check_source, is_hub_id
+from kandinsky_exp.weights import PARTS, Side, Weights, check_source, is_hub_id
 
 logger = logging.getLogger(__name__)
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -64,6 +76,7 @@ def generate(cfg: DictConfig) -> float:
         weights.prior_revision = origins["prior"].revision or weights.prior_revision
         weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
         workspace.make_root(Path(cfg.output_root).expanduser())
+        check_networks(weights, origins)
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         images = draw(cfg, weights, origins, prompts)
         folder = fresh_folder(cfg)
@@ -174,6 +187,22 @@ def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:
     if folder is None or not Path(folder).is_dir():
         raise ConfigError(f"{side}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")
     return str(folder)
+
+
+def check_networks(weights: Weights, origins: dict[Side, Origin]) -> None:
+    """Both sides before the first of them draws.
+
+    Raises:
+        ConfigError: a part cannot be fetched, a file is damaged, or what should work together does not fit.
+    """
+    trained = {}
+    for side, origin in origins.items():
+        if origin.network is not None and (origin.network / adapters.WEIGHTS_NAME).is_file():
+            if (problem := weight_files.damaged(origin.network)) is not None:
+                raise ConfigError(f"{side}: {origin.network} cannot be loaded: {problem}")
+        elif origin.network is not None:
+            trained[NETWORK[side]] = origin.network
+    architectures.check(weights, set(PARTS), trained, keys="{side}")
 
 
 @torch.no_grad()

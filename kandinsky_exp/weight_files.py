@@ -8,6 +8,7 @@ from pathlib import Path
 from kandinsky_exp.errors import ConfigError, DataError
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weights and of transformers'
+MAX_HEADER = 100 << 20  # bytes, as the format has it
 
 
 def has_variant(folder: Path, variant: str | None) -> bool:
@@ -59,3 +60,61 @@ def fingerprint(files: Mapping[str, Sequence[Path]], memory: Path) -> str:
         for file in some:
             total.update(f"{part} {file.name} ".encode() + next(digests))
     return total.hexdigest()
+
+
+# --- what is wrong with files, told without loading them
+
+
+def header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, by name.
+
+    Raises:
+        ValueError: it is damaged, cut off or no such file.
+        OSError: it cannot be read.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise ValueError("the header is longer than the file")
+        entries = json.loads(content.read(length))
+    try:
+        entries.pop("__metadata__", None)
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+        shapes = {str(name): tuple(entry["shape"]) for name, entry in entries.items()}
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError("the header is no table of tensors") from error
+    if 8 + length + max(ends, default=0) != size:
+        raise ValueError("the file is shorter or longer than its header says")
+    return shapes
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with the weight files of a part, or None."""
+    for index in folder.glob("*.index*.json"):
+        missing = [shard.name for shard in _shards(index) if not shard.is_file()]
+        if missing:
+            return f"'{folder.name}' lacks {missing[0]}, which {index.name} names; fetch it again"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            header(file)
+        except (OSError, ValueError, RecursionError):
+            return f"'{folder.name}/{file.name}' is damaged or cut off; fetch or copy it again"
+    return None
+
+
+def unreadable(folder: Path) -> str | None:
+    """What is wrong with a tokenizer, an image processor or a noise schedule, or None."""
+    kind = folder.name.removeprefix("prior_")
+    if kind == "tokenizer":
+        vocabularies = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
+        if not any(all((folder / name).is_file() for name in names) for names in vocabularies):
+            return f"'{folder.name}' has no vocabulary (tokenizer.json, or vocab.json and merges.txt); fetch it again"
+        return None
+    name = "scheduler_config.json" if kind == "scheduler" else "preprocessor_config.json"
+    try:
+        if isinstance(json.loads((folder / name).read_text("utf-8")), dict):
+            return None
+    except (OSError, ValueError, RecursionError):
+        pass
+    return f"'{folder.name}/{name}' cannot be read; fetch it again"

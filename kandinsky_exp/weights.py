@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
-from kandinsky_exp import weight_files
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp import paths, weight_files
+from kandinsky_exp.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -52,15 +52,15 @@ def side_parts(side: Side) -> list[str]:
 
 
 def is_hub_id(source: str) -> bool:
-    return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    return HUB_ID.fullmatch(source) is not None and not paths.exists(source)
 
 
 def check_source(source: str, side: Side) -> str | None:
     """What is wrong with a source of weights, or None. Reads small JSON files only and imports no torch."""
     if source == "tiny" or is_hub_id(source):
         return None
-    root = Path(source).expanduser()
-    if not root.is_dir():
+    root = paths.expanded(source)
+    if not paths.is_folder(root):
         return f"there is no folder '{source}' (and it is no hub id such as kandinsky-community/kandinsky-2-2-{side})"
     folder = pipeline_folder(root)
     if folder == root and (root / "config.yaml").is_file():
@@ -82,7 +82,7 @@ def _check_part(folder: Path, part: str, side: Side) -> str | None:
         return f"subfolder '{part_folder.name}' is missing, so this is no Kandinsky 2.2 {side}"
     expected = MODELS.get(part)
     if expected is None:
-        return None
+        return weight_files.unreadable(part_folder)
     try:
         found = _class_name(part_folder / "config.json")
     except (OSError, ValueError):
@@ -92,7 +92,7 @@ def _check_part(folder: Path, part: str, side: Side) -> str | None:
     if not any(part_folder.glob("*.safetensors")):
         pickled = " (pickled .bin weights are refused: convert them)" if any(part_folder.glob("*.bin")) else ""
         return f"'{part_folder.name}' has no .safetensors file{pickled}"
-    return None
+    return weight_files.damaged(part_folder)
 
 
 def _class_name(config_file: Path) -> str:
@@ -151,7 +151,7 @@ class Weights:
         elif is_hub_id(source):
             return self._download(source, side, name)
         else:
-            root = pipeline_folder(Path(source).expanduser())
+            root = pipeline_folder(paths.expanded(source))
         return root / subfolder(root, part)
 
     def _download(self, repo: str, side: Side, name: str) -> Path:
@@ -167,16 +167,13 @@ class Weights:
                 allow_patterns=["model_index.json", f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model", weights],
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"weights.{side}: '{repo}' could not be fetched from the hub ({reason[:200]}); check the id, "
+                f"weights.{side}: '{repo}' could not be fetched from the hub ({first_line(error)}); check the id, "
                 "weights.*_revision, your access (huggingface-cli login) and the network, or give a local folder"
             ) from error
         part = Path(root) / name
         if not part.is_dir():
-            raise ConfigError(
-                f"weights.{side}: the hub repository '{repo}' has no '{name}', or it is not downloaded yet"
-            )
+            raise ConfigError(f"weights.{side}: '{repo}' on the hub has no '{name}'; check the id, or fetch it first")
         return part
 
     def revision(self, side: Side) -> str | None:
@@ -215,8 +212,8 @@ class Weights:
             return _read_part(part, folder, dtype, self.variant)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             side, _ = PARTS[part]
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"weights.{side}: {folder} cannot be loaded as '{part}': {reason}") from error
+            message = f"weights.{side}: {folder} cannot be loaded as '{part}': {first_line(error)}"
+            raise ConfigError(f"{message}; fetch or copy it again") from error
 
     def read_model(self, part: str, folder: Path) -> Any:
         """A frozen model of this kind from any folder, such as a checkpoint's."""
@@ -280,13 +277,17 @@ def _read_model(part: str, folder: Path, dtype: str, variant: str | None) -> Any
     import transformers
 
     cls = getattr(transformers if part.endswith("encoder") else diffusers, MODELS[part])
-    return cls.from_pretrained(
+    model, info = cls.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         variant=variant if weight_files.has_variant(folder, variant) else None,
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
     )
+    if missing := sorted(info["missing_keys"]):  # the libraries fill them with random numbers
+        raise ValueError(f"it lacks {len(missing)} tensors such as {missing[0]}")
+    return model
 
 
 def _read_scheduler(folder: Path) -> Any:
