@@ -45,7 +45,10 @@ def disagreements(folders: Mapping[str, Path]) -> Iterator[tuple[Side, str]]:
     embedding = configs.get("unet", {}).get("addition_embed_type", "image")
     if embedding != "image":
         shown = json.dumps(embedding)
-        yield "decoder", f"its unet has addition_embed_type={shown}, not image: it is no Kandinsky 2.2 decoder; give one"
+        yield (
+            "decoder",
+            f"its unet has addition_embed_type={shown}, not image: it is no Kandinsky 2.2 decoder; give one",
+        )
     for (one, key), (other, other_key), side in EQUAL:
         first, second = configs.get(one, {}).get(key), configs.get(other, {}).get(other_key)
         if first is not None and second is not None and first != second:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kandinsky_exp import architectures, paths, targets, weights
+from kandinsky_exp.errors import cut
 
 Values = dict[str, Any]
 Found = Iterator[tuple[str, str]]  # (key, what is wrong; what to do)
@@ -24,7 +25,7 @@ def files(good: Values) -> Found:
     yield from _data(good)
     resume = good.get("checkpoint.resume", "auto")
     if resume not in ("auto", "never") and not paths.is_folder(resume):
-        yield "checkpoint.resume", f"'{_cut(resume)}' is no folder; give auto, never or the folder of a checkpoint"
+        yield "checkpoint.resume", f"'{cut(resume)}' is no folder; give auto, never or the folder of a checkpoint"
     yield from _output(good)
     for key in ("validation.prompts", "prompts"):
         if key in good and (problem := _prompts(key, good[key])):
@@ -33,18 +34,14 @@ def files(good: Values) -> Found:
         yield from _weights(good)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:100]}…{text[-50:]}"
-
-
 def _output(good: Values) -> Found:
     root = good.get("output_root", ".")
     if paths.exists(root) and not paths.is_folder(root):
         yield "output_root", f"'{root}' is a file; give a folder"
     elif "\0" in root or str(paths.expanded(root)).startswith("~"):
-        yield "output_root", f"{_cut(root)!r} is no path on this machine; give a folder"
+        yield "output_root", f"{cut(root)!r} is no path on this machine; give a folder"
     elif max(len(part.encode(errors="replace")) for part in root.split("/")) > 255 or len(root) > 3000:
-        yield "output_root", f"'{_cut(root)}' is too long for a path; give a shorter one"
+        yield "output_root", f"'{cut(root)}' is too long for a path; give a shorter one"
     name = good.get("name") or ""
     if len(name.encode(errors="replace")) > MAX_NAME:
         yield "name", f"is too long for a folder; give a shorter one, of {MAX_NAME} bytes at most"
@@ -61,7 +58,7 @@ def _data(good: Values) -> Found:
     for key in ("data.path", "data.validation_path"):
         path = good.get(key)
         if target != "webdataset" and isinstance(path, str) and not is_there(path):
-            yield key, f"there is no {kind} '{_cut(path)}' here; check the path ({_here()} is the working directory)"
+            yield key, f"there is no {kind} '{cut(path)}' here; check the path ({_here()} is the working directory)"
 
 
 def _here() -> str:
@@ -73,7 +70,7 @@ def _prompts(key: str, prompts: Any) -> str | None:
         nothing = key == "prompts" and not prompts
         return "is empty; give a list, or a text file with one prompt per line" if nothing else None
     if not paths.is_file(prompts):
-        text = _cut(prompts)
+        text = cut(prompts)
         return f"there is no text file '{text}'; a list of prompts is written '{key}=[\"{text}\"]'"
     try:
         is_empty = not paths.expanded(prompts).read_text("utf-8").strip()
@@ -99,8 +96,9 @@ def _weights(good: Values) -> Found:
         if revision is not None and not weights.is_hub_id(source):
             yield f"weights.{side}_revision", f"is set, but weights.{side} is no hub id: only those have one; remove it"
     variant = good.get("weights.variant")
-    if variant is not None and sources and len(local) == len(sources):
-        if not any(weights.weight_files.has_variant(folder, variant) for folder in folders.values()):
+    if variant is not None and folders and len(local) == len(sources):
+        has_any = any(weights.weight_files.has_variant(folder, variant) for folder in folders.values())
+        if not has_any:
             yield "weights.variant", f"no part of the weights has files named *.{variant}.safetensors; remove it"
 
 
@@ -148,7 +146,7 @@ def _training(good: Values) -> Found:
     if warmup > steps:
         yield (
             "scheduler.warmup_steps",
-            f"{warmup} is more than trainer.max_steps, {steps}: the rate would never reach optimizer.lr; make it smaller",
+            f"{warmup} is more than trainer.max_steps, {steps}: the rate never reaches optimizer.lr; make it smaller",
         )
     for group in ("model", "optimizer", "scheduler"):
         if good.get(f"{group}._partial_") is False:

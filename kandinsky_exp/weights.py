@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 
 from kandinsky_exp import paths, weight_files
-from kandinsky_exp.errors import ConfigError, first_line
+from kandinsky_exp.errors import ConfigError, cut, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def check_source(source: str, side: Side) -> str | None:
         return None
     root = paths.expanded(source)
     if not paths.is_folder(root):
-        return f"there is no folder '{source}' (and it is no hub id such as kandinsky-community/kandinsky-2-2-{side})"
+        return f"there is no folder '{cut(source)}'; give one, or a hub id such as kandinsky-community/kandinsky-2-2-{side}"
     folder = pipeline_folder(root)
     if folder == root and (root / "config.yaml").is_file():
         left = "an adapter run leaves no whole network" if (root / "adapter").is_dir() else "it is not finished"
