@@ -27,7 +27,7 @@ EQUAL: tuple[tuple[tuple[str, str], tuple[str, str], Side], ...] = (
 
 def local_folders(sources: Mapping[Side, str]) -> dict[str, Path]:
     """The folders of the parts whose sources are folders that `check_source` finds nothing wrong with."""
-    found = {}
+    found: dict[str, Path] = {}
     for side, source in sources.items():
         if paths.is_folder(source):
             root = pipeline_folder(paths.expanded(source))
@@ -89,6 +89,8 @@ def check(
         found += [f"{keys.format(side=side)}: {folder} {problem}"] if problem else []
     if found:
         raise ConfigError(found)
+    for part in parts & {"prior_scheduler", "decoder_scheduler"}:  # they are small, and their classes many
+        weights.load(part)
 
 
 def misfit(part: str, folder: Path, variant: str | None) -> str | None:

@@ -3,13 +3,15 @@
 All functions take `good`: {dotted key: value} of those settings whose values are well-formed. None imports torch.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp import architectures, paths, targets, weights
+from kandinsky_exp import architectures, paths, targets, weight_files, weights
 from kandinsky_exp.errors import cut
 
 Values = dict[str, Any]
@@ -23,15 +25,39 @@ REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 def files(good: Values) -> Found:
     """What the settings name on this machine and is not there, or cannot be used."""
     yield from _data(good)
-    resume = good.get("checkpoint.resume", "auto")
-    if resume not in ("auto", "never") and not paths.is_folder(resume):
-        yield "checkpoint.resume", f"'{cut(resume)}' is no folder; give auto, never or the folder of a checkpoint"
+    yield from _resume(good)
     yield from _output(good)
     for key in ("validation.prompts", "prompts"):
         if key in good and (problem := _prompts(key, good[key])):
             yield key, problem
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
         yield from _weights(good)
+
+
+def _resume(good: Values) -> Found:
+    """`checkpoint` reads it later, for what it holds; here, before a new run has a folder."""
+    resume = good.get("checkpoint.resume", "auto")
+    if resume in ("auto", "never"):
+        return
+    if not paths.is_folder(resume):
+        yield "checkpoint.resume", f"'{cut(resume)}' is no folder; give auto, never or the folder of a checkpoint"
+        return
+    folder = paths.expanded(resume)
+    is_run = (folder / "checkpoints").is_dir()
+    steps = [step for step in ((folder / "checkpoints").glob("step-*") if is_run else [folder]) if _has_state(step)]
+    other = {"PriorStage": "unet", "DecoderStage": "prior"}.get(str(good.get("model._target_")).rpartition(".")[2])
+    if not steps:
+        yield "checkpoint.resume", f"there is no complete checkpoint in '{resume}'; give a run or a step-… folder"
+    elif other is not None and (max(steps) / other).is_dir():
+        yield "checkpoint.resume", f"'{resume}' belongs to another stage; set model=, or give another checkpoint"
+
+
+def _has_state(step: Path) -> bool:
+    try:
+        int(json.loads((step / "state.json").read_text("utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def _output(good: Values) -> Found:
@@ -97,7 +123,7 @@ def _weights(good: Values) -> Found:
             yield f"weights.{side}_revision", f"is set, but weights.{side} is no hub id: only those have one; remove it"
     variant = good.get("weights.variant")
     if variant is not None and folders and len(local) == len(sources):
-        has_any = any(weights.weight_files.has_variant(folder, variant) for folder in folders.values())
+        has_any = any(weight_files.has_variant(folder, variant) for folder in folders.values())
         if not has_any:
             yield "weights.variant", f"no part of the weights has files named *.{variant}.safetensors; remove it"
 

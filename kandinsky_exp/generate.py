@@ -199,7 +199,7 @@ def check_networks(weights: Weights, origins: dict[Side, Origin]) -> None:
     for side, origin in origins.items():
         if origin.network is not None and (origin.network / adapters.WEIGHTS_NAME).is_file():
             if (problem := weight_files.damaged(origin.network)) is not None:
-                raise ConfigError(f"{side}: {origin.network} cannot be loaded: {problem}")
+                raise ConfigError(f"{side}: {origin.network} cannot be loaded: {problem}; give another")
         elif origin.network is not None:
             trained[NETWORK[side]] = origin.network
     architectures.check(weights, set(PARTS), trained, keys="{side}")

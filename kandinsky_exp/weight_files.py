@@ -1,5 +1,6 @@
 """Which files a part of Kandinsky 2.2 is read from, and what they hold."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,12 @@ from kandinsky_exp.errors import ConfigError, DataError
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weights and of transformers'
 MAX_HEADER = 100 << 20  # bytes, as the format has it
+
+OBJECTS = {  # files with one JSON object, of the parts that are no networks
+    "tokenizer": "tokenizer.json",
+    "scheduler": "scheduler_config.json",
+    "image_processor": "preprocessor_config.json",
+}
 
 
 def has_variant(folder: Path, variant: str | None) -> bool:
@@ -94,27 +101,23 @@ def damaged(folder: Path) -> str | None:
     for index in folder.glob("*.index*.json"):
         missing = [shard.name for shard in _shards(index) if not shard.is_file()]
         if missing:
-            return f"'{folder.name}' lacks {missing[0]}, which {index.name} names; fetch it again"
+            return f"'{folder.name}' lacks {missing[0]}, which {index.name} names"
     for file in sorted(folder.glob("*.safetensors")):
         try:
             header(file)
         except (OSError, ValueError, RecursionError):
-            return f"'{folder.name}/{file.name}' is damaged or cut off; fetch or copy it again"
+            return f"'{folder.name}/{file.name}' is damaged or cut off"
     return None
 
 
 def unreadable(folder: Path) -> str | None:
     """What is wrong with a tokenizer, an image processor or a noise schedule, or None."""
-    kind = folder.name.removeprefix("prior_")
-    if kind == "tokenizer":
-        vocabularies = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
-        if not any(all((folder / name).is_file() for name in names) for names in vocabularies):
-            return f"'{folder.name}' has no vocabulary (tokenizer.json, or vocab.json and merges.txt); fetch it again"
-        return None
-    name = "scheduler_config.json" if kind == "scheduler" else "preprocessor_config.json"
-    try:
+    name = OBJECTS[folder.name.removeprefix("prior_")]
+    if name == "tokenizer.json" and not (folder / name).is_file():
+        if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+            return f"'{folder.name}' has no vocabulary ({name}, or vocab.json and merges.txt)"
+        name = "vocab.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if isinstance(json.loads((folder / name).read_text("utf-8")), dict):
             return None
-    except (OSError, ValueError, RecursionError):
-        pass
-    return f"'{folder.name}/{name}' cannot be read; fetch it again"
+    return f"'{folder.name}/{name}' cannot be read"

@@ -61,7 +61,8 @@ def check_source(source: str, side: Side) -> str | None:
         return None
     root = paths.expanded(source)
     if not paths.is_folder(root):
-        return f"there is no folder '{cut(source)}'; give one, or a hub id such as kandinsky-community/kandinsky-2-2-{side}"
+        hub_id = f"kandinsky-community/kandinsky-2-2-{side}"
+        return f"there is no folder '{cut(source)}'; give one, or a hub id such as {hub_id}"
     folder = pipeline_folder(root)
     if folder == root and (root / "config.yaml").is_file():
         left = "an adapter run leaves no whole network" if (root / "adapter").is_dir() else "it is not finished"
@@ -73,13 +74,13 @@ def check_source(source: str, side: Side) -> str | None:
     except (OSError, ValueError):
         return f"'{source}': model_index.json cannot be read; fetch or save the pipeline again"
     problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, side))]
-    return f"'{source}': {'; '.join(problems)}" if problems else None
+    return f"'{source}': {'; '.join(problems)}; give a Kandinsky 2.2 {side}, or fetch it again" if problems else None
 
 
 def _check_part(folder: Path, part: str, side: Side) -> str | None:
     part_folder = folder / subfolder(folder, part)
     if not part_folder.is_dir():
-        return f"subfolder '{part_folder.name}' is missing, so this is no Kandinsky 2.2 {side}"
+        return f"subfolder '{part_folder.name}' is missing"
     expected = MODELS.get(part)
     if expected is None:
         return weight_files.unreadable(part_folder)

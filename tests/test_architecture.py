@@ -29,7 +29,7 @@ OWN_IMPORTS = {
     "data": {"data", "errors", "paths"},
     "weights": {"errors", "paths", "tiny.pipelines", "weight_files"},
     "architectures": {"errors", "paths", "weight_files", "weights"},
-    "crosschecks": {"architectures", "errors", "paths", "targets", "weights"},
+    "crosschecks": {"architectures", "errors", "paths", "targets", "weight_files", "weights"},
     "weight_files": {"data.digests", "errors"},
     "pipelines": {"errors", "weights"},
     "stages": {"adapters", "data.preprocess", "errors", "pipelines", "stages", "weights"},

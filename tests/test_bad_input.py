@@ -59,6 +59,7 @@ class Bad:
     answer: str
     make: Callable[[Path], object] | None = None
     late: bool = False
+    open: str = ""  # what does not hold yet, and where
 
 
 # --- the files of the rows
@@ -743,6 +744,8 @@ TABLE["weights"] = [
     Bad([*EMOJI, "weights.decoder={root}/done"], "subfolder 'unet' is missing"),
 ]
 RESUME = [*PRIOR, "name=new"]
+GO_ON = [*PRIOR, "name=done", "data.max_samples=6", "trainer.max_steps=3"]
+WRITES = "run: a checkpoint is looked at after train.log and run.json are written"
 STEP = "{tmp}/run/checkpoints/step-00000002"
 TABLE["runs and checkpoints"] = [
     Bad([*EMOJI, "name=done"], "holds a prior, with which model=decoder cannot go on; choose another name"),
@@ -751,36 +754,40 @@ TABLE["runs and checkpoints"] = [
     Bad([*PRIOR, "name=theirs"], "exists and is not a run; choose another name or move it away"),
     Bad([*PRIOR, "name=damaged"], "its run.json cannot be read; choose another name or move it away"),
     Bad([*PRIOR, "name=a_file"], "name: "),
-    Bad(
-        [*PRIOR, "name=done", "trainer.max_steps=3", "optimizer=sgd"],
-        "made with the optimizer AdamW, not SGD; set optimizer=",
-    ),
-    Bad([*PRIOR, "name=done", "trainer.max_steps=3", "adapter=lora"], "does not fit this run"),
+    Bad([*GO_ON, "optimizer=sgd"], "made with the optimizer AdamW, not SGD; set optimizer=", open=WRITES),
+    Bad([*GO_ON, "adapter=lora"], "does not fit this run", open=WRITES),
     Bad(["checkpoint.resume=nowhere", *EMOJI], "checkpoint.resume: 'nowhere' is no folder"),
     Bad(["checkpoint.resume=true", *EMOJI], "checkpoint.resume: has to be text"),
     Bad(["checkpoint.resume=" + "r" * 5000, *EMOJI], "checkpoint.resume: "),
     Bad([*RESUME, "checkpoint.resume={tmp}"], "checkpoint.resume: "),
     Bad(
         [*RESUME, "checkpoint.resume={tmp}/run"],
-        "there is no checkpoint in",
+        "there is no complete checkpoint in",
         lambda tmp: (tmp / "run/checkpoints").mkdir(parents=True),
     ),
-    Bad([*RESUME, f"checkpoint.resume={STEP}"], "is no complete checkpoint", checkpoint(put("state.json", "{"))),
-    Bad([*RESUME, f"checkpoint.resume={STEP}"], "is no complete checkpoint", checkpoint(put("state.json", "[]"))),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}"], "there is no complete checkpoint in", checkpoint(put("state.json", "{"))
+    ),
     Bad(
         [*RESUME, f"checkpoint.resume={STEP}"],
-        "is no complete checkpoint",
+        "there is no complete checkpoint in",
+        checkpoint(put("state.json", "[]")),
+    ),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}"],
+        "there is no complete checkpoint in",
         checkpoint(put("state.json", '{"step": null}')),
     ),
-    Bad([*RESUME, f"checkpoint.resume={STEP}"], "is no complete checkpoint", checkpoint(without("state.json"))),
     Bad(
-        [*EMOJI, "name=new", f"checkpoint.resume={STEP}"],
-        "it belongs to another stage; set model=",
-        checkpoint(),
-        late=True,
+        [*RESUME, f"checkpoint.resume={STEP}"], "there is no complete checkpoint in", checkpoint(without("state.json"))
     ),
     Bad(
-        [*RESUME, f"checkpoint.resume={STEP}"],
+        [*EMOJI, "name=new", f"checkpoint.resume={STEP}"],
+        "belongs to another stage; set model=",
+        checkpoint(),
+    ),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}", "data.max_samples=6"],
         "does not fit this run",
         checkpoint(put("optimizer.pt", "garbage")),
         late=True,
@@ -802,8 +809,18 @@ TABLE["runs and checkpoints"] = [
         checkpoint(lambda step: write(step.parents[1] / "config.yaml", "a: [")),
     ),
 ]
-ROWS = [pytest.param(bad, id=f"{group}: {' '.join(bad.typed)[:90]}-{number}")
-        for group, table in TABLE.items() for number, bad in enumerate(table)]  # fmt: skip
+
+
+def row(bad: Bad, name: str) -> Any:
+    marks = [pytest.mark.xfail(reason=bad.open, strict=True)] if bad.open else []
+    return pytest.param(bad, id=name, marks=marks)
+
+
+ROWS = [
+    row(bad, f"{group} {number}: {' '.join(bad.typed)[:90]!a}")
+    for group, table in TABLE.items()
+    for number, bad in enumerate(table)
+]
 
 
 # --- the check of a row
