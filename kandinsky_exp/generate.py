@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from safetensors import SafetensorError
-from yaml import YAMLError
 
 from kandinsky_exp import (
     adapters,
@@ -29,7 +27,7 @@ from kandinsky_exp import (
     weight_files,
     workspace,
 )
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.weights import PARTS, Side, Weights, check_source, is_hub_id
 
@@ -164,10 +162,8 @@ def saved_value(run_folder: Path, key: str) -> str | None:
     file = run_folder / "config.yaml"
     try:
         value = OmegaConf.select(OmegaConf.create(OmegaConf.load(file)), key)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"{file} cannot be read: {str(error).splitlines()[0]}; mend it, or give other sources"
-        ) from error
+    except Exception as error:  # yaml and OmegaConf raise whatever a damaged file makes them raise
+        raise ConfigError(f"{file} cannot be read: {first_line(error)}; mend it, or give other sources") from error
     return None if value is None else str(value)
 
 
@@ -260,7 +256,7 @@ def load_network(weights: Weights, side: Side, origin: Origin) -> Any:
             return network
         return weights.read_model(name, origin.network)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{side}: {origin.network} cannot be loaded: {str(error).splitlines()[0][:200]}") from error
+        raise ConfigError(f"{side}: {origin.network} cannot be loaded: {first_line(error)}") from error
 
 
 def fresh_folder(cfg: DictConfig) -> Path:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 def expanded(path: str | Path) -> Path:
     """With `~` as the home folder; `~name` of nobody who is known here stays as it is."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for a stranger's home
+    try:
+        return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for a stranger's home
+    except ValueError:  # `~` and what is no text
+        return Path(path)
 
 
 def is_folder(path: str | Path) -> bool:
