@@ -14,17 +14,19 @@ from diffusers.training_utils import EMAModel
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import adapters, targets, trust
+from kandinsky_exp import adapters, architectures, targets, trust
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.loop import LoopSettings, Training
+from kandinsky_exp.parts import PARTS, side_parts
+from kandinsky_exp.paths import expanded
 from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.readers import ReadSettings
 from kandinsky_exp.schema import Train
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
-from kandinsky_exp.weights import PARTS, Weights, side_parts
+from kandinsky_exp.weights import Weights
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)  # other processes wait while the first encodes or draws images
 
@@ -67,7 +69,7 @@ def fetch(cfg: DictConfig, parts: Weights) -> None:
     """Have every part that the run will need on this machine, the result's included, before anything starts.
 
     Raises:
-        ConfigError: a hub repository cannot be reached or has no such part.
+        ConfigError: a hub repository cannot be reached or has no such part, or the parts do not fit.
     """
     cls = stage_class(cfg)
     needed = {cls.part, *cls.encoders, *side_parts(PARTS[cls.part][0])}
@@ -77,6 +79,7 @@ def fetch(cfg: DictConfig, parts: Weights) -> None:
         needed |= set(PARTS)
     for part in sorted(needed):
         parts.folder(part)
+    architectures.check(parts, needed)
 
 
 def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def stage_class(cfg: DictConfig) -> type[DiffusionStage]:
 def prompts(value: Any) -> list[str]:
     """A list of prompts, or the lines of the text file that a string names."""
     if isinstance(value, str):
-        lines = Path(value).expanduser().read_text("utf-8").splitlines()
+        lines = expanded(value).read_text("utf-8").splitlines()
         return [line.strip() for line in lines if line.strip()]
     return [str(prompt) for prompt in value]
 

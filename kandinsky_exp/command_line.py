@@ -19,8 +19,8 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import config, trust
-from kandinsky_exp.errors import ConfigError, UserError
+from kandinsky_exp import config, paths, trust
+from kandinsky_exp.errors import ConfigError, UserError, cut
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
 
     vars(parser)["error"] = refuse
     known = parser.parse_intermixed_args(arguments)
+    if known.config_dir is not None and not paths.is_folder(known.config_dir):
+        raise ConfigError(f"--config-dir: folder '{cut(known.config_dir)}' not found; give the one of your yaml files")
     overrides = [_expand_home(text) for text in known.overrides]
     problems = [_not_a_setting(text, verbs) for text in overrides if "=" not in text and not text.startswith("~")]
     if problems:
@@ -87,7 +89,7 @@ def unknown_verb(word: str, verbs: Iterable[str]) -> str:
     """The message for a first word that is neither a verb nor a setting."""
     names = list(verbs)
     return (
-        f"{word}: no such verb, the verbs are {', '.join(names)}; a setting is written key=value, without spaces "
+        f"{cut(word)}: no such verb, the verbs are {', '.join(names)}; a setting is written key=value, without spaces "
         f"around the = sign{_did_you_mean(word, names)}"
     )
 
@@ -97,7 +99,7 @@ def job_naming(overrides: list[str]) -> list[str]:
     parser = OverridesParser.create()
     try:
         fixed = [text for text in map(parser.parse_override, overrides) if not text.is_sweep_override()]
-    except HydraException:
+    except (HydraException, RecursionError):
         return []  # `explain` will say it better
     names = sorted({override.key_or_group for override in fixed})
     return [f"hydra.job.config.override_dirname.exclude_keys={names}".replace(" ", "")] if names else []
@@ -126,12 +128,12 @@ def find_problems(verb: str, line: CommandLine) -> list[str]:
             options = _options(override.key_or_group, verb, search_path)
             if not options:
                 keys.append(override)
-            elif problem := _wrong_option(override, options) or _wrong_group(override, verb, search_path):
+            elif problem := _wrong_option(override, options):
                 problems.append(problem)
             elif not override.is_sweep_override():
                 groups.append(override)
-        chosen = [*search_path, *map(_text, groups)]
-        cfg = compose(verb, chosen)
+        cfg, chosen, wrong_groups = _with_groups(groups, verb, search_path)
+        problems += wrong_groups
         wrong = {_text(override): problem for override in keys if (problem := _wrong_key(override, cfg, verb))}
         problems += wrong.values()
         if not problems:
@@ -150,12 +152,14 @@ def _parsed(line: CommandLine) -> tuple[list[Override], list[str]]:
     for text in line.overrides:
         try:
             override = parser.parse_override(text)
-        except HydraException:
+        except (HydraException, RecursionError):  # brackets by the thousand
             override = None
         if override is None or not override.key_or_group:
-            problems.append(f"{text}: cannot be read: , : = ( ) [ ] and quotes mean something here; {_quoted(text)}")
+            problems.append(
+                f"{cut(text)}: cannot be read: , : = ( ) [ ] and quotes mean something here; {_quoted(text)}"
+            )
         elif override.is_sweep_override() and not line.sweeps:
-            problems.append(f"{text}: several values need --multirun; if this is one text, {_quoted(text)}")
+            problems.append(f"{cut(text)}: several values need --multirun; if this is one text, {_quoted(text)}")
         else:
             overrides.append(override)
     return overrides, problems
@@ -166,7 +170,10 @@ def _text(override: Override) -> str:
 
 
 def _options(group: str, verb: str, search_path: list[str]) -> list[str]:
-    return GlobalHydra.instance().config_loader().get_group_options(group, config_name=verb, overrides=search_path)
+    try:
+        return GlobalHydra.instance().config_loader().get_group_options(group, config_name=verb, overrides=search_path)
+    except (OSError, ValueError):  # no name of a folder: too long, say
+        return []
 
 
 def _exists(override: Override, cfg: DictConfig) -> bool:
@@ -191,9 +198,18 @@ def _wrong_option(override: Override, options: list[str]) -> str | None:
     return f"{group}: there is no {group}={wrong}; the choices are {', '.join(options)}{_did_you_mean(wrong, options)}"
 
 
+def _with_groups(groups: list[Override], verb: str, search_path: list[str]) -> tuple[DictConfig, list[str], list[str]]:
+    """The config with those groups that can be chosen, what chooses them, and what is wrong with the others."""
+    chosen = [*search_path, *map(_text, groups)]
+    try:
+        return compose(verb, chosen), chosen, []
+    except HydraException:  # one by one: each compose takes a tenth of a second
+        wrong = {_text(override): _wrong_group(override, verb, search_path) for override in groups}
+        chosen = [*search_path, *(text for text, problem in wrong.items() if problem is None)]
+        return compose(verb, chosen), chosen, [problem for problem in wrong.values() if problem is not None]
+
+
 def _wrong_group(override: Override, verb: str, search_path: list[str]) -> str | None:
-    if override.is_sweep_override():
-        return None
     try:
         compose(verb, [*search_path, _text(override)])
     except HydraException as error:
@@ -210,12 +226,14 @@ def _wrong_key(override: Override, cfg: DictConfig, verb: str) -> str | None:
     if exists or override.is_add() or override.is_force_add():
         return None  # `config.problems` looks at what was added
     group, _, _ = key.partition(".")
-    for option in _options(group, verb, []) if "." in key and group in cfg else []:
+    options = _options(group, verb, []) if "." in key and group in cfg else []
+    for option in options if len(options) > 1 else []:
         other = compose(verb, [f"{group}={option}"])
         if _exists(override, other):
             return f"{key}: not a setting of the {group} that is chosen; it is one of {group}={option}"
     groups = [name for name in GlobalHydra.instance().config_loader().list_groups("") if name != "hydra"]
-    return f"{key}: no such setting{config.suggest(key, [*config.dotted_keys(cfg), *groups])}"
+    meant = config.suggest(key, [*config.dotted_keys(cfg), *groups])
+    return f"{key}: no such setting{meant or f'; kandinsky-exp {verb} --cfg job shows all'}"
 
 
 def _expand_home(text: str) -> str:
@@ -227,6 +245,7 @@ def _expand_home(text: str) -> str:
 def _quoted(text: str) -> str:
     """How to write a text that has signs of Hydra's grammar in it."""
     key, _, value = text.partition("=")
+    key, value = key if len(key) <= 100 else "key", value if len(value) <= 100 else "..."
     if key.endswith("prompts") or "[" in value or '"' in value or "'" in value:
         return f'quote each text: \'{key}=["a fox, in snow", "a house"]\', or give a text file with one prompt per line'
     return f"quote it twice: '{key}=\"{value}\"'"
@@ -235,7 +254,7 @@ def _quoted(text: str) -> str:
 def _not_a_setting(text: str, verbs: Iterable[str]) -> str:
     if text in verbs:
         return f"{text}: the verb comes first: kandinsky-exp {text} ..."
-    return f"{text}: not a setting; settings are written key=value, without spaces around the = sign"
+    return f"{cut(text)}: not a setting; settings are written key=value, without spaces around the = sign"
 
 
 def _did_you_mean(word: Any, choices: Iterable[str]) -> str:

@@ -4,20 +4,17 @@ Everything that is wrong is found at once. Only `targets.check` may import torch
 otherwise, or has arguments that no schema knows: a misspelt number is answered at once.
 """
 
-import math
 import typing
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from kandinsky_exp import redaction, targets, trust, weights
+from kandinsky_exp import crosschecks, redaction, saved_config, targets, trust
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.fitting import misfit
 from kandinsky_exp.schema import ROOTS, OpenNode
@@ -70,17 +67,13 @@ def flatten(cfg: DictConfig) -> Values:
     return dict(_leaves(redaction.redacted(_resolved(cfg))))
 
 
-def flatten_file(file: Path) -> Values:
-    """A config that `to_yaml` wrote, as `flatten` gives it. It is data: nothing in it is resolved or built.
+def flatten_saved(run_folder: Path) -> Values:
+    """The config that a run wrote, as `flatten` gives it; nothing where there is none.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    try:
-        return dict(_leaves(OmegaConf.to_container(OmegaConf.load(file), resolve=False)))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"name: {file} cannot be read ({reason}); bring it back, or choose another name") from error
+    return dict(_leaves(saved_config.read(run_folder))) if (run_folder / saved_config.NAME).is_file() else {}
 
 
 def to_yaml(cfg: DictConfig) -> str:
@@ -105,9 +98,8 @@ def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = Fa
         quick = True  # nor does it build anything, and a second is long for a list
     wrong = dict(_check_schema(values, root))
     good = {key: value for key, value in _leaves(values) if key not in wrong and value != "???"}
-    wrong |= {key: text for key, text in _check_files(good) if key not in wrong}
-    found = [f"{key}: {text}" for key, text in wrong.items()]
-    found += [text for text in _check_together(good) if text.partition(":")[0] not in wrong]
+    beyond = [*crosschecks.files(good), *crosschecks.together(good)]
+    found = [f"{key}: {text}" for key, text in [*wrong.items(), *(item for item in beyond if item[0] not in wrong)]]
     if "trusted_modules" not in wrong and (files := trust.refused(cfg, trusted)):
         found.append(
             f"trusted_modules: a config file may not add {', '.join(files)}; {TYPE_IT.format(','.join(files))}"
@@ -194,88 +186,3 @@ def suggest(key: str, known: Iterable[str]) -> str:
     by_last = {choice.rpartition(".")[2]: choice for choice in reversed(choices)}
     close = close or [by_last[text] for text in get_close_matches(last, by_last, n=1, cutoff=0.65)]
     return f"; did you mean {' or '.join(close[:3])}?" if close else ""
-
-
-# --- beyond single values
-
-
-def _check_files(good: Values) -> Iterator[tuple[str, str]]:
-    """What the settings name on this machine has to be there. `good` has the keys whose values are well-formed."""
-    yield from _check_data(good)
-    resume = good.get("checkpoint.resume", "auto")
-    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
-        yield "checkpoint.resume", f"'{resume}' is no folder; give auto, never or the folder of a checkpoint"
-    root = Path(good.get("output_root", ".")).expanduser()
-    if root.exists() and not root.is_dir():
-        yield "output_root", f"'{root}' is a file; give a folder"
-    for key in ("validation.prompts", "prompts"):
-        if key in good and (problem := _check_prompts(key, good[key])):
-            yield key, problem
-    if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
-        yield from _check_weights(good)
-
-
-def _check_data(good: Values) -> Iterator[tuple[str, str]]:
-    """A folder or a list of images; what shards stand for is found out by their reader."""
-    target = str(good.get("data._target_", "")).rpartition(".")[2]
-    kind, is_there = ("file", Path.is_file) if target == "listing" else ("folder", Path.is_dir)
-    for key in ("data.path", "data.validation_path"):
-        path = good.get(key)
-        if target != "webdataset" and isinstance(path, str) and not is_there(Path(path).expanduser()):
-            yield key, f"there is no {kind} '{path}' here; check the path ({Path.cwd()} is the working directory)"
-
-
-def _check_prompts(key: str, prompts: Any) -> str | None:
-    if isinstance(prompts, list):
-        return (
-            "is empty; give a list, or a text file with one prompt per line"
-            if key == "prompts" and not prompts
-            else None
-        )
-    file = Path(prompts).expanduser()
-    if not file.is_file():
-        return f"there is no text file '{prompts}'; a list of prompts is written '{key}=[\"{prompts}\"]'"
-    try:
-        return None if file.read_text("utf-8").strip() else f"'{prompts}' is empty; write one prompt per line"
-    except (OSError, UnicodeDecodeError):
-        return f"'{prompts}' is not a text file in UTF-8"
-
-
-def _check_weights(good: Values) -> Iterator[tuple[str, str]]:
-    sides: tuple[weights.Side, ...] = ("prior", "decoder")
-    if good["model._target_"].endswith(".PriorStage") and not good.get("validation.prompts"):
-        sides = ("prior",)  # nothing will be drawn: the decoder is never opened
-    for side in sides:
-        source = good.get(f"weights.{side}")
-        if source is not None and (problem := weights.check_source(source, side)):
-            yield f"weights.{side}", problem
-
-
-def _check_together(good: Values) -> Iterator[str]:
-    """Settings that contradict each other, or ask for a package that is not there."""
-    if good.get("hub.push") and good.get("hub.repo_id", "") is None:
-        yield "hub.repo_id: hub.push is on but there is no repository; give hub.repo_id=<user>/<name>"
-    if good.get("adapter.name") == "none":
-        for key in ("rank", "alpha", "target_modules"):
-            if good.get(f"adapter.{key}") is not None:
-                yield f"adapter.{key}: is set, but adapter=none trains all weights; add adapter=lora, or remove it"
-    elif good.get("adapter.rank", 1) is None:
-        yield "adapter.rank: has to be a whole number, at least 1, not null"
-    in_halves = good.get("precision.frozen_dtype") != "float32" and good.get("precision.mixed_precision") == "no"
-    if in_halves and "model._target_" in good:  # `generate` runs everything in that one type
-        yield "precision.frozen_dtype: half precision needs mixed precision; take precision=bf16, or leave it float32"
-    if good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
-        yield f"trainer.attention: xformers is not installed; {targets.how_to_install('xformers')}, or take sdpa"
-    if good.get("tracker.name") == "mlflow" and not targets.is_installed("mlflow"):
-        yield "tracker: mlflow is not installed; pip install mlflow, or take tracker=none"
-    if good.get("data.buckets"):
-        if good.get("data.cache") is False:
-            yield "data.buckets: the sizes of all images are known once they are encoded; set data.cache=true"
-        if good.get("data.resolution", 64) % 64:
-            yield f"data.buckets: needs data.resolution to be a multiple of 64, not {good['data.resolution']}"
-    lr, lr_end = good.get("optimizer.lr", math.inf), good.get("scheduler.lr_end", 0.0)
-    if lr_end >= lr:
-        yield f"scheduler.lr_end: {lr_end} is not below optimizer.lr, {lr}; make it smaller"
-    uri = good.get("tracker.uri")
-    if uri and not urlsplit(uri).scheme:
-        yield f"tracker.uri: '{uri}' is no address; e.g. sqlite:///runs/mlflow.db or http://localhost:5000"

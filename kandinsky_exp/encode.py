@@ -38,7 +38,7 @@ def _show(cfg: DictConfig) -> None:
 
 def _encode(cfg: DictConfig) -> None:
     # Here, because they import torch: `_show` is done in a second.
-    from kandinsky_exp import build, processes, workspace
+    from kandinsky_exp import architectures, build, processes, workspace
     from kandinsky_exp.readers import ReadSettings, open_readers
 
     folder = build.cache_folder(cfg)
@@ -49,6 +49,7 @@ def _encode(cfg: DictConfig) -> None:
         if accelerator.is_main_process and not folder.is_dir():  # one on a read-only disk may hold all that is needed
             workspace.make_root(folder)
         build.check_data(cfg, splits)
+        processes.on_main_process(lambda: architectures.check(weights, set(build.stage_class(cfg).encoders)))
         stage = build.bare_stage(cfg, weights)
         settings = ReadSettings(
             cache=folder,

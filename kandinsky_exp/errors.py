@@ -67,3 +67,13 @@ class Interrupted(BaseException):
 
     def __str__(self) -> str:
         return f"stopped by signal {self.signal_number}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, in one line that fits a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def cut(text: str) -> str:
+    """What was typed, short enough for a message: its beginning and its end."""
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-50:]}"

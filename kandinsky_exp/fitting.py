@@ -31,7 +31,7 @@ def fits(value: Any, annotation: Any) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         rules = [rule for rule in arguments[1:] if isinstance(rule, Rule)]
-        return fits(value, arguments[0]) and all(rule.holds(value) for rule in rules)
+        return fits(value, arguments[0]) and all(_holds(rule, value) for rule in rules)
     if origin in (Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
@@ -41,6 +41,13 @@ def fits(value: Any, annotation: Any) -> bool:
     if (origin or annotation) in (dict, Mapping):
         return isinstance(value, dict)
     return _fits_plain(value, annotation)
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    try:
+        return rule.holds(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _fits_plain(value: Any, annotation: Any) -> bool:

@@ -10,20 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import DictConfig
 from PIL import Image
 from safetensors import SafetensorError
-from yaml import YAMLError
 
-from kandinsky_exp import adapters, build, config, mlflow_names, pipelines, processes, store, tracking, workspace
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp import (
+    adapters,
+    architectures,
+    build,
+    config,
+    mlflow_names,
+    pipelines,
+    processes,
+    saved_config,
+    store,
+    tracking,
+    weight_files,
+    workspace,
+)
+from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.grid import labelled_grid
+from kandinsky_exp.parts import PARTS, Side, check_source, is_hub_id
 from kandinsky_exp.weight_files import untrusted
-from kandinsky_exp.weights import Side, Weights, check_source, is_hub_id
+from kandinsky_exp.weights import Weights
 
 logger = logging.getLogger(__name__)
-LARGEST_CONFIG = 1 << 18  # bytes
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 NETWORK: dict[Side, str] = {"prior": "prior", "decoder": "unet"}
 
@@ -66,6 +77,7 @@ def generate(cfg: DictConfig) -> float:
         weights.prior_revision = origins["prior"].revision or weights.prior_revision
         weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
         workspace.make_root(Path(cfg.output_root).expanduser())
+        check_networks(weights, origins)
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         images = draw(cfg, weights, origins, prompts)
         folder = fresh_folder(cfg)
@@ -89,7 +101,7 @@ def find_origins(cfg: DictConfig) -> dict[Side, Origin]:
     for side in NETWORK:
         if side not in given:
             source = source_of(partners[0], side) if partners else cfg.weights[side]
-            revision = saved_value(partners[0], f"weights.{side}_revision") if partners else None
+            revision = saved_config.value(partners[0], f"weights.{side}_revision") if partners else None
             given[side] = replace(find_origin(cfg, side, source), revision=revision)
     return given
 
@@ -110,7 +122,7 @@ def find_origin(cfg: DictConfig, side: Side, source: str) -> Origin:
     if folder == run_folder and (folder / "pipeline").is_dir() and check_source(source, side) is None:
         return Origin(source, None, run_id, run_folder)
     base = checked(source_of(run_folder, side), side)
-    revision = saved_value(run_folder, f"weights.{side}_revision")
+    revision = saved_config.value(run_folder, f"weights.{side}_revision")
     return Origin(base, trained_network(folder, side), run_id, run_folder, revision)
 
 
@@ -139,47 +151,15 @@ def trained_network(folder: Path, side: Side) -> Path:
 
 
 def stage_of(run_folder: Path) -> str:
-    return "prior" if (saved_value(run_folder, "model._target_") or "").endswith("PriorStage") else "decoder"
+    return "prior" if (saved_config.value(run_folder, "model._target_") or "").endswith("PriorStage") else "decoder"
 
 
 def source_of(run_folder: Path, side: Side) -> str:
     """The weights that a run started from."""
-    source = saved_value(run_folder, f"weights.{side}")
+    source = saved_config.value(run_folder, f"weights.{side}")
     if source is None:
         raise ConfigError(f"{run_folder / 'config.yaml'} has no weights.{side}; mend it, or give other sources")
     return source
-
-
-def saved_value(run_folder: Path, key: str) -> str | None:
-    """A setting of the run as it is written, None where it has none. The run may be anybody's: nothing is resolved.
-
-    Raises:
-        ConfigError: the file cannot be read, is far larger than a config, or holds no text there.
-    """
-    file = run_folder / "config.yaml"
-    try:
-        with file.open("rb") as content:
-            text = content.read(LARGEST_CONFIG + 1)
-        if len(text) > LARGEST_CONFIG:
-            raise ValueError(f"more than {LARGEST_CONFIG >> 10} KB")
-        value = yaml.load(text, _PlainLoader)  # nosec B506 # a SafeLoader
-    except (OSError, ValueError, YAMLError, RecursionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{file} cannot be read: {reason}; mend it, or give other sources") from error
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(value, (dict, list)):
-        raise ConfigError(f"{file}: {key} is no text; mend it, or give other sources")
-    return None if value is None else str(value)
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, of which a few lines can stand for gigabytes. What a run writes has none."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise YAMLError("it has aliases")
-        return super().compose_node(parent, index)
 
 
 def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:
@@ -198,6 +178,22 @@ def folder_of_run(cfg: DictConfig, run_id: str, side: Side) -> str:
     if folder is None or not Path(folder).is_dir():
         raise ConfigError(f"{side}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")
     return str(folder)
+
+
+def check_networks(weights: Weights, origins: dict[Side, Origin]) -> None:
+    """Both sides before the first of them draws.
+
+    Raises:
+        ConfigError: a part cannot be fetched, a file is damaged, or what should work together does not fit.
+    """
+    trained = {}
+    for side, origin in origins.items():
+        if origin.network is not None and (origin.network / adapters.WEIGHTS_NAME).is_file():
+            if (problem := weight_files.damaged(origin.network)) is not None:
+                raise ConfigError(f"{side}: {origin.network} cannot be loaded: {problem}; give another")
+        elif origin.network is not None:
+            trained[NETWORK[side]] = origin.network
+    architectures.check(weights, set(PARTS), trained, keys="{side}")
 
 
 @torch.no_grad()
@@ -255,7 +251,7 @@ def load_network(weights: Weights, side: Side, origin: Origin) -> Any:
             return network
         return weights.read_model(name, origin.network)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{side}: {origin.network} cannot be loaded: {str(error).splitlines()[0][:200]}") from error
+        raise ConfigError(f"{side}: {origin.network} cannot be loaded: {first_line(error)}") from error
 
 
 def fresh_folder(cfg: DictConfig) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kandinsky_exp.adapters import WEIGHTS_NAME
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.weights import is_hub_id
+from kandinsky_exp.parts import is_hub_id
 
 logger = logging.getLogger(__name__)
 LOAD = {

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from kandinsky_exp.parts import COMBINED, MODELS, PARTS, Side, side_parts
 from kandinsky_exp.weight_files import PART_FILES
-from kandinsky_exp.weights import COMBINED, MODELS, PARTS, Side, Weights, side_parts
+from kandinsky_exp.weights import Weights
 
 COMPANIONS = {  # classes of transformers that read the same files; the first is the published pipelines'
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),

@@ -12,8 +12,9 @@ from kandinsky_exp import build, config, integrity, tracking, workspace
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
+from kandinsky_exp.parts import PARTS
 from kandinsky_exp.readers import Readers
-from kandinsky_exp.weights import PARTS, Weights
+from kandinsky_exp.weights import Weights
 
 logger = logging.getLogger(__name__)
 

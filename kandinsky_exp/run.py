@@ -34,9 +34,10 @@ from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.errors import Interrupted, UserError
 from kandinsky_exp.events import Events
+from kandinsky_exp.parts import PARTS
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.readers import open_readers
-from kandinsky_exp.weights import PARTS, Weights
+from kandinsky_exp.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +152,7 @@ def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: in
         total_batch=build.total_batch(cfg, count),
         processes=count,
     )
-    file = space.folder / "config.yaml"
-    before = config.flatten_file(file) if space.is_resumed and file.is_file() else {}
+    before = config.flatten_saved(space.folder) if space.is_resumed else {}
     resuming.check(space, before, now := config.flatten(cfg), facts)
     space.repeats = resuming.repeats(space, now, facts)
     space.record.encoders = encoders

@@ -1,5 +1,6 @@
 """Which files a part of Kandinsky 2.2 is read from, and what they hold."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,13 @@ PICKLES = frozenset(
 ZIP, HDF = b"PK\x03\x04", b"\x89HDF"  # torch.save writes a zip of pickles
 PART_FILES = (".json", ".safetensors", ".txt", ".model")
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weights and of transformers'
+MAX_HEADER = 100 << 20  # bytes, as the format has it
+
+OBJECTS = {  # files with one JSON object, of the parts that are no networks
+    "tokenizer": "tokenizer.json",
+    "scheduler": "scheduler_config.json",
+    "image_processor": "preprocessor_config.json",
+}
 
 
 def has_variant(folder: Path, variant: str | None) -> bool:
@@ -111,3 +119,57 @@ def fingerprint(files: Mapping[str, Sequence[Path]], memory: Path) -> str:
         for file in some:
             total.update(f"{part} {file.name} ".encode() + next(digests))
     return total.hexdigest()
+
+
+# --- what is wrong with files, told without loading them
+
+
+def header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, by name.
+
+    Raises:
+        ValueError: it is damaged, cut off or no such file.
+        OSError: it cannot be read.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise ValueError("the header is longer than the file")
+        entries = json.loads(content.read(length))
+    try:
+        entries.pop("__metadata__", None)
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+        shapes = {str(name): tuple(entry["shape"]) for name, entry in entries.items()}
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError("the header is no table of tensors") from error
+    if 8 + length + max(ends, default=0) != size:
+        raise ValueError("the file is shorter or longer than its header says")
+    return shapes
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with the weight files of a part, or None."""
+    for index in folder.glob("*.index*.json"):
+        missing = [shard.name for shard in _shards(index) if not shard.is_file()]
+        if missing:
+            return f"'{folder.name}' lacks {missing[0]}, which {index.name} names"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            header(file)
+        except (OSError, ValueError, RecursionError):
+            return f"'{folder.name}/{file.name}' is damaged or cut off"
+    return None
+
+
+def unreadable(folder: Path) -> str | None:
+    """What is wrong with a tokenizer, an image processor or a noise schedule, or None."""
+    name = OBJECTS[folder.name.removeprefix("prior_")]
+    if name == "tokenizer.json" and not (folder / name).is_file():
+        if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+            return f"'{folder.name}' has no vocabulary ({name}, or vocab.json and merges.txt)"
+        name = "vocab.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(json.loads((folder / name).read_text("utf-8")), dict):
+            return None
+    return f"'{folder.name}/{name}' cannot be read"

@@ -1,121 +1,21 @@
-"""Where the parts of Kandinsky 2.2 are: hub repositories, diffusers folders, folders of earlier runs, the tiny one.
-
-Kandinsky 2.2 comes as two pipelines. The prior pipeline holds `prior`, `text_encoder`, `image_encoder`, `tokenizer`,
-`image_processor` and a scheduler; the decoder pipeline `unet`, `movq` and a scheduler. A combined folder holds both,
-the prior's parts under names that begin with `prior_`. Here every part has one name, whatever the layout.
-"""
+"""The parts of Kandinsky 2.2 in memory, from wherever they lie: the hub, diffusers folders, earlier runs, the tiny one."""
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from kandinsky_exp import weight_files
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp import paths, weight_files
+from kandinsky_exp.errors import ConfigError, first_line
+from kandinsky_exp.parts import MODELS, PARTS, SHRINKING, Side, is_hub_id, pipeline_folder, read_object, subfolder
 
 if TYPE_CHECKING:
     import torch
-
-Side = Literal["prior", "decoder"]
-# Part → (the pipeline that holds it, its subfolder there).
-PARTS: dict[str, tuple[Side, str]] = {
-    "prior": ("prior", "prior"),
-    "text_encoder": ("prior", "text_encoder"),
-    "image_encoder": ("prior", "image_encoder"),
-    "tokenizer": ("prior", "tokenizer"),
-    "image_processor": ("prior", "image_processor"),
-    "prior_scheduler": ("prior", "scheduler"),
-    "unet": ("decoder", "unet"),
-    "movq": ("decoder", "movq"),
-    "decoder_scheduler": ("decoder", "scheduler"),
-}
-MODELS = {
-    "prior": "PriorTransformer",
-    "text_encoder": "CLIPTextModelWithProjection",
-    "image_encoder": "CLIPVisionModelWithProjection",
-    "unet": "UNet2DConditionModel",
-    "movq": "VQModel",
-}
-SHRINKING = ("movq", "unet")
-COMBINED = "KandinskyV22CombinedPipeline"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def side_parts(side: Side) -> list[str]:
-    return [name for name, (owner, _) in PARTS.items() if owner == side]
-
-
-def is_hub_id(source: str) -> bool:
-    return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
-
-
-def check_source(source: str, side: Side) -> str | None:
-    """What is wrong with a source of weights, or None. Reads small JSON files only and imports no torch."""
-    if source == "tiny" or is_hub_id(source):
-        return None
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        return f"there is no folder '{source}' (and it is no hub id such as kandinsky-community/kandinsky-2-2-{side})"
-    folder = pipeline_folder(root)
-    if folder == root and (root / "config.yaml").is_file():
-        left = "an adapter run leaves no whole network" if (root / "adapter").is_dir() else "it is not finished"
-        return f"'{source}' is a run without a pipeline/ to start from: {left}; give another folder"
-    if not (folder / "model_index.json").is_file():
-        return f"'{source}' has no model_index.json; give the top folder of a diffusers pipeline or of an earlier run"
-    try:
-        _read_object(folder / "model_index.json")
-    except (OSError, ValueError):
-        return f"'{source}': model_index.json cannot be read; fetch or save the pipeline again"
-    problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, side))]
-    return f"'{source}': {'; '.join(problems)}" if problems else None
-
-
-def _check_part(folder: Path, part: str, side: Side) -> str | None:
-    part_folder = folder / subfolder(folder, part)
-    if not part_folder.is_dir():
-        return f"subfolder '{part_folder.name}' is missing, so this is no Kandinsky 2.2 {side}"
-    if problem := weight_files.untrusted(part_folder):
-        return problem
-    expected = MODELS.get(part)
-    if expected is None:
-        return None
-    try:
-        found = _class_name(part_folder / "config.json")
-    except (OSError, ValueError):
-        return f"'{part_folder.name}/config.json' cannot be read"
-    if found != expected:
-        return f"'{part_folder.name}' holds a {found}, not a {expected}"
-    return None if any(part_folder.glob("*.safetensors")) else f"'{part_folder.name}' has no .safetensors file"
-
-
-def _class_name(config_file: Path) -> str:
-    config = _read_object(config_file)
-    return str(config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0])
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text("utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON object")
-    return content
-
-
-def pipeline_folder(root: Path) -> Path:
-    """The diffusers folder itself: a run keeps its result in `pipeline/`."""
-    return root / "pipeline" if (root / "pipeline" / "model_index.json").is_file() else root
-
-
-def subfolder(folder: Path, part: str) -> str:
-    """The part's folder name in this pipeline's layout; combined pipelines prefix the prior's parts."""
-    side, name = PARTS[part]
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    return f"prior_{name}" if side == "prior" and index.get("_class_name") == COMBINED else name
 
 
 @dataclass
@@ -150,7 +50,7 @@ class Weights:
         elif is_hub_id(source):
             return self._download(source, side, name)
         else:
-            root = pipeline_folder(Path(source).expanduser())
+            root = pipeline_folder(paths.expanded(source))
         return root / subfolder(root, part)
 
     def _download(self, repo: str, side: Side, name: str) -> Path:
@@ -166,16 +66,13 @@ class Weights:
                 allow_patterns=["model_index.json", f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model", weights],
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"weights.{side}: '{repo}' could not be fetched from the hub ({reason[:200]}); check the id, "
+                f"weights.{side}: '{repo}' could not be fetched from the hub ({first_line(error)}); check the id, "
                 "weights.*_revision, your access (huggingface-cli login) and the network, or give a local folder"
             ) from error
         part = Path(root) / name
         if not part.is_dir():
-            raise ConfigError(
-                f"weights.{side}: the hub repository '{repo}' has no '{name}', or it is not downloaded yet"
-            )
+            raise ConfigError(f"weights.{side}: '{repo}' on the hub has no '{name}'; check the id, or fetch it first")
         return part
 
     def revision(self, side: Side) -> str | None:
@@ -187,7 +84,7 @@ class Weights:
 
     def size_multiple(self) -> int:
         """What the sides of the decoder's images are multiples of: its pipeline rounds up to it, its UNet needs it."""
-        configs = {part: _read_object(self.folder(part) / "config.json") for part in SHRINKING}
+        configs = {part: read_object(self.folder(part) / "config.json") for part in SHRINKING}
         levels = {part: len(config["block_out_channels"]) for part, config in configs.items()}
         scale = 1 << levels["movq"] - 1  # pixels per latent
         return scale * max(scale, 1 << levels["unet"] - 1)
@@ -217,8 +114,8 @@ class Weights:
             return _read_part(part, folder, dtype, self.variant)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             side, _ = PARTS[part]
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"weights.{side}: {folder} cannot be loaded as '{part}': {reason}") from error
+            message = f"weights.{side}: {folder} cannot be loaded as '{part}': {first_line(error)}"
+            raise ConfigError(f"{message}; fetch or copy it again") from error
 
     def read_model(self, part: str, folder: Path) -> Any:
         """A frozen model of this kind from any folder, such as a checkpoint's."""
@@ -287,14 +184,18 @@ def _read_model(part: str, folder: Path, dtype: str, variant: str | None) -> Any
 
     is_clip = part.endswith("encoder")
     cls = getattr(transformers if is_clip else diffusers, MODELS[part])
-    return cls.from_pretrained(
+    model, info = cls.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         variant=variant if weight_files.has_variant(folder, variant) else None,
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
         **({"attn_implementation": "sdpa"} if is_clip else {}),  # else its config may name a kernel to fetch and run
     )
+    if missing := sorted(info["missing_keys"]):  # the libraries fill them with random numbers
+        raise ValueError(f"it lacks {len(missing)} tensors such as {missing[0]}")
+    return model
 
 
 def _read_scheduler(folder: Path) -> Any:

@@ -17,7 +17,8 @@ import torch
 import turns
 
 from kandinsky_exp.data import sources
-from kandinsky_exp.weights import PARTS, Weights
+from kandinsky_exp.parts import PARTS
+from kandinsky_exp.weights import Weights
 
 BENCH = Path(machine.HERE)
 

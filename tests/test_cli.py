@@ -11,7 +11,6 @@ import pytest
 from kandinsky_exp import cli
 
 TINY = ["data=emoji", "weights=tiny", "tracker=none"]
-LONGEST = 700  # characters of a message about one mistake
 
 # What verbs could run into, as the functions of a module that `VERBS` names.
 VERB_MODULE = """
@@ -66,85 +65,6 @@ def in_process(*arguments: str, **environment: str) -> subprocess.CompletedProce
         env={**os.environ, **environment},
         check=False,
     )
-
-
-BAD = [  # (what a user typed, a part of the answer)
-    ([], "data.path: is not set; give the folder of your images"),
-    (["trian"], "trian: no such verb"),
-    (["trian"], "did you mean train?"),
-    (["seed", "3"], "a setting is written key=value"),
-    ([*TINY, "generate"], "the verb comes first: kandinsky-exp generate"),
-    ([*TINY, "seed"], "seed: not a setting; settings are written key=value"),
-    (
-        ["--learning_rate=1e-5"],
-        "written key=value, without dashes; see kandinsky-exp --help; did you mean optimizer.lr?",
-    ),
-    (["--cfg", "jobb"], "invalid choice: 'jobb'"),
-    (["--config-dir", "nowhere"], "nowhere' not found"),
-    (["--config-name", "nowhere", *TINY], "Cannot find primary config 'nowhere'"),
-    (["model=decodr", *TINY], "there is no model=decodr; the choices are decoder, prior; did you mean decoder?"),
-    (["experiment=demo_prio"], "did you mean demo_prior?"),
-    (["sweep=lrs", *TINY], "sweep: there is no sweep=lrs; the choices are lr, snr"),
-    (["trainer=3", *TINY], "trainer: needs a name; choose one of default"),
-    (["data=null"], "data: needs a name; choose one of emoji, folder, hub"),
-    (["modle=decoder", *TINY], "modle: no such setting; did you mean model?"),
-    (["+modle=decoder", *TINY], "modle: nothing reads this key; remove it; did you mean model?"),
-    (["trainer.stepz=3", *TINY], "trainer.stepz: no such setting; did you mean trainer.max_steps?"),
-    (["+trainer.stepz=3", *TINY], "trainer.stepz: nothing reads this key; remove it; did you mean trainer.max_steps?"),
-    (["+trainer.max_steps=3", *TINY], "exists already; write trainer.max_steps=3, without the +"),
-    (["lr=1e-4", *TINY], "lr: no such setting; did you mean optimizer.lr?"),
-    (["max_train_steps=3", *TINY], "did you mean trainer.max_steps?"),
-    (["data=hub", "data.path=x"], "data.path: not a setting of the data that is chosen; it is one of data=folder"),
-    (["model=prior", "model.vlb_weight=0", *TINY], "it is one of model=decoder"),
-    (["=3", *TINY], "=3: cannot be read"),
-    (["data.path=my pics (old)"], "quote it twice: 'data.path=\"my pics (old)\"'"),
-    (["validation.prompts=[a=b]", *TINY], "quote each text: 'validation.prompts="),
-    (["validation.prompts=a fox, snow", *TINY], "several values need --multirun; if this is one text, quote each text"),
-    (["optimizer.lr=1e-4,1e-5", *TINY], "several values need --multirun"),
-    (["data.path=~/no/such/folder"], f"there is no folder '{Path('~/no/such/folder').expanduser()}' here"),
-    (["trainer.max_steps=abc", *TINY], "trainer.max_steps: has to be a whole number, at least 1, not 'abc'"),
-    (["optimizer.lr=abc", *TINY], "optimizer.lr: has to be a number, above 0, not 'abc'"),
-    (["optimizer.lr=-1", *TINY], "optimizer.lr: has to be a number, above 0, not -1"),
-    (["trainer.attention=flash", *TINY], "trainer.attention: has to be one of sdpa, xformers, eager, not 'flash'"),
-    (["precision=fp8", *TINY], "there is no precision=fp8; the choices are bf16, fp16, fp32"),
-    (["model.condition_dropout=10", *TINY], "has to be a number, between 0 and 1, not 10"),
-    (["model.snr_gamma=0", *TINY], "model.snr_gamma: has to be a number, above 0, or null, not 0"),
-    (["validation.fraction=1", *TINY], "has to be a number, at least 0 and below 1, not 1"),
-    (["data.resolution=100", *TINY], "a multiple of 8"),
-    (["name=a/b", *TINY], "name: has to be text, without any of /"),
-    (["hub.push=true", *TINY], "hub.repo_id: hub.push is on but there is no repository"),
-    (["adapter.rank=4", *TINY], "adapter.rank: is set, but adapter=none"),
-    (["checkpoint.resume=nowhere", *TINY], "checkpoint.resume: 'nowhere' is no folder"),
-    (["weights.prior=./nowhere", *TINY], "weights.prior: there is no folder './nowhere'"),
-    (["validation.prompts=nowhere.txt", *TINY], "there is no text file 'nowhere.txt'"),
-    (["tracker.uri=${foo}", *TINY], "tracker.uri: Interpolation key 'foo' not found"),
-    (["~trainer.max_steps", *TINY], "trainer.max_steps: is missing"),
-    (["~trainer.max_stepz", *TINY], "trainer.max_stepz: no such setting"),
-    (["scheduler=polynomial", "optimizer.lr=1e-9", *TINY], "scheduler.lr_end: 1e-07 is not below optimizer.lr"),
-    (["optimizer._target_=torch.optim.AdamX", *TINY], "there is no 'AdamX' in torch.optim; did you mean Adam"),
-    (["+optimizer.foo=1", *TINY], "torch.optim.AdamW takes no such argument"),
-    (["hydra.foo=1", *TINY], "Could not override 'hydra.foo'"),
-    (["-m", "modle=prior", "optimizer.lr=1,2", *TINY], "modle: no such setting; did you mean model?"),
-    (["-m", "optimiser.lr=1,2", *TINY], "optimiser.lr: no such setting; did you mean optimizer.lr?"),
-    (["-m", "model=prior,decodr", *TINY], "there is no model=decodr"),
-    (["generate", "weights=tiny"], "prompts: is empty"),
-    (["generate", "trainer.max_steps=3", "prompts=[a]"], "trainer.max_steps: no such setting"),
-    (["generate", "model=prior", "prompts=[a]"], "model: generate has no such group; remove it"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "answer"), BAD, ids=[" ".join(line) or "nothing" for line, _ in BAD])
-def test_a_mistake_is_answered_in_short(
-    arguments: list[str], answer: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert exit_code(*arguments) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert answer in err
-    assert "Traceback" not in err
-    assert len(err) < LONGEST
-    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_all_mistakes_at_once(capfd: pytest.CaptureFixture[str]) -> None:

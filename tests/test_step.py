@@ -26,9 +26,9 @@ from kandinsky_exp import build, fixed_noise, loop, pipelines, processes
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
 from kandinsky_exp.meter import Meter, StepResult
+from kandinsky_exp.parts import MODELS
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.tracking import NullTracker
-from kandinsky_exp.weights import MODELS
 
 CPU = torch.device("cpu")
 EVERYTHING = [

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 from PIL import Image
 
-from kandinsky_exp import build, cli, config, generate, trust, weight_files, weights
+from kandinsky_exp import build, cli, config, generate, parts, saved_config, trust, weight_files, weights
 from kandinsky_exp.data import sources
 from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import ConfigError, DataError
@@ -435,9 +435,9 @@ def test_a_foreign_config_is_plain_data(
     (tmp_path / "config.yaml").write_text(text)
     if expected is not None and " " in expected:
         with pytest.raises(ConfigError, match=expected):
-            generate.saved_value(tmp_path, "weights.prior")
+            saved_config.value(tmp_path, "weights.prior")
     else:
-        assert generate.saved_value(tmp_path, "weights.prior") == expected
+        assert saved_config.value(tmp_path, "weights.prior") == expected
     assert not marker.exists()
 
 
@@ -486,7 +486,7 @@ PICKLED = {
 def test_a_pickle_beside_good_weights_is_refused_by_name(name: str, their_weights: Path, marker: Path) -> None:
     (their_weights / name).parent.mkdir(exist_ok=True)
     PICKLED[name](their_weights / name)
-    problem = weights.check_source(str(their_weights), "prior")
+    problem = parts.check_source(str(their_weights), "prior")
     assert problem is not None
     assert f"'{name}' is a pickle or an archive" in problem
     assert "remove it, or convert it to .safetensors" in problem
@@ -518,16 +518,16 @@ def test_a_foreign_checkpoint_with_a_pickle_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_asks_for_a_repositorys_kernel(their_weights: Path) -> None:
     """transformers would fetch it from the hub and run it, whoever calls from_pretrained."""
     change(their_weights / "prior_text_encoder" / "config.json", _attn_implementation="someone/kernel")
-    assert "asks for the code of 'someone/kernel'" in str(weights.check_source(str(their_weights), "prior"))
-    parts = weights.Weights(str(their_weights), "tiny", their_weights / "cache")  # as from the hub, without that check
-    assert parts.load("text_encoder").config._attn_implementation == "sdpa"
+    assert "asks for the code of 'someone/kernel'" in str(parts.check_source(str(their_weights), "prior"))
+    theirs = weights.Weights(str(their_weights), "tiny", their_weights / "cache")  # as from the hub, without that check
+    assert theirs.load("text_encoder").config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["../../outside.safetensors", "/dev/zero", "a/b.safetensors", "..\\b.safetensors"])
 def test_shards_that_lead_out(name: str, their_weights: Path) -> None:
     index = their_weights / "prior_prior" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
-    assert "leads out of its folder" in str(weights.check_source(str(their_weights), "prior"))
+    assert "leads out of its folder" in str(parts.check_source(str(their_weights), "prior"))
     assert all(file.parent == index.parent for file in weight_files.opened(index.parent, True, None))
 
 

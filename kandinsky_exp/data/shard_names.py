@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from kandinsky_exp.data.download import is_url, shown
 from kandinsky_exp.errors import DataError
+from kandinsky_exp.paths import exists, expanded, is_file, is_folder
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MANY = 1_000_000
@@ -34,7 +35,7 @@ def expand(path: str | Path | Sequence[str], key: str) -> tuple[str, ...]:
 
 def _braces(path: str, key: str) -> list[str]:
     """Every string that braces stand for. A file of exactly this name is itself."""
-    if not is_url(path) and Path(path).expanduser().exists():
+    if not is_url(path) and exists(path):
         return [path]
     parts = BRACES.split(path)  # text and insides of braces by turns
     choices = [[part] if place % 2 == 0 else _choices(part, path, key) for place, part in enumerate(parts)]
@@ -60,12 +61,12 @@ def _plain(path: str) -> str:
 def _found(name: str, key: str) -> list[str]:
     if is_url(name):
         return [_checked(name, key)]
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expanded(name)
+    if is_folder(path):
         found = sorted(str(file) for file in path.iterdir() if file.name.endswith(ENDINGS))
         problem = f"{path} holds no {' or '.join(ENDINGS[:2])}"
-    elif path.exists() or not has_magic(name):
-        found = [str(path)] if path.is_file() else []
+    elif exists(path) or not has_magic(name):
+        found = [str(path)] if is_file(path) else []
         problem = f"there is no file {path}"
     else:
         found, problem = sorted(glob(str(path))), f"no file fits {path}"  # noqa: PTH207 - absolute patterns

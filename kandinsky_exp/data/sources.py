@@ -18,6 +18,7 @@ from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.shard_names import expand
 from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.errors import DataError
+from kandinsky_exp.paths import expanded, is_file, is_folder
 
 __all__ = [
     "Example",
@@ -51,8 +52,8 @@ def folder(path: str | Path, image_column: str = "image", caption_column: str = 
     Raises:
         DataError: if there is no such folder, metadata or row, or no line of the metadata is a row.
     """
-    root = Path(path).expanduser()
-    if not root.is_dir():
+    root = expanded(path)
+    if not is_folder(root):
         raise DataError(f"data.path: {root} is not a folder; give the folder that holds the images and their captions")
     listed = metadata.find(root) is not None
     home = root / "train" if (root / "train").is_dir() and not listed else root
@@ -88,9 +89,9 @@ def listing(
 
 
 def _read_list(path: str | Path, key: str, image_column: str, caption_column: str) -> FileRows:
-    file = Path(path).expanduser()
-    if not file.is_file() or file.suffix.lower() not in LISTS:
-        wrong = "has none of these endings" if file.is_file() else "is no file"
+    file = expanded(path)
+    if not is_file(file) or file.suffix.lower() not in LISTS:
+        wrong = "has none of these endings" if is_file(file) else "is no file"
         raise DataError(f"{key}: {file} {wrong}; give a list of images as {', '.join(LISTS)}")
     return read_listed(file, image_column, caption_column, inside=False)
 

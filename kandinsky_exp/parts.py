@@ -1,0 +1,112 @@
+"""The parts of Kandinsky 2.2, and what a folder of them has to look like. Reads small files and imports no torch.
+
+Kandinsky 2.2 comes as two pipelines. The prior pipeline holds `prior`, `text_encoder`, `image_encoder`, `tokenizer`,
+`image_processor` and a scheduler; the decoder pipeline `unet`, `movq` and a scheduler. A combined folder holds both,
+the prior's parts under names that begin with `prior_`. Here every part has one name, whatever the layout.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from kandinsky_exp import paths, weight_files
+from kandinsky_exp.errors import cut
+
+Side = Literal["prior", "decoder"]
+# Part → (the pipeline that holds it, its subfolder there).
+PARTS: dict[str, tuple[Side, str]] = {
+    "prior": ("prior", "prior"),
+    "text_encoder": ("prior", "text_encoder"),
+    "image_encoder": ("prior", "image_encoder"),
+    "tokenizer": ("prior", "tokenizer"),
+    "image_processor": ("prior", "image_processor"),
+    "prior_scheduler": ("prior", "scheduler"),
+    "unet": ("decoder", "unet"),
+    "movq": ("decoder", "movq"),
+    "decoder_scheduler": ("decoder", "scheduler"),
+}
+MODELS = {
+    "prior": "PriorTransformer",
+    "text_encoder": "CLIPTextModelWithProjection",
+    "image_encoder": "CLIPVisionModelWithProjection",
+    "unet": "UNet2DConditionModel",
+    "movq": "VQModel",
+}
+SHRINKING = ("movq", "unet")
+COMBINED = "KandinskyV22CombinedPipeline"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def side_parts(side: Side) -> list[str]:
+    return [name for name, (owner, _) in PARTS.items() if owner == side]
+
+
+def is_hub_id(source: str) -> bool:
+    return HUB_ID.fullmatch(source) is not None and not paths.exists(source)
+
+
+def check_source(source: str, side: Side) -> str | None:
+    """What is wrong with a source of weights, or None. Reads small JSON files only and imports no torch."""
+    if source == "tiny" or is_hub_id(source):
+        return None
+    root = paths.expanded(source)
+    if not paths.is_folder(root):
+        hub_id = f"kandinsky-community/kandinsky-2-2-{side}"
+        return f"there is no folder '{cut(source)}'; give one, or a hub id such as {hub_id}"
+    folder = pipeline_folder(root)
+    if folder == root and (root / "config.yaml").is_file():
+        left = "an adapter run leaves no whole network" if (root / "adapter").is_dir() else "it is not finished"
+        return f"'{source}' is a run without a pipeline/ to start from: {left}; give another folder"
+    if not (folder / "model_index.json").is_file():
+        return f"'{source}' has no model_index.json; give the top folder of a diffusers pipeline or of an earlier run"
+    try:
+        read_object(folder / "model_index.json")
+    except (OSError, ValueError):
+        return f"'{source}': model_index.json cannot be read; fetch or save the pipeline again"
+    problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, side))]
+    return f"'{source}': {'; '.join(problems)}; give a Kandinsky 2.2 {side}, or fetch it again" if problems else None
+
+
+def _check_part(folder: Path, part: str, side: Side) -> str | None:
+    part_folder = folder / subfolder(folder, part)
+    if not part_folder.is_dir():
+        return f"subfolder '{part_folder.name}' is missing"
+    if problem := weight_files.untrusted(part_folder):
+        return problem
+    expected = MODELS.get(part)
+    if expected is None:
+        return weight_files.unreadable(part_folder)
+    try:
+        found = _class_name(part_folder / "config.json")
+    except (OSError, ValueError):
+        return f"'{part_folder.name}/config.json' cannot be read"
+    if found != expected:
+        return f"'{part_folder.name}' holds a {found}, not a {expected}"
+    if not any(part_folder.glob("*.safetensors")):
+        return f"'{part_folder.name}' has no .safetensors file"
+    return weight_files.damaged(part_folder)
+
+
+def _class_name(config_file: Path) -> str:
+    config = read_object(config_file)
+    return str(config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0])
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON object")
+    return content
+
+
+def pipeline_folder(root: Path) -> Path:
+    """The diffusers folder itself: a run keeps its result in `pipeline/`."""
+    return root / "pipeline" if (root / "pipeline" / "model_index.json").is_file() else root
+
+
+def subfolder(folder: Path, part: str) -> str:
+    """The part's folder name in this pipeline's layout; combined pipelines prefix the prior's parts."""
+    side, name = PARTS[part]
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    return f"prior_{name}" if side == "prior" and index.get("_class_name") == COMBINED else name

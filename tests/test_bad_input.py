@@ -1,0 +1,925 @@
+"""Whatever a user gets wrong: one short answer that names the key or file and what to do, at once, and no harm done.
+
+One table. A row is what was typed, a part of the answer, and what makes the files that it speaks of. Every row runs the
+command in this process against an output folder with a finished run and an MLflow store.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sqlite3
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from running import train
+
+from kandinsky_exp import cli
+from kandinsky_exp import generate as _generate  # noqa: F401 - what a verb imports takes seconds, once
+from kandinsky_exp import run as _run  # noqa: F401
+
+LONGEST = 700  # characters of a message about one mistake
+SLOWEST = 5.0  # seconds
+ADVICE = re.compile(
+    r"; |has to be|did you mean|the choices are|is one of|choose|it takes"
+    r"|exists already|invalid choice|not found|cannot be read|comes first"
+)
+EMOJI = ["data=emoji", "weights=tiny"]
+PRIOR = ["model=prior", *EMOJI]
+DRAW = ["generate", "weights=tiny", "prompts=[a fox]"]
+ON_FOLDER = ["model=prior", "weights=tiny", "data.path={tmp}/data"]
+LISTED = ["model=prior", "weights=tiny", "data=list"]
+SHARDS = ["model=prior", "weights=tiny", "data=webdataset"]
+HUB = ["model=prior", "weights=tiny", "data=hub"]
+STRICT = "validation.fraction=0.05"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One mistake.
+
+    Args:
+        typed: the command line; {tmp} is the row's own folder, {root} the output folder, {tiny} the tiny pipeline.
+        answer: a part of what is printed.
+        make: makes the files in {tmp}.
+        late: found only where images are read, which a run does under its own name: that run fails, and says so.
+    """
+
+    typed: list[str]
+    answer: str
+    make: Callable[[Path], object] | None = None
+    late: bool = False
+    open: str = ""  # what does not hold yet, and where
+
+
+# --- the files of the rows
+
+
+def write(file: Path, content: str | bytes) -> Path:
+    """Also where a hard link stood: the file that it shared stays as it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def file(name: str, content: str | bytes = "") -> Callable[[Path], object]:
+    return lambda tmp: write(tmp / name, content)
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (32, 24)) -> bytes:
+    stream = io.BytesIO()
+    Image.effect_noise(size, 50).convert("RGB").save(stream, kind)
+    return stream.getvalue()
+
+
+def rows(*captions: Any) -> str:
+    return "".join(json.dumps({"file_name": f"{i}.png", "text": text}) + "\n" for i, text in enumerate(captions))
+
+
+def data(metadata: str | bytes | None, images: int = 3, name: str = "metadata.jsonl", **others: bytes) -> Any:
+    """A folder `data` with pictures 0.png, 1.png, …, what lists them, and other files."""
+
+    def make(tmp: Path) -> None:
+        (tmp / "data").mkdir()
+        for number in range(images):
+            write(tmp / "data" / f"{number}.png", picture())
+        if metadata is not None:
+            write(tmp / "data" / name, metadata)
+        for other, content in others.items():
+            write(tmp / "data" / other.replace("_", "."), content)
+
+    return make
+
+
+def parquet(**columns: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return bytes(sink.getvalue())
+
+
+def tar(*members: tuple[str, bytes], cut: int | None = None) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()[:cut]
+
+
+def saved_dataset(tmp: Path) -> None:
+    import datasets
+
+    columns = {"image": [{"bytes": picture(), "path": None}] * 3, "text": ["a", "b", "c"], "number": [1, 2, 3]}
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), number=datasets.Value("int64"))
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(columns, features=features)).save_to_disk(tmp / "saved")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> Path:
+    return tiny_folder
+
+
+TINY: dict[str, Path] = {}  # filled by the fixture `site`: the functions below make their files from it
+
+
+def linked(source: Path, target: Path) -> None:
+    """A copy whose large files are hard links."""
+
+    def link(one: str, other: str) -> object:
+        return os.link(one, other) if one.endswith(".safetensors") else shutil.copyfile(one, other)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+def whole(*harm: Callable[[Path], object], name: str = "weights") -> Callable[[Path], None]:
+    """The tiny combined pipeline in {tmp}/weights, with something done to it."""
+
+    def make(tmp: Path) -> None:
+        linked(TINY["combined"], tmp / name)
+        for action in harm:
+            action(tmp / name)
+
+    return make
+
+
+def half(side: str, *harm: Callable[[Path], object]) -> Callable[[Path], None]:
+    """The prior or the decoder alone, as a folder of its own, {tmp}/weights."""
+
+    def make(tmp: Path) -> None:
+        index = {"_class_name": "KandinskyV22PriorPipeline" if side == "prior" else "KandinskyV22Pipeline"}
+        for folder in TINY["combined"].iterdir():
+            if folder.is_dir() and folder.name.startswith("prior_") == (side == "prior"):
+                linked(folder, tmp / "weights" / folder.name.removeprefix("prior_"))
+                index[folder.name.removeprefix("prior_")] = ["diffusers", "x"]
+        write(tmp / "weights" / "model_index.json", json.dumps(index))
+        for action in harm:
+            action(tmp / "weights")
+
+    return make
+
+
+def without(name: str) -> Callable[[Path], object]:
+    def remove(folder: Path) -> None:
+        target = folder / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    return remove
+
+
+def put(name: str, content: str | bytes) -> Callable[[Path], object]:
+    return lambda folder: write(folder / name, content)
+
+
+def cut(name: str, size: int = 1000) -> Callable[[Path], object]:
+    return lambda folder: write(folder / name, (folder / name).read_bytes()[:size])
+
+
+def setting(name: str, **values: Any) -> Callable[[Path], object]:
+    """Other values in a part's config."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        write(folder / name, json.dumps(content | values))
+
+    return change
+
+
+def other_part(folder: str, part: str, **settings: Any) -> Callable[[Path], object]:
+    """A part of another architecture: its own config and its own weights."""
+
+    def replace(root: Path) -> None:
+        import diffusers
+        import transformers
+        from torch import nn
+
+        shutil.rmtree(root / folder)
+        made: nn.Module
+        config = json.loads((TINY["combined"] / folder / "config.json").read_text())
+        if part.startswith("CLIP"):
+            cls = getattr(transformers, part)
+            made = cls(cls.config_class(**config | settings))
+        else:
+            cls = getattr(diffusers, part)
+            made = cls.from_config(config | settings)
+        made.save_pretrained(root / folder)  # type: ignore[operator]
+
+    return replace
+
+
+def checkpoint(*harm: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A checkpoint of the finished run, {tmp}/run/checkpoints/step-00000002."""
+
+    def make(tmp: Path) -> None:
+        linked(TINY["run"], tmp / "run")
+        for action in harm:
+            action(tmp / "run" / "checkpoints" / "step-00000002")
+
+    return make
+
+
+SAFE = "diffusion_pytorch_model.safetensors"
+UNET = "UNet2DConditionModel"
+PRIOR_WEIGHTS = [*PRIOR, "weights.prior={tmp}/weights"]
+DECODER_WEIGHTS = [*EMOJI, "weights.decoder={tmp}/weights"]
+
+TABLE: dict[str, list[Bad]] = {}
+
+TABLE["command lines"] = [
+    Bad([], "data.path: is not set; give the folder of your images"),
+    Bad(["trian"], "trian: no such verb"),
+    Bad(["trian"], "did you mean train?"),
+    Bad(["--train"], "written key=value, without dashes"),
+    Bad(["train", "generate"], "the verb comes first: kandinsky-exp generate"),
+    Bad(["seed", "3"], "a setting is written key=value"),
+    Bad([*EMOJI, "generate"], "the verb comes first: kandinsky-exp generate"),
+    Bad([*EMOJI, "seed"], "seed: not a setting; settings are written key=value"),
+    Bad([*EMOJI, "seed", "=", "3"], "not a setting; settings are written key=value"),
+    Bad(["--learning_rate=1e-5"], "without dashes; see kandinsky-exp --help; did you mean optimizer.lr?"),
+    Bad(["--train_data_dir", "pics"], "did you mean data.path?"),
+    Bad(["--cfg", "jobb"], "invalid choice: 'jobb'"),
+    Bad(["--config-dir", "nowhere"], "--config-dir: folder 'nowhere' not found; give the one of your yaml files"),
+    Bad(["--config-dir"], "expected one argument"),
+    Bad(["--config-name", "nowhere", *EMOJI], "Cannot find primary config 'nowhere'"),
+    Bad(["--config-path", "nowhere", *EMOJI], "nowhere"),
+    Bad(["--package"], "expected one argument"),
+    Bad(["-x", *EMOJI], "-x"),
+    Bad(["=3", *EMOJI], "=3: cannot be read"),
+    Bad(["data.path=my pics (old)"], "quote it twice: 'data.path=\"my pics (old)\"'"),
+    Bad(["validation.prompts=[a=b]", *EMOJI], "quote each text: 'validation.prompts="),
+    Bad(["validation.prompts=a fox, snow", *EMOJI], "several values need --multirun; if this is one text, quote each"),
+    Bad(["optimizer.lr=1e-4,1e-5", *EMOJI], "several values need --multirun"),
+    Bad(["optimizer.betas=(0.9,0.99)", *EMOJI], "optimizer.betas=(0.9,0.99): cannot be read"),
+    Bad(["trainer.max_steps=${nothing", *EMOJI], "cannot be read"),
+    Bad(["name=" + "a'" * 2000, *EMOJI], "cannot be read"),
+    Bad(["tracker.uri=${foo}", *EMOJI], "tracker.uri: Interpolation key 'foo' not found"),
+    Bad(["name=${now:}", *EMOJI], "name: "),
+    Bad(["name=${no_such_resolver:1}", *EMOJI], "name: "),
+    Bad(["seed=${seed}", *EMOJI], "seed: "),
+    Bad(["~trainer.max_steps", *EMOJI], "trainer.max_steps: is missing"),
+    Bad(["~trainer.max_stepz", *EMOJI], "trainer.max_stepz: no such setting"),
+    Bad(["~trainer", *EMOJI], "trainer: is missing"),
+    Bad(["~optimizer", *EMOJI], "optimizer: is missing"),
+    Bad(["~data", "weights=tiny"], "data: is missing"),
+    Bad(["hydra.foo=1", *EMOJI], "Could not override 'hydra.foo'"),
+    Bad(["hydra/launcher=slurm", "-m", "seed=1,2", *EMOJI], "hydra/launcher: there is no hydra/launcher=slurm"),
+    Bad(["-m", "modle=prior", "optimizer.lr=1,2", *EMOJI], "modle: no such setting; did you mean model?"),
+    Bad(["-m", "optimiser.lr=1,2", *EMOJI], "optimiser.lr: no such setting; did you mean optimizer.lr?"),
+    Bad(["-m", "model=prior,decodr", *EMOJI], "there is no model=decodr"),
+    Bad(["-m", "optimizer.lr=range(1)", "modle=1", *EMOJI], "modle: no such setting"),
+    Bad(["generate", "weights=tiny"], "prompts: is empty"),
+    Bad(["generate", "trainer.max_steps=3", "prompts=[a]"], "trainer.max_steps: no such setting"),
+    Bad(["generate", "model=prior", "prompts=[a]"], "model: generate has no such group; remove it"),
+    Bad(["encode", "trainer.max_steps=3", *EMOJI], "trainer.max_steps: no such setting"),
+    Bad(["encode", "optimizer=sgd", *EMOJI], "optimizer: encode has no such group; remove it"),
+    Bad(["encode", "remove=[t0000]"], "remove: "),
+    Bad(["encode", "list=3"], "list: has to be true or false"),
+]
+TABLE["keys and groups"] = [
+    Bad(["model=decodr", *EMOJI], "there is no model=decodr; the choices are decoder, prior; did you mean decoder?"),
+    Bad(["experiment=demo_prio"], "did you mean demo_prior?"),
+    Bad(["sweep=lrs", *EMOJI], "sweep: there is no sweep=lrs; the choices are lr, snr"),
+    Bad(["trainer=3", *EMOJI], "trainer: needs a name; choose one of default"),
+    Bad(["data=null"], "data: needs a name; choose one of emoji, folder, hub"),
+    Bad(["data=my_pictures"], "there is no data=my_pictures; the choices are"),
+    Bad(["optimizer=adam", *EMOJI], "did you mean adamw?"),
+    Bad(["adapter=true", *EMOJI], "adapter: needs a name; choose one of dora, lora, none"),
+    Bad(["precision=16", *EMOJI], "precision: needs a name; choose one of bf16, fp16, fp32"),
+    Bad(["precision=fp8", *EMOJI], "there is no precision=fp8; the choices are bf16, fp16, fp32"),
+    Bad(["tracker=wandb", *EMOJI], "there is no tracker=wandb; the choices are mlflow, none"),
+    Bad(["modle=decoder", *EMOJI], "modle: no such setting; did you mean model?"),
+    Bad(["+modle=decoder", *EMOJI], "modle: nothing reads this key; remove it; did you mean model?"),
+    Bad(["++modle=decoder", *EMOJI], "modle: nothing reads this key; remove it; did you mean model?"),
+    Bad(["trainer.stepz=3", *EMOJI], "trainer.stepz: no such setting; did you mean trainer.max_steps?"),
+    Bad(["+trainer.stepz=3", *EMOJI], "trainer.stepz: nothing reads this key; remove it; did you mean"),
+    Bad(["+trainer.max_steps=3", *EMOJI], "exists already; write trainer.max_steps=3, without the +"),
+    Bad(
+        ["+data.pth=x", "data.path={tmp}", "weights=tiny"], "data.pth: kandinsky_exp.data.sources.folder takes no such"
+    ),
+    Bad(["+weights.unet=x", *EMOJI], "weights.unet: nothing reads this key"),
+    Bad(["+trainer.lr.value=3", *EMOJI], "trainer.lr: nothing reads this key"),
+    Bad(["lr=1e-4", *EMOJI], "lr: no such setting; did you mean optimizer.lr?"),
+    Bad(["max_train_steps=3", *EMOJI], "did you mean trainer.max_steps?"),
+    Bad(["batch_size=3", *EMOJI], "did you mean trainer.batch_size"),
+    Bad(["resolution=512", *EMOJI], "did you mean data.resolution?"),
+    Bad(["data=hub", "data.path=x"], "data.path: not a setting of the data that is chosen; it is one of data=folder"),
+    Bad(["model=prior", "model.vlb_weight=0", *EMOJI], "it is one of model=decoder"),
+    Bad(["optimizer._target_=torch.optim.AdamX", *EMOJI], "there is no 'AdamX' in torch.optim; did you mean Adam"),
+    Bad(["optimizer._target_=torch.nn.Linear", *EMOJI], "optimizer"),
+    Bad(["optimizer._target_=AdamW", *EMOJI], "optimizer._target_"),
+    Bad(["model._target_=fractions.Fraction", *EMOJI], "model"),
+    Bad(["optimizer._partial_=false", *EMOJI], "optimizer._partial_: has to be true"),
+    Bad(["model._partial_=false", *EMOJI], "model._partial_: has to be true"),
+    Bad(["+data._partial_=true", *EMOJI], "data._partial_: has to be false"),
+    Bad(["+optimizer.foo=1", *EMOJI], "torch.optim.AdamW takes no such argument"),
+    Bad(["optimizer=null", *EMOJI], "optimizer: needs a name"),
+    Bad(["data=[emoji,folder]", "weights=tiny"], "data"),
+]
+TABLE["values"] = [
+    Bad(["trainer.max_steps=abc", *EMOJI], "trainer.max_steps: has to be a whole number, at least 1, not 'abc'"),
+    Bad(["trainer.max_steps=0", *EMOJI], "trainer.max_steps: has to be a whole number, at least 1, not 0"),
+    Bad(["trainer.max_steps=1e3", *EMOJI], "write 1000"),
+    Bad(["trainer.max_steps=1_000.5", *EMOJI], "trainer.max_steps: has to be a whole number"),
+    Bad(["trainer.max_epochs=0", *EMOJI], "trainer.max_epochs: has to be a whole number, at least 1"),
+    Bad(["trainer.batch_size=-4", *EMOJI], "trainer.batch_size: has to be a whole number, at least 1, not -4"),
+    Bad(["trainer.grad_accumulation=0", *EMOJI], "trainer.grad_accumulation: has to be a whole number, at least 1"),
+    Bad(["trainer.max_grad_norm=-1", *EMOJI], "trainer.max_grad_norm: has to be a number, above 0, or null"),
+    Bad(["trainer.ema_decay=1", *EMOJI], "trainer.ema_decay: has to be a number, at least 0 and below 1"),
+    Bad(["trainer.ema_decay=true", *EMOJI], "trainer.ema_decay: has to be a number"),
+    Bad(["trainer.log_every=0", *EMOJI], "trainer.log_every: has to be a whole number, at least 1"),
+    Bad(["trainer.attention=flash", *EMOJI], "trainer.attention: has to be one of sdpa, xformers, eager, not 'flash'"),
+    Bad(["trainer.compile=1", *EMOJI], "trainer.compile: has to be true or false, not 1"),
+    Bad(["checkpoint.every=0", *EMOJI], "checkpoint.every: has to be a whole number, at least 1"),
+    Bad(["checkpoint.keep=0", *EMOJI], "checkpoint.keep: has to be a whole number, at least 1"),
+    Bad(["optimizer.lr=abc", *EMOJI], "optimizer.lr: has to be a number, above 0, not 'abc'"),
+    Bad(["optimizer.lr=-1", *EMOJI], "optimizer.lr: has to be a number, above 0, not -1"),
+    Bad(["optimizer.lr=1e-4f", *EMOJI], "optimizer.lr: has to be a number"),
+    Bad(["optimizer.lr=nan", *EMOJI], "optimizer.lr: has to be a number, above 0, not nan"),
+    Bad(["optimizer.betas=0.9", *EMOJI], "optimizer.betas: has to be a list of numbers"),
+    Bad(["optimizer.betas=[0.9,1]", *EMOJI], "optimizer.betas: has to be a list of numbers"),
+    Bad(["optimizer.eps=0", *EMOJI], "optimizer.eps: has to be a number, above 0"),
+    Bad(["optimizer.weight_decay=-0.1", *EMOJI], "optimizer.weight_decay: has to be a number, at least 0"),
+    Bad(["scheduler.warmup_steps=0.1", *EMOJI], "scheduler.warmup_steps: has to be a whole number, at least 0"),
+    Bad(["model.condition_dropout=10", *EMOJI], "has to be a number, between 0 and 1, not 10"),
+    Bad(["model.snr_gamma=0", *EMOJI], "model.snr_gamma: has to be a number, above 0, or null, not 0"),
+    Bad(["model.vlb_weight=-1", *EMOJI], "model.vlb_weight: has to be a number, at least 0"),
+    Bad(["validation.fraction=1", *EMOJI], "has to be a number, at least 0 and below 1, not 1"),
+    Bad(["validation.fraction=5%", *EMOJI], "validation.fraction"),
+    Bad(["validation.inference_steps=1", *EMOJI], "validation.inference_steps: has to be a whole number, at least 2"),
+    Bad(["validation.draws=0", *EMOJI], "validation.draws: has to be a whole number, at least 1"),
+    Bad(["validation.prompts=3", *EMOJI], "validation.prompts: has to be"),
+    Bad(["validation.prompts=[3]", *EMOJI], "validation.prompts: has to be"),
+    Bad(["validation.prompts=['']", *EMOJI], "validation.prompts: has to be"),
+    Bad(["validation.prompts=nowhere.txt", *EMOJI], "there is no text file 'nowhere.txt'"),
+    Bad(["validation.prompts=" + "a" * 5000, *EMOJI], "validation.prompts: there is no text file"),
+    Bad(["data.resolution=100", *EMOJI], "a multiple of 8"),
+    Bad(["data.resolution=0", *EMOJI], "data.resolution: has to be a whole number"),
+    Bad(["data.resolution=512x512", *EMOJI], "data.resolution: has to be a whole number"),
+    Bad(["data.resolution=[512,512]", *EMOJI], "data.resolution: has to be a whole number"),
+    Bad(["data.resolution=72", *EMOJI], "data.resolution: has to be a multiple of 16 for these weights, not 72"),
+    Bad(["data.max_samples=0", *EMOJI], "data.max_samples: has to be a whole number, at least 1"),
+    Bad(["data.num_workers=-1", *EMOJI], "data.num_workers: has to be a whole number, at least 0"),
+    Bad(["data.encode_batch=0", *EMOJI], "data.encode_batch: has to be a whole number, at least 1"),
+    Bad(["data.on_error=ignore", *EMOJI], "data.on_error: has to be one of raise, skip"),
+    Bad(["data.cache=yes please", *EMOJI], "data.cache: has to be true or false"),
+    Bad(["seed=99999999999", *EMOJI], "seed: has to be a whole number, between 0 and 2^32 - 1"),
+    Bad(["seed=null", *EMOJI], "seed: has to be a whole number"),
+    Bad(["name=a/b", *EMOJI], "name: has to be text, without any of /"),
+    Bad(["name=..", *EMOJI], "name: has to be text"),
+    Bad(["name=2024", *EMOJI], "as text it needs quotes inside the shell's"),
+    Bad(["name=" + "n" * 300, *EMOJI], "name: is too long for a folder; give a shorter one"),
+    Bad(['name="a\0b"', *EMOJI], "name: "),
+    Bad(["name=cache", *EMOJI], "name: 'cache' is what all runs share"),
+    Bad(["name=generate", *EMOJI], "name: 'generate' is what all runs share"),
+    Bad(["name=mlflow.db", *EMOJI], "name: 'mlflow.db' is"),
+    Bad(["output_root=", *EMOJI], "output_root: has to be text"),
+    Bad(["output_root=null", *EMOJI], "output_root: has to be text"),
+    Bad(["output_root=/proc/nothing", *EMOJI], "output_root: /proc/nothing cannot be written"),
+    Bad(["output_root={tmp}/file", *EMOJI], "is a file; give a folder", file("file")),
+    Bad(
+        ["output_root={tmp}/file/out", *EMOJI],
+        "file/out cannot be written (Not a directory); choose another",
+        file("file"),
+    ),
+    Bad(["output_root=" + "o" * 300, *EMOJI], "output_root: "),
+    Bad(["output_root=" + "o/" * 3000, *EMOJI], "output_root: "),
+    Bad(['output_root="a\0b"', *EMOJI], "output_root: "),
+    Bad(['output_root="~nobody-is-called-so/x"', *EMOJI], "output_root: "),
+    Bad(["encode", "output_root={tmp}/file/out", *EMOJI], "output_root: ", file("file")),
+    Bad([*DRAW, "output_root={tmp}/file/out"], "output_root: ", file("file")),
+    Bad([*DRAW, "num_images=0"], "num_images: has to be a whole number, at least 1"),
+    Bad([*DRAW, "inference_steps=-3"], "inference_steps: has to be a whole number, at least 1"),
+    Bad([*DRAW, "prior_inference_steps=1"], "prior_inference_steps: has to be a whole number, at least 2"),
+    Bad([*DRAW, "guidance_scale=-4"], "guidance_scale: has to be a number, at least 0"),
+    Bad([*DRAW, "height=100"], "height: has to be a whole number, a multiple of 8"),
+    Bad([*DRAW, "height=72"], "height: has to be a multiple of 16 for this decoder, not 72"),
+    Bad([*DRAW, "negative_prompt=null"], "negative_prompt: has to be text"),
+    Bad([*DRAW, "prompts=3"], "prompts: has to be"),
+    Bad([*DRAW, "prompts={tmp}/p.txt"], "is not a text file in UTF-8", file("p.txt", b"\xff\xfe\x00")),
+    Bad([*DRAW, "prompts={tmp}/p.txt"], "is empty; write one prompt per line", file("p.txt", "\n \n")),
+    Bad([*DRAW, "prompts={tmp}"], "there is no text file"),
+]
+TABLE["contradictions"] = [
+    Bad(["hub.push=true", *EMOJI], "hub.repo_id: hub.push is on but there is no repository"),
+    Bad(["hub.repo_id=me/mine", *EMOJI], "hub.repo_id: is set, but hub.push is off; add hub.push=true, or remove it"),
+    Bad(["hub.push=true", "hub.repo_id=me/mine/x", *EMOJI], "hub.repo_id: 'me/mine/x' is no <user>/<name>"),
+    Bad(["hub.push=true", "hub.repo_id=me/mine", *EMOJI], "hub.push: nobody is logged in on the hub; run `hf auth"),
+    Bad(["adapter.rank=4", *EMOJI], "adapter.rank: is set, but adapter=none"),
+    Bad(["adapter.dropout=0.1", *EMOJI], "adapter.dropout: is set, but adapter=none"),
+    Bad(["adapter=lora", "adapter.rank=null", *EMOJI], "adapter.rank: has to be a whole number, at least 1, not null"),
+    Bad(["adapter=lora", "adapter.rank=0", *EMOJI], "adapter.rank: has to be a whole number, at least 1"),
+    Bad(["adapter=lora", "adapter.target_modules=to_q", *EMOJI], "a list is written [to_q]"),
+    Bad(["adapter=lora", "adapter.target_modules=[]", *EMOJI], "adapter.target_modules: is empty"),
+    Bad(["scheduler=polynomial", "optimizer.lr=1e-9", *EMOJI], "scheduler.lr_end: 1e-07 is not below optimizer.lr"),
+    Bad(["scheduler.warmup_steps=20", "trainer.max_steps=10", *EMOJI], "scheduler.warmup_steps: 20 is more than"),
+    Bad(["precision.frozen_dtype=float16", *EMOJI], "half precision needs mixed precision; take precision=bf16"),
+    Bad(["data.cache=false", "data.buckets=true", *EMOJI], "data.buckets: the sizes of all images are known once"),
+    Bad(["data.buckets=true", "data.resolution=72", *EMOJI], "to be a multiple of 64, not 72"),
+    Bad([*SHARDS, "data.path={tmp}/a.tar", "data.cache=false"], "data.cache: ", file("a.tar", tar(("0.png", b"x")))),
+    Bad([*PRIOR, "weights.prior_revision=main"], "weights.prior_revision: is set, but weights.prior is no hub id"),
+    Bad([*PRIOR, "weights.prior={tiny}", "weights.variant=fp61"], "weights.variant: "),
+    Bad([*DRAW, "log_to_run=true"], "log_to_run: neither the prior nor the decoder comes from an MLflow run"),
+    Bad([*DRAW, "log_to_run=true", "tracker=none"], "log_to_run: is on, but tracker=none"),
+    Bad(["tracker.uri=runs", *EMOJI], "tracker.uri: 'runs' is no address"),
+    Bad(["tracker.uri=./mlruns", *EMOJI], "tracker.uri: './mlruns' is no address"),
+    Bad(["tracker.uri=file:///tmp/x", *EMOJI], "tracker.uri: "),
+    Bad(["tracker.uri=mysqlite:///x", *EMOJI], "tracker.uri: "),
+    Bad(["tracker.uri=5000", *EMOJI], "tracker.uri: has to be text"),
+    Bad(["tracker.uri=http://localhost:1", *EMOJI], "tracker.uri: "),
+    Bad(["tracker.uri=http://[::1", *EMOJI], "tracker.uri"),
+    Bad(["tracker.uri=sqlite:////proc/nothing/x.db", *EMOJI], "tracker.uri: "),
+    Bad(['tracker.experiment=""', *EMOJI], "tracker.experiment: has to be"),
+    Bad(["-m", "seed=1,2", "model=prior", "weights=tiny", "data=folder"], "data.path: is not set"),
+]
+MINE = ["--config-dir", "{tmp}/mine"]
+TABLE["config files"] = [
+    Bad([*MINE, "experiment=e", *EMOJI], 'e.yaml", line 1', file("mine/experiment/e.yaml", "a: [1\nb: }")),
+    Bad([*MINE, "experiment=e", *EMOJI], "e.yaml", file("mine/experiment/e.yaml", "a: b: c")),
+    Bad([*MINE, "experiment=e", *EMOJI], "e", file("mine/experiment/e.yaml", "\ttrainer: 3")),
+    Bad([*MINE, "experiment=e", *EMOJI], "e.yaml", file("mine/experiment/e.yaml", b"\xff\xfe\x00x")),
+    Bad([*MINE, "experiment=e", *EMOJI], "e", file("mine/experiment/e.yaml", "- a\n- b\n")),
+    Bad([*MINE, "experiment=e", *EMOJI], "e", file("mine/experiment/e.yaml", "just a text")),
+    Bad(
+        [*MINE, "experiment=e", *EMOJI],
+        "did you mean trainer.max_steps?",
+        file("mine/experiment/e.yaml", "# @package _global_\ntrainer:\n  max_stepz: 3\n"),
+    ),
+    Bad(
+        [*MINE, "experiment=e", *EMOJI],
+        "experiment: nothing reads this key",
+        file("mine/experiment/e.yaml", "trainer:\n  max_steps: 3\n"),
+    ),
+    Bad(
+        [*MINE, "experiment=e", *EMOJI],
+        "model/nothing",
+        file("mine/experiment/e.yaml", "# @package _global_\ndefaults:\n  - override /model: nothing\n"),
+    ),
+    Bad(
+        [*MINE, "experiment=e", *EMOJI],
+        "e",
+        file("mine/experiment/e.yaml", "# @package _global_\ndefaults:\n  - model: prior\n"),
+    ),
+    Bad(
+        [*MINE, "experiment=e", *EMOJI],
+        "trainer: has to be a group of settings",
+        file("mine/experiment/e.yaml", "# @package _global_\ntrainer: 3\n"),
+    ),
+    Bad(
+        [*MINE, "experiment=e", *EMOJI],
+        "optimizer.lr: has to be a number",
+        file("mine/experiment/e.yaml", "# @package _global_\noptimizer:\n  lr: 1e-4x\n"),
+    ),
+    Bad(
+        [*MINE, "experiment=e", *EMOJI],
+        "trainer.max_steps: ",
+        file("mine/experiment/e.yaml", "# @package _global_\ntrainer:\n  max_steps: ${oc.env:NO_SUCH_VARIABLE}\n"),
+    ),
+    Bad(
+        [*MINE, "optimizer=mine", *EMOJI],
+        "optimizer._target_: is missing",
+        file("mine/optimizer/mine.yaml", "lr: 1e-4"),
+    ),
+    Bad([*MINE, "optimizer=mine", *EMOJI], "optimizer", file("mine/optimizer/mine.yaml", "")),
+    Bad(
+        [*MINE, "data=mine", "weights=tiny"],
+        "data.resolution: is missing",
+        file("mine/data/mine.yaml", "_target_: kandinsky_exp.data.sources.emoji\n"),
+    ),
+    Bad(
+        [*MINE, "experiment=e", "modle=1", *EMOJI],
+        "trainer.max_stepz: nothing reads",
+        file("mine/experiment/e.yaml", "# @package _global_\ntrainer:\n  max_stepz: 3\n"),
+    ),
+    Bad(["--config-dir", "{tmp}/mine", *EMOJI], "mine", file("mine", "")),
+    Bad(["--config-dir", "{tmp}", "--config-name", "broken", *EMOJI], "broken", file("broken.yaml", "a: [")),
+]
+TABLE["data folders"] = [
+    Bad(["data.path={tmp}/nowhere", "weights=tiny"], "data.path: there is no folder"),
+    Bad(["data.path=~/no/such/folder"], f"there is no folder '{Path('~/no/such/folder').expanduser()}' here"),
+    Bad(['data.path="~nobody-is-called-so/x"', "weights=tiny"], "data.path: there is no folder"),
+    Bad(["data.path=" + "p" * 5000, "weights=tiny"], "data.path: there is no folder"),
+    Bad(["data.path={tmp}/file", "weights=tiny"], "data.path: there is no folder", file("file")),
+    Bad(["data.path=null", "weights=tiny"], "data.path: has to be"),
+    Bad(["data.path=[a,b]", "weights=tiny"], "data.path: has to be"),
+    Bad(ON_FOLDER, "holds neither metadata.jsonl nor .csv nor .parquet", data(None, 0)),
+    Bad(ON_FOLDER, "holds neither metadata.jsonl nor .csv nor .parquet", data(None)),
+    Bad(ON_FOLDER, "0.png has no .txt of its name beside it", data(None, 2, **{"1_txt": b"a"})),
+    Bad(ON_FOLDER, "1.txt: not UTF-8 text; save it as UTF-8", data(None, 2, **{"0_txt": b"a", "1_txt": b"\xff"})),
+    Bad(ON_FOLDER, "1.txt is empty; write a caption", data(None, 2, **{"0_txt": b"a", "1_txt": b" "})),
+    Bad(
+        ON_FOLDER,
+        "holds both metadata.jsonl and metadata.csv; keep one",
+        data(rows("a", "b"), 2, metadata_csv=b"file_name,text\n0.png,a\n"),
+    ),
+    Bad(ON_FOLDER, "has no rows; write one per image", data("")),
+    Bad(ON_FOLDER, "metadata.jsonl, line 1: not JSON", data("{\n}")),
+    Bad(ON_FOLDER, "metadata.jsonl, line 2: not JSON", data(rows("a") + "{,\n" + rows("b"))),
+    Bad(ON_FOLDER, "not JSON", data("[" * 100_000)),
+    Bad(ON_FOLDER, "not a JSON object; write", data("[1]\n")),
+    Bad(ON_FOLDER, "line 1: not UTF-8 text; save the file as UTF-8", data(b"\xff\xfe{\x00")),
+    Bad(
+        ON_FOLDER,
+        "no column 'text' among file_name, caption; set data.caption_column",
+        data('{"file_name": "0.png", "caption": "a"}\n{"file_name": "1.png", "caption": "b"}\n'),
+    ),
+    Bad([*ON_FOLDER, "data.caption_column=nothing"], "no column 'nothing' among file_name, text", data(rows("a", "b"))),
+    Bad([*ON_FOLDER, "data.image_column=nothing"], "no image file in column 'nothing'", data(rows("a", "b"))),
+    Bad([*ON_FOLDER, "data.image_column=3"], "data.image_column: has to be text", data(rows("a", "b"))),
+    Bad(ON_FOLDER, "and every other row: an empty caption in 'text'", data(rows("", " ", ""))),
+    Bad(ON_FOLDER, "'text' holds 3; a caption is a string or a list of strings", data(rows("a", 3))),
+    Bad(ON_FOLDER, "'text' holds None; a caption", data(rows("a", None))),
+    Bad(ON_FOLDER, "an empty caption in 'text'", data(rows("a", []))),
+    Bad(ON_FOLDER, "leads out of the folder", data('{"file_name": "../secret.png", "text": "a"}\n')),
+    Bad(ON_FOLDER, "leads out of the folder", data('{"file_name": "/etc/passwd", "text": "a"}\n')),
+    Bad(
+        ON_FOLDER,
+        "fields do not match the header (file_name, text)",
+        data("file_name,text\n0.png,a,b\n", name="metadata.csv"),
+    ),
+    Bad(ON_FOLDER, "line 2: not CSV", data('file_name,text\n0.png,"a"b\n', name="metadata.csv")),
+    Bad(ON_FOLDER, "has no rows; write one per image", data("file_name,text\n", name="metadata.csv")),
+    Bad(
+        ON_FOLDER,
+        "no image file in column 'image' (columns: 0.png, a)",
+        data("0.png,a\n1.png,b\n", name="metadata.csv"),
+    ),
+    Bad(ON_FOLDER, "not a Parquet file that can be read", data(b"PAR1 no", name="metadata.parquet")),
+    Bad(
+        ON_FOLDER,
+        "pictures inside are read by data=hub",
+        data(parquet(image=[b"1", b"2"], text=["a", "b"]), name="metadata.parquet"),
+    ),
+    Bad(
+        ON_FOLDER,
+        "no column 'text' among file_name, label",
+        data(parquet(file_name=["0.png"], label=["a"]), name="metadata.parquet"),
+    ),
+    Bad([*ON_FOLDER, STRICT], "validation.fraction: one image cannot be divided; add images", data(rows("a"), 1)),
+    Bad(
+        [*PRIOR, "data=folder", "data.path={tmp}/data", "data.max_samples=1"],
+        "one image cannot be divided",
+        data(rows("a", "b")),
+    ),
+    Bad(
+        [*ON_FOLDER, "validation.fraction=0.5", "data.on_error=skip"], "data", data("{\n{\n" + rows("a"), 1), late=True
+    ),
+    Bad(ON_FOLDER, "1.png: No such file or directory; mend it or take the row out", data(rows("a", "b"), 1), late=True),
+    Bad(ON_FOLDER, "0.png: ", data(rows("a", "b"), 2, **{"0_png": picture()[:200]}), late=True),
+    Bad(
+        ON_FOLDER, "0.png: not an image that Pillow can read", data(rows("a", "b"), 2, **{"0_png": b"hello"}), late=True
+    ),
+    Bad(ON_FOLDER, "0.png: not an image that Pillow can read", data(rows("a", "b"), 2, **{"0_png": b""}), late=True),
+    Bad(ON_FOLDER, "4 x 4 pixels, too small", data(rows("a", "b"), 2, **{"0_png": picture(size=(4, 4))}), late=True),
+    Bad(
+        ON_FOLDER,
+        "longer than 50 times its other side; crop it",
+        data(rows("a", "b"), 2, **{"0_png": picture(size=(1000, 10))}),
+        late=True,
+    ),
+    Bad(
+        [*ON_FOLDER, "data.cache=false"],
+        "0.png: not an image",
+        data(rows("a", "b"), 2, **{"0_png": b"hello"}),
+        late=True,
+    ),
+    Bad(["encode", *ON_FOLDER], "0.png: not an image", data(rows("a", "b"), 2, **{"0_png": b"hello"})),
+    Bad(["encode", *ON_FOLDER], "an empty caption in 'text'", data(rows("a", ""))),
+]
+TABLE["lists, shards and the hub"] = [
+    Bad([*LISTED, "data.path={tmp}/no.csv"], "data.path: there is no file"),
+    Bad([*LISTED, "data.path={tmp}"], "data.path: there is no file"),
+    Bad(
+        [*LISTED, "data.path={tmp}/l.xlsx"],
+        "has none of these endings; give a list of images as .csv",
+        file("l.xlsx", "x"),
+    ),
+    Bad([*LISTED, "data.path={tmp}/l.csv"], "l.csv has no rows", file("l.csv")),
+    Bad([*LISTED, "data.path={tmp}/l.csv"], "no image file in column 'image'", file("l.csv", "path,text\na.png,a\n")),
+    Bad([*LISTED, "data.path={tmp}/l.jsonl"], "not JSON", file("l.jsonl", "file_name,text\n")),
+    Bad([*LISTED, "data.path={tmp}/l.parquet"], "not a Parquet file", file("l.parquet", "x")),
+    Bad(
+        [*LISTED, "data.path={tmp}/l.csv", "data.validation_path={tmp}/no.csv"],
+        "data.validation_path: there is no file",
+        file("l.csv", "file_name,text\na.png,a\n"),
+    ),
+    Bad([*SHARDS, "data.path={tmp}/no.tar"], "data.path: there is no file"),
+    Bad([*SHARDS, "data.path={tmp}"], "holds no .tar or .tar.gz"),
+    Bad([*SHARDS, 'data.path="{tmp}/{{003..001}}.tar"'], "counts 0 shards; write {first..last}"),
+    Bad([*SHARDS, 'data.path="{tmp}/*.tar"'], "no file fits"),
+    Bad([*SHARDS, "data.path={tmp}/{{0..1}}.tar"], "cannot be read"),
+    Bad([*SHARDS, "data.path=[]"], "data.path: no shards"),
+    Bad([*SHARDS, 'data.path="http://"'], "no address of a server"),
+    Bad([*SHARDS, "data.path={tmp}/a.tar"], "no tar file that can be read to its end", file("a.tar", "hello" * 200)),
+    Bad([*SHARDS, "data.path={tmp}/a.tar"], "a.tar", file("a.tar", "")),
+    Bad(
+        [*SHARDS, "data.path={tmp}/a.tar"],
+        "holds no images (jpg, png, webp, jpeg)",
+        file("a.tar", tar(("0.txt", b"a"))),
+    ),
+    Bad(
+        [*SHARDS, "data.path={tmp}/a.tar"],
+        "no .txt has this name; set data.caption_column",
+        file("a.tar", tar(("0.png", picture()))),
+    ),
+    Bad(
+        [*SHARDS, "data.path={tmp}/a.tar", 'data.image_column=";"'],
+        "data.image_column: give the extensions",
+        file("a.tar", tar(("0.png", picture()))),
+    ),
+    Bad(
+        [*SHARDS, "data.path={tmp}/a.tar"],
+        "no tar file that can be read to its end",
+        file("a.tar", tar(("0.png", picture()), ("0.txt", b"a"), cut=700)),
+    ),
+    Bad(["data=hub", "weights=tiny"], "data.name: is not set; give the data set's id on the hub"),
+    Bad([*HUB, "data.name=nobody/nothing"], "data.name: nobody/nothing cannot be loaded"),
+    Bad([*HUB, "data.name={tmp}"], "cannot be loaded"),
+    Bad([*HUB, "data.name={tmp}/saved", "data.split=test"], "data.split: ", saved_dataset),
+    Bad([*HUB, "data.name={tmp}/saved", "data.image_column=number"], "'number' is no column of images", saved_dataset),
+    Bad([*HUB, "data.name={tmp}/saved", "data.caption_column=number"], "'number' holds 1; a caption", saved_dataset),
+    Bad([*HUB, "data.name={tmp}/saved", "data.validation_split=dev"], "data.validation_split: ", saved_dataset),
+]
+TABLE["weights"] = [
+    Bad([*PRIOR, "weights.prior=./nowhere"], "weights.prior: there is no folder './nowhere'"),
+    Bad([*PRIOR, "weights.prior={tmp}"], "has no model_index.json; give the top folder of a diffusers pipeline"),
+    Bad([*PRIOR, "weights.prior={tmp}/file"], "weights.prior: there is no folder", file("file")),
+    Bad([*PRIOR, "weights.prior=" + "w" * 5000], "weights.prior: there is no folder"),
+    Bad([*PRIOR, "weights.prior=null"], "weights.prior: has to be text"),
+    Bad(["weights=kandinsky21", "data=emoji"], "there is no weights=kandinsky21; the choices are kandinsky22, tiny"),
+    Bad([*PRIOR, "weights.prior=nobody/nothing"], "weights.prior: 'nobody/nothing' could not be fetched from the hub"),
+    Bad([*EMOJI, "weights.decoder=nobody/gated"], "weights.decoder: 'nobody/gated' could not be fetched from the hub"),
+    Bad(["data=emoji"], "could not be fetched from the hub"),
+    Bad([*DRAW, "decoder=nobody/nothing"], "could not be fetched from the hub"),
+    Bad(DECODER_WEIGHTS, "weights.decoder: '{tmp}/weights': subfolder 'unet' is missing", half("prior")),
+    Bad(PRIOR_WEIGHTS, "weights.prior: '{tmp}/weights': subfolder 'prior' is missing", half("decoder")),
+    Bad([*DRAW, "decoder={tmp}/weights"], "decoder: '{tmp}/weights': subfolder 'unet' is missing", half("prior")),
+    Bad([*DRAW, "prior={tmp}/weights"], "prior: '{tmp}/weights': subfolder 'prior' is missing", half("decoder")),
+    Bad(PRIOR_WEIGHTS, "subfolder 'text_encoder' is missing", half("prior", without("text_encoder"))),
+    Bad(PRIOR_WEIGHTS, "subfolder 'scheduler' is missing", half("prior", without("scheduler"))),
+    Bad(DECODER_WEIGHTS, "subfolder 'movq' is missing", half("decoder", without("movq"))),
+    Bad(PRIOR_WEIGHTS, "'prior_prior' has no .safetensors file", whole(without(f"prior_prior/{SAFE}"))),
+    Bad(PRIOR_WEIGHTS, "'prior_prior/config.json' cannot be read", whole(put("prior_prior/config.json", "{"))),
+    Bad(PRIOR_WEIGHTS, "'prior_prior/config.json' cannot be read", whole(without("prior_prior/config.json"))),
+    Bad(PRIOR_WEIGHTS, "model_index.json cannot be read", whole(put("model_index.json", "{"))),
+    Bad(
+        PRIOR_WEIGHTS,
+        "'prior_prior' holds a UNet2DConditionModel, not a PriorTransformer",
+        whole(setting("prior_prior/config.json", _class_name=UNET)),
+    ),
+    Bad(
+        PRIOR_WEIGHTS, "scheduler_config.json' cannot be read", whole(without("prior_scheduler/scheduler_config.json"))
+    ),
+    Bad(
+        PRIOR_WEIGHTS, "scheduler_config.json' cannot be read", whole(put("prior_scheduler/scheduler_config.json", "["))
+    ),
+    Bad(PRIOR_WEIGHTS, "scheduler", whole(setting("prior_scheduler/scheduler_config.json", _class_name="NoScheduler"))),
+    Bad(DECODER_WEIGHTS, "scheduler_config.json' cannot be read", whole(put("scheduler/scheduler_config.json", "{"))),
+    Bad(
+        PRIOR_WEIGHTS,
+        "preprocessor_config.json' cannot be read",
+        whole(without("prior_image_processor/preprocessor_config.json")),
+    ),
+    Bad(PRIOR_WEIGHTS, "'prior_tokenizer' has no vocabulary", whole(without("prior_tokenizer/tokenizer.json"))),
+    Bad(
+        PRIOR_WEIGHTS,
+        "'prior_tokenizer' has no vocabulary",
+        whole(without("prior_tokenizer"), put("prior_tokenizer/x", "")),
+    ),
+    Bad(PRIOR_WEIGHTS, f"'prior_prior/{SAFE}' is damaged or cut off", whole(cut(f"prior_prior/{SAFE}"))),
+    Bad(PRIOR_WEIGHTS, f"'prior_prior/{SAFE}' is damaged or cut off", whole(cut(f"prior_prior/{SAFE}", 10_000))),
+    Bad(PRIOR_WEIGHTS, f"'prior_prior/{SAFE}' is damaged or cut off", whole(put(f"prior_prior/{SAFE}", "garbage"))),
+    Bad(PRIOR_WEIGHTS, f"'prior_prior/{SAFE}' is damaged or cut off", whole(put(f"prior_prior/{SAFE}", b""))),
+    Bad(
+        PRIOR_WEIGHTS,
+        "'prior_text_encoder/model.safetensors' is damaged or cut off",
+        whole(cut("prior_text_encoder/model.safetensors")),
+    ),
+    Bad(DECODER_WEIGHTS, f"'unet/{SAFE}' is damaged or cut off", whole(cut(f"unet/{SAFE}"))),
+    Bad(
+        [*DRAW, "decoder={tmp}/weights"],
+        f"decoder: '{{tmp}}/weights': 'unet/{SAFE}' is damaged",
+        whole(cut(f"unet/{SAFE}")),
+    ),
+    Bad(DECODER_WEIGHTS, "unet", whole(setting("unet/config.json", block_out_channels=[64, 64, 96]))),
+    Bad(DECODER_WEIGHTS, "unet", whole(setting("unet/config.json", layers_per_block=2))),
+    Bad(DECODER_WEIGHTS, "unet", whole(setting("unet/config.json", cross_attention_dim=32))),
+    Bad(PRIOR_WEIGHTS, "prior", whole(setting("prior_prior/config.json", num_layers=5))),
+    Bad(PRIOR_WEIGHTS, "prior", whole(setting("prior_prior/config.json", num_layers=2))),
+    Bad(PRIOR_WEIGHTS, "prior", whole(setting("prior_prior/config.json", embedding_dim=48))),
+    Bad(PRIOR_WEIGHTS, "prior", whole(setting("prior_prior/config.json", embedding_dim="x"))),
+    Bad(PRIOR_WEIGHTS, "prior_image_encoder", whole(setting("prior_image_encoder/config.json", num_hidden_layers=4))),
+    Bad(
+        PRIOR_WEIGHTS,
+        "weights.prior: ",
+        whole(other_part("prior_image_encoder", "CLIPVisionModelWithProjection", projection_dim=48)),
+    ),
+    Bad(
+        PRIOR_WEIGHTS,
+        "weights.prior: ",
+        whole(other_part("prior_text_encoder", "CLIPTextModelWithProjection", projection_dim=48)),
+    ),
+    Bad(PRIOR_WEIGHTS, "weights.prior: ", whole(other_part("prior_prior", "PriorTransformer", embedding_dim=48))),
+    Bad(DECODER_WEIGHTS, "weights.decoder: ", whole(other_part("unet", UNET, encoder_hid_dim=48))),
+    Bad(DECODER_WEIGHTS, "weights.decoder: ", whole(other_part("unet", UNET, in_channels=9))),
+    Bad(DECODER_WEIGHTS, "weights.decoder: ", whole(other_part("unet", UNET, addition_embed_type=None))),
+    Bad([*DRAW, "decoder={tmp}/weights"], "decoder: ", whole(other_part("unet", UNET, encoder_hid_dim=48))),
+    Bad(
+        [*DRAW, "prior={tmp}/weights"],
+        "prior: ",
+        whole(other_part("prior_prior", "PriorTransformer", embedding_dim=48)),
+    ),
+    Bad(PRIOR_WEIGHTS, "is a run without a pipeline/ to start from", file("weights/config.yaml", "a: 1")),
+    Bad([*PRIOR, "weights.prior={root}/lora"], "an adapter run leaves no whole network"),
+    Bad([*EMOJI, "weights.decoder={root}/done"], "subfolder 'unet' is missing"),
+]
+RESUME = [*PRIOR, "name=new"]
+GO_ON = [*PRIOR, "name=done", "data.max_samples=6", "trainer.max_steps=3"]
+WRITES = "run: a checkpoint is looked at after train.log and run.json are written"
+STEP = "{tmp}/run/checkpoints/step-00000002"
+TABLE["runs and checkpoints"] = [
+    Bad([*EMOJI, "name=done"], "holds a prior, with which model=decoder cannot go on; choose another name"),
+    Bad([*PRIOR, "name=done", "checkpoint.resume=never"], "exists and checkpoint.resume=never; choose another name"),
+    Bad([*PRIOR, "name=swept"], "holds a sweep, with which model=prior cannot go on"),
+    Bad([*PRIOR, "name=theirs"], "exists and is not a run; choose another name or move it away"),
+    Bad([*PRIOR, "name=damaged"], "its run.json cannot be read; choose another name or move it away"),
+    Bad([*PRIOR, "name=a_file"], "name: "),
+    Bad([*GO_ON, "optimizer=sgd"], "made with the optimizer AdamW, not SGD; set optimizer=", open=WRITES),
+    Bad([*GO_ON, "adapter=lora"], "does not fit this run", open=WRITES),
+    Bad(["checkpoint.resume=nowhere", *EMOJI], "checkpoint.resume: 'nowhere' is no folder"),
+    Bad(["checkpoint.resume=true", *EMOJI], "checkpoint.resume: has to be text"),
+    Bad(["checkpoint.resume=" + "r" * 5000, *EMOJI], "checkpoint.resume: "),
+    Bad([*RESUME, "checkpoint.resume={tmp}"], "checkpoint.resume: "),
+    Bad(
+        [*RESUME, "checkpoint.resume={tmp}/run"],
+        "there is no complete checkpoint in",
+        lambda tmp: (tmp / "run/checkpoints").mkdir(parents=True),
+    ),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}"], "there is no complete checkpoint in", checkpoint(put("state.json", "{"))
+    ),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}"],
+        "there is no complete checkpoint in",
+        checkpoint(put("state.json", "[]")),
+    ),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}"],
+        "there is no complete checkpoint in",
+        checkpoint(put("state.json", '{"step": null}')),
+    ),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}"], "there is no complete checkpoint in", checkpoint(without("state.json"))
+    ),
+    Bad(
+        [*EMOJI, "name=new", f"checkpoint.resume={STEP}"],
+        "belongs to another stage; set model=",
+        checkpoint(),
+    ),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}", "data.max_samples=6"],
+        "does not fit this run",
+        checkpoint(put("optimizer.pt", "garbage")),
+        late=True,
+    ),
+    Bad([*DRAW, "prior={root}/theirs"], "prior: "),
+    Bad([*DRAW, "prior={root}/nothing"], "prior: there is no folder"),
+    Bad([*DRAW, "decoder={root}/done"], "decoder: "),
+    Bad([*DRAW, "decoder={root}/done/checkpoints/step-00000002"], "holds no trained decoder; give a step-"),
+    Bad([*DRAW, "prior={root}/done/checkpoints"], "prior: "),
+    Bad(
+        [*DRAW, "prior=0123456789abcdef0123456789abcdef"],
+        "has no run 0123456789abcdef0123456789abcdef; set tracker.uri",
+    ),
+    Bad([*DRAW, "prior={root}/lora/adapter"], "prior: "),
+    Bad([*DRAW, f"prior={STEP}"], "prior: ", checkpoint(put(f"prior/{SAFE}", "garbage"))),
+    Bad(
+        [*DRAW, f"prior={STEP}"],
+        "config.yaml cannot be read",
+        checkpoint(lambda step: write(step.parents[1] / "config.yaml", "a: [")),
+    ),
+]
+
+
+def row(bad: Bad, name: str) -> Any:
+    marks = [pytest.mark.xfail(reason=bad.open, strict=True)] if bad.open else []
+    return pytest.param(bad, id=name, marks=marks)
+
+
+ROWS = [
+    row(bad, f"{group} {number}: {' '.join(bad.typed)[:90]!a}")
+    for group, table in TABLE.items()
+    for number, bad in enumerate(table)
+]
+
+
+# --- the check of a row
+
+
+@dataclass(frozen=True)
+class Site:
+    """An output folder in use: a finished prior, an adapter, a sweep's folder, what is not a run, and a store."""
+
+    root: Path
+    tiny: Path
+
+    def state(self) -> dict[str, Any]:
+        """Of everything but the cache and the store's database: size, time and content."""
+        found: dict[str, Any] = {}
+        for path in sorted(self.root.rglob("*")):
+            name = path.relative_to(self.root).as_posix()
+            if name.startswith(("cache", "mlflow.db", ".mlflow.db")):
+                continue
+            facts = path.stat()
+            digest = hashlib.blake2b(path.read_bytes()).hexdigest() if path.is_file() else ""
+            found[name] = (facts.st_size if digest else 0, facts.st_mtime_ns if "/" in name else 0, digest)
+        return found
+
+    def statuses(self) -> list[str]:
+        with sqlite3.connect(f"file:{self.root}/mlflow.db?mode=ro", uri=True) as store:
+            return sorted(status for (status,) in store.execute("select status from runs"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Site:
+    root = tmp_path_factory.mktemp("site") / "out"
+    small = ["model=prior", "data.max_samples=6", "trainer.max_steps=2", "checkpoint.every=1"]
+    train(root, "name=done", *small)
+    train(root, "name=lora", "adapter=lora", "tracker=none", *small)
+    write(root / "swept" / "run.json", '{"stage": "sweep", "status": "FINISHED"}')
+    write(root / "theirs" / "notes.txt", "mine")
+    write(root / "damaged" / "run.json", "{")
+    write(root / "a_file", "")
+    TINY.update(combined=tiny_folder, run=root / "done")
+    return Site(root, tiny_folder)
+
+
+def exit_code(arguments: list[str]) -> int:
+    try:
+        cli.main(arguments)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else -1
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name in ("HYDRA_FULL_ERROR", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("bad", ROWS)
+def test_a_mistake_is_answered_in_short(
+    bad: Bad, site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def filled(text: str) -> str:
+        known = re.search(r"\{(tmp|root|tiny)\}", text)
+        return text.format(tmp=tmp_path, root=site.root, tiny=site.tiny) if known else text
+
+    typed = [filled(text) for text in bad.typed]
+    says_where = any(text.startswith("output_root=") for text in typed) or (typed and typed[-1].startswith("-"))
+    if bad.make is not None:
+        bad.make(tmp_path)
+    before, runs = site.state(), site.statuses()
+    capfd.readouterr()
+
+    start = time.process_time()  # of this process, whatever else the machine does
+    code = exit_code(typed if says_where else [*typed, f"output_root={site.root}"])
+    seconds = time.process_time() - start
+
+    out, err = capfd.readouterr()
+    after = site.state()
+    assert code == 2, err
+    assert "Traceback" not in err
+    message = err[err.index("error: ") :] if bad.late else err
+    assert message.startswith("error: ")
+    assert filled(bad.answer) in message
+    problems = message.count("\n  ") or 1
+    assert len(message) <= LONGEST * problems
+    assert ": " in message.removeprefix("error: ")
+    assert ADVICE.search(message)
+    assert out == ""
+    assert seconds < SLOWEST
+    assert list((tmp_path / "work").iterdir()) == []
+    assert "RUNNING" not in site.statuses()
+    if bad.late:  # its own run says how it ended; whatever was there before is as it was
+        assert before.items() <= after.items()
+        fresh = {name.split("/")[0] for name in after.keys() - before.keys()} - {"mlartifacts"}
+        for name in fresh:
+            assert json.loads((site.root / name / "run.json").read_text())["status"] == "FAILED"
+            shutil.rmtree(site.root / name)
+    else:
+        assert before == after
+        assert site.statuses() == runs
