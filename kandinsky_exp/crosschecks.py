@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp import architectures, paths, targets, weight_files
+from kandinsky_exp import architectures, parts, paths, targets, weight_files
 from kandinsky_exp.errors import cut
 
 Values = dict[str, Any]

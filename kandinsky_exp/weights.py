@@ -1,4 +1,4 @@
-"""The parts of Kandinsky 2.2 in memory, from wherever they lie: the hub, diffusers folders, earlier runs, the tiny one."""
+"""The parts of Kandinsky 2.2 in memory, from wherever they lie: hub, diffusers folders, earlier runs, the tiny one."""
 
 import hashlib
 import json

@@ -135,7 +135,7 @@ def test_what_was_hard_to_explain(text: str) -> None:
 def explained(text: str, sweeps: bool) -> None:
     line = None if text.startswith("-") else parsed(["data=emoji", "weights=tiny", text])
     if line is not None:
-        line = command_line.CommandLine(line.arguments, line.overrides, sweeps, False, None)
+        line = command_line.CommandLine(line.arguments, line.overrides, sweeps, False, None, ())
         with Quick():
             error = command_line.explain(ValueError("it does not compose"), "train", line)
         assert isinstance(error, UserError)
