@@ -90,7 +90,21 @@ def connect(uri: str) -> "tuple[MlflowClient, str]":
         path.parent.mkdir(parents=True, exist_ok=True)
         # Processes that first touch a fresh store together race in MLflow's schema creation, and most of them die.
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT):
+            if not path.exists():
+                _make_sqlite(path)
             return MlflowClient(tracking_uri=absolute, registry_uri=absolute), absolute
+
+
+def _make_sqlite(path: Path) -> None:
+    """Make a store, whole or not at all: MLflow takes seconds for it, and cannot use one that was left half-made."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    aside = path.with_name(f".{path.name}.part")
+    for left in (aside, aside.with_name(f"{aside.name}-journal")):
+        left.unlink(missing_ok=True)
+    store = SqlAlchemyStore(_sqlite_uri(aside), "./mlruns")  # type: ignore[no-untyped-call]  # MLflow's default, not made
+    store.engine.dispose()
+    aside.replace(path)
 
 
 @contextlib.contextmanager

@@ -222,6 +222,23 @@ sys.exit(any(process.exitcode for process in processes))
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 4
 
 
+def test_a_store_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    """It takes seconds, in the first of all runs: a likely moment for Ctrl-C."""
+    code = "import sys; from kandinsky_exp.store import connect; connect(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-c", code, default_uri(tmp_path)])
+    files = [tmp_path / name for name in ("mlflow.db", ".mlflow.db.part")]
+    while not any(file.exists() and file.stat().st_size > 200_000 for file in files):  # of some 950,000
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    probe(default_uri(tmp_path))
+    tracker = track(tmp_path)
+    tracker.finish("FINISHED")
+    assert MlflowClient(tracker.uri).get_run(str(tracker.run_id)).info.status == "FINISHED"
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
+
+
 def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
