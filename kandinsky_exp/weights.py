@@ -61,8 +61,7 @@ def check_source(source: str, side: Side) -> str | None:
         return None
     root = paths.expanded(source)
     if not paths.is_folder(root):
-        hub_id = f"kandinsky-community/kandinsky-2-2-{side}"
-        return f"there is no folder '{cut(source)}'; give one, or a hub id such as {hub_id}"
+        return f"there is no folder '{cut(source)}'; give one, or a hub id: kandinsky-community/kandinsky-2-2-{side}"
     folder = pipeline_folder(root)
     if folder == root and (root / "config.yaml").is_file():
         left = "an adapter run leaves no whole network" if (root / "adapter").is_dir() else "it is not finished"
@@ -213,8 +212,8 @@ class Weights:
             return _read_part(part, folder, dtype, self.variant)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             side, _ = PARTS[part]
-            message = f"weights.{side}: {folder} cannot be loaded as '{part}': {first_line(error)}"
-            raise ConfigError(f"{message}; fetch or copy it again") from error
+            reason = f"{folder} cannot be loaded as '{part}': {first_line(error)}"
+            raise ConfigError(f"weights.{side}: {reason}; fetch or copy it again") from error
 
     def read_model(self, part: str, folder: Path) -> Any:
         """A frozen model of this kind from any folder, such as a checkpoint's."""

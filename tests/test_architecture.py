@@ -32,7 +32,7 @@ OWN_IMPORTS = {
     "crosschecks": {"architectures", "errors", "paths", "targets", "weight_files", "weights"},
     "weight_files": {"data.digests", "errors"},
     "pipelines": {"errors", "weights"},
-    "stages": {"adapters", "data.preprocess", "errors", "pipelines", "stages", "weights"},
+    "stages": {"adapters", "architectures", "data.preprocess", "errors", "pipelines", "stages", "weights"},
     "loop": {"display", "errors", "meter", "randomness", "stages.base", "tracking"},
     "meter": {"errors"},
     "display": {"tracking"},
