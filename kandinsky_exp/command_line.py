@@ -84,7 +84,7 @@ def job_naming(overrides: list[str]) -> list[str]:
 def explain(error: Exception, verb: str, line: CommandLine) -> UserError:
     """All that is wrong with a command line for which Hydra raised `error`, as one error to show."""
     try:
-        return ConfigError(find_problems(verb, line) or [f"config: {_condense(error)}"])
+        return ConfigError(find_problems(verb, line) or [f"config: {_condense(error)}; see kandinsky-exp --help"])
     except Exception:  # whatever it is, the config cannot be composed at all: a yaml file of the user's
         return ConfigError(_not_utf8(line) or f"config: {_condense(error)}; mend the file, or choose another")
 
@@ -204,7 +204,11 @@ def _wrong_group(override: Override, verb: str, search_path: list[str]) -> str |
     except HydraException as error:
         group = override.key_or_group
         stranger = "No match in the defaults list" in str(error)
-        return f"{group}: {verb} has no such group; remove it" if stranger else f"{group}: {_condense(error)}"
+        return (
+            f"{group}: {verb} has no such group; remove it"
+            if stranger
+            else f"{group}: {_condense(error)}; mend the file"
+        )
     return None
 
 

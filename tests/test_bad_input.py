@@ -31,7 +31,7 @@ from kandinsky_exp import run as _run  # noqa: F401
 LONGEST = 700  # characters of a message about one mistake
 SLOWEST = 5.0  # seconds
 ADVICE = re.compile(
-    r"; |has to be|did you mean|the choices are|is one of|choose|it takes"
+    r"; |has to be|did you mean|the choices are|is one of|choose|it takes|: give "
     r"|exists already|invalid choice|not found|cannot be read|comes first|Correct tracker"
 )
 EMOJI = ["data=emoji", "weights=tiny"]
@@ -241,7 +241,7 @@ TABLE["command lines"] = [
     Bad(["trian"], "trian: no such verb"),
     Bad(["trian"], "did you mean train?"),
     Bad(["seed", "3"], "a setting is written key=value"),
-    Bad([*EMOJI, "generate"], "the verb comes first|Correct tracker: kandinsky-exp generate"),
+    Bad([*EMOJI, "generate"], "the verb comes first: kandinsky-exp generate"),
     Bad([*EMOJI, "seed"], "seed: not a setting; settings are written key=value"),
     Bad([*EMOJI, "seed", "=", "3"], "not a setting; settings are written key=value"),
     Bad(["--learning_rate=1e-5"], "without dashes; see kandinsky-exp --help; did you mean optimizer.lr?"),
@@ -470,7 +470,7 @@ TABLE["data folders"] = [
         "holds both metadata.jsonl and metadata.csv; keep one",
         data(rows("a", "b"), 2, metadata_csv=b"file_name,text\n0.png,a\n"),
     ),
-    Bad(ON_FOLDER, "has no rows; write one per image", data("")),
+    Bad(ON_FOLDER, "it has no rows; write one per image", data("")),
     Bad(ON_FOLDER, "metadata.jsonl, line 1: not JSON", data("{\n}")),
     Bad(ON_FOLDER, "metadata.jsonl, line 2: not JSON", data(rows("a") + "{,\n" + rows("b"))),
     Bad(ON_FOLDER, "not JSON", data("[" * 100_000)),
@@ -496,10 +496,10 @@ TABLE["data folders"] = [
         data("file_name,text\n0.png,a,b\n", name="metadata.csv"),
     ),
     Bad(ON_FOLDER, "line 2: not CSV", data('file_name,text\n0.png,"a"b\n', name="metadata.csv")),
-    Bad(ON_FOLDER, "has no rows; write one per image", data("file_name,text\n", name="metadata.csv")),
+    Bad(ON_FOLDER, "it has no rows; write one per image", data("file_name,text\n", name="metadata.csv")),
     Bad(
         ON_FOLDER,
-        "no image file in column 'image' (columns: 0.png, a)",
+        "no image file in column 'file_name' (columns: 0.png, a)",
         data("0.png,a\n1.png,b\n", name="metadata.csv"),
     ),
     Bad(ON_FOLDER, "not a Parquet file that can be read", data(b"PAR1 no", name="metadata.parquet")),
@@ -555,8 +555,10 @@ TABLE["lists, shards and the hub"] = [
         "has none of these endings; give a list of images as .csv",
         file("l.xlsx", "x"),
     ),
-    Bad([*LISTED, "data.path={tmp}/l.csv"], "l.csv has no rows", file("l.csv")),
-    Bad([*LISTED, "data.path={tmp}/l.csv"], "no image file in column 'image'", file("l.csv", "path,text\na.png,a\n")),
+    Bad([*LISTED, "data.path={tmp}/l.csv"], "l.csv: it has no rows", file("l.csv")),
+    Bad(
+        [*LISTED, "data.path={tmp}/l.csv"], "no image file in column 'file_name'", file("l.csv", "path,text\na.png,a\n")
+    ),
     Bad([*LISTED, "data.path={tmp}/l.jsonl"], "not JSON", file("l.jsonl", "file_name,text\n")),
     Bad([*LISTED, "data.path={tmp}/l.parquet"], "not a Parquet file", file("l.parquet", "x")),
     Bad(
@@ -872,3 +874,35 @@ def test_a_mistake_is_answered_in_short(
     else:
         assert before == after
         assert site.statuses() == runs
+
+
+CHEAP = [
+    [],
+    ["trian"],
+    ["modle=decoder", *EMOJI],
+    ["+trainer.stepz=3", *EMOJI],
+    ["model=decodr", *EMOJI],
+    ["trainer.max_steps=abc", *EMOJI],
+    ["hub.repo_id=me/mine", *EMOJI],
+    ["scheduler.warmup_steps=20", "trainer.max_steps=10", *EMOJI],
+    ["checkpoint.resume=nowhere", *EMOJI],
+    [*PRIOR, "weights.prior=nowhere"],
+    ["data.path=nowhere", "weights=tiny"],
+    [*DRAW, "height=100"],
+    ["encode", "list=3"],
+    ["-m", "optimiser.lr=1,2", *EMOJI],
+]
+
+
+def test_what_needs_no_torch_is_told_before_torch_is_imported() -> None:
+    code = (
+        "import sys\nfrom kandinsky_exp import cli\n"
+        f"for typed in {CHEAP!r}:\n"
+        "    try: cli.main(typed)\n"
+        "    except SystemExit as error: assert error.code == 2, typed\n"
+        "    else: raise AssertionError(typed)\n"
+        "    assert 'torch' not in sys.modules, typed\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(CHEAP)

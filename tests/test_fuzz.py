@@ -455,6 +455,19 @@ def read_state(home: Path, content: bytes) -> None:
     assert state is None or isinstance(state["step"], int)
 
 
+@pytest.mark.parametrize("content", [b'{"step": Infinity}', b"[" * 100_000], ids=["infinite", "deep"])
+@pytest.mark.xfail(strict=True, reason="checkpoint.read_state lets OverflowError and RecursionError out")
+def test_a_state_beyond_all_measure(home: Path, content: bytes) -> None:
+    read_state(home, content)
+
+
+@pytest.mark.xfail(strict=True, reason="workspace.read_record lets RecursionError out")
+def test_a_record_beyond_all_measure(home: Path) -> None:
+    folder = emptied(home / "run")
+    (folder / workspace.RECORD).write_bytes(b"[" * 100_000)
+    assert workspace.read_record(folder) is None
+
+
 YAML = [b"weights:\n  prior: tiny\n  decoder: tiny\nmodel:\n  _target_: x.PriorStage\n"]
 
 

@@ -188,7 +188,9 @@ def _reading(shard: str) -> Iterator[tarfile.TarFile]:
                 yield archive
     except DAMAGE as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
-        raise DataError(f"{download.shown(shard)}: no tar file that can be read to its end: {reason}") from None
+        raise DataError(
+            f"{download.shown(shard)}: no tar file that can be read to its end: {reason}; copy it again"
+        ) from None
 
 
 def _is_compressed(shard: str) -> bool:
