@@ -30,10 +30,15 @@ def local_folders(sources: Mapping[Side, str]) -> dict[str, Path]:
     """The folders of the parts whose sources are folders that `check_source` finds nothing wrong with."""
     found: dict[str, Path] = {}
     for side, source in sources.items():
-        if paths.is_folder(source):
+        if is_local(source):
             root = pipeline_folder(paths.expanded(source))
             found |= {part: root / subfolder(root, part) for part in side_parts(side)}
     return found
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a folder of the user's, whatever folders may be called `tiny` here."""
+    return source != "tiny" and paths.is_folder(source)
 
 
 def disagreements(folders: Mapping[str, Path]) -> Iterator[tuple[Side, str]]:
@@ -92,6 +97,16 @@ def check(
         raise ConfigError(found)
     for part in parts & {"prior_scheduler", "decoder_scheduler"}:  # they are small, and their classes many
         weights.load(part)
+
+
+def check_resolution(weights: Weights, resolution: int) -> None:
+    """Refuse a side in pixels that the decoder's networks cannot halve as often as they do.
+
+    Raises:
+        ConfigError: naming what it has to be a multiple of.
+    """
+    if resolution % (multiple := weights.size_multiple()):
+        raise ConfigError(f"data.resolution: has to be a multiple of {multiple} for these weights, not {resolution}")
 
 
 def misfit(part: str, folder: Path, variant: str | None) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,7 +19,7 @@ from kandinsky_exp import adapters, architectures, targets, trust
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
 from kandinsky_exp.data.encoding import EncodeSettings
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.errors import ConfigError, UserError
 from kandinsky_exp.loop import LoopSettings, Training
 from kandinsky_exp.parts import PARTS, side_parts
 from kandinsky_exp.paths import expanded
@@ -80,6 +81,8 @@ def fetch(cfg: DictConfig, parts: Weights) -> None:
     for part in sorted(needed):
         parts.folder(part)
     architectures.check(parts, needed)
+    if "movq" in cls.encoders:
+        architectures.check_resolution(parts, cfg.data.resolution)
 
 
 def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
@@ -105,7 +108,11 @@ def data(cfg: DictConfig) -> sources.Splits:
     """
     settings = target_settings(cfg, "data")
     accepted = inspect.signature(get_method(settings["_target_"])).parameters
-    splits = instantiate({key: value for key, value in settings.items() if key == "_target_" or key in accepted})
+    arguments = {key: value for key, value in settings.items() if key == "_target_" or key in accepted}
+    try:
+        splits = instantiate(arguments)
+    except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 

@@ -108,9 +108,21 @@ def job_naming(overrides: list[str]) -> list[str]:
 def explain(error: Exception, verb: str, line: CommandLine) -> UserError:
     """All that is wrong with a command line for which Hydra raised `error`, as one error to show."""
     try:
-        return ConfigError(find_problems(verb, line) or [_condense(error)])
+        return ConfigError(find_problems(verb, line) or [f"config: {_condense(error)}; see kandinsky-exp --help"])
     except Exception:  # whatever it is, the config cannot be composed at all: a yaml file of the user's
-        return ConfigError(_condense(error))
+        return ConfigError(_not_utf8(line) or f"config: {_condense(error)}; mend the file, or choose another")
+
+
+def _not_utf8(line: CommandLine) -> str | None:
+    """Of a file that is no text, the parser does not say which."""
+    for file in sorted(Path(line.config_dir).rglob("*.yaml")) if line.config_dir else []:
+        try:
+            file.read_text("utf-8")
+        except UnicodeDecodeError:
+            return f"{file}: not UTF-8 text; save the file as UTF-8"
+        except OSError as error:
+            return f"{file}: cannot be read ({error.strerror}); mend it"
+    return None
 
 
 def find_problems(verb: str, line: CommandLine) -> list[str]:
@@ -195,7 +207,8 @@ def _wrong_option(override: Override, options: list[str]) -> str | None:
     if not all(isinstance(choice, str) for choice in chosen):
         return f"{group}: needs a name; choose one of {', '.join(options)}, or set one of its keys, {group}.<key>=..."
     wrong = next(choice for choice in chosen if choice not in options)
-    return f"{group}: there is no {group}={wrong}; the choices are {', '.join(options)}{_did_you_mean(wrong, options)}"
+    meant = _did_you_mean(wrong, options)
+    return f"{group}: there is no {group}={cut(wrong)}; the choices are {', '.join(options)}{meant}"
 
 
 def _with_groups(groups: list[Override], verb: str, search_path: list[str]) -> tuple[DictConfig, list[str], list[str]]:
@@ -215,14 +228,18 @@ def _wrong_group(override: Override, verb: str, search_path: list[str]) -> str |
     except HydraException as error:
         group = override.key_or_group
         stranger = "No match in the defaults list" in str(error)
-        return f"{group}: {verb} has no such group; remove it" if stranger else f"{group}: {_condense(error)}"
+        return (
+            f"{group}: {verb} has no such group; remove it"
+            if stranger
+            else f"{group}: {_condense(error)}; mend the file"
+        )
     return None
 
 
 def _wrong_key(override: Override, cfg: DictConfig, verb: str) -> str | None:
     key, exists = override.key_or_group, _exists(override, cfg)
     if override.is_add() and exists:
-        return f"{key}: exists already; write {_text(override).lstrip('+')}, without the +"
+        return f"{key}: exists already; write {cut(_text(override).lstrip('+'))}, without the +"
     if exists or override.is_add() or override.is_force_add():
         return None  # `config.problems` looks at what was added
     group, _, _ = key.partition(".")
@@ -233,7 +250,7 @@ def _wrong_key(override: Override, cfg: DictConfig, verb: str) -> str | None:
             return f"{key}: not a setting of the {group} that is chosen; it is one of {group}={option}"
     groups = [name for name in GlobalHydra.instance().config_loader().list_groups("") if name != "hydra"]
     meant = config.suggest(key, [*config.dotted_keys(cfg), *groups])
-    return f"{key}: no such setting{meant or f'; kandinsky-exp {verb} --cfg job shows all'}"
+    return f"{cut(key)}: no such setting{meant or f'; kandinsky-exp {verb} --cfg job shows all'}"
 
 
 def _expand_home(text: str) -> str:
@@ -265,4 +282,8 @@ def _did_you_mean(word: Any, choices: Iterable[str]) -> str:
 def _condense(error: Any) -> str:
     """Hydra's message without its blank lines, search paths and links."""
     lines = [text.strip().rstrip(".") for text in str(error).splitlines()]
-    return "; ".join(text for text in lines if text and not text.startswith(("full_key", "object_type", "Set the env")))
+    return "; ".join(
+        text
+        for text in lines
+        if text and not text.startswith(("Config search path", "provider=", "full_key", "object_type", "Set the env"))
+    )

@@ -113,7 +113,7 @@ def _weights(good: Values) -> Found:
     wrong = {side: problem for side, source in sources.items() if (problem := parts.check_source(source, side))}
     for side, problem in wrong.items():
         yield f"weights.{side}", problem
-    local = {side: source for side, source in sources.items() if side not in wrong and paths.is_folder(source)}
+    local = {side: source for side, source in sources.items() if side not in wrong and architectures.is_local(source)}
     folders = architectures.local_folders(local)
     for side, problem in architectures.disagreements(folders):
         yield f"weights.{side}", f"'{sources[side]}': {problem}"
@@ -188,7 +188,7 @@ def _reading(good: Values) -> Found:
         if good.get("data.cache") is False:
             yield "data.buckets", "the sizes of all images are known once they are encoded; set data.cache=true"
         if good.get("data.resolution", 64) % 64:
-            yield "data.buckets", f"needs data.resolution to be a multiple of 64, not {good['data.resolution']}"
+            yield "data.buckets", f"data.resolution has to be a multiple of 64 with it, not {good['data.resolution']}"
 
 
 def _tracking(good: Values) -> Found:

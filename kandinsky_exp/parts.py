@@ -52,8 +52,7 @@ def check_source(source: str, side: Side) -> str | None:
         return None
     root = paths.expanded(source)
     if not paths.is_folder(root):
-        hub_id = f"kandinsky-community/kandinsky-2-2-{side}"
-        return f"there is no folder '{cut(source)}'; give one, or a hub id such as {hub_id}"
+        return f"there is no folder '{cut(source)}'; give one, or a hub id: kandinsky-community/kandinsky-2-2-{side}"
     folder = pipeline_folder(root)
     if folder == root and (root / "config.yaml").is_file():
         left = "an adapter run leaves no whole network" if (root / "adapter").is_dir() else "it is not finished"

@@ -114,8 +114,8 @@ class Weights:
             return _read_part(part, folder, dtype, self.variant)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             side, _ = PARTS[part]
-            message = f"weights.{side}: {folder} cannot be loaded as '{part}': {first_line(error)}"
-            raise ConfigError(f"{message}; fetch or copy it again") from error
+            reason = f"{folder} cannot be loaded as '{part}': {first_line(error)}"
+            raise ConfigError(f"weights.{side}: {reason}; fetch or copy it again") from error
 
     def read_model(self, part: str, folder: Path) -> Any:
         """A frozen model of this kind from any folder, such as a checkpoint's."""

@@ -34,7 +34,7 @@ OWN_IMPORTS = {
     "crosschecks": {"architectures", "errors", "parts", "paths", "targets", "weight_files"},
     "weight_files": {"data.digests", "errors"},
     "pipelines": {"errors", "parts", "weight_files", "weights"},
-    "stages": {"adapters", "data.preprocess", "errors", "pipelines", "stages", "weights"},
+    "stages": {"adapters", "architectures", "data.preprocess", "errors", "pipelines", "stages", "weights"},
     "loop": {"display", "errors", "meter", "randomness", "stages.base", "tracking"},
     "meter": {"errors", "state_file"},
     "display": {"tracking"},

@@ -250,9 +250,9 @@ BAD_FOLDERS = {
     "no folder": (shutil.rmtree, ["data.path", "is not a folder"]),
     "no metadata": (lambda folder: (folder / "metadata.jsonl").unlink(), ["data.path", "neither metadata.jsonl nor"]),
     "both kinds": (content("metadata.csv", b"file_name,text\n"), ["holds both", "keep one"]),
-    "empty file": (lines(""), ["metadata.jsonl has no rows"]),
-    "empty table": (table("file_name,text\n"), ["metadata.csv has no rows"]),
-    "empty csv": (table(""), ["metadata.csv has no rows"]),
+    "empty file": (lines(""), ["metadata.jsonl: it has no rows"]),
+    "empty table": (table("file_name,text\n"), ["metadata.csv: it has no rows"]),
+    "empty csv": (table(""), ["metadata.csv: it has no rows"]),
     "broken json": (lines(GOOD, '{"file_name": "b.png"'), ["metadata.jsonl, line 2", "not JSON"]),
     "json list": (lines(GOOD, "", '["b.png", "x"]'), ["metadata.jsonl, line 3", "not a JSON object"]),
     "not utf-8": (

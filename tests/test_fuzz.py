@@ -120,7 +120,7 @@ def test_any_words_are_settings_or_refused(typed: list[str]) -> None:
             assert isinstance(command_line.job_naming(line.overrides), list)
 
 
-@fuzz(12)
+@fuzz(8)
 @given(overrides)
 @pytest.mark.parametrize("sweeps", [False, True])
 def test_any_setting_is_explained(sweeps: bool, text: str) -> None:
@@ -145,7 +145,7 @@ def explained(text: str, sweeps: bool) -> None:
 def test_none_of_it_needs_torch() -> None:
     code = (
         "import sys\nfrom kandinsky_exp import cli, command_line\n"
-        f"for text in {NASTY[:8]!r}:\n"
+        f"for text in {NASTY[2:6]!r}:\n"
         "    try: line = command_line.parse(['data=emoji', 'weights=tiny', text], cli.VERBS)\n"
         "    except command_line.ConfigError: continue\n"
         "    command_line.job_naming(line.overrides)\n"
@@ -343,13 +343,15 @@ def test_any_file_names(home: Path, files: list[tuple[bytes, bytes, bytes]]) -> 
 
 
 def archive(*members: tuple[str, bytes], kind: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar file without the zeros that fill up its last record."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=kind) as made:
         for name, content in members:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             made.addfile(entry, io.BytesIO(content))
-    return stream.getvalue()
+        end = made.offset
+    return stream.getvalue()[: end + 2 * tarfile.BLOCKSIZE]
 
 
 SHARDS = [
@@ -377,10 +379,10 @@ def headers(draw: st.DrawFn) -> bytes:
 
 
 @pytest.mark.parametrize("caption", ["txt", "json.text"])
-@fuzz(120)
+@fuzz(100)
 @given(mutated(SHARDS) | headers() | st.binary(max_size=1100))
 @example(b"")
-@example(b"\0" * 10_240)
+@example(b"\0" * 1024)
 @example(b"\x1f\x8b\x08" + b"\0" * 40)
 @example(b"BZh9" + b"\0" * 40)
 @example(b"\xfd7zXZ\0" + b"\0" * 40)
@@ -453,10 +455,23 @@ def read_state(home: Path, content: bytes) -> None:
     assert state is None or isinstance(state["step"], int)
 
 
+@pytest.mark.parametrize("content", [b'{"step": Infinity}', b"[" * 100_000], ids=["infinite", "deep"])
+@pytest.mark.xfail(strict=True, reason="checkpoint.read_state lets OverflowError and RecursionError out")
+def test_a_state_beyond_all_measure(home: Path, content: bytes) -> None:
+    read_state(home, content)
+
+
+@pytest.mark.xfail(strict=True, reason="workspace.read_record lets RecursionError out")
+def test_a_record_beyond_all_measure(home: Path) -> None:
+    folder = emptied(home / "run")
+    (folder / workspace.RECORD).write_bytes(b"[" * 100_000)
+    assert workspace.read_record(folder) is None
+
+
 YAML = [b"weights:\n  prior: tiny\n  decoder: tiny\nmodel:\n  _target_: x.PriorStage\n"]
 
 
-@fuzz(200)
+@fuzz(60)
 @given(
     mutated(YAML) | st.binary(max_size=30) | json_like | values.map(lambda text: text.encode("utf-8", "surrogatepass"))
 )

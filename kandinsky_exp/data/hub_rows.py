@@ -119,7 +119,8 @@ def load(name: str, split: str, revision: str | None) -> Any:
         return datasets.load_dataset(name, revision=revision)
     except Exception as error:  # connection, hub, file format, builder: the library has no common base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"data.name: {name} cannot be loaded: {reason}") from error
+        check = "check the id, your access (hf auth login) and the network, or give a local copy"
+        raise DataError(f"data.name: {name} cannot be loaded: {reason}; {check}") from error
 
 
 def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column: str) -> HubRows:

@@ -163,7 +163,9 @@ def _csv(path: Path) -> Numbered:
                     columns = ", ".join(header)
                     yield reader.line_num, f"fields do not match the header ({columns}); put quotes around a comma"
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+            raise DataError(
+                f"{path}, line {reader.line_num}: not CSV: {error}; put quotes around a text, and double those in it"
+            ) from None
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
@@ -181,7 +183,9 @@ def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
                     yield number, others | row
                     number += 1
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
+        raise DataError(
+            f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0]}; write it again"
+        ) from None
 
 
 def _refuse_too_many(path: Path, content: pq.ParquetFile) -> None:

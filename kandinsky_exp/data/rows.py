@@ -138,7 +138,7 @@ def gather(name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRo
     release()
     made = FileRows(name, str(home), str(origin), unit, columns.finish(), tuple(columns.codes))
     if not len(made):
-        raise DataError(f"{origin} has no rows; write one per image")
+        raise DataError(f"{origin}: it has no rows; write one per image")
     return made
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from kandinsky_exp.data.download import is_url, shown
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, cut
 from kandinsky_exp.paths import exists, expanded, is_file, is_folder
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -81,5 +81,7 @@ def _checked(url: str, key: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise DataError(f"{key}: this is no address of a server and a file on it: {url.partition('?')[0]}")
+        raise DataError(
+            f"{key}: this is no address of a server and a file on it: {cut(url.partition('?')[0])}; give http://…/….tar"
+        )
     return url

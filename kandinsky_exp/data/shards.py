@@ -30,7 +30,7 @@ BOMB = 100  # bytes unpacked for each one read; pictures hardly shrink at all
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 MAX_HEADER = 1 << 20
 EXTENDED = (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 
 
 class _Member(tarfile.TarInfo):
@@ -200,7 +200,9 @@ def _reading(shard: str) -> Iterator[tuple[tarfile.TarFile, int | None]]:
                 yield archive, Path(shard).stat().st_size
     except DAMAGE as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
-        raise DataError(f"{download.shown(shard)}: no tar file that can be read to its end: {reason}") from None
+        raise DataError(
+            f"{download.shown(shard)}: no tar file that can be read to its end: {reason}; copy it again"
+        ) from None
 
 
 def _is_compressed(shard: str) -> bool:

@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp import pipelines
+from kandinsky_exp import architectures, pipelines
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.stages import diffusion
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.weights import Weights
@@ -41,10 +40,7 @@ class DecoderStage(DiffusionStage):
         vlb_weight: float = 0.001,
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
-        if resolution % (multiple := weights.size_multiple()):
-            raise ConfigError(
-                f"data.resolution: has to be a multiple of {multiple} for these weights, not {resolution}"
-            )
+        architectures.check_resolution(weights, resolution)
         self.resolution = resolution
         schedule = weights.load("decoder_scheduler")
         self.alphas_cumprod = schedule.alphas_cumprod
