@@ -77,8 +77,8 @@ def generate(cfg: DictConfig) -> float:
         weights.prior_revision = origins["prior"].revision or weights.prior_revision
         weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
         workspace.make_root(Path(cfg.output_root).expanduser())
-        check_networks(weights, origins)
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
+        check_networks(weights, origins)
         images = draw(cfg, weights, origins, prompts)
         folder = fresh_folder(cfg)
         grid = labelled_grid(images, prompts)

@@ -485,7 +485,7 @@ YAML = [b"weights:\n  prior: tiny\n  decoder: tiny\nmodel:\n  _target_: x.PriorS
 @example(b"? [a, b]\n: c")
 @example(b"2020-01-01: x")
 @example(b"!!python/object:os.system x")
-@example(b"[" * 1500)
+@example(b"[" * 400)
 def test_any_config_of_a_run(home: Path, content: bytes) -> None:
     folder = emptied(home / "configured")
     (folder / "config.yaml").write_bytes(content)
