@@ -699,7 +699,6 @@ TABLE["weights"] = [
 ]
 RESUME = [*PRIOR, "name=new"]
 GO_ON = [*PRIOR, "name=done", "data.max_samples=6", "trainer.max_steps=3"]
-WRITES = "run: a checkpoint is looked at after train.log and run.json are written"
 STEP = "{tmp}/run/checkpoints/step-00000002"
 TABLE["runs and checkpoints"] = [
     Bad([*EMOJI, "name=done"], "holds a prior, with which model=decoder cannot go on; choose another name"),
@@ -708,8 +707,10 @@ TABLE["runs and checkpoints"] = [
     Bad([*PRIOR, "name=theirs"], "exists and is not a run; choose another name or move it away"),
     Bad([*PRIOR, "name=damaged"], "its run.json cannot be read; choose another name or move it away"),
     Bad([*PRIOR, "name=a_file"], "name: "),
-    Bad([*GO_ON, "optimizer=sgd"], "made with the optimizer AdamW, not SGD; set optimizer=", open=WRITES),
-    Bad([*GO_ON, "adapter=lora"], "does not fit this run", open=WRITES),
+    Bad([*GO_ON, "optimizer=sgd"], "optimizer._target_: was torch.optim.AdamW, is torch.optim.SGD"),
+    Bad([*GO_ON, "adapter=lora"], "adapter.name: was none, is lora"),
+    Bad([*GO_ON, "seed=7"], "seed: was 0, is 7"),
+    Bad([*GO_ON, "trainer.batch_size=3"], "trainer.batch_size × trainer.grad_accumulation × processes: was"),
     Bad(["checkpoint.resume=nowhere", *EMOJI], "checkpoint.resume: 'nowhere' is no folder"),
     Bad(["checkpoint.resume=" + "r" * 5000, *EMOJI], "checkpoint.resume: "),
     Bad([*RESUME, "checkpoint.resume={tmp}"], "checkpoint.resume: "),
@@ -741,9 +742,13 @@ TABLE["runs and checkpoints"] = [
     ),
     Bad(
         [*RESUME, f"checkpoint.resume={STEP}", "data.max_samples=6"],
-        "does not fit this run",
-        checkpoint(put("optimizer.pt", "garbage")),
-        late=True,
+        "optimizer.safetensors has 7 bytes instead of",
+        checkpoint(put("optimizer.safetensors", "garbage")),
+    ),
+    Bad(
+        [*RESUME, f"checkpoint.resume={STEP}", "data.max_samples=6"],
+        "optimizer.pt is none of its files",
+        checkpoint(put("optimizer.pt", "a pickle")),
     ),
     Bad([*DRAW, "prior={root}/theirs"], "prior: "),
     Bad([*DRAW, "prior={root}/nothing"], "prior: there is no folder"),
