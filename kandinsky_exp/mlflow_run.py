@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
 
-TOKEN = "kandinsky_exp.token"  # tag of a run: the folder it belongs to knows the same text
+TOKEN = "kandinsky_exp.token"  # tag of a run: the folder it belongs to knows the same text  # nosec B105
 CHANGED_PARAMS = "changed_params"
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "NOT_IMPLEMENTED"}
 BREAKDOWNS = {"INTERNAL_ERROR", "BAD_REQUEST"}  # a data base that cannot hold a text says this, and one in trouble too

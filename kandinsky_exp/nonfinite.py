@@ -30,15 +30,14 @@ def batch_kept(folder: Path, reader: FeatureReader, accelerator: Accelerator, tr
         if error.step is None:  # on another process, which keeps it
             raise
         target = folder / FOLDER / f"step-{error.step:08d}"
-        _keep(target, error, reader, accelerator)
+        _keep(target, error.step, str(error), reader, accelerator)
         tracker.log_artifact(target / "report.json", FOLDER)
         raise NonFiniteLoss(f"{error}. The batch is kept in {target}", error.step) from error
 
 
-def _keep(target: Path, error: NonFiniteLoss, reader: FeatureReader, accelerator: Accelerator) -> None:
-    assert error.step is not None
+def _keep(target: Path, step: int, what: str, reader: FeatureReader, accelerator: Accelerator) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(reader.stream(error.step - 1, error.step, accelerator)) as batches:
+    with contextlib.closing(reader.stream(step - 1, step, accelerator)) as batches:
         micro_batches = list(batches)
     rank = accelerator.process_index
     tensors = {
@@ -48,9 +47,9 @@ def _keep(target: Path, error: NonFiniteLoss, reader: FeatureReader, accelerator
     }
     save_file(tensors, target / (f"batch-{rank}.safetensors" if rank else "batch.safetensors"))
     report = {
-        "step": error.step,
+        "step": step,
         "rank": rank,
-        "what": str(error),
+        "what": what,
         "samples": [[reader.id(int(row)) for row in batch["index"]] for batch in micro_batches],
         "finite": {name: bool(torch.isfinite(value).all()) for name, value in tensors.items()},
     }

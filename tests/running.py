@@ -1,15 +1,21 @@
 """Runs in this process: composed configs with small defaults, and what they leave behind."""
 
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import pytest
 import torch
 from hydra import compose, initialize_config_module
 from mlflow import MlflowClient
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
+from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.run import run
 
 SMALL = [
@@ -62,4 +68,31 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-__all__ = ["PROMPTS", "SMALL", "client", "composed", "history", "mlflow", "network", "runs", "same", "train"]
+class At(logging.Handler):
+    """Raises a signal in this very thread when the run logs a text: a stop at an exact point."""
+
+    def __init__(self, text: str, number: signal.Signals = signal.SIGTERM) -> None:
+        super().__init__()
+        self.text, self.number = text, number
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.text in record.getMessage():
+            self.text = "\0"  # once
+            signal.raise_signal(self.number)
+
+
+@contextlib.contextmanager
+def stopped_at(text: str, number: signal.Signals = signal.SIGTERM) -> Iterator[Any]:
+    """The block ends as a run that was stopped, by a signal that came when it logged a text."""
+    handler = At(text, number)
+    logging.getLogger("kandinsky_exp").addHandler(handler)
+    try:
+        with pytest.raises(Interrupted) as caught:
+            yield caught
+    finally:
+        logging.getLogger("kandinsky_exp").removeHandler(handler)
+
+
+__all__ = [
+    "PROMPTS", "SMALL", "client", "composed", "history", "mlflow", "network", "runs", "same", "stopped_at", "train",
+]  # fmt: skip

@@ -1,19 +1,14 @@
 """Stopped anywhere and started again, a run ends as if it had never been stopped: same weights, losses and records."""
 
-import contextlib
 import itertools
 import json
-import logging
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import PROMPTS, client, history, network, runs, same, train
+from running import PROMPTS, client, history, network, runs, same, stopped_at, train
 
 from kandinsky_exp import integrity
-from kandinsky_exp.errors import Interrupted
 
 PART = {"prior": "prior", "decoder": "unet"}
 STEPS = 5
@@ -22,30 +17,6 @@ ORDINARY = [
     "validation.reconstructions=0", "data.max_samples=6", "trainer.batch_size=2",
 ]  # fmt: skip  # an epoch ends after three steps
 MATRIX = list(itertools.product(("prior", "decoder"), ("cached", "online"), (1, 3), (False, True), ("fp32", "bf16")))
-
-
-class At(logging.Handler):
-    """Raises a signal in this very thread when the run logs a text: a stop at an exact point."""
-
-    def __init__(self, text: str, number: signal.Signals = signal.SIGTERM) -> None:
-        super().__init__()
-        self.text, self.number = text, number
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.text in record.getMessage():
-            self.text = "\0"  # once
-            signal.raise_signal(self.number)
-
-
-@contextlib.contextmanager
-def stopped_at(text: str, number: signal.Signals = signal.SIGTERM) -> Iterator[None]:
-    handler = At(text, number)
-    logging.getLogger("kandinsky_exp").addHandler(handler)
-    try:
-        with pytest.raises(Interrupted):
-            yield
-    finally:
-        logging.getLogger("kandinsky_exp").removeHandler(handler)
 
 
 def settings(stage: str, data: str, accumulation: int, ema: bool, precision: str) -> list[str]:

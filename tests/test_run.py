@@ -11,11 +11,11 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, PriorTransformer, UNet2DConditionModel
 from PIL import Image
-from running import PROMPTS, client, composed, history, network, runs, same, train
+from running import PROMPTS, client, composed, history, network, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
 from kandinsky_exp import build
-from kandinsky_exp.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLoss
+from kandinsky_exp.errors import CheckpointError, ConfigError, NonFiniteLoss
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny.pipelines import build as build_tiny
 
@@ -375,14 +375,8 @@ def test_resume_before_the_first_checkpoint_goes_on_in_the_same_mlflow_run(tmp_p
 def test_interruption_writes_a_checkpoint_and_says_killed(tmp_path: Path) -> None:
     cfg = composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=100000", "validation.every=100000",
                    "checkpoint.every=100000")  # fmt: skip
-    signal.setitimer(signal.ITIMER_REAL, 6.0)
-    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
-    try:
-        with pytest.raises(Interrupted) as caught:
-            run(cfg)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with stopped_at("step 6 of") as caught:
+        run(cfg)
     assert caught.value.signal_number == signal.SIGTERM
     (found,) = runs(tmp_path)
     assert found.info.status == "KILLED"
