@@ -189,7 +189,10 @@ def test_a_table_that_only_some_processes_see(tmp_path: Path) -> None:
     ("harm", "message"),
     [
         (lambda folder: truncate(folder / "prior_text_encoder" / "model.safetensors"), "is damaged or cut off"),
-        (lambda folder: truncate(folder / "prior_prior" / "diffusion_pytorch_model.safetensors"), "is damaged or cut off"),
+        (
+            lambda folder: truncate(folder / "prior_prior" / "diffusion_pytorch_model.safetensors"),
+            "is damaged or cut off",
+        ),
         (lambda folder: (folder / "model_index.json").write_text("{"), "model_index.json cannot be read"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "model_index.json cannot be read"),
         (lambda folder: (folder / "prior_prior" / "config.json").write_text("[]"), "config.json' cannot be read"),
