@@ -374,7 +374,7 @@ with tracked(tracker):
     if name == "sys.exit":
         sys.exit(3)
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     signals = {"sys.exit": None, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -385,7 +385,7 @@ with tracked(tracker):
         if number is not None:
             assert processes[name].stdout.readline() == "ready\n"
             processes[name].send_signal(number)
-    errors = {name: process.communicate(timeout=60)[1] for name, process in processes.items()}
+    errors = {name: process.communicate(timeout=300)[1] for name, process in processes.items()}
     assert processes["sys.exit"].returncode == 3
     assert "Interrupted" in errors["SIGTERM"]
     experiment = client.get_experiment_by_name("endings")
