@@ -15,7 +15,7 @@ from running import PROMPTS, client, composed, history, network, runs, same, sto
 from safetensors.torch import load_file
 
 from kandinsky_exp import build
-from kandinsky_exp.errors import CheckpointError, ConfigError, NonFiniteLoss
+from kandinsky_exp.errors import ConfigError, NonFiniteLoss
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny.pipelines import build as build_tiny
 
@@ -462,7 +462,7 @@ def test_push_without_a_login_is_refused_before_training(tmp_path: Path, monkeyp
 
 def test_a_refused_resume_leaves_a_finished_run_finished(tmp_path: Path) -> None:
     train(tmp_path, "model=prior", "name=p")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ConfigError):
         train(tmp_path, "model=prior", "name=p", "adapter=lora", "adapter.rank=2", "trainer.max_steps=6")
     assert runs(tmp_path)[0].info.status == "FINISHED"
     assert json.loads((tmp_path / "p" / "run.json").read_text())["status"] == "FINISHED"
