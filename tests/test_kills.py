@@ -57,20 +57,36 @@ def attempt(root: Path, moment: Moment | None, steps: int) -> int:
     return process.exitcode or 0
 
 
-def after(seconds: float) -> Moment:
-    """So long after the run's log has grown, or the folder was made."""
-    begun: list[float] = []
-    sizes: list[int] = []
+class Training:
+    """Whether this start trains yet, and whether it has come to a new checkpoint: else no start would get anywhere."""
 
-    def moment(root: Path) -> bool:
+    def __init__(self) -> None:
+        self.size: int | None = None
+        self.newest = ""
+        self.begun: float | None = None
+
+    def seconds(self, root: Path) -> float:
+        """Since the first line of the log that speaks of a step; negative before."""
         log = root / "killed" / "train.log"
-        size = log.stat().st_size if log.is_file() else -1
-        sizes.append(size)
-        if not begun and size >= 0 and size != sizes[0]:
-            begun.append(time.monotonic())
-        return bool(begun) and time.monotonic() - begun[0] > seconds
+        text = log.read_text() if log.is_file() else ""
+        if self.size is None:
+            self.size, self.newest = len(text), newest(root)
+        if self.begun is None and "step " in text[self.size :]:
+            self.begun = time.monotonic()
+        return -1.0 if self.begun is None else time.monotonic() - self.begun
 
-    return moment
+    def advanced(self, root: Path) -> bool:
+        return self.seconds(root) >= 0 and newest(root) > self.newest
+
+
+def newest(root: Path) -> str:
+    return max((path.name for path in root.glob("killed/checkpoints/step-*")), default="")
+
+
+def after(seconds: float) -> Moment:
+    """So long after the first step that the log speaks of."""
+    training = Training()
+    return lambda root: training.seconds(root) >= seconds
 
 
 def finds(pattern: str) -> Moment:
@@ -78,10 +94,16 @@ def finds(pattern: str) -> Moment:
     return lambda root: any(root.glob(pattern))
 
 
+def finds_later(pattern: str) -> Moment:
+    """As soon as there is such a file, and a checkpoint more than there was."""
+    training = Training()
+    return lambda root: training.advanced(root) and any(root.glob(pattern))
+
+
 ENCODING = finds("cache/*.partial/images.arrow")
-CHECKPOINT = finds("killed/checkpoints/.step-*.part/*")
-WRITING = finds("killed/outbox/*")
 RECORDED = finds("killed/run.json")
+CHECKPOINT = "killed/checkpoints/.step-*.part/*"
+WRITING = "killed/outbox/*/*"
 
 
 def killed_over_and_over(root: Path, moments: list[Moment], steps: int) -> int:
@@ -125,7 +147,8 @@ def check(root: Path, steps: int) -> None:
 
 @pytest.mark.slow
 def test_killed_where_it_hurts(tmp_path: Path) -> None:
-    moments = [RECORDED, ENCODING, CHECKPOINT, WRITING, CHECKPOINT, after(0.5), WRITING, after(1.5)]
+    moments = [RECORDED, ENCODING, finds(CHECKPOINT), finds_later(CHECKPOINT), finds_later(WRITING), after(0.5),
+               finds_later(CHECKPOINT), after(1.0)]  # fmt: skip
     assert killed_over_and_over(tmp_path, moments, steps=120) >= 6
 
 
@@ -135,5 +158,6 @@ def test_killed_fifty_times(tmp_path: Path) -> None:
     chance = random.Random(0)
     moments: list[Moment] = [RECORDED, ENCODING]
     while len(moments) < 50:
-        moments.append(chance.choice([CHECKPOINT, WRITING, *[after(chance.uniform(0, 2.5)) for _ in range(6)]]))
+        some = [finds_later(CHECKPOINT), finds_later(WRITING), *(after(chance.uniform(0, 1.5)) for _ in range(4))]
+        moments.append(chance.choice(some))
     assert killed_over_and_over(tmp_path, moments, steps=800) == 50
