@@ -537,7 +537,7 @@ def test_a_decoder_trains_on_buckets_and_resumes_exactly(tmp_path):
     ("overrides", "message"),
     [
         (["data.buckets=true", "data.cache=false"], "data.buckets: the sizes of all images"),
-        (["data.buckets=true", "data.resolution=72"], "multiple of 64, not 72"),
+        (["data.buckets=true", "data.resolution=72"], "multiple of 64 with it, not 72"),
         (["data.on_error=ignore"], "data.on_error"),
         (["data.encode_workers=-1"], "data.encode_workers"),
     ],
