@@ -19,7 +19,7 @@ from kandinsky_exp.stages.base import DiffusionStage
 NAMED = 3
 HOST_WORDS = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.I)
 ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+) ([KMGT])iB")
-# Parts of the activations that a setting takes away, roughly, as measured on the networks at true size.
+# Parts of the activations that a setting takes away: guesses that nobody measured, good enough to rank settings by.
 CHECKPOINTED, HALVED, QUARTERED = 0.7, 0.45, 0.5
 FP32 = 4  # bytes
 
