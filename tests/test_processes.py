@@ -113,6 +113,23 @@ def test_two_processes_stop_with_one_checkpoint(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "p" / "run.json").read_text())["step"] == int(folder.name.removeprefix("step-"))
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """One process leaves what two go on from, and one again; the samples per step stay, and what may differ is said."""
+    settings = ["model=prior", "name=p", "trainer.log_every=1"]
+    train(tmp_path, *settings, "trainer.max_steps=2")
+    output = finish(start_two(f"output_root={tmp_path}", *settings, "trainer.batch_size=2", "trainer.max_steps=4"))
+    log = tmp_path / "p" / "train.log"
+    assert "going on with 2 processes instead of 1: the order of the data stays the same" in log.read_text(), output
+    train(tmp_path, *settings, "trainer.max_steps=5")
+    assert "going on with 1 processes instead of 2: " in log.read_text()
+    (found,) = runs(tmp_path)
+    assert found.info.status == "FINISHED"
+    assert list(history(tmp_path, found.info.run_id, "train/loss")) == [1, 2, 3, 4, 5]
+    refused = finish(start_two(f"output_root={tmp_path}", *settings, "trainer.max_steps=6"))
+    assert "× processes: was 4, is 8; images would be left out or seen twice" in refused
+
+
 def wait_until(condition: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
