@@ -86,16 +86,17 @@ def newest_good(root: Path, note: Callable[[str], None]) -> Path | None:
     Raises:
         CheckpointError: there are some, and all are damaged.
     """
-    folders = sorted(filter(Path.is_dir, root.glob("step-*")), reverse=True)
-    for folder in folders:
+    problems: list[str] = []
+    for folder in sorted(filter(Path.is_dir, root.glob("step-*")), reverse=True):
         problem = damage(folder)
         if problem is None:
             return folder
+        problems.append(f"{folder.name}: {problem}")
         note(f"checkpoint {folder} is damaged and was passed over: {problem}")
-    if folders:
+    if problems:
         raise CheckpointError(
-            f"checkpoint.resume: none of the {len(folders)} checkpoints in {root} is whole ({folders[0].name}: "
-            f"{damage(folders[0])}); bring one back from a copy, or remove that folder to start from the beginning"
+            f"checkpoint.resume: none of the {len(problems)} checkpoints in {root} is whole ({problems[0]}); bring one "
+            "back from a copy, or remove that folder to start from the beginning"
         )
     return None
 
