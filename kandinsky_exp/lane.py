@@ -162,8 +162,7 @@ class Lane:
         with self._lock:
             paths, self._unsynced = self._unsynced, set()
         for path in paths:
-            inside = path.rglob("*") if path.parent == self.folder / "files" else ()
-            for each in (*inside, path):
+            for each in (*(inside(path) if path.parent == self.folder / "files" else ()), path):
                 fsync(each)
 
     def _write(self, data: bytes) -> None:
@@ -216,6 +215,12 @@ def _parsed(line: bytes) -> Iterator[Record]:
     except ValueError:
         record = None
     yield record if isinstance(record, dict) else {"kind": "damaged", "text": line.decode("utf-8", "replace")}
+
+
+def inside(folder: Path) -> Iterator[Path]:
+    """All that is under a folder, as far as it is still there: what is delivered goes meanwhile."""
+    for parent, folders, files in os.walk(folder):  # a glob raises where a folder goes
+        yield from (Path(parent, name) for name in (*folders, *files))
 
 
 def fsync(path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from running import client, runs, train
 
 from kandinsky_exp.data import sources
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import ConfigError
 
 COUNT = 10
 
@@ -97,5 +97,5 @@ def test_a_run_on_every_form(form: Callable[[Path], list[str]], tmp_path: Path) 
 
 
 def test_shards_need_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.cache=true"):
+    with pytest.raises(ConfigError, match=r"data\.cache: shards are read in one sweep.*set it to true"):
         train(tmp_path / "out", *shards(tmp_path), "data.resolution=64", "data.max_samples=null", "data.cache=false")

@@ -1,6 +1,7 @@
 """What waits for the store: on disk, in order, delivered once, and never in the way of who records."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -174,6 +175,22 @@ def test_files_go_with_their_record(tmp_path: Path) -> None:
     lane.sync()
     lane.remove(segment)
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_files_may_go_while_they_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = Outbox(tmp_path).artifacts
+    lane.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
+    segment = taken(lane)
+    scandir = os.scandir
+
+    def delivered_just_now(path: Path) -> object:
+        monkeypatch.setattr(os, "scandir", scandir)
+        lane.remove(segment)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", delivered_just_now)
+    lane.sync()
+    assert os.scandir is scandir, "nothing was listed: the test tests nothing"
 
 
 def test_files_without_a_record_are_removed(tmp_path: Path) -> None:

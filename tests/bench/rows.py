@@ -29,10 +29,8 @@ def fill(pictures: str, root: str) -> dict[str, Any]:
     """Cache features of all the pictures: random ones, through the run itself."""
     import doors
 
-    from kandinsky_exp.run import run
-
     cheap = ["model._target_=cheap.CheapPrior", "trainer.max_steps=1", "name=fill", "data.encode_batch=64"]
-    run(doors.compose([*overrides_for(pictures, root), *cheap]))
+    doors.train(doors.compose([*overrides_for(pictures, root), *cheap]))
     return {"tables": doors.tables(Path(root))}
 
 
@@ -46,11 +44,9 @@ def measure(pictures: str, few_pictures: str, root: str, steps: int, block: int)
     import doors
     from bare import BareStep
 
-    from kandinsky_exp.run import run
-
     hooked = ["scheduler._target_=schedule.constant", "checkpoint.resume=never"]
     few = [*overrides_for(few_pictures, f"{root}-few"), *hooked, "trainer.max_steps=3", f"name=few-{time.time_ns()}"]
-    run(doors.compose(few))
+    doors.train(doors.compose(few))
     before = doors.tables(Path(root))
     timer, memory = turns.Turns(BareStep("prior", None, few_pictures, 4, 64), block, block // 2), []
 
@@ -63,7 +59,7 @@ def measure(pictures: str, few_pictures: str, root: str, steps: int, block: int)
     many = [*overrides_for(pictures, root), *hooked, f"trainer.max_steps={steps}", f"name=rows-{time.time_ns()}"]
     config = doors.compose(many)
     since = time.time()
-    run(config)
+    doors.train(config)
     if doors.tables(Path(root)) != before:
         raise RuntimeError(f"the cache under {root} was not warm: the run encoded")
     found = timer.summary()

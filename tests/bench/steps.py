@@ -14,16 +14,15 @@ def runner(
     The default objective too: conditions are dropped, and the decoder has its variational term, neither of which the
     bare step computes.
     """
+    import doors
     from bare import BareStep
-    from doors import compose
-
-    from kandinsky_exp.run import run
 
     measured = turns.Turns(BareStep(stage, pipelines, pictures, batch, resolution), block, block // 2)
     turns.hook(measured)
     steps = turns.steps_for(blocks, block, block // 2) + 1  # the last one, which checkpoints, is in no block
     overrides = overrides_for(stage, pipelines, pictures, batch, resolution)
-    run(compose([*overrides, f"trainer.max_steps={steps}", f"output_root={root}", "name=steps"]))
+    overrides = [*overrides, f"trainer.max_steps={steps}", f"output_root={root}", "name=steps"]
+    doors.train(doors.compose(overrides))
     return measured.summary()
 
 
