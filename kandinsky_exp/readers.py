@@ -20,7 +20,7 @@ from kandinsky_exp.data.encode import cache_key, encode_table
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Indexed, Source, Splits
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Rows, collate
-from kandinsky_exp.data.loading import is_of_workers, leave_signals, workers_failed
+from kandinsky_exp.data.loading import from_workers, leave_signals
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.data.sampler import StreamBatchSampler
@@ -135,17 +135,7 @@ class FeatureReader:
             collate_fn=collate,
             worker_init_fn=leave_signals if workers else None,
         )
-        failed = None
-        try:
-            yield from loader
-        except DataError as error:  # a worker's comes with its traceback in front
-            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
-        except RuntimeError as error:
-            if not is_of_workers(error):
-                raise
-            failed = workers_failed(error, "data.num_workers")
-        if failed is not None:  # here, where no traceback keeps the workers
-            raise failed
+        yield from from_workers(loader, "data.num_workers")
 
     def _encoded(self, batch: Features) -> Features:
         if self.encode is None:

@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 
 INTERVAL = 2.0  # seconds in which metrics gather to one write; the contract says 5 s until they are visible
 BATCH = 1000  # metric values in one write: MLflow's own limit
-MAX_PAUSE = 30.0  # seconds between tries while the store is away
+PAUSE = 2.0  # seconds until the first retry of a store that is away
+MAX_PAUSE = 30.0  # and between later ones, at most
 
 
 class Refused(Exception):
@@ -34,7 +35,8 @@ class Courier:
             never be taken, and anything else where a later try may succeed.
         refuse: puts a refused record aside.
         last: is called when nothing waits any more, and may raise as `send` does.
-        interval: seconds in which records gather.
+        interval: seconds in which records gather; 0 = each is sent as it comes.
+        pause: seconds until the first retry; each later pause is twice as long as the one before.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Courier:
         refuse: Callable[[Record, Exception], None],
         last: Callable[[], None] = lambda: None,
         interval: float = INTERVAL,
+        pause: float = PAUSE,
     ) -> None:
         self._what, self._lane, self._send, self._refuse, self._last = what, lane, send, refuse, last
-        self._interval = interval
+        self._interval, self._pause = interval, pause
         self._segment: Segment | None = None
         self._rest: deque[Record] = deque()  # of the segment
         self._closed = False
@@ -95,8 +98,8 @@ class Courier:
     def _gather(self) -> list[threading.Event]:
         """Wait for news, and then until it is time for a try; who waits for it."""
         news = None if self.failures else self._news.get()
-        pause = min(MAX_PAUSE, self._interval * 2 ** min(self.failures, 10))
-        end, points = time.monotonic() + pause, 0
+        retry = min(MAX_PAUSE, self._pause * 2 ** min(self.failures - 1, 10))
+        end, points = time.monotonic() + (retry if self.failures else self._interval), 0
         while True:
             if isinstance(news, threading.Event):
                 break

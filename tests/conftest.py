@@ -1,5 +1,6 @@
 """Fixtures that several test files share. The environment is set before any library reads it."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -7,6 +8,13 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores: more threads each are slower
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """Each run collects garbage at its end: libraries are passed over, or that takes longer than its steps."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,13 @@ import contextlib
 import copy
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import start
 from diffusers import PriorTransformer, UNet2DConditionModel
 from running import SMALL, composed, same, train
 from safetensors import safe_open
@@ -342,16 +339,11 @@ def test_behind_or_not_leaves_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_while_it_writes_it_goes_on_from_the_one_before(tmp_path: Path) -> None:
-    overrides = [*SMALL, "model=decoder", f"output_root={tmp_path}", "name=d", "tracker=none", "checkpoint.every=1",
-                 "trainer.max_steps=100000", "validation.every=100000", "trainer.ema_decay=0.9"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "kandinsky_exp", *overrides], stderr=subprocess.DEVNULL)
+    process = start(tmp_path, "model=decoder", "name=d", "tracker=none", "checkpoint.every=1",
+                    "trainer.max_steps=100000", "validation.every=100000", "trainer.ema_decay=0.9")  # fmt: skip
     root = tmp_path / "d" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not (checkpoint.complete(root) and list(root.glob(".step-*.part/*/*.safetensors"))):
-        assert process.poll() is None
-        assert time.monotonic() < deadline, "timed out"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait_until(lambda: checkpoint.complete(root) and list(root.glob(".step-*.part/*/*.safetensors")))
+    process.kill()
     assert list(root.glob(".step-*.part"))
     newest = integrity.newest_good(root, print)
     assert newest is not None

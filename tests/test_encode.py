@@ -21,6 +21,7 @@ import torch
 from encoders import DecoderEncoders, PriorEncoders, encode
 from PIL import Image
 from running import SMALL, composed, train
+from torch.utils.data import DataLoader, Dataset
 
 from kandinsky_exp import cli
 from kandinsky_exp.data import cache, encoding, sources
@@ -28,6 +29,7 @@ from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
 from kandinsky_exp.data.examples import Example, Indexed
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
 from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, removal
+from kandinsky_exp.data.loading import from_workers
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler, choose_mirror
 from kandinsky_exp.data.table import FeatureTable
@@ -273,6 +275,28 @@ def test_a_worker_that_dies_is_an_error_with_a_cure(prior, tmp_path):
         DataError, match=r"data\.encode_workers: the processes that read images failed .*; set data\.encode_workers=0"
     ):
         encode(source, prior, tmp_path / "key", workers=1, batch_size=1)
+
+
+class Broken(Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError("no more")], ids=repr
+)
+def test_half_a_message_of_a_worker_that_died(error):
+    """What the queue raises then, depending on how far the message came."""
+    with pytest.raises(DataError, match=r"^data\.num_workers: the processes that read images failed \(.*num_workers=0"):
+        list(from_workers(DataLoader(Broken(error), num_workers=1), "data.num_workers"))
+    with pytest.raises(type(error)):  # nobody's death
+        list(from_workers(DataLoader(Broken(error)), "data.num_workers"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

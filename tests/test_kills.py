@@ -4,23 +4,15 @@
 """
 
 import json
-import multiprocessing
-import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import SMALL, client, history, network, runs, same, train
-
-from kandinsky_exp import cli
-
-# A server that has imported all of it hands out processes that begin at once: their start is no part of what is tested.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["kandinsky_exp.run", "mlflow", "running"])
+from commands import start
+from running import client, history, network, runs, same, train
 
 LOG = 5
 Moment = Callable[[Path], object]
@@ -33,28 +25,14 @@ def settings(steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def child(arguments: list[str], output: Path) -> None:
-    with output.open("a") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    cli.main(arguments)
-
-
-def attempt(root: Path, moment: Moment | None, steps: int) -> int:
-    """Start the run `killed` and kill it at a moment; its exit code."""
-    arguments = [*SMALL, f"output_root={root}", *settings(steps), "name=killed"]
-    process = PROCESSES.Process(target=child, args=(arguments, root / "output.txt"))
-    process.start()
-    deadline = time.monotonic() + 120
-    while process.is_alive():
-        assert time.monotonic() < deadline
-        if moment is not None and moment(root):
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    process.join()
-    return process.exitcode or 0
+def attempt(root: Path, moment: Moment | None, steps: int) -> tuple[int, str]:
+    """Start the run `killed` and kill it at a moment; its exit code, and what it printed."""
+    process = start(root, *settings(steps), "name=killed")
+    if moment is not None and process.lives_until(lambda: moment(root)):
+        process.kill()
+    output = process.finish()
+    assert process.code is not None
+    return process.code, output
 
 
 class Training:
@@ -109,9 +87,13 @@ WRITING = "killed/outbox/*/*"
 def killed_over_and_over(root: Path, moments: list[Moment], steps: int) -> int:
     """How many of the kills met a run that was alive."""
     undisturbed(root, steps)
-    codes = [attempt(root, moment, steps) for moment in moments]
-    assert set(codes) <= {-signal.SIGKILL, 0}, (root / "output.txt").read_text()[-3000:]
-    assert attempt(root, None, steps) == 0, (root / "output.txt").read_text()[-3000:]
+    codes = []
+    for moment in moments:
+        code, output = attempt(root, moment, steps)
+        assert code in (-signal.SIGKILL, 0), output[-3000:]
+        codes.append(code)
+    code, output = attempt(root, None, steps)
+    assert code == 0, output[-3000:]
     check(root, steps)
     return codes.count(-signal.SIGKILL)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command, start
 from mlflow import MlflowClient
-from running import SMALL
 
 pytestmark = pytest.mark.slow
 STEPS = 120
@@ -97,13 +97,9 @@ class Training:
         self.root, self.uri = root, uri
         self.process = self.start()
 
-    def start(self) -> "subprocess.Popen[str]":
-        command = [
-            sys.executable, "-m", "kandinsky_exp", *SMALL, "model=decoder", "name=d", f"output_root={self.root}",
-            f"tracker.uri={self.uri}", f"trainer.max_steps={STEPS}", "validation.every=40", "checkpoint.every=20",
-            "validation.prompts=[a dog]",
-        ]  # fmt: skip
-        return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def start(self) -> Command:
+        return start(self.root, "model=decoder", "name=d", f"tracker.uri={self.uri}", f"trainer.max_steps={STEPS}",
+                     "validation.every=40", "checkpoint.every=20", "validation.prompts=[a dog]")  # fmt: skip
 
     @property
     def outbox(self) -> Path:
@@ -115,22 +111,11 @@ class Training:
         return file.read_text() if file.exists() else ""
 
     def wait_for(self, text: str) -> None:
-        def said() -> bool:
-            found = text in self.log
-            assert found or self.process.poll() is None, self.end()
-            return found
-
-        wait_until(said)
-
-    def end(self) -> str:
-        try:
-            return self.process.communicate(timeout=300)[0]
-        finally:
-            self.process.kill()
+        self.process.wait_for(text, self.root / "d" / "train.log")
 
     def run_again(self) -> str:
         self.process = self.start()
-        return self.end()
+        return self.process.finish()
 
 
 @pytest.fixture
@@ -138,7 +123,6 @@ def training(tmp_path: Path, server: Server) -> Iterator[Training]:
     made = Training(tmp_path, server.uri)
     yield made
     made.process.kill()
-    made.process.communicate()
 
 
 def check(server: Server, training: Training) -> None:
@@ -193,8 +177,8 @@ def test_a_bad_server_is_found_at_once(
     with bad() as port:
         training = Training(tmp_path, f"http://127.0.0.1:{port}")
         began = time.monotonic()
-        output = training.end()
-    assert training.process.returncode == 2, output
+        output = training.process.finish()
+    assert training.process.code == 2, output
     assert training.uri in output
     assert "Traceback" not in output
     assert time.monotonic() - began < 60
@@ -205,11 +189,11 @@ def test_a_server_that_goes_and_comes_back(server: Server, training: Training) -
     training.wait_for("step 10 of")
     server.stop()
     training.wait_for("MLflow: metrics cannot be written for now")
-    training.process.send_signal(signal.SIGSTOP)  # or it would be done before the server is there again
+    training.process.signal(signal.SIGSTOP)  # or it would be done before the server is there again
     server.start()
-    training.process.send_signal(signal.SIGCONT)
-    output = training.end()
-    assert training.process.returncode == 0, output
+    training.process.signal(signal.SIGCONT)
+    output = training.process.finish()
+    assert training.process.code == 0, output
     assert "the store is back; metrics are written again" in output
     check(server, training)
 
@@ -217,13 +201,13 @@ def test_a_server_that_goes_and_comes_back(server: Server, training: Training) -
 def test_a_server_that_comes_back_after_the_end(server: Server, training: Training) -> None:
     training.wait_for("step 10 of")
     server.stop()
-    output = training.end()
-    assert training.process.returncode == 0, output
+    output = training.process.finish()
+    assert training.process.code == 0, output
     assert re.search(r"MLflow: \d+ records wait in .*outbox; the same command, with name=d, delivers them", output)
     assert training.outbox.exists()
     server.start()
     output = training.run_again()
-    assert training.process.returncode == 0, output
+    assert training.process.code == 0, output
     assert "nothing left to do" in output
     check(server, training)
 
@@ -236,9 +220,8 @@ def test_a_process_that_is_killed_while_the_server_hangs(server: Server, trainin
     wait_until(lambda: len(training.log.splitlines()) > lines + 3)
     time.sleep(3)  # longer than metrics gather: the request is on its way
     training.process.kill()
-    training.end()
     server.signal(signal.SIGCONT)
     output = training.run_again()
-    assert training.process.returncode == 0, output
+    assert training.process.code == 0, output
     assert "going on from" in output
     check(server, training)

@@ -1,7 +1,6 @@
 """What waits for the store: on disk, in order, delivered once, and never in the way of who records."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -177,20 +176,19 @@ def test_files_go_with_their_record(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_files_may_go_while_they_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_may_go_while_they_are_synced(tmp_path: Path) -> None:
     lane = Outbox(tmp_path).artifacts
     lane.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
-    segment = taken(lane)
-    scandir = os.scandir
+    waiting = [taken(lane)]
 
-    def delivered_just_now(path: Path) -> object:
-        monkeypatch.setattr(os, "scandir", scandir)
-        lane.remove(segment)
-        return scandir(path)
+    def delivered_just_now(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.scandir" and waiting and str(arguments[0]).startswith(str(lane.folder / "files")):
+            lane.remove(waiting.pop())
 
-    monkeypatch.setattr(os, "scandir", delivered_just_now)
+    sys.addaudithook(delivered_just_now)
     lane.sync()
-    assert os.scandir is scandir, "nothing was listed: the test tests nothing"
+    assert not waiting, "nothing was listed: the test tests nothing"
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_files_without_a_record_are_removed(tmp_path: Path) -> None:
@@ -266,7 +264,7 @@ def start(lane: Lane) -> Iterator[Start]:
     started: list[Courier] = []
 
     def courier(store: Store, interval: float = 0.01) -> Courier:
-        started.append(Courier("metrics", lane, store.write, store.refuse, interval=interval))
+        started.append(Courier("metrics", lane, store.write, store.refuse, interval=interval, pause=interval))
         return started[-1]
 
     yield courier
@@ -335,6 +333,18 @@ def test_the_pauses_grow(lane: Lane, start: Start) -> None:
     assert 3 <= store.tries <= 6  # after 0.05, 0.1, 0.2, 0.4 and 0.8 s
     store.away = False
     wait_for(lambda: store.seen == [1])  # and by itself
+
+
+def test_what_is_sent_at_once_is_not_tried_again_at_once(lane: Lane) -> None:
+    """Files are: a thread that tried all the time would take the core that trains."""
+    store = Store()
+    store.away = True
+    courier = Courier("files", lane, store.write, store.refuse, interval=0)
+    add(lane, courier, 1)
+    wait_for(lambda: store.tries == 1)
+    time.sleep(0.5)
+    assert store.tries == 1
+    courier.close()
 
 
 def test_what_is_refused_is_put_aside_and_holds_up_nothing(

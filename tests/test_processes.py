@@ -9,38 +9,33 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import start, start_two
 from PIL import Image
 from running import SMALL, history, network, runs, train
 
-COMMAND = [sys.executable, "-m", "kandinsky_exp"]
 # `accelerate launch --cpu` starts one process, whatever number it is given: torch's launcher, which it uses on GPUs.
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *COMMAND[1:], "train"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENDLESS = ["trainer.max_steps=1000000", "validation.every=1000000", "checkpoint.every=1000000"]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-    )
-
-
-def start_two(*overrides: str) -> subprocess.Popen[str]:
-    return start(*LAUNCH, *SMALL, *overrides, ACCELERATE_USE_CPU="true")
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
-    try:
-        return process.communicate(timeout=timeout)[0]
-    finally:
-        process.kill()
+def real(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process that has all its imports before it."""
+    return subprocess.run(
+        command, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=240, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_two_processes_train_one_run(stage: str, tmp_path: Path) -> None:
-    output = finish(start_two(
-        f"model={stage}", f"output_root={tmp_path}", "trainer.batch_size=2", "trainer.log_every=1",
-        "validation.prompts=[a dog]", "trainer.grad_accumulation=2", "trainer.ema_decay=0.9",
-    ))  # fmt: skip
+@pytest.mark.parametrize(("stage", "launched"), [("prior", True), ("decoder", False)])
+def test_two_processes_train_one_run(stage: str, launched: bool, tmp_path: Path) -> None:
+    settings = [f"model={stage}", "trainer.batch_size=2", "trainer.log_every=1", "validation.prompts=[a dog]",
+                "trainer.grad_accumulation=2", "trainer.ema_decay=0.9"]  # fmt: skip
+    if launched:
+        command = [*LAUNCH, "-m", "kandinsky_exp", "train", *SMALL, f"output_root={tmp_path}", *settings]
+        output = real(command, ACCELERATE_USE_CPU="true").stdout
+    else:
+        output = "".join(process.finish() for process in start_two(tmp_path, *settings))
     (found,) = runs(tmp_path)
     assert found.info.status == "FINISHED", output
     folders = [path for path in tmp_path.iterdir() if (path / "run.json").is_file()]
@@ -56,15 +51,13 @@ def test_two_processes_train_one_run(stage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_with_a_checkpoint_and_its_exit_code(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    process = start(*COMMAND, *SMALL, "model=prior", f"output_root={tmp_path}", "name=p", "trainer.max_steps=1000000",
-                    "validation.every=1000000", "checkpoint.every=1000000")  # fmt: skip
-    log = tmp_path / "p" / "train.log"
-    wait_until(lambda: log.is_file() and "step 2 of" in log.read_text(), process)
+    process = start(tmp_path, "model=prior", "name=p", *ENDLESS)
+    process.wait_for("step 2 of", tmp_path / "p" / "train.log")
     sent = time.monotonic()
-    process.send_signal(number)
-    output = finish(process)
-    assert time.monotonic() - sent < 20
-    assert process.returncode == code, output
+    process.signal(number)
+    output = process.finish()
+    assert time.monotonic() - sent < 10
+    assert process.code == code, output
     assert "Traceback" not in output
     (found,) = runs(tmp_path)
     assert found.info.status == "KILLED"
@@ -84,15 +77,13 @@ def pictures(folder: Path) -> Path:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_goes_while_a_run_trains_fails_the_run(workers: int, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "pictures")
-    process = start(*COMMAND, *SMALL, "model=prior", f"output_root={tmp_path}", "name=p", "trainer.max_steps=1000000",
-                    "data=folder", f"data.path={folder}", "data.cache=false", f"data.num_workers={workers}",
-                    "data.resolution=64", "validation.every=1000000", "checkpoint.every=1000000")  # fmt: skip
-    log = tmp_path / "p" / "train.log"
-    wait_until(lambda: log.is_file() and "step 2 of" in log.read_text(), process)
+    process = start(tmp_path, "model=prior", "name=p", "data=folder", f"data.path={folder}", "data.cache=false",
+                    f"data.num_workers={workers}", "data.resolution=64", *ENDLESS)  # fmt: skip
+    process.wait_for("step 2 of", tmp_path / "p" / "train.log")
     for file in folder.glob("*.png"):
         file.unlink()
-    output = finish(process)
-    assert process.returncode == 1, output
+    output = process.finish()
+    assert process.code == 1, output
     assert "Traceback" not in output
     assert "(training stopped after step" in output
     assert {run.info.status for run in runs(tmp_path)} == {"FAILED"}
@@ -101,13 +92,12 @@ def test_an_image_that_goes_while_a_run_trains_fails_the_run(workers: int, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_stop_with_one_checkpoint(tmp_path: Path) -> None:
-    process = start_two("model=prior", f"output_root={tmp_path}", "name=p", "trainer.max_steps=1000000",
-                    "trainer.log_every=1", "validation.every=1000000", "checkpoint.every=1000000")  # fmt: skip
-    log = tmp_path / "p" / "train.log"
-    wait_until(lambda: log.is_file() and "step 2 of" in log.read_text(), process)
-    process.send_signal(signal.SIGTERM)
-    output = finish(process)
-    assert process.returncode != 0
+    both = start_two(tmp_path, "model=prior", "name=p", "trainer.log_every=1", *ENDLESS)
+    both[0].wait_for("step 2 of", tmp_path / "p" / "train.log")
+    both[0].signal(signal.SIGTERM)
+    both[1].signal(signal.SIGTERM)
+    output = "".join(process.finish() for process in both)
+    assert [process.code for process in both] == [143, 143], output
     assert {run.info.status for run in runs(tmp_path)} == {"KILLED"}, output
     (folder,) = (tmp_path / "p" / "checkpoints").iterdir()
     assert json.loads((tmp_path / "p" / "run.json").read_text())["step"] == int(folder.name.removeprefix("step-"))
@@ -118,7 +108,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """One process leaves what two go on from, and one again; the samples per step stay, and what may differ is said."""
     settings = ["model=prior", "name=p", "trainer.log_every=1"]
     train(tmp_path, *settings, "trainer.max_steps=2")
-    output = finish(start_two(f"output_root={tmp_path}", *settings, "trainer.batch_size=2", "trainer.max_steps=4"))
+    both = start_two(tmp_path, *settings, "trainer.batch_size=2", "trainer.max_steps=4")
+    output = "".join(process.finish() for process in both)
     log = tmp_path / "p" / "train.log"
     assert "going on with 2 processes instead of 1: the order of the data stays the same" in log.read_text(), output
     train(tmp_path, *settings, "trainer.max_steps=5")
@@ -126,16 +117,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     (found,) = runs(tmp_path)
     assert found.info.status == "FINISHED"
     assert list(history(tmp_path, found.info.run_id, "train/loss")) == [1, 2, 3, 4, 5]
-    refused = finish(start_two(f"output_root={tmp_path}", *settings, "trainer.max_steps=6"))
+    both = start_two(tmp_path, *settings, "trainer.max_steps=6")
+    refused = "".join(process.finish() for process in both)
     assert "× processes: was 4, is 8; images would be left out or seen twice" in refused
-
-
-def wait_until(condition: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.1)
+    assert [process.code for process in both] == [2, 2]
 
 
 def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_path: Path) -> None:
@@ -146,19 +131,17 @@ def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_pa
         (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name='{name}')\n")
     paths = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
     settings = [*SMALL, "model=prior", "tracker=none", "name=p", f"output_root={tmp_path}"]
-    process = start(*COMMAND, *settings, PYTHONPATH=paths)
-    output = finish(process)
-    assert process.returncode == 0, output
+    done = real([sys.executable, "-m", "kandinsky_exp", *settings], PYTHONPATH=paths)
+    assert done.returncode == 0, done.stdout
     assert not (tmp_path / "mlflow.db").exists()
     assert (tmp_path / "p" / "pipeline" / "model_index.json").is_file()
 
 
 @pytest.mark.slow
 def test_multirun_leaves_one_parent_and_a_folder_per_job(tmp_path: Path) -> None:
-    process = start(*COMMAND, "--multirun", *SMALL, f"output_root={tmp_path}", "name=sweep", "model=prior,decoder",
-                    "model.snr_gamma=null,5")  # fmt: skip
-    output = finish(process)
-    assert process.returncode == 0, output
+    process = start(tmp_path, "--multirun", "name=sweep", "model=prior,decoder", "model.snr_gamma=null,5")
+    output = process.finish()
+    assert process.code == 0, output
     jobs = {"model=prior,model.snr_gamma=null", "model=prior,model.snr_gamma=5"}
     jobs |= {job.replace("prior", "decoder") for job in jobs}
     made = {path.name: path for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
@@ -176,9 +159,9 @@ def test_multirun_leaves_one_parent_and_a_folder_per_job(tmp_path: Path) -> None
 
 def test_a_store_that_does_not_answer_is_found_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
-    process = start(*COMMAND, *SMALL, f"output_root={tmp_path}", "name=p", "tracker.uri=http://127.0.0.1:9")
-    output = finish(process)
-    assert process.returncode == 2, output
+    process = start(tmp_path, "name=p", "tracker.uri=http://127.0.0.1:9")
+    output = process.finish()
+    assert process.code == 2, output
     assert "http://127.0.0.1:9" in output
     assert "Traceback" not in output
     assert time.monotonic() - began < 60

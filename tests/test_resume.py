@@ -14,7 +14,7 @@ PART = {"prior": "prior", "decoder": "unet"}
 STEPS = 5
 ORDINARY = [
     f"trainer.max_steps={STEPS}", "trainer.log_every=2", "validation.every=2", "checkpoint.every=100",
-    "validation.reconstructions=0", "data.max_samples=6", "trainer.batch_size=2",
+    "validation.reconstructions=0", "data.max_samples=6", "trainer.batch_size=2", "data.resolution=32",
 ]  # fmt: skip  # an epoch ends after three steps
 MATRIX = list(itertools.product(("prior", "decoder"), ("cached", "online"), (1, 3), (False, True), ("fp32", "bf16")))
 
@@ -33,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root whose cache holds what runs would encode first."""
     root = tmp_path_factory.mktemp("base")
     for stage, precision in itertools.product(PART, ("fp32", "bf16")):
-        train(root, f"model={stage}", f"precision={precision}", "tracker=none", "trainer.max_steps=1")
+        train(root, *ORDINARY, f"model={stage}", f"precision={precision}", "tracker=none", "trainer.max_steps=1")
     return root
 
 

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import Command, start
 from running import SMALL, client, composed, history, network, runs, same, train
 from safetensors.torch import load_file
 
@@ -21,35 +22,8 @@ from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.run import run
 
-COMMAND = [sys.executable, "-m", "kandinsky_exp"]
 ENDLESS = ["trainer.max_steps=1000000", "validation.every=1000000", "checkpoint.every=1000000"]
 STARTED = "step 2 of"
-
-
-def start(root: Path, *overrides: str, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-    command = [*COMMAND, *SMALL, f"output_root={root}", *overrides]
-    return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=prepare, env=os.environ
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
-    try:
-        return process.communicate(timeout=timeout)[0]
-    finally:
-        process.kill()
-
-
-def wait_for(text: str, log: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    wait_until(lambda: log.is_file() and text in log.read_text(), process, seconds)
-
-
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 def record(folder: Path) -> dict:
@@ -61,16 +35,15 @@ def record(folder: Path) -> dict:
 
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     process = start(tmp_path, "model=prior", "name=p", *ENDLESS)
-    wait_for(STARTED, tmp_path / "p" / "train.log", process)
-    process.send_signal(signal.SIGSTOP)  # so that both are there before either is looked at
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
+    process.wait_for(STARTED, tmp_path / "p" / "train.log")
+    process.signal(signal.SIGSTOP)  # so that both are there before either is looked at
+    process.signal(signal.SIGINT)
+    process.signal(signal.SIGTERM)
     sent = time.monotonic()
-    process.send_signal(signal.SIGCONT)
-    process.wait(30)
+    process.signal(signal.SIGCONT)
+    output = process.finish()
     assert time.monotonic() - sent < 2
-    output = finish(process)
-    assert process.returncode == 143
+    assert process.code == 143
     assert "ended at once; the same command goes on" in output
     assert "Traceback" not in output
     assert record(tmp_path / "p")["status"] == "KILLED"
@@ -84,8 +57,8 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
 def test_a_limit_on_time_stops_like_a_signal(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(Interrupted) as caught:
-        train(tmp_path, "model=prior", "name=p", *ENDLESS, "trainer.max_minutes=0.2")
-    assert 12 <= time.monotonic() - began < 40
+        train(tmp_path, "model=prior", "name=p", *ENDLESS, "trainer.max_minutes=0.1")
+    assert 6 <= time.monotonic() - began < 30
     assert caught.value.signal_number == signal.SIGTERM
     (found,) = runs(tmp_path)
     assert found.info.status == record(tmp_path / "p")["status"] == "KILLED"
@@ -97,17 +70,17 @@ def test_a_limit_on_time_stops_like_a_signal(tmp_path: Path) -> None:
 def test_of_two_with_one_name_the_second_is_told(tmp_path: Path) -> None:
     both = [start(tmp_path, "model=prior", "name=p", "tracker=none", *ENDLESS) for _ in range(2)]
     deadline = time.monotonic() + 120
-    while all(process.poll() is None for process in both):
+    while all(process.code is None for process in both):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    second, first = sorted(both, key=lambda process: process.poll() is None)
-    output = finish(second)
-    assert second.returncode == 2, output
+    second, first = sorted(both, key=lambda process: process.code is None)
+    output = second.finish()
+    assert second.code == 2, output
     assert "error: name: another process is training in" in output
-    wait_for(STARTED, tmp_path / "p" / "train.log", first)
-    first.terminate()
-    output = finish(first)
-    assert first.returncode == 143, output
+    first.wait_for(STARTED, tmp_path / "p" / "train.log")
+    first.signal(signal.SIGTERM)
+    output = first.finish()
+    assert first.code == 143, output
 
 
 # --- disks
@@ -126,16 +99,16 @@ def test_a_checkpoint_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
     """A limit on the size of files comes between the first checkpoint and the second."""
     whole = undisturbed(tmp_path, *DECODER)
     process = start(tmp_path, *DECODER, "name=d", "checkpoint.behind=false")
-    wait_until(lambda: (tmp_path / "d/checkpoints/step-00000002").is_dir(), process)
+    process.wait_until(lambda: (tmp_path / "d/checkpoints/step-00000002").is_dir())
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    output = finish(process)
+    output = process.finish()
     check_full(tmp_path / "d", process, output)
     train(tmp_path, *DECODER, "name=d")
     assert same(*(network(folder / "pipeline" / "unet") for folder in (whole, tmp_path / "d")))
 
 
-def check_full(folder: Path, process: subprocess.Popen[str], output: str) -> None:
-    assert process.returncode == 1, output
+def check_full(folder: Path, process: Command, output: str) -> None:
+    assert process.code == 1, output
     assert "Traceback" not in output
     assert "could not be written to" in output
     assert "it needs 0.0" in output
@@ -163,11 +136,11 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
     expected = network(whole / "pipeline" / "unet")
     shutil.rmtree(whole)
     process = start(small_disk, *DECODER, "name=d", "checkpoint.behind=false")
-    wait_until(lambda: (small_disk / "d/checkpoints/step-00000002").is_dir(), process)
+    process.wait_until(lambda: (small_disk / "d/checkpoints/step-00000002").is_dir())
     with (small_disk / "filler").open("wb") as file:
         free = shutil.disk_usage(small_disk).free
         os.posix_fallocate(file.fileno(), 0, free - (8 << 20))
-    output = finish(process)
+    output = process.finish()
     assert "No space left on device" in output
     check_full(small_disk / "d", process, output)
     (small_disk / "filler").unlink()
@@ -187,8 +160,8 @@ def test_no_memory_names_three_settings(tmp_path: Path) -> None:
     train(tmp_path, "model=decoder", "tracker=none", "trainer.max_steps=1")
     process = start(tmp_path, "model=decoder", "name=d", "tracker=none", "data.max_samples=null", *ENDLESS,
                     "trainer.batch_size=2048", prepare=little_memory)  # fmt: skip
-    output = finish(process)
-    assert process.returncode == 1, output
+    output = process.finish()
+    assert process.code == 1, output
     assert "Traceback" not in output
     message = output[output.index("error: ") :]
     assert "has no memory left" in message
@@ -263,10 +236,10 @@ def test_a_picture_that_goes_between_epochs_costs_nothing(tmp_path: Path) -> Non
                 "validation.every=1000", "trainer.log_every=1"]  # fmt: skip
     train(tmp_path, *settings, "name=whole")
     process = start(tmp_path, *settings, "name=p")
-    wait_for("step 3 of", tmp_path / "p" / "train.log", process)
+    process.wait_for("step 3 of", tmp_path / "p" / "train.log")
     folder.rename(tmp_path / "away")
-    output = finish(process)
-    assert process.returncode == 1, output
+    output = process.finish()
+    assert process.code == 1, output
     assert "Traceback" not in output
     assert "(training stopped after step" in output
     (checkpoint,) = (tmp_path / "p" / "checkpoints").iterdir()
@@ -279,11 +252,11 @@ def test_a_picture_that_goes_between_epochs_costs_nothing(tmp_path: Path) -> Non
 def test_a_worker_that_dies_costs_nothing(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "pictures")
     process = start(tmp_path, *online(folder, "data.num_workers=1"), "name=p", *ENDLESS)
-    wait_for(STARTED, tmp_path / "p" / "train.log", process)
+    process.wait_for(STARTED, tmp_path / "p" / "train.log")
     for worker in psutil.Process(process.pid).children():
         worker.kill()
-    output = finish(process)
-    assert process.returncode == 1, output
+    output = process.finish()
+    assert process.code == 1, output
     assert "Traceback" not in output
     assert "data.num_workers: the processes that read images failed" in output
     assert "set data.num_workers=0" in output
@@ -327,22 +300,24 @@ def library() -> str | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jump", ["-3d", "+3d"])
-def test_the_clock_jumps(jump: str, tmp_path: Path) -> None:
-    """The wall's clock jumps by days while a run trains: it goes on, ends, and its records are in order."""
+def test_the_clock_jumps(tmp_path: Path) -> None:
+    """The wall's clock jumps by days, there and back, while a run trains: it ends, and its records are in order."""
     if library() is None:
         pytest.skip("SKIPPED LOUDLY: libfaketime is not installed (apt-get install faketime)")
-    clock = tmp_path / "clock"
+    clock, log = tmp_path / "clock", tmp_path / "p" / "train.log"
     clock.write_text("+0")
     environment = {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1",
                    "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
-    command = [*COMMAND, *SMALL, f"output_root={tmp_path}", "model=prior", "name=p", "trainer.max_steps=200",
-               "validation.every=100", "checkpoint.every=50"]  # fmt: skip
+    command = [sys.executable, "-m", "kandinsky_exp", *SMALL, f"output_root={tmp_path}", "model=prior", "name=p",
+               "trainer.max_steps=200", "validation.every=100", "checkpoint.every=50"]  # fmt: skip
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, **environment})  # fmt: skip
-    wait_for("step 10 of", tmp_path / "p" / "train.log", process)
-    clock.write_text(jump)
-    output = finish(process)
+    for step, jump in ((10, "+3d"), (100, "-3d")):
+        while not (log.is_file() and f"step {step} of" in log.read_text()):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        clock.write_text(jump)
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     (found,) = runs(tmp_path)
     assert found.info.status == "FINISHED"
@@ -350,7 +325,7 @@ def test_the_clock_jumps(jump: str, tmp_path: Path) -> None:
     assert record(tmp_path / "p")["step"] == 200
     assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000200") is None
     times = [point.timestamp for point in client(tmp_path).get_metric_history(found.info.run_id, "train/loss")]
-    assert max(times) - min(times) > 2 * 86_400_000  # it did jump
+    assert max(times) - min(times) > 5 * 86_400_000  # it did jump, and back
     assert (
         run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=200"))
         == record(tmp_path / "p")["validation_loss"]

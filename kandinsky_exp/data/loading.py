@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,15 +103,7 @@ class Loader(Dataset[Loaded]):
             collate_fn=_batch,
             worker_init_fn=leave_signals if workers else None,
         )
-        failed = None
-        try:
-            yield from loader
-        except (OSError, RuntimeError) as error:
-            if not workers:
-                raise
-            failed = workers_failed(error)
-        if failed is not None:  # here, where no traceback keeps the workers: torch would go on to raise their death
-            raise failed
+        return from_workers(loader, "data.encode_workers")
 
 
 @dataclass(frozen=True)
@@ -129,6 +122,28 @@ class _Chunks:
             return list(islice(self.items, self.size))
         except OSError as error:
             raise DataError(f"data: the examples cannot be read any further ({error})") from error
+
+
+def from_workers(loader: "DataLoader[Any]", key: str) -> Iterator[Any]:
+    """The batches of a loader.
+
+    Args:
+        key: the setting that says how many worker processes it has.
+
+    Raises:
+        DataError: what a worker found wrong with the data, or that one died or cannot be started.
+    """
+    failed = None
+    try:
+        yield from loader
+    except DataError as error:  # a worker's comes with its traceback in front
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except (EOFError, OSError, RuntimeError) as error:  # a worker that dies may leave half a message, too
+        if not loader.num_workers:
+            raise
+        failed = workers_failed(error, key)
+    if failed is not None:  # here, where no traceback keeps the workers: torch would go on to raise their death
+        raise failed
 
 
 def is_of_workers(error: RuntimeError) -> bool:

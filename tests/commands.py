@@ -1,0 +1,113 @@
+"""The command in processes of its own, forked from one that has imported all of it: imports are no part of a test."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from running import SMALL
+
+from kandinsky_exp import cli
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["preloaded"])
+PATIENCE = 240.0  # seconds until a test gives up
+
+
+def main(arguments: Sequence[str], output: Path, environment: dict[str, str], prepare: Callable[[], None]) -> None:
+    """What the forked process does."""
+    with output.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    prepare()
+    sys.argv = ["kandinsky-exp", *arguments]
+    cli.main(arguments)
+
+
+def nothing() -> None: ...
+
+
+class Command:
+    """`kandinsky-exp ARGUMENTS`, running.
+
+    Args:
+        environment: further variables; those of this process count as well.
+        prepare: called in the process before all else.
+    """
+
+    def __init__(
+        self, *arguments: str, environment: dict[str, str] | None = None, prepare: Callable[[], None] = nothing
+    ) -> None:
+        descriptor, path = tempfile.mkstemp(prefix="command-", suffix=".txt")
+        os.close(descriptor)
+        self._output, self._printed = Path(path), ""
+        settings = (arguments, self._output, {**os.environ, **(environment or {})}, prepare)
+        self._process = FORKS.Process(target=main, args=settings)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """None while it runs."""
+        return self._process.exitcode
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def lives_until(self, condition: Callable[[], object]) -> bool:
+        """Wait for something; False where the process ends before."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            if self.code is not None:
+                return False
+            assert time.monotonic() < deadline, self.finish(0)
+            time.sleep(0.002)
+        return True
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        assert self.lives_until(condition), self.finish()
+
+    def wait_for(self, text: str, log: Path) -> None:
+        self.wait_until(lambda: log.is_file() and text in log.read_text())
+
+    def kill(self) -> None:
+        """At once, whatever it does."""
+        self.finish(0)
+
+    def finish(self, seconds: float = PATIENCE) -> str:
+        """Wait for its end; all that it printed. It is killed where that takes longer."""
+        self._process.join(seconds)
+        self._process.kill()
+        self._process.join()
+        if self._output.exists():
+            self._printed = self._output.read_text("utf-8")
+            self._output.unlink()
+        return self._printed
+
+
+def start(root: Path, *overrides: str, prepare: Callable[[], None] = nothing) -> Command:
+    """A small run under `root`."""
+    return Command(*SMALL, f"output_root={root}", *overrides, prepare=prepare)
+
+
+def start_two(root: Path, *overrides: str) -> list[Command]:
+    """Two processes that train one small run, with what a launcher tells them."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+              "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    return [
+        Command(*SMALL, f"output_root={root}", *overrides, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
