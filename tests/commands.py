@@ -1,4 +1,4 @@
-"""The command in processes of its own, forked from one that has imported all of it: imports are no part of a test."""
+"""Processes forked from one that has imported all there is: imports, which take longer, are no part of a test."""
 
 import multiprocessing
 import os
@@ -9,8 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from running import SMALL
+from running import SMALL, prepare
 
 from kandinsky_exp import cli
 
@@ -19,36 +20,44 @@ FORKS.set_forkserver_preload(["preloaded"])
 PATIENCE = 240.0  # seconds until a test gives up
 
 
-def main(arguments: Sequence[str], output: Path, environment: dict[str, str], prepare: Callable[[], None]) -> None:
+def main(
+    function: Callable[..., object], arguments: tuple[Any, ...], output: Path, environment: dict[str, str]
+) -> None:
     """What the forked process does."""
     with output.open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.environ.clear()
     os.environ.update(environment)
-    prepare()
+    function(*arguments)
+
+
+def command(arguments: Sequence[str], limit: Callable[[], object] | None = None) -> None:
+    """What `kandinsky-exp ARGUMENTS` does.
+
+    Args:
+        limit: called before all else.
+    """
+    if limit is not None:
+        limit()
     sys.argv = ["kandinsky-exp", *arguments]
-    cli.main(arguments)
+    cli.main(list(arguments))
 
 
-def nothing() -> None: ...
-
-
-class Command:
-    """`kandinsky-exp ARGUMENTS`, running.
+class Forked:
+    """A process that calls a module's function.
 
     Args:
         environment: further variables; those of this process count as well.
-        prepare: called in the process before all else.
     """
 
     def __init__(
-        self, *arguments: str, environment: dict[str, str] | None = None, prepare: Callable[[], None] = nothing
+        self, function: Callable[..., object], *arguments: Any, environment: dict[str, str] | None = None
     ) -> None:
-        descriptor, path = tempfile.mkstemp(prefix="command-", suffix=".txt")
+        descriptor, path = tempfile.mkstemp(prefix="forked-", suffix=".txt")
         os.close(descriptor)
         self._output, self._printed = Path(path), ""
-        settings = (arguments, self._output, {**os.environ, **(environment or {})}, prepare)
+        settings = (function, arguments, self._output, {**os.environ, **(environment or {})})
         self._process = FORKS.Process(target=main, args=settings)
         self._process.start()
 
@@ -85,29 +94,30 @@ class Command:
         """At once, whatever it does."""
         self.finish(0)
 
+    def printed(self) -> str:
+        """Up to now."""
+        return self._output.read_text("utf-8") if self._output.exists() else self._printed
+
     def finish(self, seconds: float = PATIENCE) -> str:
         """Wait for its end; all that it printed. It is killed where that takes longer."""
         self._process.join(seconds)
         self._process.kill()
         self._process.join()
-        if self._output.exists():
-            self._printed = self._output.read_text("utf-8")
-            self._output.unlink()
+        self._printed = self.printed()
+        self._output.unlink(missing_ok=True)
         return self._printed
 
 
-def start(root: Path, *overrides: str, prepare: Callable[[], None] = nothing) -> Command:
-    """A small run under `root`."""
-    return Command(*SMALL, f"output_root={root}", *overrides, prepare=prepare)
+def start(root: Path, *overrides: str, limit: Callable[[], object] | None = None, **environment: str) -> Forked:
+    """The command with a small run under `root`."""
+    prepare(root, overrides)
+    return Forked(command, [*SMALL, f"output_root={root}", *overrides], limit, environment=environment)
 
 
-def start_two(root: Path, *overrides: str) -> list[Command]:
+def start_two(root: Path, *overrides: str) -> list[Forked]:
     """Two processes that train one small run, with what a launcher tells them."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
               "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    return [
-        Command(*SMALL, f"output_root={root}", *overrides, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
+    return [start(root, *overrides, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]

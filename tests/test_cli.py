@@ -196,13 +196,17 @@ def test_an_interrupt_stops_the_sweep(monkeypatch: pytest.MonkeyPatch, capfd: py
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["generate", "--cfg", "job"], ["seed=x"]])
 def test_answers_at_once_without_torch(arguments: list[str]) -> None:
-    times = []
+    times, bare = [], []
     for _ in range(3):
         start = time.perf_counter()
         done = in_process(*arguments)
         times.append(time.perf_counter() - start)
         assert done.returncode == (2 if arguments == ["seed=x"] else 0), done.stderr
-    assert min(times) < 1.5
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import hydra"], check=True)
+        bare.append(time.perf_counter() - start)
+    # 1.5 s on a machine that starts Hydra in 0.25 s: other tests run beside this one.
+    assert min(times) < 1.5 * max(1, min(bare) / 0.25)
     code = (
         "import sys\nfrom kandinsky_exp import cli\n"
         f"try: cli.main({arguments!r})\nexcept SystemExit: pass\n"

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Command, start
+from commands import Forked, start
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow
-STEPS = 120
+STEPS = 80
 DUE = {
     "train/loss": [*range(2, STEPS + 1, 2)],
     "train/lr": [*range(2, STEPS + 1, 2)],
@@ -81,10 +81,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "server").mkdir()
-    made = Server(tmp_path / "server")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Takes ten seconds to start: one for all tests, each of which leaves it running."""
+    made = Server(tmp_path_factory.mktemp("server"))
     made.start()
     yield made
     made.stop()
@@ -94,12 +94,13 @@ class Training:
     """The command that trains, always the same one."""
 
     def __init__(self, root: Path, uri: str) -> None:
-        self.root, self.uri = root, uri
+        self.root, self.uri, self.experiment = root, uri, root.name
         self.process = self.start()
 
-    def start(self) -> Command:
-        return start(self.root, "model=decoder", "name=d", f"tracker.uri={self.uri}", f"trainer.max_steps={STEPS}",
-                     "validation.every=40", "checkpoint.every=20", "validation.prompts=[a dog]")  # fmt: skip
+    def start(self) -> Forked:
+        return start(self.root, "model=decoder", "name=d", f"tracker.uri={self.uri}",
+                     f"tracker.experiment={self.experiment}", f"trainer.max_steps={STEPS}", "validation.every=40",
+                     "checkpoint.every=20", "validation.prompts=[a dog]")  # fmt: skip
 
     @property
     def outbox(self) -> Path:
@@ -128,7 +129,7 @@ def training(tmp_path: Path, server: Server) -> Iterator[Training]:
 def check(server: Server, training: Training) -> None:
     """One run, every point and image of it once, and nothing that waits."""
     client = MlflowClient(server.uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("kandinsky-2-2").experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name(training.experiment).experiment_id])
     assert run.info.status == "FINISHED"
     for key, due in DUE.items():
         assert sorted(point.step for point in client.get_metric_history(run.info.run_id, key)) == due, key

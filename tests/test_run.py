@@ -303,7 +303,7 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_half_precision_keeps_trainable_weights_in_fp32(precision: str, tmp_path: Path) -> None:
-    train(tmp_path, "model=decoder", "name=d", f"precision={precision}", PROMPTS)
+    train(tmp_path, "model=decoder", "name=d", f"precision={precision}", PROMPTS, "data.resolution=32")
     assert {value.dtype for value in network(tmp_path / "d" / "pipeline" / "unet").values()} == {torch.float32}
     train(tmp_path, "model=prior", "name=p", PROMPTS)  # another precision in the same process
 
@@ -334,32 +334,6 @@ def test_lora_run_leaves_an_adapter_only(tmp_path: Path) -> None:
 
 
 # --- resuming
-
-
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["data.cache=true", "trainer.grad_accumulation=1"],
-        ["data.cache=false", "trainer.grad_accumulation=3", "trainer.batch_size=2", "trainer.ema_decay=0.9"],
-        ["adapter=lora", "adapter.dropout=0.2", "trainer.ema_decay=0.9", "precision=bf16"],
-    ],
-)
-def test_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(stage: str, settings: list[str], tmp_path: Path) -> None:
-    common = [f"model={stage}", *settings, "trainer.log_every=1"]
-    train(tmp_path, "name=whole", *common)
-    train(tmp_path, "name=halves", *common, "trainer.max_steps=2")
-    train(tmp_path, "name=halves", *common)
-    results = [trained_tensors(tmp_path / name, stage) for name in ("whole", "halves")]
-    assert same(*results)
-    whole, halves = runs(tmp_path)
-    assert history(tmp_path, whole.info.run_id, "train/loss") == history(tmp_path, halves.info.run_id, "train/loss")
-
-
-def trained_tensors(folder: Path, stage: str) -> dict[str, torch.Tensor]:
-    if (folder / "adapter").is_dir():
-        return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
-    return network(folder / "pipeline" / {"prior": "prior", "decoder": "unet"}[stage])
 
 
 def test_resume_before_the_first_checkpoint_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import base64
 import logging
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from commands import Forked, command
 from hydra import compose, initialize_config_module
 
 from kandinsky_exp import cli, config, hub, mlflow_names, redaction
@@ -317,32 +317,23 @@ def test_a_run_with_secrets_leaves_none_behind(serve, tmp_path: Path) -> None:
         "MLFLOW_TRACKING_USERNAME": "anna",
     }
     secrets_of_environment = {name: secrets[name] for name in list(secrets)[:3]}
-    environment = {**os.environ, **given, **secrets_of_environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     typed = [
         "model=prior", "weights=tiny", "data=webdataset", "data.path=${oc.env:MY_SHARDS}", "data.resolution=64",
         "tracker.uri=${oc.env:MY_URI}", f"output_root={root}", "name=r", "trainer.max_steps=2", "trainer.batch_size=4",
         "trainer.log_every=1", "checkpoint.every=1", "validation.every=2", "data.encode_workers=1",
     ]  # fmt: skip
-    run = subprocess.Popen(
-        [sys.executable, "-m", "kandinsky_exp", *typed],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    run = Forked(command, typed, environment={**given, **secrets_of_environment})
     lines: set[str] = set()
-    output: list[str] = []
-    reader = threading.Thread(target=lambda: output.extend(run.stdout or []))
-    reader.start()
-    while run.poll() is None:
+    while run.code is None:
         lines |= set(command_lines(run.pid))
         time.sleep(0.1)
-    reader.join()
-    assert run.stdout is not None
-    run.stdout.close()
-    assert run.returncode == 0, "".join(output)
+    output = run.finish()
+    assert run.code == 0, output
 
     assert {path for path, _ in server.seen} >= {f"/set/00.tar?X-Amz-Signature={secrets['SIGNATURE']}"}
     assert all(access and access.startswith("Basic ") for _, access in server.seen)
     places = {str(file): file.read_bytes() for file in root.rglob("*") if file.is_file()}
-    places |= {"output": "".join(output).encode(), "processes": "\n".join(lines).encode()}
+    places |= {"output": output.encode(), "processes": "\n".join(lines).encode()}
     for name in ("config.yaml", "train.log", "mlflow.db"):
         assert any(place.endswith(name) for place in places), name
     for secret in (*secrets.values(), quote(secrets["MLFLOW_TRACKING_PASSWORD"], safe="")):

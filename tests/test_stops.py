@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import Command, start
+from commands import Forked, start
 from running import SMALL, client, composed, history, network, runs, same, train
 from safetensors.torch import load_file
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
     assert same(*(network(folder / "pipeline" / "unet") for folder in (whole, tmp_path / "d")))
 
 
-def check_full(folder: Path, process: Command, output: str) -> None:
+def check_full(folder: Path, process: Forked, output: str) -> None:
     assert process.code == 1, output
     assert "Traceback" not in output
     assert "could not be written to" in output
@@ -159,7 +159,7 @@ def test_no_memory_names_three_settings(tmp_path: Path) -> None:
     """The address space has room for the libraries, and not for the activations of 2,048 images."""
     train(tmp_path, "model=decoder", "tracker=none", "trainer.max_steps=1")
     process = start(tmp_path, "model=decoder", "name=d", "tracker=none", "data.max_samples=null", *ENDLESS,
-                    "trainer.batch_size=2048", prepare=little_memory)  # fmt: skip
+                    "trainer.batch_size=2048", limit=little_memory)  # fmt: skip
     output = process.finish()
     assert process.code == 1, output
     assert "Traceback" not in output
@@ -309,10 +309,10 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
     environment = {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1",
                    "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
     command = [sys.executable, "-m", "kandinsky_exp", *SMALL, f"output_root={tmp_path}", "model=prior", "name=p",
-               "trainer.max_steps=200", "validation.every=100", "checkpoint.every=50"]  # fmt: skip
+               "trainer.max_steps=80", "validation.every=40", "checkpoint.every=40"]  # fmt: skip
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, **environment})  # fmt: skip
-    for step, jump in ((10, "+3d"), (100, "-3d")):
+    for step, jump in ((10, "+3d"), (40, "-3d")):
         while not (log.is_file() and f"step {step} of" in log.read_text()):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
@@ -321,12 +321,12 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
     assert process.returncode == 0, output
     (found,) = runs(tmp_path)
     assert found.info.status == "FINISHED"
-    assert sorted(history(tmp_path, found.info.run_id, "train/loss")) == list(range(2, 201, 2))
-    assert record(tmp_path / "p")["step"] == 200
-    assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000200") is None
+    assert sorted(history(tmp_path, found.info.run_id, "train/loss")) == list(range(2, 81, 2))
+    assert record(tmp_path / "p")["step"] == 80
+    assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000080") is None
     times = [point.timestamp for point in client(tmp_path).get_metric_history(found.info.run_id, "train/loss")]
     assert max(times) - min(times) > 5 * 86_400_000  # it did jump, and back
     assert (
-        run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=200"))
+        run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=80"))
         == record(tmp_path / "p")["validation_loss"]
     )

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -23,6 +24,7 @@ from urllib.request import url2pathname
 import numpy as np
 import pytest
 import torch
+from commands import FORKS, Forked
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -195,28 +197,19 @@ def test_a_store_that_mlflow_refuses_is_refused_at_once(uri: str, tmp_path: Path
             attempt(uri)
 
 
-def test_processes_that_first_touch_a_store_together_all_live(tmp_path: Path) -> None:
-    code = """
-import multiprocessing, sys
-from pathlib import Path
-import mlflow.store.tracking.sqlalchemy_store  # once for all, and the race is the closer for it
-from kandinsky_exp.records import named
-from kandinsky_exp.tracking import MlflowTracker, default_uri, probe, tracked
-def first_touch(root, together):
+def first_touch(root: Path, together: Barrier) -> None:
     together.wait()
     probe(default_uri(root))
     tracker = MlflowTracker(default_uri(root), "race", "a", root / "mlartifacts")
     with tracked(tracker):
         tracker.log_metrics({"a": 1.0}, 0)
-fork = multiprocessing.get_context("fork")
-together = fork.Barrier(4)
-processes = [fork.Process(target=first_touch, args=(Path(sys.argv[1]), together)) for _ in range(4)]
-[process.start() for process in processes]
-[process.join() for process in processes]
-sys.exit(any(process.exitcode for process in processes))
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+
+
+def test_processes_that_first_touch_a_store_together_all_live(tmp_path: Path) -> None:
+    together = FORKS.Barrier(4)
+    processes = [Forked(first_touch, tmp_path, together) for _ in range(4)]
+    printed = [process.finish() for process in processes]
+    assert [process.code for process in processes] == [0] * 4, printed
     client = MlflowClient(default_uri(tmp_path))
     experiment = client.get_experiment_by_name("race")
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 4
@@ -356,38 +349,30 @@ def test_the_status_is_true(client: MlflowClient, output_root: Path, ending: Bas
     assert client.get_metric_history(str(tracker.run_id), "a")[0].step == 7
 
 
+def ends(root: Path, name: str) -> None:
+    def stop(number: int, _: object) -> None:
+        raise Interrupted(number)
+
+    tracker = MlflowTracker(default_uri(root), "endings", name, root / "mlartifacts")
+    signal.signal(signal.SIGTERM, stop)
+    with tracked(tracker):
+        tracker.log_metrics({"a": 1.0}, 0)
+        if name == "sys.exit":
+            sys.exit(3)
+        print("ready", flush=True)
+        time.sleep(600)
+
+
 def test_the_status_is_true_in_a_process_of_its_own(client: MlflowClient, output_root: Path) -> None:
-    code = """
-import signal, sys, time
-from pathlib import Path
-from kandinsky_exp.data.shards import Shards
-from kandinsky_exp.errors import Interrupted
-from kandinsky_exp.records import named
-from kandinsky_exp.tracking import MlflowTracker, default_uri, tracked
-def stop(number, frame):
-    raise Interrupted(number)
-root, name = Path(sys.argv[1]), sys.argv[2]
-tracker = MlflowTracker(default_uri(root), "endings", name, root / "mlartifacts")
-signal.signal(signal.SIGTERM, stop)
-with tracked(tracker):
-    tracker.log_metrics({"a": 1.0}, 0)
-    if name == "sys.exit":
-        sys.exit(3)
-    print("ready", flush=True)
-    time.sleep(600)
-"""
     signals = {"sys.exit": None, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = {
-        name: subprocess.Popen([sys.executable, "-c", code, str(output_root), name], **options) for name in signals
-    }
+    processes = {name: Forked(ends, output_root, name) for name in signals}
     for name, number in signals.items():
         if number is not None:
-            assert processes[name].stdout.readline() == "ready\n"
-            processes[name].send_signal(number)
-    errors = {name: process.communicate(timeout=300)[1] for name, process in processes.items()}
-    assert processes["sys.exit"].returncode == 3
-    assert "Interrupted" in errors["SIGTERM"]
+            processes[name].wait_until(lambda process=processes[name]: "ready" in process.printed())
+            processes[name].signal(number)
+    printed = {name: process.finish() for name, process in processes.items()}
+    assert processes["sys.exit"].code == 3
+    assert "Interrupted" in printed["SIGTERM"]
     experiment = client.get_experiment_by_name("endings")
     runs = client.search_runs([experiment.experiment_id])
     statuses = {run.info.run_name: run.info.status for run in runs}
