@@ -1,5 +1,6 @@
 """Processes forked from one that has imported all there is: imports, which take longer, are no part of a test."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -8,15 +9,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 from running import SMALL, prepare
 
 from kandinsky_exp import cli
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["preloaded"])
+PRELOADED = "preloaded"
+FORKS.set_forkserver_preload([PRELOADED])
 PATIENCE = 240.0  # seconds until a test gives up
 
 
@@ -27,9 +31,19 @@ def main(
     with output.open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
+    assert PRELOADED in sys.modules  # a server that cannot import it says nothing
     os.environ.clear()
     os.environ.update(environment)
     function(*arguments)
+
+
+@functools.cache
+def start_server() -> None:
+    """What it imports beforehand it looks for in PYTHONPATH only."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        forkserver.ensure_running()
 
 
 def command(arguments: Sequence[str], limit: Callable[[], object] | None = None) -> None:
@@ -57,6 +71,7 @@ class Forked:
         descriptor, path = tempfile.mkstemp(prefix="forked-", suffix=".txt")
         os.close(descriptor)
         self._output, self._printed = Path(path), ""
+        start_server()
         settings = (function, arguments, self._output, {**os.environ, **(environment or {})})
         self._process = FORKS.Process(target=main, args=settings)
         self._process.start()
