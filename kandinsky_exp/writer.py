@@ -98,8 +98,8 @@ class Courier:
     def _gather(self) -> list[threading.Event]:
         """Wait for news, and then until it is time for a try; who waits for it."""
         news = None if self.failures else self._news.get()
-        retry = min(MAX_PAUSE, self._pause * 2 ** min(self.failures - 1, 10))
-        end, points = time.monotonic() + (retry if self.failures else self._interval), 0
+        pause = min(MAX_PAUSE, self._pause * 2 ** min(self.failures - 1, 10)) if self.failures else self._interval
+        end, points = time.monotonic() + pause, 0
         while True:
             if isinstance(news, threading.Event):
                 break

@@ -1,5 +1,6 @@
 """Processes forked from one that has imported all there is: imports, which take longer, are no part of a test."""
 
+import atexit
 import functools
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = "preloaded"
 FORKS.set_forkserver_preload([PRELOADED])
 PATIENCE = 240.0  # seconds until a test gives up
+# What a test that failed has left running: multiprocessing would wait for its end, which may never come.
+atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
 
 
 def main(

@@ -13,17 +13,37 @@ from commands import start, start_two
 from PIL import Image
 from running import SMALL, history, network, runs, train
 
+COMMAND = [sys.executable, "-m", "kandinsky_exp"]
 # `accelerate launch --cpu` starts one process, whatever number it is given: torch's launcher, which it uses on GPUs.
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *COMMAND[1:], "train"]
 ENDLESS = ["trainer.max_steps=1000000", "validation.every=1000000", "checkpoint.every=1000000"]
 
 
-def real(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that has all its imports before it."""
-    return subprocess.run(
-        command, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=240, check=False,
-    )  # fmt: skip
+def real(command: list[str], at: Path | None = None, number: int = 0, **environment: str) -> tuple[int, str, float]:
+    """A process as a user has it, from its imports to its interpreter's end.
+
+    Args:
+        at: the log that speaks of its second step, upon which it gets the signal `number`.
+
+    Returns:
+        Its exit code, what it printed, and the seconds since the signal.
+    """
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while at is not None and not (at.is_file() and "step 2 of" in at.read_text()):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "timed out"
+            time.sleep(0.02)
+        sent = time.monotonic()
+        if at is not None:
+            process.send_signal(number)
+        output = process.communicate(timeout=240)[0]
+    finally:
+        process.kill()
+    return process.returncode, output, time.monotonic() - sent
 
 
 @pytest.mark.slow
@@ -32,8 +52,7 @@ def test_two_processes_train_one_run(stage: str, launched: bool, tmp_path: Path)
     settings = [f"model={stage}", "trainer.batch_size=2", "trainer.log_every=1", "validation.prompts=[a dog]",
                 "trainer.grad_accumulation=2", "trainer.ema_decay=0.9"]  # fmt: skip
     if launched:
-        command = [*LAUNCH, "-m", "kandinsky_exp", "train", *SMALL, f"output_root={tmp_path}", *settings]
-        output = real(command, ACCELERATE_USE_CPU="true").stdout
+        _, output, _ = real([*LAUNCH, *SMALL, f"output_root={tmp_path}", *settings], ACCELERATE_USE_CPU="true")
     else:
         output = "".join(process.finish() for process in start_two(tmp_path, *settings))
     (found,) = runs(tmp_path)
@@ -51,13 +70,10 @@ def test_two_processes_train_one_run(stage: str, launched: bool, tmp_path: Path)
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_with_a_checkpoint_and_its_exit_code(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    process = start(tmp_path, "model=prior", "name=p", *ENDLESS)
-    process.wait_for("step 2 of", tmp_path / "p" / "train.log")
-    sent = time.monotonic()
-    process.signal(number)
-    output = process.finish()
-    assert time.monotonic() - sent < 10
-    assert process.code == code, output
+    command = [*COMMAND, *SMALL, f"output_root={tmp_path}", "model=prior", "name=p", *ENDLESS]
+    found_code, output, seconds = real(command, tmp_path / "p" / "train.log", number)
+    assert seconds < 10
+    assert found_code == code, output
     assert "Traceback" not in output
     (found,) = runs(tmp_path)
     assert found.info.status == "KILLED"
@@ -92,12 +108,9 @@ def test_an_image_that_goes_while_a_run_trains_fails_the_run(workers: int, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_stop_with_one_checkpoint(tmp_path: Path) -> None:
-    both = start_two(tmp_path, "model=prior", "name=p", "trainer.log_every=1", *ENDLESS)
-    both[0].wait_for("step 2 of", tmp_path / "p" / "train.log")
-    both[0].signal(signal.SIGTERM)
-    both[1].signal(signal.SIGTERM)
-    output = "".join(process.finish() for process in both)
-    assert [process.code for process in both] == [143, 143], output
+    command = [*LAUNCH, *SMALL, f"output_root={tmp_path}", "model=prior", "name=p", "trainer.log_every=1", *ENDLESS]
+    code, output, _ = real(command, tmp_path / "p" / "train.log", signal.SIGTERM, ACCELERATE_USE_CPU="true")
+    assert code != 0
     assert {run.info.status for run in runs(tmp_path)} == {"KILLED"}, output
     (folder,) = (tmp_path / "p" / "checkpoints").iterdir()
     assert json.loads((tmp_path / "p" / "run.json").read_text())["step"] == int(folder.name.removeprefix("step-"))
@@ -131,8 +144,8 @@ def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_pa
         (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name='{name}')\n")
     paths = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
     settings = [*SMALL, "model=prior", "tracker=none", "name=p", f"output_root={tmp_path}"]
-    done = real([sys.executable, "-m", "kandinsky_exp", *settings], PYTHONPATH=paths)
-    assert done.returncode == 0, done.stdout
+    code, output, _ = real([*COMMAND, *settings], PYTHONPATH=paths)
+    assert code == 0, output
     assert not (tmp_path / "mlflow.db").exists()
     assert (tmp_path / "p" / "pipeline" / "model_index.json").is_file()
 

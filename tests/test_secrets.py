@@ -94,7 +94,7 @@ def test_ordinary_texts_stay(text: str) -> None:
         ("API_KEY", "abc", "abc", "abc"),
         ("TOKENIZERS_PARALLELISM", "disabled", "disabled", "disabled"),
         ("HF_TOKEN_PATH", "/some/where", "/some/where", "/some/where"),
-        ("PWD", "/work/dir", "/work/dir", "/work/dir"),
+        ("PWD", "/home/anna/dir", "/home/anna/dir", "/home/anna/dir"),
         ("SSH_AUTH_SOCK", "/run/agent", "/run/agent", "/run/agent"),
         ("MONKEY", "banana", "banana", "banana"),
         ("GOOGLE_APPLICATION_CREDENTIALS", __file__, __file__, __file__),
