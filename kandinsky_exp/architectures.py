@@ -114,7 +114,7 @@ def check_resolution(weights: Weights, resolution: int) -> None:
 def misfit(part: str, folder: Path, variant: str | None) -> str | None:
     """What is wrong with the weights of a network, as its config describes it, or None."""
     try:
-        expected = _described(part, folder)
+        expected = described(part, folder)
     except Exception as error:  # a value that the class can make nothing of raises whatever it happens to raise
         return f"cannot become a {MODELS[part]}: {first_line(error)}; its config.json is not that of these weights"
     found: dict[str, tuple[int, ...]] = {}
@@ -126,8 +126,13 @@ def misfit(part: str, folder: Path, variant: str | None) -> str | None:
     return _difference(expected, found)
 
 
-def _described(part: str, folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a network's tensors by its config alone: on the meta device nothing takes memory or time."""
+def described(part: str, folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's tensors by its config alone."""
+    return {name: tuple(tensor.shape) for name, tensor in empty(part, folder).state_dict().items()}
+
+
+def empty(part: str, folder: Path) -> Any:
+    """A network as its config alone describes it: on the meta device nothing takes memory or time."""
     import diffusers
     import torch
     import transformers
@@ -135,10 +140,8 @@ def _described(part: str, folder: Path) -> dict[str, tuple[int, ...]]:
     cls = getattr(transformers if part.endswith("encoder") else diffusers, MODELS[part])
     with torch.device("meta"):
         if part.endswith("encoder"):
-            made = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
-        else:
-            made = cls.from_config(cls.load_config(folder, local_files_only=True))
-    return {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+            return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+        return cls.from_config(cls.load_config(folder, local_files_only=True))
 
 
 def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kandinsky_exp import adapters, architectures, targets, trust
 from kandinsky_exp.data import sources
@@ -81,8 +81,26 @@ def fetch(cfg: DictConfig, parts: Weights) -> None:
     for part in sorted(needed):
         parts.folder(part)
     architectures.check(parts, needed)
+    if cfg.adapter.name != "none":
+        check_adapter(cfg, architectures.empty(cls.part, parts.folder(cls.part)))
     if "movq" in cls.encoders:
         architectures.check_resolution(parts, cfg.data.resolution)
+
+
+def check_adapter(cfg: DictConfig, network: torch.nn.Module) -> None:
+    """Refuse an adapter that the network, which may be without data, takes nowhere, or a form that the device lacks.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    found = adapters.problems(network, cfg.adapter.rank, target_modules(cfg), cfg.adapter.init)
+    if cfg.adapter.base_precision is not None and not torch.cuda.is_available():
+        found.append(
+            f"adapter.base_precision: {cfg.adapter.base_precision} needs a CUDA device, and none is here; leave it "
+            "null, precision=bf16 halves the frozen network on any device"
+        )
+    if found:
+        raise ConfigError(found)
 
 
 def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
@@ -163,6 +181,7 @@ def bare_stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
 
 def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     """The stage, with its network as it will train: adapter, attention, checkpointing."""
+    parts.base_precision = cfg.adapter.base_precision
     made = bare_stage(cfg, parts)
     if cfg.adapter.name != "none":
         # Loading may have drawn random numbers, or not, where a cache was warm: the adapter starts from the seed alone.
@@ -172,9 +191,11 @@ def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
             rank=cfg.adapter.rank,
             alpha=cfg.adapter.alpha,
             dropout=cfg.adapter.dropout,
-            target_modules=None if cfg.adapter.target_modules is None else list(cfg.adapter.target_modules),
+            target_modules=target_modules(cfg),
             use_dora=cfg.adapter.name == "dora",
             dtype=getattr(torch, cfg.precision.frozen_dtype),
+            use_rslora=cfg.adapter.use_rslora,
+            init=cfg.adapter.init,
         )
     enable_attention(made.network, cfg.trainer.attention)
     if cfg.trainer.gradient_checkpointing:
@@ -182,6 +203,11 @@ def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     if cfg.trainer.compile:
         made.network.compile()
     return made
+
+
+def target_modules(cfg: DictConfig) -> list[str] | str | None:
+    named = cfg.adapter.target_modules
+    return list(named) if isinstance(named, ListConfig) else named
 
 
 def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_steps: int) -> Training:

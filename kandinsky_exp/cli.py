@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -51,12 +51,19 @@ class Verb:
 
     function: str  # "module:function" taking the config; imported when it is called, for it imports torch
     purpose: str
+    plain: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what is typed → the key it means: Hydra takes the name of a
+    # group for a choice of its files
 
 
 VERBS: dict[str, Verb] = {
     "train": Verb("kandinsky_exp.run:run", "fine-tune the prior or the decoder (the default)"),
     "encode": Verb("kandinsky_exp.encode:encode", "encode a data set once, for all runs; list and remove"),
     "generate": Verb("kandinsky_exp.generate:generate", "make images from prompts"),
+    "export": Verb(
+        "kandinsky_exp.export:export", "merge an adapter with its base into a pipeline", {"adapter": "adapter.source"}
+    ),
 }
 
 
@@ -97,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"kandinsky-exp {version('kandinsky-exp')}")
         else:
             verb, rest = _split_verb(arguments)
-            _run(verb, command_line.parse(rest, VERBS))
+            _run(verb, command_line.parse([_plain(text, VERBS[verb].plain) for text in rest], VERBS))
     except (Exception, KeyboardInterrupt, Interrupted) as error:
         sys.exit(_report(error, verbose))
 
@@ -116,6 +123,11 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
             raise ConfigError(command_line.unknown_verb(arguments[0], VERBS))
         return arguments[0], arguments[1:]
     return "train", arguments
+
+
+def _plain(text: str, keys: Mapping[str, str]) -> str:
+    key, equals, value = text.partition("=")
+    return f"{keys.get(key, key)}={value}" if equals else text
 
 
 def _run(verb: str, line: command_line.CommandLine) -> None:

@@ -22,6 +22,7 @@ from kandinsky_exp.schema import ROOTS, OpenNode
 Values = dict[str, Any]
 NEEDED = {  # what to do about a key that is not set
     "data.path": "give the folder of your images (or the list, or the shards), data.path=<folder>, or take data=hub",
+    "adapter.source": "give the folder of a run with adapter=lora or dora, adapter=<folder>",
     "data.name": "give the data set's id on the hub, e.g. data.name=lambdalabs/naruto-blip-captions",
 }
 TYPE_IT = "if you trust that code, type trusted_modules=[{}], or hand it to the function from Python"

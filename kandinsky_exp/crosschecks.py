@@ -149,13 +149,24 @@ def _publishing(good: Values) -> Found:
 
 def _adapter(good: Values) -> Found:
     if good.get("adapter.name") == "none":
-        for key in ("rank", "alpha", "dropout", "target_modules"):
-            if good.get(f"adapter.{key}") not in (None, 0):
+        for key in ("rank", "alpha", "dropout", "target_modules", "use_rslora", "init", "base_precision"):
+            if good.get(f"adapter.{key}") not in (None, 0, "default"):
                 yield f"adapter.{key}", "is set, but adapter=none trains all weights; add adapter=lora, or remove it"
     elif good.get("adapter.rank", 1) is None:
         yield "adapter.rank", "has to be a whole number, at least 1, not null"
     if good.get("adapter.target_modules") == []:
         yield "adapter.target_modules", "is empty, so that nothing would train; name modules, or take null for all"
+    bits, init = good.get("adapter.base_precision"), good.get("adapter.init")
+    if bits is not None and not targets.is_installed("bitsandbytes"):
+        how = targets.how_to_install("bitsandbytes")
+        yield "adapter.base_precision", f"bitsandbytes is not installed; {how}, or leave it null"
+    if bits is not None and good.get("precision.mixed_precision") == "no":
+        yield (
+            "adapter.base_precision",
+            f"{bits} computes in half precision; add precision=bf16 or fp16, or leave it null",
+        )
+    if bits is not None and init in ("pissa", "olora"):
+        yield "adapter.init", f"{init} changes the frozen weights, which {bits} has rounded; take default or gaussian"
 
 
 def _training(good: Values) -> Found:

@@ -27,6 +27,7 @@ def _is_folder_name(text: str) -> bool:
 
 
 ABOVE_ZERO = Rule(lambda value: math.isfinite(value) and value > 0, "above 0")
+FINITE = Rule(math.isfinite, "finite")
 FRACTION = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 BETAS = Rule(
@@ -45,6 +46,7 @@ CountOrZero = Annotated[int, at_least(0)]
 Steps = Annotated[int, at_least(2)]  # the prior's noise schedule divides by one less
 Positive = Annotated[float, ABOVE_ZERO]
 PositiveOrZero = Annotated[float, at_least(0)]
+Number = Annotated[float, FINITE]
 Text = Annotated[str, FILLED]
 Seed = Annotated[int, SEED]
 Side = Annotated[int, SIDE]
@@ -151,7 +153,10 @@ class Adapter:
     rank: Count | None
     alpha: Positive | None
     dropout: Annotated[float, BELOW_ONE]
-    target_modules: list[Text] | None
+    target_modules: Literal["attention", "all-linear"] | list[Text] | None
+    use_rslora: bool
+    init: Literal["default", "gaussian", "pissa", "olora"]
+    base_precision: Literal["int8", "nf4"] | None
 
 
 @dataclass
@@ -233,6 +238,9 @@ class Generate:
     tracker: Tracker
     prior: Text | None
     decoder: Text | None
+    prior_adapter: Names | None
+    decoder_adapter: Names | None
+    adapter_scale: Number | list[Number]
     prompts: Prompts
     negative_prompt: str
     num_images: Count
@@ -258,4 +266,22 @@ class Encode:
     trusted_modules: Modules | None = None
 
 
-ROOTS: list[type[Any]] = [Train, Generate, Encode]
+@dataclass
+class AdapterSource:
+    source: Names
+
+
+@dataclass
+class Export:
+    name: Name | None
+    output_root: Text
+    weights: Weights
+    precision: Precision
+    tracker: Tracker
+    adapter: AdapterSource
+    base: Text | None
+    adapter_scale: Number | list[Number]
+    merge: bool
+
+
+ROOTS: list[type[Any]] = [Train, Generate, Encode, Export]

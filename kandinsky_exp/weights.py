@@ -27,6 +27,7 @@ class Weights:
         cache_folder: where the tiny pipelines are built.
         frozen_dtype: torch dtype, by name, of what does not train.
         tf32: whether matrix products of float32 are rounded to it.
+        base_precision: `int8` or `nf4`, of a network of which only an adapter trains; needs CUDA and bitsandbytes.
     """
 
     prior: str
@@ -37,6 +38,7 @@ class Weights:
     variant: str | None = None
     frozen_dtype: str = "float32"
     tf32: bool = False
+    base_precision: str | None = None
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def folder(self, part: str) -> Path:
@@ -105,13 +107,17 @@ class Weights:
         return part in self._loaded
 
     def load_trainable(self, part: str) -> Any:
-        """A network to train: a copy of its own, in fp32, whatever the precision of the rest."""
-        return self._read(part, "float32").train()
+        """A network to train: a copy of its own, in fp32, whatever the precision of the rest.
 
-    def _read(self, part: str, dtype: str) -> Any:
+        With `base_precision` its linear layers are quantised, for an adapter, and what is left is in `frozen_dtype`.
+        """
+        dtype = "float32" if self.base_precision is None else self.frozen_dtype
+        return self._read(part, dtype, self.base_precision).train()
+
+    def _read(self, part: str, dtype: str, bits: str | None = None) -> Any:
         folder = self.folder(part)
         try:
-            return _read_part(part, folder, dtype, self.variant)
+            return _read_part(part, folder, dtype, self.variant, bits)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             side, _ = PARTS[part]
             reason = f"{folder} cannot be loaded as '{part}': {first_line(error)}"
@@ -161,7 +167,7 @@ class Weights:
         return weight_files.fingerprint(files, self.cache_folder)
 
 
-def _read_part(part: str, folder: Path, dtype: str, variant: str | None) -> Any:
+def _read_part(part: str, folder: Path, dtype: str, variant: str | None, bits: str | None) -> Any:
     if part in ("prior_scheduler", "decoder_scheduler"):
         return _read_scheduler(folder)
     if part not in MODELS:
@@ -174,10 +180,10 @@ def _read_part(part: str, folder: Path, dtype: str, variant: str | None) -> Any:
         if len(tokenizer) < 256 or tokenizer.model_max_length > 1 << 20:  # its files are missing: no error of its own
             raise ValueError("its vocabulary or its model_max_length is missing")
         return tokenizer
-    return _read_model(part, folder, dtype, variant)
+    return _read_model(part, folder, dtype, variant, bits)
 
 
-def _read_model(part: str, folder: Path, dtype: str, variant: str | None) -> Any:
+def _read_model(part: str, folder: Path, dtype: str, variant: str | None, bits: str | None = None) -> Any:
     import diffusers
     import torch
     import transformers
@@ -192,10 +198,24 @@ def _read_model(part: str, folder: Path, dtype: str, variant: str | None) -> Any
         local_files_only=True,
         output_loading_info=True,
         **({"attn_implementation": "sdpa"} if is_clip else {}),  # else its config may name a kernel to fetch and run
+        **({"quantization_config": _quantised(bits, dtype)} if bits is not None else {}),
     )
     if missing := sorted(info["missing_keys"]):  # the libraries fill them with random numbers
         raise ValueError(f"it lacks {len(missing)} tensors such as {missing[0]}")
     return model
+
+
+def _quantised(bits: str, dtype: str) -> Any:
+    """8-bit integers (Dettmers et al. 2022), or NF4 whose constants are quantised too (Dettmers et al. 2023)."""
+    import torch
+    from diffusers import BitsAndBytesConfig
+
+    if bits == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True
+    )
 
 
 def _read_scheduler(folder: Path) -> Any:

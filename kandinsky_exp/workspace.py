@@ -104,7 +104,7 @@ def claim(output_root: Path, name: str | None, stage: str, resume: str, held: Ex
     make_root(output_root)
     try:
         if name is None:
-            folder = _fresh_folder(output_root, f"{stage}-{datetime.now():%Y%m%d-%H%M%S}")
+            folder = fresh_folder(output_root, f"{stage}-{datetime.now():%Y%m%d-%H%M%S}")
         else:
             folder = output_root / name
             _look(folder, stage, resume)
@@ -201,15 +201,16 @@ def occupied(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fresh_folder(output_root: Path, name: str) -> Path:
+def fresh_folder(root: Path, name: str) -> Path:
+    """A new folder of that name, with a suffix where it is taken."""
     for suffix in ("", *(f"-{count}" for count in range(2, 1000))):
-        folder = output_root / f"{name}{suffix}"
+        folder = root / f"{name}{suffix}"
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
         except FileExistsError:
             continue
         return folder
-    raise ConfigError(f"name: a thousand runs are called {name}; set name=…")
+    raise ConfigError(f"name: a thousand folders are called {name}; choose another")
 
 
 def read_record(folder: Path) -> Record | None:

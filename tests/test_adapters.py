@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kandinsky_exp import adapters, pipelines
+from kandinsky_exp import adapter_files, adapters, architectures, pipelines
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.weights import Weights
 
@@ -95,9 +95,148 @@ def test_every_attention_of_the_prior_gets_an_adapter_by_default(weights):
     }
 
 
-def test_targets_that_no_module_has_are_refused(weights):
-    with pytest.raises(ConfigError, match=r"adapter\.target_modules: .*to_x.* match no module of UNet2DConditionModel"):
-        attach(weights.load_trainable("unet"), target_modules=["to_x"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_modules": ["to_q", "to_x"]},
+            r"adapter\.target_modules: to_x match no module of UNet2DConditionModel",
+        ),
+        ({"target_modules": ["norm1"]}, r"adapter\.target_modules: .*norm1 \(GroupNorm\) takes no such adapter"),
+        (
+            {"target_modules": ["conv1"], "init": "pissa"},
+            r"target_modules: .*conv1 .* takes no such adapter, linear layers",
+        ),
+        ({"rank": 65}, r"adapter\.rank: 65 is more than the 64 of .*add_k_proj"),
+        ({"rank": 33, "target_modules": ["conv_in"]}, r"adapter\.rank: 33 is more than the 32 of conv_in"),
+    ],
+    ids=["no module", "a norm", "pissa on convolutions", "rank", "rank of a convolution"],
+)
+def test_an_adapter_that_the_network_does_not_take_is_refused(settings, message, weights):
+    """The network itself, and one without data, of which it is told before anything loads."""
+    with pytest.raises(ConfigError, match=message):
+        attach(weights.load_trainable("unet"), **settings)
+    values = {"rank": 4, "target_modules": None, "init": "default", **settings}
+    assert len(adapters.problems(architectures.empty("unet", weights.folder("unet")), **values)) == 1
+
+
+def test_the_largest_rank_is_accepted(weights):
+    attach(weights.load_trainable("unet"), rank=32, target_modules=["conv_in"])
+    attach(weights.load_trainable("prior"), rank=64, init="pissa")
+
+
+@EACH
+def test_presets(part, weights):
+    named, default = (attach(weights.load_trainable(part), target_modules=one) for one in ("attention", None))
+    assert adapter_state(named).keys() == adapter_state(default).keys()
+    whole = attach(weights.load_trainable(part), target_modules="all-linear")
+    adapted = {name.split(".lora_")[0] for name in adapter_state(whole)}
+    plain = weights.load(part)
+    assert adapted == {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert len(adapted) > len(adapter_state(default)) / 2
+    ask(part, whole).square().mean().backward()  # each is used as a module, so that its update trains
+    stuck = [name for name, value in whole.named_parameters() if "lora_B" in name and not (value.grad != 0).any()]
+    assert not stuck
+
+
+@EACH
+@KINDS
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
+def test_every_init_begins_as_the_base_and_is_saved_for_the_base(part, use_dora, init, weights, tmp_path):
+    """PiSSA and OLoRA take from the weights what the adapter begins with: the file is for the weights as they were."""
+    trained = attach(weights.load_trainable(part), init=init, use_dora=use_dora, rank=4, alpha=12.0)
+    base = answer(part, weights.load(part))
+    torch.testing.assert_close(answer(part, trained), base, rtol=1e-3, atol=1e-4)
+    factors = [value for name, value in trained.named_parameters() if "lora_A" in name]
+    assert all(value.std() > 0 for value in factors)
+    shake(trained)
+    adapters.save(trained, tmp_path)
+    network = weights.load_trainable(part)
+    network.load_lora_adapter(tmp_path, weight_name=adapters.WEIGHTS_NAME, prefix=None)
+    torch.testing.assert_close(answer(part, network), answer(part, trained), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(answer(part, network), base, rtol=1e-2, atol=1e-3)
+    again = attach(weights.load_trainable(part), init=init, use_dora=use_dora, rank=4, alpha=12.0)
+    adapters.load(again, tmp_path)  # what a run that goes on does: the same begins, the same tensors
+    state = again.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in adapter_state(trained).items())
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_rslora_scales_by_the_root_of_the_rank(init, weights, tmp_path):
+    trained = shake(attach(weights.load_trainable("prior"), rank=4, alpha=6.0, use_rslora=True, init=init))
+    adapters.save(trained, tmp_path)
+    network = weights.load_trainable("prior")
+    network.load_lora_adapter(tmp_path, weight_name=adapters.WEIGHTS_NAME, prefix=None)
+    layers = [module for module in network.modules() if getattr(module, "scaling", None)]
+    assert {round(scale, 6) for layer in layers for scale in layer.scaling.values()} == {3.0}
+    torch.testing.assert_close(answer("prior", network), answer("prior", trained), rtol=1e-3, atol=1e-4)
+
+
+@EACH
+@KINDS
+def test_a_merged_network_answers_as_the_base_with_its_adapter(part, use_dora, weights, tmp_path):
+    adapters.save(shake(attach(weights.load_trainable(part), use_dora=use_dora)), tmp_path)
+    network = weights.load_trainable(part).eval()
+    names = network.state_dict().keys()
+    adapters.apply(network, [(tmp_path, 0.5)])
+    expected, base = answer(part, network), answer(part, weights.load(part))
+    assert not torch.allclose(expected, base, rtol=1e-2, atol=1e-3)
+    without = weights.load_trainable(part)
+    adapters.apply(without, [(tmp_path, 0.0)])
+    torch.testing.assert_close(answer(part, without), base, rtol=1e-3, atol=1e-4)
+    adapters.merge(network)
+    assert network.state_dict().keys() == names
+    torch.testing.assert_close(answer(part, network), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_several_adapters_add_up(weights, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        adapters.save(shake(attach(weights.load_trainable("prior"), rank=2 + seed), seed), folder)
+    network, layer = weights.load_trainable("prior"), "transformer_blocks.0.attn1.to_q"
+    adapters.apply(network, [(folders[0], 0.5), (folders[1], -2.0)])
+    adapters.merge(network)
+    factors = [load_file(folder / adapters.WEIGHTS_NAME) for folder in folders]
+    change = [one[f"{layer}.lora_B.weight"] @ one[f"{layer}.lora_A.weight"] for one in factors]
+    expected = weights.load("prior").get_submodule(layer).weight + 0.5 * change[0] - 2.0 * change[1]
+    torch.testing.assert_close(network.get_submodule(layer).weight, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_file_tells_whose_it_is_and_whom_it_fits(weights, tmp_path):
+    for part, side in (("prior", "prior"), ("unet", "decoder")):
+        adapters.save(attach(weights.load_trainable(part)), tmp_path / part)
+        shapes = adapter_files.read(tmp_path / part)
+        assert adapter_files.stage(shapes) == side
+        network = architectures.described(part, weights.folder(part))
+        assert adapter_files.misfit(shapes, network) is None
+        wider = {name: (shape[0], *(size + 1 for size in shape[1:])) for name, shape in network.items()}
+        assert "inputs, the base's has" in str(adapter_files.misfit(shapes, wider))
+        fewer = {name: shape for name, shape in network.items() if "to_q" not in name}
+        assert "which the base has not" in str(adapter_files.misfit(shapes, fewer))
+    (tmp_path / "unet" / adapters.WEIGHTS_NAME).write_bytes(b"\x10" + bytes(20))
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        adapter_files.read(tmp_path / "unet")
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="LOUD: bitsandbytes quantises with CUDA only, and none is here"
+)
+@EACH
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_a_quantised_network_trains_its_adapter(part, bits, tiny_folder):
+    pytest.importorskip("bitsandbytes", reason="LOUD: bitsandbytes is not installed")
+    folder = str(tiny_folder)
+    weights = Weights(folder, folder, cache_folder=tiny_folder.parent, frozen_dtype="float16", base_precision=bits)
+    network = attach(weights.load_trainable(part), dtype=torch.float16).to("cuda")
+    assert any(parameter.dtype in (torch.int8, torch.uint8) for parameter in network.parameters())
+    assert {parameter.dtype for parameter in network.parameters() if parameter.requires_grad} == {torch.float32}
+    with torch.device("cuda"), torch.autocast("cuda", torch.float16):
+        torch.set_default_device("cuda")
+        try:
+            ask(part, network).float().square().mean().backward()
+        finally:
+            torch.set_default_device("cpu")
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
 
 
 @EACH

@@ -24,7 +24,8 @@ OWN_IMPORTS = {
     "randomness": set(),
     "schedules": set(),
     "grid": set(),
-    "adapters": {"errors"},
+    "adapters": {"adapter_files", "errors"},
+    "adapter_files": {"errors", "parts", "weight_files"},
     "paths": set(),
     "data": {"data", "errors", "paths"},
     "parts": {"errors", "paths", "weight_files"},
@@ -53,10 +54,10 @@ OWN_IMPORTS = {
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
-ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "generate", "run", "tiny.make"}
+ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "export", "generate", "run", "tiny.make"}
 KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
-    "memory_advice",
+    *("export", "locating", "memory_advice", "origins"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}

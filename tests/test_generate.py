@@ -5,11 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from running import client, composed, runs, train
+from safetensors.torch import load_file, save_file
 
+from kandinsky_exp.adapter_files import WEIGHTS_NAME
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.generate import find_origins, generate
+from kandinsky_exp.generate import generate
+from kandinsky_exp.origins import find_origins
 
 STEPS = ["inference_steps=2", "prior_inference_steps=2", "prompts=[a red heart, a dog]"]
 
@@ -20,6 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("prior", "decoder"):
         train(folder, f"model={stage}", f"name={stage}", "trainer.ema_decay=0.5")
     train(folder, "model=prior", "name=lora", "adapter=lora", "optimizer.lr=1")
+    train(folder, "model=decoder", "name=dora", "adapter=dora", "optimizer.lr=1")
     return folder
 
 
@@ -90,8 +95,67 @@ def test_the_revision_of_the_base_is_the_runs_own(root: Path, tmp_path: Path) ->
 
 
 def test_adapter_run(root: Path) -> None:
-    with_adapter = drawn(root, "lora", f"prior={root}/lora")
-    assert not np.array_equal(with_adapter, drawn(root, "base", "weights=tiny"))
+    """By its folder as a side, or as an adapter; by a checkpoint, by its run's id: the same images."""
+    base, as_side = drawn(root, "base", "weights=tiny"), drawn(root, "lora", f"prior={root}/lora")
+    assert not np.array_equal(as_side, base)
+    run_id = next(run.info.run_id for run in runs(root) if run.info.run_name == "lora")
+    for name, source in {
+        "run": root / "lora",
+        "file": root / "lora" / "adapter",
+        "checkpoint": root / "lora" / "checkpoints" / "step-00000004",
+        "id": run_id,
+    }.items():
+        assert np.array_equal(drawn(root, f"adapter-{name}", f"prior_adapter={source}"), as_side), name
+
+
+def test_adapters_have_scales(root: Path) -> None:
+    """0 is the base; one number for all, or one for each; and what both change together is neither of them alone."""
+    base = drawn(root, "unscaled", "weights=tiny")
+    lora, dora = f"prior_adapter={root}/lora", f"decoder_adapter={root}/dora"
+    assert np.array_equal(drawn(root, "none", lora, dora, "adapter_scale=0"), base)
+    both, first = drawn(root, "both", lora, dora), drawn(root, "first", lora, dora, "adapter_scale=[1,0]")
+    assert np.array_equal(first, drawn(root, "alone", lora))
+    assert not np.array_equal(both, first)
+    assert not np.array_equal(both, drawn(root, "half", lora, dora, "adapter_scale=0.5"))
+    twice = f"prior_adapter=[{root}/lora,{root}/lora]"
+    halves, whole = drawn(root, "halves", twice, "adapter_scale=[0.25,0.75]"), drawn(root, "whole", lora)
+    assert np.abs(np.subtract(halves, whole, dtype=int)).max() <= 2  # their sum is rounded elsewhere
+
+
+def test_an_adapter_goes_onto_another_base_and_brings_its_own(root: Path) -> None:
+    trained = drawn(root, "on-trained", f"prior={root}/prior", f"prior_adapter={root}/lora")
+    assert not np.array_equal(trained, drawn(root, "only-trained", f"prior={root}/prior"))
+    cfg = composed(root, *STEPS, f"decoder_adapter={root}/dora", verb="generate", small=[])
+    origins = find_origins(cfg)  # not the hub's, which is what `weights` says
+    assert (origins["prior"].base, origins["decoder"].base) == ("tiny", "tiny")
+    assert origins["decoder"].adapters[0].folder == root / "dora" / "adapter"
+
+
+def test_both_stages_of_a_sweep_are_found_by_its_folder(root: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "both"
+    for job, run in (("model=prior", "lora"), ("model=decoder", "dora")):
+        shutil.copytree(root / run, sweep / job, symlinks=True)
+    (sweep / "run.json").write_text('{"stage": "sweep"}')
+    by_sweep = drawn(root, "sweep", f"prior={sweep}", f"decoder={sweep}")
+    pair = [f"prior_adapter={root}/lora", f"decoder_adapter={root}/dora"]
+    assert np.array_equal(by_sweep, drawn(root, "pair", *pair))
+    assert np.array_equal(by_sweep, drawn(root, "loose", f"prior_adapter={sweep}", f"decoder_adapter={sweep}"))
+    shutil.copytree(root / "lora", sweep / "again", symlinks=True)
+    with pytest.raises(ConfigError, match=r"prior: .* is a sweep with 2 such jobs \('again', 'model=prior'\)"):
+        drawn(root, "which", f"prior={sweep}")
+
+
+def test_an_adapter_of_another_base_is_refused(root: Path, tmp_path: Path) -> None:
+    tensors = load_file(root / "dora" / "adapter" / WEIGHTS_NAME)
+    wide = {name: torch.cat([value, value], dim=1) if "lora_A" in name else value for name, value in tensors.items()}
+    strange = {name.replace("attentions.0", "attentions.9"): value for name, value in tensors.items()}
+    for content, message in ((wide, "inputs, the base's has 64"), (strange, "attentions.9.* which the base has not")):
+        save_file(content, tmp_path / WEIGHTS_NAME)
+        with pytest.raises(ConfigError, match=f"decoder: .* does not fit tiny: .*{message}"):
+            drawn(root, "bad", "weights=tiny", f"decoder_adapter={tmp_path}")
+    save_file({"some.weight": torch.zeros(2)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ConfigError, match=r"decoder_adapter: .* holds no LoRA"):
+        drawn(root, "bad", "weights=tiny", f"decoder_adapter={tmp_path}")
 
 
 def test_negative_prompt_size_and_file_of_prompts(root: Path, tmp_path: Path) -> None:
@@ -121,6 +185,16 @@ def test_images_can_be_logged_to_the_run_that_made_them(root: Path) -> None:
         (["weights=tiny", "prompts=missing.txt"], "prompts: there is no text file"),
         (["weights=tiny", "height=63"], "height: has to be a whole number, a multiple of 8"),
         (["prior=nobody/nothing", "decoder=tiny"], "could not be fetched from the hub"),
+        (
+            ["weights=tiny", "prior_adapter={root}/dora"],
+            "prior_adapter: .* is of the decoder; give it as decoder_adapter=",
+        ),
+        (["weights=tiny", "decoder_adapter={root}/decoder"], "decoder_adapter: .* holds no .*it trained all weights"),
+        (["weights=tiny", "decoder_adapter={root}/nowhere"], "decoder_adapter: .*there is no such run or folder"),
+        (["weights=tiny", "decoder_adapter=nobody/nothing"], "decoder_adapter: .* could not be fetched from the hub"),
+        (["weights=tiny", "decoder_adapter={root}/dora", "adapter_scale=[1,2]"], "adapter_scale: 2 for 1 adapters"),
+        (["weights=tiny", "adapter_scale=0.5"], "adapter_scale: is set, but there is no adapter"),
+        (["weights=tiny", "adapter_scale=.inf", "decoder_adapter={root}/dora"], "adapter_scale: has to be"),
     ],
 )
 def test_bad_sources(root: Path, overrides: list[str], message: str) -> None:

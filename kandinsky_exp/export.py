@@ -1,0 +1,96 @@
+"""`kandinsky-exp export`: an adapter and its base as one pipeline; or the adapter of a checkpoint alone."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from kandinsky_exp import adapter_files, adapters, build, config, pipelines, processes, workspace
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.locating import NETWORK
+from kandinsky_exp.origins import (
+    Adapter,
+    Origin,
+    check_networks,
+    find_adapter,
+    find_origin,
+    load_network,
+    names_of,
+    scaled,
+    started_from,
+    use,
+    with_adapters,
+)
+from kandinsky_exp.parts import Side
+
+
+def export(cfg: DictConfig) -> None:
+    """Write `pipeline/`, with the adapters merged into the network, or `adapter/`, into a new folder.
+
+    Raises:
+        ConfigError: an adapter cannot be read, does not fit its base, or there is nothing to merge.
+    """
+    config.validate(cfg)
+    processes.quiet_libraries()
+    with processes.stop_signals():
+        found = [find_adapter(cfg, "adapter", text) for text in names_of(cfg.adapter.source)]
+        check_together(cfg, found)
+        root = Path(cfg.output_root).expanduser().absolute() / "export"
+        workspace.make_root(root.parent)
+        name = cfg.name or (found[0].run_folder or found[0].folder).absolute().name
+        if cfg.merge:
+            merged(cfg, found, root, name)
+        else:
+            folder = workspace.fresh_folder(root, name)
+            (folder / "adapter").mkdir()
+            source = found[0].folder / adapter_files.WEIGHTS_NAME
+            shutil.copyfile(source, folder / "adapter" / source.name)
+            print(folder)
+
+
+def check_together(cfg: DictConfig, found: list[Adapter]) -> None:
+    """Raises ConfigError for adapters that do not go into one network, or are more than can be had unmerged."""
+    if len({one.side for one in found}) > 1:
+        raise ConfigError("adapter: some are of the prior, some of the decoder; export one stage at a time")
+    alone = len(found) == 1 and cfg.adapter_scale == 1
+    if not cfg.merge and not alone:
+        raise ConfigError("merge: is false, and one adapter alone keeps its own scale; give one, or set merge=true")
+    has_magnitudes = [one for one in found if any("lora_magnitude" in name for name in adapter_files.read(one.folder))]
+    if len(found) > 1 and has_magnitudes:
+        raise ConfigError(
+            f"adapter: {has_magnitudes[0].folder} is a DoRA, whose magnitudes are of the base alone: with others it "
+            "draws what no merged network draws; export it alone"
+        )
+
+
+def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None:
+    side = found[0].side
+    origins = find_sides(cfg, found)
+    if all(one.scale == 0 for one in origins[side].adapters):
+        raise ConfigError("adapter_scale: at 0 the merged network would be the base itself; give another number")
+    weights = build.weights(cfg)
+    use(weights, origins)
+    check_networks(weights, origins, keys="adapter")
+    dtype, weights.frozen_dtype = getattr(torch, weights.frozen_dtype), "float32"
+    network = load_network(weights, side, origins[side])
+    adapters.merge(network)
+    folder = workspace.fresh_folder(root, name)
+
+    def save(place: Path) -> None:
+        network.to(dtype).save_pretrained(place)
+
+    pipelines.save_result(weights, side, folder / "pipeline", save)
+    workspace.write_atomically(folder / "config.yaml", config.to_yaml(cfg))
+    print(folder)
+
+
+def find_sides(cfg: DictConfig, found: list[Adapter]) -> dict[Side, Origin]:
+    """What the adapters go onto, and the other stage: what their run had, or else the `weights` group's."""
+    runs = [one.run_folder for one in found]
+    origins = {side: started_from(cfg, runs, side) for side in NETWORK}
+    side = found[0].side
+    if cfg.base is not None:
+        origins[side] = find_origin(cfg, side, cfg.base)
+    origins[side] = with_adapters(origins[side], found)
+    return origins | scaled({side: origins[side]}, cfg.adapter_scale)

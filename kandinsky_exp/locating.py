@@ -1,0 +1,99 @@
+"""The folder that a run, a checkpoint, a job of a sweep or an MLflow run id stands for, and what lies in it."""
+
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from kandinsky_exp import mlflow_names, saved_config, store, tracking, workspace
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.parts import Side
+from kandinsky_exp.weight_files import untrusted
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+NETWORK: dict[Side, str] = {"prior": "prior", "decoder": "unet"}
+
+
+def located(cfg: DictConfig, key: str, source: str, side: Side | None) -> tuple[Path, str | None]:
+    """(folder, MLflow run id if that is what was given) of what is no hub id."""
+    run_id = None
+    if RUN_ID.fullmatch(source) and not Path(source).exists():
+        run_id, source = source, folder_of_run(cfg, source, key)
+    folder = Path(source).expanduser()
+    record = workspace.read_record(folder)
+    if record is not None and record.stage == "sweep":
+        return _job(folder, key, side), None
+    return folder, run_id
+
+
+def _job(sweep: Path, key: str, side: Side | None) -> Path:
+    """The one job of a sweep that trained a side.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    records = {folder: workspace.read_record(folder) for folder in sorted(sweep.iterdir())}
+    jobs = [folder for folder, record in records.items() if record is not None and side in (None, record.stage)]
+    if len(jobs) != 1:
+        listed = ", ".join(f"'{folder.name}'" for folder in jobs[:5]) or "none"
+        raise ConfigError(f"{key}: {sweep} is a sweep with {len(jobs)} such jobs ({listed}); give the folder of one")
+    return jobs[0]
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or lies in: itself, its `adapter/`, a checkpoint, or a network in a checkpoint."""
+    around = [folder, *folder.absolute().parents[:3]]
+    return next((place for place in around if workspace.read_record(place) is not None), None)
+
+
+def recorded_id(run_folder: Path | None) -> str | None:
+    """The MLflow run of a run's folder."""
+    record = None if run_folder is None else workspace.read_record(run_folder)
+    return None if record is None else record.run_id
+
+
+def trained_network(folder: Path, side: Side) -> Path:
+    """The network or adapter in a run folder or checkpoint.
+
+    Raises:
+        ConfigError: it holds the other stage, or nothing yet.
+    """
+    name = NETWORK[side]
+    # A checkpoint's averaged weights are what its run validates with and would leave behind.
+    for candidate in (folder / "adapter", folder / f"{name}_ema", folder / name):
+        if candidate.is_dir() and (candidate.name != "adapter" or stage_of(folder) == side):
+            if problem := untrusted(candidate):
+                raise ConfigError(f"{side}: {folder}: {problem}")
+            return candidate
+    hint = "give a step-… folder inside checkpoints/, or wait until the run is finished"
+    raise ConfigError(f"{side}: {folder} holds no trained {side}; {hint}")
+
+
+def stage_of(run_folder: Path) -> str:
+    return "prior" if (saved_config.value(run_folder, "model._target_") or "").endswith("PriorStage") else "decoder"
+
+
+def source_of(run_folder: Path, side: Side) -> str:
+    """The weights that a run started from."""
+    source = saved_config.value(run_folder, f"weights.{side}")
+    if source is None:
+        raise ConfigError(f"{run_folder / 'config.yaml'} has no weights.{side}; mend it, or give other sources")
+    return source
+
+
+def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
+    """The folder of an MLflow run, which its tags name."""
+    from mlflow.exceptions import MlflowException
+
+    uri = str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
+    tracking.probe(uri)
+    client, _ = store.connect(uri)
+    try:
+        folder = client.get_run(run_id).data.tags.get("run_folder")
+    except MlflowException as error:
+        raise ConfigError(
+            f"{key}: the store {mlflow_names.masked(uri)} has no run {run_id}; set tracker.uri"
+        ) from error
+    if folder is None or not Path(folder).is_dir():
+        raise ConfigError(f"{key}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")
+    return str(folder)
