@@ -347,6 +347,20 @@ TABLE["contradictions"] = [
     Bad(["adapter=lora", "adapter.rank=null", *EMOJI], "adapter.rank: has to be a whole number, at least 1, not null"),
     Bad(["adapter=lora", "adapter.target_modules=to_q", *EMOJI], "a list is written [to_q]"),
     Bad(["adapter=lora", "adapter.target_modules=[]", *EMOJI], "adapter.target_modules: is empty"),
+    Bad(
+        ["adapter=lora", "adapter.target_modules=[to_x]", *EMOJI],
+        "adapter.target_modules: to_x match no module of UNet2D",
+    ),
+    Bad(["adapter=lora", "adapter.rank=0", *EMOJI], "adapter.rank: has to be a whole number, at least 1, or null, not 0"),
+    Bad(["adapter=dora", "adapter.rank=1000", *EMOJI], "adapter.rank: 1000 is more than the 64 of "),
+    Bad(["adapter.init=pissa", *EMOJI], "adapter.init: is set, but adapter=none"),
+    Bad(
+        ["adapter=lora", "adapter.base_precision=nf4", *EMOJI], "adapter.base_precision: nf4 computes in half precision"
+    ),
+    Bad(["adapter=lora", "adapter.base_precision=int8", "precision=bf16", *EMOJI], "adapter.base_precision: "),
+    Bad(
+        ["adapter=lora", "adapter.base_precision=nf4", "adapter.init=pissa", *EMOJI], "adapter.init: pissa changes the"
+    ),
     Bad(["scheduler=polynomial", "optimizer.lr=1e-9", *EMOJI], "scheduler.lr_end: 1e-07 is not below optimizer.lr"),
     Bad(["scheduler.warmup_steps=20", "trainer.max_steps=10", *EMOJI], "scheduler.warmup_steps: 20 is more than"),
     Bad(["precision.frozen_dtype=float16", *EMOJI], "half precision needs mixed precision; take precision=bf16"),

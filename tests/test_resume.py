@@ -93,9 +93,21 @@ def test_stopped_after_every_single_step(root: Path) -> None:
         assert same(whole[name], resumed[name]), name
 
 
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_an_adapter_with_dropout(stage: str, root: Path) -> None:
-    common = [*settings(stage, "cached", 1, True, "bf16"), "adapter=lora", "adapter.dropout=0.2", "tracker=none"]
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("prior", ["adapter=lora", "adapter.dropout=0.2"]),
+        ("decoder", ["adapter=lora", "adapter.dropout=0.2"]),
+        ("prior", ["adapter=dora", "adapter.init=pissa", "trainer.gradient_checkpointing=true"]),
+        (
+            "decoder",
+            ["adapter=lora", "adapter.init=olora", "adapter.use_rslora=true", "adapter.target_modules=all-linear"],
+        ),
+    ],
+    ids=["prior", "decoder", "pissa", "olora"],
+)
+def test_an_adapter(stage: str, more: list[str], root: Path) -> None:
+    common = [*settings(stage, "cached", 1, True, "bf16"), *more, "tracker=none"]
     train(root, *common, "name=whole")
     with stopped_at("step 2 of"):
         train(root, *common, "name=stopped")
