@@ -351,7 +351,9 @@ TABLE["contradictions"] = [
         ["adapter=lora", "adapter.target_modules=[to_x]", *EMOJI],
         "adapter.target_modules: to_x match no module of UNet2D",
     ),
-    Bad(["adapter=lora", "adapter.rank=0", *EMOJI], "adapter.rank: has to be a whole number, at least 1, or null, not 0"),
+    Bad(
+        ["adapter=lora", "adapter.rank=0", *EMOJI], "adapter.rank: has to be a whole number, at least 1, or null, not 0"
+    ),
     Bad(["adapter=dora", "adapter.rank=1000", *EMOJI], "adapter.rank: 1000 is more than the 64 of "),
     Bad(["adapter.init=pissa", *EMOJI], "adapter.init: is set, but adapter=none"),
     Bad(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from running import PROMPTS, client, composed, history, network, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import build
+from kandinsky_exp import adapters, architectures, build
 from kandinsky_exp.errors import ConfigError, NonFiniteLoss
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny.pipelines import build as build_tiny
@@ -319,8 +320,12 @@ def test_non_finite_loss_stops_with_step_rate_and_rows(tmp_path: Path) -> None:
         assert all(value.isfinite().all() for value in network(folder / "prior").values())
 
 
+def bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def test_lora_run_leaves_an_adapter_only(tmp_path: Path) -> None:
-    train(tmp_path, "model=decoder", "name=d", "adapter=lora", "adapter.rank=2", "trainer.ema_decay=0.9")
+    train(tmp_path, "model=decoder", "name=d", "adapter=lora", "trainer.ema_decay=0.9")
     folder = tmp_path / "d"
     assert not (folder / "pipeline").exists()
     tensors = load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
@@ -331,6 +336,25 @@ def test_lora_run_leaves_an_adapter_only(tmp_path: Path) -> None:
     loaded = [name for name, _ in unet.named_parameters() if "lora_" in name]
     assert len(loaded) == len(tensors) > 0
     assert any("add_k_proj" in name for name in loaded)
+    whole = 4 * bytes_of(tiny / "unet")  # a full one: weights, their average, and two moments
+    steps = list((folder / "checkpoints").glob("step-*"))
+    assert steps
+    assert all(bytes_of(step) < 0.02 * whole for step in steps)
+
+
+@pytest.mark.parametrize("part", ["prior", "unet"])
+def test_at_true_size_a_checkpoint_of_rank_8_is_a_three_hundredth(part: str, tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "shared" / "data" / "kandinsky22" / f"{part}.json"
+    if not file.is_file():
+        pytest.skip("LOUD: the true-size architectures are not beside this checkout")
+    shutil.copyfile(file, tmp_path / "config.json")
+    network = architectures.empty(part, tmp_path)
+    whole = sum(value.nbytes for value in network.parameters())
+    adapters.attach_lora(
+        network, rank=8, alpha=None, dropout=0.0, target_modules=None, use_dora=False, dtype=torch.float16
+    )
+    trained = sum(value.nbytes for value in network.parameters() if value.requires_grad)
+    assert 0 < trained < whole / 300
 
 
 # --- resuming
