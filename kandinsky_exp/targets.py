@@ -15,6 +15,8 @@ from kandinsky_exp.fitting import misfit
 from kandinsky_exp.schema import OpenNode
 
 INSTALL = {
+    "prodigyopt": 'pip install "kandinsky-exp[prodigy]"',
+    "schedulefree": 'pip install "kandinsky-exp[schedulefree]"',
     "bitsandbytes": 'pip install "kandinsky-exp[bitsandbytes]" (it needs CUDA)',
     "xformers": 'pip install "kandinsky-exp[xformers]" (it needs CUDA)',
 }
