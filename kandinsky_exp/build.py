@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kandinsky_exp import adapters, architectures, targets, trust
+from kandinsky_exp import adapters, architectures, averaging, targets, trust
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
 from kandinsky_exp.data.encoding import EncodeSettings
@@ -214,7 +214,7 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     """Optimizer, schedule and EMA around the stage's network, prepared by Accelerate."""
     network = made.place(device.device, mixed_precision=device.mixed_precision != "no")
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(cfg, trainable, device)
+    optimizer = _optimizer(cfg, trainable, device.device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
     scheduler = instantiate(target_settings(cfg, "scheduler"), _convert_="all")(optimizer, total_steps=total_steps)
     ema = None
@@ -224,16 +224,38 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     return Training(made, prepared, prepared_optimizer, scheduler, ema)
 
 
-def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: Accelerator) -> torch.optim.Optimizer:
+def try_optimizer(cfg: DictConfig, device: torch.device) -> None:
+    """One step over one small matrix, so that what cannot work here is told before anything loads.
+
+    Raises:
+        ConfigError: it has no kernels for this device, wants another torch, or refuses its settings.
+    """
+    weight = torch.nn.Parameter(torch.ones(64, 64, device=device))  # of smaller ones an 8-bit state would be in 32
+    weight.grad = torch.ones_like(weight)
+    made = _optimizer(cfg, [weight], device)
+    try:
+        made.step()
+    except Exception as error:  # whatever a library's kernels raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        raise ConfigError(
+            f"optimizer: {cfg.optimizer._target_} does not work on this device, {device.type} ({reason}); take "
+            "another, e.g. optimizer=adamw"
+        ) from error
+
+
+def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     settings = target_settings(cfg, "optimizer")
     if settings.get("fused", False) is None:
         del settings["fused"]
         if "fused" in inspect.signature(get_class(settings["_target_"])).parameters:
-            settings["fused"] = device.device.type in ("cuda", "cpu", "mps", "xpu")
+            settings["fused"] = device.type in ("cuda", "cpu", "mps", "xpu")
     try:
-        made: torch.optim.Optimizer = instantiate(settings, _convert_="all")(trainable)
+        made = instantiate(settings, _convert_="all")(trainable)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {cfg.optimizer._target_} refuses its settings: {error}") from error
+    if averaging.is_schedule_free(made):
+        made.train()
+    assert isinstance(made, torch.optim.Optimizer)  # nosec B101 # narrows the type
     return made
 
 

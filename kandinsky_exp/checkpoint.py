@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from kandinsky_exp import adapters, state_file
+from kandinsky_exp import adapters, averaging, state_file
 from kandinsky_exp.adapters import NetworkFiles
 from kandinsky_exp.errors import CheckpointError
 from kandinsky_exp.integrity import flush_to_disk, read_state, seal
@@ -94,12 +94,12 @@ def snapshot(
     network = accelerator.unwrap_model(training.network)
     networks = {part: training.stage.snapshot(network, {})}
     state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
-    state["optimizer"] = type(_bare(training.optimizer)).__name__
+    state["optimizer"] = type(averaging.bare(training.optimizer)).__name__
     state |= {"total_batch": total_batch, "processes": accelerator.num_processes}
-    if training.ema is not None:
+    if (averages := averaging.averages(training)) is not None:
         names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-        averages = dict(zip(names, training.ema.shadow_params, strict=True))
-        networks[f"{part}_ema"] = training.stage.snapshot(network, averages)
+        networks[f"{part}_ema"] = training.stage.snapshot(network, dict(zip(names, averages, strict=True)))
+    if training.ema is not None:
         state["ema_step"] = training.ema.optimization_step
     tensors = {"optimizer": training.optimizer.state_dict(), "scheduler": training.scheduler.state_dict()}
     tensors["unread"] = training.unread
@@ -139,7 +139,7 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
     state = read_state(folder)
     if not (folder / part).is_dir():
         raise CheckpointError(f"checkpoint.resume: {folder} has no '{part}': it belongs to another stage; set model=…")
-    used, chosen = state.get("optimizer"), type(_bare(training.optimizer)).__name__
+    used, chosen = state.get("optimizer"), type(averaging.bare(training.optimizer)).__name__
     if used not in (None, chosen):
         raise CheckpointError(
             f"checkpoint.resume: {folder} was made with the optimizer {used}, not {chosen}; set optimizer=… as it was, "
@@ -169,17 +169,12 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
     return state
 
 
-def _bare(optimizer: Any) -> Any:
-    """The optimizer inside Accelerate's."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 def _load_optimizer(training: Training, tensors: dict[str, Any]) -> None:
     """What the optimizer and its schedule have learned, under the settings of now: a new `optimizer.lr` counts.
 
     Both keep their settings among their state, so that plain loading would quietly bring the old ones back.
     """
-    optimizer, scheduler = _bare(training.optimizer), training.scheduler
+    optimizer, scheduler = averaging.bare(training.optimizer), training.scheduler
     names = inspect.signature(type(optimizer)).parameters.keys() - {"params", "lr"}
     settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
     base_rates = list(scheduler.base_lrs)

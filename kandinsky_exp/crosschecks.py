@@ -19,6 +19,8 @@ Found = Iterator[tuple[str, str]]  # (key, what is wrong; what to do)
 
 MAX_NAME = 200  # bytes; file systems take 255, and suffixes are put behind
 TAKEN = ("cache", "generate", "mlartifacts", "mlflow.db")  # of output_root, by all runs together
+CONSTANT = "kandinsky_exp.schedules.constant"
+LEAST_FACTOR = 0.01  # of Prodigy's rate: what is smaller was meant as a rate
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 
 
@@ -133,6 +135,7 @@ def together(good: Values) -> Found:
     yield from _publishing(good)
     yield from _adapter(good)
     yield from _training(good)
+    yield from _optimizer(good)
     yield from _reading(good)
     yield from _tracking(good)
 
@@ -179,15 +182,33 @@ def _training(good: Values) -> Found:
     lr, lr_end = good.get("optimizer.lr", math.inf), good.get("scheduler.lr_end", 0.0)
     if lr_end >= lr:
         yield "scheduler.lr_end", f"{lr_end} is not below optimizer.lr, {lr}; make it smaller"
-    warmup, steps = good.get("scheduler.warmup_steps", 0), good.get("trainer.max_steps", math.inf)
-    if warmup > steps:
-        yield (
-            "scheduler.warmup_steps",
-            f"{warmup} is more than trainer.max_steps, {steps}: the rate never reaches optimizer.lr; make it smaller",
-        )
+    steps = good.get("trainer.max_steps", math.inf)
+    for key in ("scheduler.warmup_steps", "optimizer.warmup_steps"):
+        if (warmup := good.get(key, 0)) > steps:
+            never = "the rate never reaches optimizer.lr"
+            yield key, f"{warmup} is more than trainer.max_steps, {steps}: {never}; make it smaller"
     for group in ("model", "optimizer", "scheduler"):
         if good.get(f"{group}._partial_") is False:
             yield f"{group}._partial_", "has to be true: the run hands over the rest; remove it"
+
+
+def _optimizer(good: Values) -> Found:
+    target = str(good.get("optimizer._target_"))
+    if target.startswith("schedulefree."):
+        schedule, warmup = good.get("scheduler._target_", CONSTANT), good.get("scheduler.warmup_steps", 0)
+        what = "a schedule-free optimizer"
+        if schedule != CONSTANT:
+            yield (
+                "scheduler._target_",
+                f"{what} keeps its rate, and averages instead of decaying; take scheduler=constant",
+            )
+        if warmup:
+            yield "scheduler.warmup_steps", f"{what} warms up by itself; set optimizer.warmup_steps={warmup} instead"
+        if good.get("trainer.ema_decay") is not None:
+            yield "trainer.ema_decay", f"{what} averages by itself, for validation and for the result; remove it"
+    lr = good.get("optimizer.lr", 1.0)
+    if target.startswith("prodigyopt.") and lr < LEAST_FACTOR:
+        yield "optimizer.lr", f"{lr} is a factor on the rate that Prodigy finds by itself; leave it at 1"
 
 
 def _reading(good: Values) -> Found:

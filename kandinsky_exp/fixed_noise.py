@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kandinsky_exp.loop import Training
 from kandinsky_exp.randomness import derive_seed, validation_generator
 from kandinsky_exp.stages.base import Features, Stage
 
@@ -23,20 +22,6 @@ class HeldOut(Protocol):
 
     def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
         """`indices` in batches whose rows have equal shapes."""
-
-
-@contextmanager
-def averaged_weights(training: Training) -> Iterator[None]:
-    """The EMA weights in place of the raw ones; nothing where there is no EMA."""
-    if training.ema is None:
-        yield
-        return
-    training.ema.store(training.trainable)
-    training.ema.copy_to(training.trainable)
-    try:
-        yield
-    finally:
-        training.ema.restore(training.trainable)
 
 
 @contextmanager

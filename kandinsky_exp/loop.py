@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from kandinsky_exp import averaging
 from kandinsky_exp.display import progress_bar, report
 from kandinsky_exp.errors import Interrupted, RunFailure, UserError
 from kandinsky_exp.meter import Meter, StepResult
@@ -41,7 +42,8 @@ class Training:
     unread: dict[str, Any] = field(default_factory=dict)
 
     def rate(self) -> float:
-        return float(self.scheduler.get_last_lr()[0])
+        """The schedule's rate; Prodigy takes it as a factor on the one that it finds, `d`."""
+        return float(self.scheduler.get_last_lr()[0] * self.optimizer.param_groups[0].get("d", 1.0))
 
     @cached_property
     def trainable(self) -> list[nn.Parameter]:
@@ -210,16 +212,8 @@ def optimizer_step(
     optimizer.zero_grad()
     training.scheduler.step()
     if training.ema is not None:
-        update_average(training.ema, training.trainable)
+        averaging.update(training.ema, training.trainable)
     return StepResult(torch.stack(losses).mean(), norm, rows, samples, waited)
-
-
-@torch.no_grad()
-def update_average(average: EMAModel, parameters: list[nn.Parameter]) -> None:
-    """`average.step`, in one pass and without its temporary copy of all parameters."""
-    average.optimization_step += 1
-    average.cur_decay_value = average.get_decay(average.optimization_step)
-    torch._foreach_lerp_(average.shadow_params, [*parameters], 1 - average.cur_decay_value)
 
 
 def validated_or_stopped(events: Events, step: int, stop: Stop, accelerator: Accelerator) -> int | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from kandinsky_exp.errors import OutOfMemory
 from kandinsky_exp.meter import peak_memory
@@ -72,10 +73,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def use_of(cfg: DictConfig, device: torch.device, stage: DiffusionStage, error: BaseException) -> Use:
     parameters = list(stage.network.parameters())
-    trainable = sum(value.nbytes for value in parameters if value.requires_grad)
+    trained = [value for value in parameters if value.requires_grad]
+    trainable = sum(value.nbytes for value in trained)
     frozen = sum(value.nbytes for value in parameters) - trainable
     encoders = 0 if cfg.data.cache else sum(value.nbytes for value in stage.frozen_parameters())
-    optimizer = int(trainable * state_per_weight(cfg.optimizer._target_))
+    optimizer = int(sum(value.nbytes * state_per_weight(cfg.optimizer._target_, value) for value in trained))
     average = trainable if cfg.trainer.ema_decay is not None else 0
     known = 2 * trainable + frozen + optimizer + average + encoders  # twice: weights and gradients
     return Use(
@@ -93,12 +95,20 @@ def asked_for(error: BaseException) -> int:
     return int(float(found[2]) * 1024 ** (1 + "KMGT".index(found[3])))
 
 
-def state_per_weight(optimizer: str) -> float:
-    """Bytes of an optimizer's state per byte of what it trains, in fp32."""
+def state_per_weight(optimizer: str, weight: Tensor) -> float:
+    """Bytes of an optimizer's state per byte of a weight, in fp32.
+
+    Args:
+        weight: its shape counts where an optimizer factors matrices, or knows nothing but these.
+    """
     name = optimizer.rpartition(".")[2].lower()
     if "8bit" in name:
         return 0.5
-    return {"adafactor": 0.01, "sgd": 1.0}.get(name, 2.0)
+    if name == "adafactor":  # a row and a column in place of the last two dimensions
+        return 1.0 if weight.ndim < 2 else sum(1 / side for side in weight.shape[-2:])
+    if name == "muon":
+        return 1.0 if weight.ndim == 2 else 2.0
+    return {"sgd": 1.0, "prodigy": 4.0}.get(name, 2.0)
 
 
 def advice(cfg: DictConfig, use: Use, device: str, *, validating: bool = False) -> list[str]:

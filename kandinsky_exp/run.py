@@ -15,10 +15,10 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import (
     adapters,
+    averaging,
     build,
     checkpoint,
     config,
-    fixed_noise,
     hub,
     loop,
     memory_advice,
@@ -64,6 +64,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
+        build.try_optimizer(cfg, accelerator.device)
         weights = build.weights(cfg)
         splits = build.data(cfg)
         count = accelerator.num_processes
@@ -226,7 +227,7 @@ def save_result(
     """`adapter/` or `pipeline/`, with the averaged weights where there are any; then, if asked, the hub."""
     if accelerator.is_main_process:
         network = accelerator.unwrap_model(training.network)
-        with fixed_noise.averaged_weights(training):
+        with averaging.averaged_weights(training):
             if adapters.has_adapter(network):
                 result = space.folder / "adapter"
                 training.stage.save(network, result)

@@ -90,6 +90,7 @@ class Optimizer(OpenNode):
     betas: Annotated[list[float], BETAS] | None = None
     eps: Positive | list[Positive] = 1.0
     momentum: Annotated[float, BELOW_ONE] = 0.0
+    warmup_steps: CountOrZero = 0
     fused: bool | None = None
 
 

@@ -15,7 +15,9 @@ from kandinsky_exp.fitting import misfit
 from kandinsky_exp.schema import OpenNode
 
 INSTALL = {
-    "bitsandbytes": 'pip install "kandinsky-exp[bitsandbytes]" (it needs CUDA)',
+    "prodigyopt": 'pip install "kandinsky-exp[prodigy]"',
+    "schedulefree": 'pip install "kandinsky-exp[schedulefree]"',
+    "bitsandbytes": 'pip install "kandinsky-exp[bitsandbytes]" (it is made for CUDA)',
     "xformers": 'pip install "kandinsky-exp[xformers]" (it needs CUDA)',
 }
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")

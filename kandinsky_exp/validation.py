@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from kandinsky_exp import fixed_noise, loop
+from kandinsky_exp import averaging, fixed_noise, loop
 from kandinsky_exp.data.preprocess import center_crop_resize
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.pipelines import SampleSettings
@@ -51,7 +51,7 @@ class Validator:
 
     def __call__(self, step: int) -> None:
         network = self.accelerator.unwrap_model(self.training.network)
-        with fixed_noise.averaged_weights(self.training), fixed_noise.uncompiled(network):
+        with averaging.averaged_weights(self.training), fixed_noise.uncompiled(network):
             self._measure(step)
             if self.accelerator.is_main_process:
                 self._draw(step)

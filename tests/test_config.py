@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +19,15 @@ from kandinsky_exp.fitting import fits, misfit
 from kandinsky_exp.schema import Optimizer, at_least
 
 CONF = Path(__file__).parent.parent / "conf"
+PROJECT = tomllib.loads((CONF.parent / "pyproject.toml").read_text("utf-8"))["project"]
 YAMLS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
 GROUPED = [name for name in YAMLS if "/" in name and not name.startswith("hydra/")]
 TINY = ["data=emoji", "weights=tiny", "tracker=none"]
-EXTRAS = {"optimizer/adamw_8bit": "bitsandbytes"}
+EXTRAS = {
+    "optimizer/adamw_8bit": "bitsandbytes",
+    "optimizer/prodigy": "prodigyopt",
+    "optimizer/schedule_free": "schedulefree",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -286,9 +292,49 @@ def test_packages_that_are_not_installed() -> None:
     if find_spec("xformers") is None:
         (found,) = problems("trainer.attention=xformers")
         assert 'xformers is not installed; pip install "kandinsky-exp[xformers]"' in found
-    if find_spec("bitsandbytes") is None:
-        (found,) = problems("optimizer=adamw_8bit")
-        assert 'pip install "kandinsky-exp[bitsandbytes]"' in found
+
+
+@pytest.mark.parametrize(
+    ("option", "package", "extra"),
+    [
+        ("adamw_8bit", "bitsandbytes", "bitsandbytes"),
+        ("prodigy", "prodigyopt", "prodigy"),
+        ("schedule_free", "schedulefree", "schedulefree"),
+    ],
+)
+def test_an_optimizer_that_is_not_installed(
+    option: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert extra in PROJECT["optional-dependencies"]
+    monkeypatch.setitem(sys.modules, package, None)  # as Python notes what must not be found
+    (found,) = problems(f"optimizer={option}")
+    assert found.startswith("optimizer._target_: ")
+    assert f"'{package}', which is not installed; pip install \"kandinsky-exp[{extra}]\"" in found
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("optimizer=schedule_free", []),
+        ("optimizer=schedule_free trainer.ema_decay=0.9", ["trainer.ema_decay: a schedule-free optimizer averages"]),
+        ("optimizer=schedule_free scheduler=cosine", ["scheduler._target_: a schedule-free optimizer keeps its rate"]),
+        (
+            "optimizer=schedule_free scheduler.warmup_steps=20",
+            ["scheduler.warmup_steps: a schedule-free optimizer warms up by itself; set optimizer.warmup_steps=20"],
+        ),
+        (
+            "optimizer=schedule_free optimizer.warmup_steps=20 trainer.max_steps=10",
+            ["optimizer.warmup_steps: 20 is more than trainer.max_steps, 10"],
+        ),
+        ("optimizer=prodigy scheduler=cosine scheduler.warmup_steps=5", []),
+        ("optimizer=prodigy optimizer.lr=1e-4", ["optimizer.lr: 0.0001 is a factor on the rate that Prodigy finds"]),
+        ("optimizer=muon trainer.ema_decay=0.9 scheduler=linear", []),
+    ],
+)
+def test_what_goes_with_an_optimizer(line: str, expected: list[str]) -> None:
+    found = problems(*line.split(" "))
+    assert len(found) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True)), found
 
 
 def test_files_are_looked_for(tmp_path: Path) -> None:

@@ -263,30 +263,6 @@ def test_max_epochs_ends_first(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "p" / "run.json").read_text())["step"] == 3  # 12 rows in batches of 4
 
 
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prior that knows nothing yet, beside the tiny one's encoders."""
-    folder = tmp_path_factory.mktemp("untrained")
-    pipeline = AutoPipelineForText2Image.from_pretrained(build_tiny(folder / "cache")).prior_pipe
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        fresh = PriorTransformer.from_config(pipeline.prior.config)
-    fresh.clip_mean.data, fresh.clip_std.data = pipeline.prior.clip_mean.data, pipeline.prior.clip_std.data
-    pipeline.register_modules(prior=fresh)
-    pipeline.save_pretrained(folder / "prior")
-    return folder / "prior"
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
-def test_optimizers_lower_the_loss(optimizer: str, untrained: Path, tmp_path: Path) -> None:
-    train(
-        tmp_path, "model=prior", f"weights.prior={untrained}", f"optimizer={optimizer}", "optimizer.lr=3e-3",
-        "trainer.max_steps=12", "validation.every=12", "checkpoint.every=12", "validation.draws=4",
-    )  # fmt: skip
-    losses = history(tmp_path, runs(tmp_path)[0].info.run_id, "validation/loss")
-    assert losses[12] < losses[0]
-
-
 def test_another_optimizer_by_target(tmp_path: Path) -> None:
     train(tmp_path, "model=prior", "optimizer._target_=torch.optim.NAdam")
 

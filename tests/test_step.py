@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import build, fixed_noise, loop, pipelines, processes
+from kandinsky_exp import averaging, build, fixed_noise, loop, pipelines, processes
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
 from kandinsky_exp.meter import Meter, StepResult
@@ -218,7 +218,7 @@ class Bench:
 
     def validate(self) -> float:
         network = self.accelerator.unwrap_model(self.training.network)
-        with fixed_noise.averaged_weights(self.training), fixed_noise.uncompiled(network):
+        with averaging.averaged_weights(self.training), fixed_noise.uncompiled(network):
             return fixed_noise.validate(
                 self.stage, network, MadeUpRows(self), accelerator=self.accelerator, seed=0, draws=2, batch_size=2
             )
@@ -323,7 +323,7 @@ def test_the_average_is_that_of_diffusers() -> None:
     for _ in range(200):
         for parameter in parameters:
             parameter.data += torch.randn(parameter.shape, generator=random)
-        loop.update_average(ours, parameters)
+        averaging.update(ours, parameters)
         theirs.step(parameters)
     assert ours.optimization_step == theirs.optimization_step
     assert ours.cur_decay_value == theirs.cur_decay_value == 0.95

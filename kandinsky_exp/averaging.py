@@ -1,0 +1,84 @@
+"""What a run is judged by: an average of the weights that train, where it keeps one.
+
+There are two kinds. An EMA (`trainer.ema_decay`) follows beside the weights. A schedule-free optimizer trains weights y
+and can tell from its own state the average x that it is about (Defazio et al. 2024, "The Road Less Scheduled",
+arXiv:2405.15682, equations 3 to 5). Its way from y to x and back rounds, so y is kept aside and put back exactly.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+
+class Trained(Protocol):
+    """What trains, and what averages it: `loop.Training`."""
+
+    optimizer: Any
+    ema: EMAModel | None
+
+    @property
+    def trainable(self) -> list[nn.Parameter]: ...
+
+
+def bare(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's, which has all methods, whatever it wraps."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def is_schedule_free(optimizer: Any) -> bool:
+    """Whether it switches the weights between those that train and their average, by `train()` and `eval()`."""
+    return all(callable(getattr(bare(optimizer), name, None)) for name in ("train", "eval"))
+
+
+@torch.no_grad()
+def update(ema: EMAModel, parameters: list[nn.Parameter]) -> None:
+    """`ema.step`, in one pass and without its temporary copy of all parameters."""
+    ema.optimization_step += 1
+    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+    torch._foreach_lerp_(ema.shadow_params, [*parameters], 1 - ema.cur_decay_value)
+
+
+@contextmanager
+def averaged_weights(training: Trained) -> Iterator[None]:
+    """The average in place of the weights that train; nothing where there is none."""
+    if training.ema is not None:
+        training.ema.store(training.trainable)
+        training.ema.copy_to(training.trainable)
+        try:
+            yield
+        finally:
+            training.ema.restore(training.trainable)
+    elif is_schedule_free(training.optimizer):
+        with _its_average(bare(training.optimizer), training.trainable):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _its_average(optimizer: Any, trainable: list[nn.Parameter]) -> Iterator[None]:
+    kept = [parameter.detach().clone() for parameter in trainable]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            torch._foreach_copy_([*trainable], kept)
+
+
+def averages(training: Trained) -> list[Tensor] | None:
+    """The average of each trainable weight, None where there is none.
+
+    Of an EMA, its own tensors; of a schedule-free optimizer, copies in host memory: a device may have no room for more.
+    """
+    if training.ema is not None:
+        return list(training.ema.shadow_params)
+    if not is_schedule_free(training.optimizer):
+        return None
+    with averaged_weights(training):
+        return [parameter.detach().to("cpu", copy=True) for parameter in training.trainable]
