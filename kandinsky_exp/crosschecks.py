@@ -18,7 +18,7 @@ Values = dict[str, Any]
 Found = Iterator[tuple[str, str]]  # (key, what is wrong; what to do)
 
 MAX_NAME = 200  # bytes; file systems take 255, and suffixes are put behind
-TAKEN = ("cache", "generate", "mlartifacts", "mlflow.db")  # of output_root, by all runs together
+TAKEN = ("cache", "export", "generate", "mlartifacts", "mlflow.db")  # of output_root, by all runs together
 CONSTANT = "kandinsky_exp.schedules.constant"
 LEAST_FACTOR = 0.01  # of Prodigy's rate: what is smaller was meant as a rate
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")

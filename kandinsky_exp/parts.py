@@ -55,8 +55,9 @@ def check_source(source: str, side: Side) -> str | None:
         return f"there is no folder '{cut(source)}'; give one, or a hub id: kandinsky-community/kandinsky-2-2-{side}"
     folder = pipeline_folder(root)
     if folder == root and (root / "config.yaml").is_file():
-        left = "an adapter run leaves no whole network" if (root / "adapter").is_dir() else "it is not finished"
-        return f"'{source}' is a run without a pipeline/ to start from: {left}; give another folder"
+        if (root / "adapter").is_dir():
+            return f"'{source}' has an adapter, no whole network; make one: kandinsky-exp export adapter={source}"
+        return f"'{source}' is a run without a pipeline/ to start from: it is not finished; give another folder"
     if not (folder / "model_index.json").is_file():
         return f"'{source}' has no model_index.json; give the top folder of a diffusers pipeline or of an earlier run"
     try:

@@ -631,7 +631,10 @@ TABLE["weights"] = [
         whole(other_part("unet", UNET, encoder_hid_dim=48)),
     ),
     Bad(PRIOR_WEIGHTS, "is a run without a pipeline/ to start from", file("weights/config.yaml", "a: 1")),
-    Bad([*PRIOR, "weights.prior={root}/lora"], "an adapter run leaves no whole network"),
+    Bad(
+        [*PRIOR, "weights.prior={root}/lora"],
+        "has an adapter, no whole network; make one: kandinsky-exp export adapter=",
+    ),
     Bad([*EMOJI, "weights.decoder={root}/done"], "subfolder 'unet' is missing"),
 ]
 RESUME = [*PRIOR, "name=new"]
