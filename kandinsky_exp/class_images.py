@@ -38,14 +38,15 @@ def needed_parts(wanted: ClassImages | None, weights: Weights) -> set[str]:
     sources: dict[Side, str] = {"prior": weights.prior, "decoder": weights.decoder}
     for side, source in sources.items():
         if problem := check_source(source, side):
-            place = "class images are to be drawn, and"
-            cure = f"give a {side}, or data.class_path with as many pictures"
-            if wanted.folder is not None:
-                there = wanted.count - len(missing)
-                place = f"{there} of {wanted.count} class images are in {wanted.folder}, and the other {len(missing)}"
-                cure = "give more pictures, a smaller number, or a " + side
-            raise ConfigError(f"data.num_class_images: {place} cannot be: weights.{side}: {problem}; {cure}")
+            raise ConfigError(f"data.num_class_images: {_lack(wanted, len(missing))}: weights.{side}: {problem}")
     return set(PARTS)
+
+
+def _lack(wanted: ClassImages, missing: int) -> str:
+    if wanted.folder is None:
+        return "they have to be drawn, and cannot be; give them in data.class_path, or weights that draw"
+    there = f"{wanted.count - missing} of {wanted.count} class images are in {wanted.folder}"
+    return f"{there}, and the other {missing} cannot be drawn; give more, a smaller number, or weights that draw"
 
 
 def placed(wanted: ClassImages | None, weights: Weights, how: SampleSettings) -> ClassImages | None:
