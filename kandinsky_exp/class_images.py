@@ -9,17 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from kandinsky_exp import pipelines, workspace
+from kandinsky_exp import architectures, pipelines, workspace
 from kandinsky_exp.data.dreambooth import ClassImages, drawn_name
+from kandinsky_exp.data.progress import EVERY_SECONDS
 from kandinsky_exp.errors import ConfigError, DataError
 from kandinsky_exp.parts import PARTS, Side, check_source
-from kandinsky_exp.pipelines import Embeds, SampleSettings
+from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.weights import Weights
 
 logger = logging.getLogger(__name__)
-EVERY_SECONDS = 10.0
 
 
 def settings(seed: int, resolution: int) -> SampleSettings:
@@ -70,11 +69,12 @@ def complete(
 
     Raises:
         DataError: the folder cannot be written.
-        ConfigError: the parts cannot be loaded.
+        ConfigError: the parts cannot be loaded, or cannot draw at this resolution.
     """
     wanted = placed(wanted, weights, how)
     if wanted is None or wanted.folder is None or not wanted.missing():
         return wanted
+    architectures.check_resolution(weights, how.height)  # the verb `encode` draws for the prior, too
     with writing(wanted.folder), workspace.locked(wanted.folder / ".lock"):
         if missing := wanted.missing():  # another process may have drawn them meanwhile
             draw(wanted.prompt, missing, wanted.folder, weights, how, device)
@@ -96,21 +96,14 @@ def draw(
     with weights.lent(("unet", "movq"), device):
         said = time.monotonic()
         decoder = pipelines.decoder_pipeline(weights)
-        for done, (number, image) in enumerate(_images(decoder, numbers, embeds, how), start=1):
+        for done, number in enumerate(numbers, start=1):
+            (image,) = pipelines.decode(decoder, embeds[done - 1], replace(how, first=number))
             aside = folder / f".{drawn_name(number)}.part"
             image.save(aside, "PNG")
             aside.replace(folder / drawn_name(number))
             if time.monotonic() - said > EVERY_SECONDS:
                 said = time.monotonic()
                 logger.info("drew %d of %d class images", done, len(numbers))
-
-
-def _images(
-    decoder: object, numbers: list[int], embeds: list[Embeds], how: SampleSettings
-) -> Iterator[tuple[int, Image.Image]]:
-    for number, embed in zip(numbers, embeds, strict=True):
-        (image,) = pipelines.decode(decoder, embed, replace(how, first=number))
-        yield number, image
 
 
 @contextmanager

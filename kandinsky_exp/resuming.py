@@ -13,7 +13,8 @@ Values = dict[str, Any]
 # Data sets and weights count by what they hold, wherever that lies now: their paths are not among these.
 FIXED = (
     *("seed", "model", "adapter", "optimizer._target_"),
-    *("data.resolution", "data.flip", "data.buckets", "data.prior_loss_weight"),
+    *("data.resolution", "data.flip", "data.buckets"),
+    *("data.class_prompt", "data.num_class_images", "data.prior_loss_weight"),  # of images that may be drawn later
 )
 # Of a run that does the steps after its last checkpoint again, these change nothing that is measured.
 PLACE = ("name", "output_root")

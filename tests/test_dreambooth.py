@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dreambooth
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from kandinsky_exp.data.features import Paired
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
 from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import ConfigError, DataError, Interrupted
+from kandinsky_exp.run import run
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
 from kandinsky_exp.weights import Weights
@@ -208,7 +210,10 @@ def test_what_makes_it_another_run_is_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.prior_loss_weight: was 1\.0, is 2\.0"):
         train(root, *again, "data.prior_loss_weight=2.0")
     with pytest.raises(ConfigError, match="not the images and captions that it trains on"):
-        train(root, *again, "data.class_prompt=an animal")
+        train(root, *again, "data.instance_prompt=an animal")
+    with pytest.raises(ConfigError, match=r"data\.num_class_images: was 3, is 4"):
+        train(root, *again, "data.num_class_images=4")
+    assert len(times(root / "class")) == DRAWN
     (root / "dog").rename(root / "moved")
     train(root, *again, f"data.instance_path={root / 'moved'}")  # where they lie is no matter
 
@@ -222,6 +227,14 @@ def test_the_store_knows_both_sets_and_the_validation_pictures(root: Path) -> No
     rows = {context: json.loads(dataset.profile)["num_rows"] for context, dataset in contexts.items()}
     assert rows == {"training": 3, "class": DRAWN, "validation": 1}
     assert recorded.data.metrics["validation/loss"] > 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_experiment_is_all_that_it_takes(stage: str, root: Path) -> None:
+    at_tiny_size = ["weights=tiny", "precision=fp32", "tracker=none", "trainer.max_steps=1"]
+    given = [text for text in settings(root) if text.startswith("data.")]
+    run(composed(root, f"experiment=dreambooth_{stage}", *at_tiny_size, *given, small=[]))
+    assert (root / f"dreambooth_{stage}" / "adapter").is_dir()
 
 
 # --- class images
@@ -336,3 +349,17 @@ def refused(root: Path) -> Iterator[Path]:
 def test_one_folder_cannot_be_both(key: str, refused: Path) -> None:
     with pytest.raises(DataError, match=rf"{key}: .* is data\.instance_path, too; give another folder"):
         train(refused, *settings(refused, f"{key}={refused / 'dog'}"))
+
+
+# --- what comes out
+
+
+@pytest.mark.slow
+def test_it_learns_the_subject_and_keeps_more_of_the_rest(tmp_path: Path) -> None:
+    """`tests/bench/dreambooth.py` at its smallest."""
+    overrides = ("trainer.batch_size=2", "optimizer.lr=4e-3")
+    plan = dreambooth.Plan(tmp_path, "1f99c", 30, 6, 2, 6, overrides)
+    outcomes = dreambooth.measure(plan)
+    assert outcomes["base"].retrieval == 0
+    assert outcomes["kept"].retrieval == 1
+    assert 0 < outcomes["kept"].drift < outcomes["forgotten"].drift - 2

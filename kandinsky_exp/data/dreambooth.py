@@ -50,7 +50,7 @@ def drawn_name(number: int) -> str:
     return f"drawn-{number:05d}.png"
 
 
-def class_images(folder: Path | None, prompt: str, count: int, weight: float) -> ClassImages:
+def of_class(folder: Path | None, prompt: str, count: int, weight: float) -> ClassImages:
     """What is asked for, as far as it can be judged before anything is drawn.
 
     Raises:

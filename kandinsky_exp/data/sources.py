@@ -11,7 +11,7 @@ from kandinsky_exp.data import metadata
 from kandinsky_exp.data.beside import read_beside
 from kandinsky_exp.data.checks import Report, check, find_bad, problem_of
 from kandinsky_exp.data.download import shown
-from kandinsky_exp.data.dreambooth import class_images, subject
+from kandinsky_exp.data.dreambooth import of_class, subject
 from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
 from kandinsky_exp.data.hub_rows import hub_rows, load
 from kandinsky_exp.data.rows import FileRows, read_listed
@@ -173,18 +173,18 @@ def dreambooth(
     Raises:
         DataError: a folder is none or holds no picture, or a prompt is no caption.
     """
-    own, held_out, of_class = (
+    own, held_out, class_folder = (
         expanded(path).absolute() if path is not None else None for path in (instance_path, validation_path, class_path)
     )
-    for key, other in (("data.validation_path", held_out), ("data.class_path", of_class)):
+    for key, other in (("data.validation_path", held_out), ("data.class_path", class_folder)):
         if other == own:
             raise DataError(f"{key}: {other} is data.instance_path, too; give another folder")
-    skip = [folder for folder in (held_out, of_class) if folder is not None]
+    skip = [folder for folder in (held_out, class_folder) if folder is not None]
     train = subject("data.instance_path", instance_path, instance_prompt, skip)
     validation = subject("data.validation_path", held_out, instance_prompt) if held_out is not None else None
     kept = None
     if class_prompt is not None:
-        kept = class_images(of_class, class_prompt, num_class_images, prior_loss_weight)
+        kept = of_class(class_folder, class_prompt, num_class_images, prior_loss_weight)
     return Splits(train, validation, kept, dividable=False)
 
 
