@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -66,14 +67,17 @@ def cache_folder(cfg: DictConfig) -> Path:
     return Path(cfg.output_root).expanduser() / "cache"
 
 
-def fetch(cfg: DictConfig, parts: Weights) -> None:
+def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> None:
     """Have every part that the run will need on this machine, the result's included, before anything starts.
+
+    Args:
+        also: names of parts that are needed besides.
 
     Raises:
         ConfigError: a hub repository cannot be reached or has no such part, or the parts do not fit.
     """
     cls = stage_class(cfg)
-    needed = {cls.part, *cls.encoders, *side_parts(PARTS[cls.part][0])}
+    needed = {cls.part, *cls.encoders, *side_parts(PARTS[cls.part][0]), *also}
     draws_images = bool(prompts(cfg.validation.prompts))
     leaves_a_combined_pipeline = cls.part == "unet" and cfg.adapter.name == "none"
     if draws_images or leaves_a_combined_pipeline:
@@ -83,7 +87,7 @@ def fetch(cfg: DictConfig, parts: Weights) -> None:
     architectures.check(parts, needed)
     if cfg.adapter.name != "none":
         check_adapter(cfg, architectures.empty(cls.part, parts.folder(cls.part)))
-    if "movq" in cls.encoders:
+    if "movq" in {*cls.encoders, *also}:
         architectures.check_resolution(parts, cfg.data.resolution)
 
 

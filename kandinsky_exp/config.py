@@ -24,6 +24,8 @@ NEEDED = {  # what to do about a key that is not set
     "data.path": "give the folder of your images (or the list, or the shards), data.path=<folder>, or take data=hub",
     "adapter.source": "give the folder of a run with adapter=lora or dora, adapter=<folder>",
     "data.name": "give the data set's id on the hub, e.g. data.name=lambdalabs/naruto-blip-captions",
+    "data.instance_path": "give the folder with the pictures of your subject",
+    "data.instance_prompt": "give what they show, with a rare word for it, such as a photo of sks dog",
 }
 TYPE_IT = "if you trust that code, type trusted_modules=[{}], or hand it to the function from Python"
 ALIASES = {  # what the diffusers scripts and other trainers call these
@@ -44,6 +46,8 @@ ALIASES = {  # what the diffusers scripts and other trainers call these
     "resume_from_checkpoint": "checkpoint.resume",
     "push_to_hub": "hub.push",
     "use_ema": "trainer.ema_decay",
+    "instance_data_dir": "data.instance_path",
+    "class_data_dir": "data.class_path",
     "lora_rank": "adapter.rank",
 }
 

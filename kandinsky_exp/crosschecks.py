@@ -83,10 +83,12 @@ def _data(good: Values) -> Found:
     """A folder or a list of images; what shards stand for is found out by their reader."""
     target = str(good.get("data._target_", "")).rpartition(".")[2]
     kind, is_there = ("file", paths.is_file) if target == "listing" else ("folder", paths.is_folder)
-    for key in ("data.path", "data.validation_path"):
+    for key in ("data.path", "data.validation_path", "data.instance_path"):
         path = good.get(key)
         if target != "webdataset" and isinstance(path, str) and not is_there(path):
             yield key, f"there is no {kind} '{cut(path)}' here; check the path ({_here()} is the working directory)"
+    if (path := good.get("data.class_path")) and paths.exists(path) and not paths.is_folder(path):
+        yield "data.class_path", f"'{cut(path)}' is a file; give a folder"
 
 
 def _here() -> str:
@@ -137,6 +139,7 @@ def together(good: Values) -> Found:
     yield from _training(good)
     yield from _optimizer(good)
     yield from _reading(good)
+    yield from _preserving(good)
     yield from _tracking(good)
 
 
@@ -221,6 +224,17 @@ def _reading(good: Values) -> Found:
             yield "data.buckets", "the sizes of all images are known once they are encoded; set data.cache=true"
         if good.get("data.resolution", 64) % 64:
             yield "data.buckets", f"data.resolution has to be a multiple of 64 with it, not {good['data.resolution']}"
+
+
+def _preserving(good: Values) -> Found:
+    if good.get("data.class_prompt") is None:
+        if good.get("data.class_path") is not None:
+            yield (
+                "data.class_path",
+                "is set, but without data.class_prompt no class is preserved; give one, or remove it",
+            )
+    elif good.get("data.buckets"):
+        yield "data.buckets", "pictures of subject and class share a batch, so have one shape; set it to false"
 
 
 def _tracking(good: Values) -> Found:

@@ -38,7 +38,7 @@ def _show(cfg: DictConfig) -> None:
 
 def _encode(cfg: DictConfig) -> None:
     # Here, because they import torch: `_show` is done in a second.
-    from kandinsky_exp import architectures, build, processes, workspace
+    from kandinsky_exp import architectures, build, class_images, processes, workspace
     from kandinsky_exp.readers import ReadSettings, open_readers
 
     folder = build.cache_folder(cfg)
@@ -49,7 +49,10 @@ def _encode(cfg: DictConfig) -> None:
         if accelerator.is_main_process and not folder.is_dir():  # one on a read-only disk may hold all that is needed
             workspace.make_root(folder)
         build.check_data(cfg, splits)
-        processes.on_main_process(lambda: architectures.check(weights, set(build.stage_class(cfg).encoders)))
+        encoders, how = set(build.stage_class(cfg).encoders), class_images.settings(cfg.seed, cfg.data.resolution)
+        processes.on_main_process(
+            lambda: architectures.check(weights, encoders | class_images.needed_parts(splits.kept, weights))
+        )
         stage = build.bare_stage(cfg, weights)
         settings = ReadSettings(
             cache=folder,
@@ -62,6 +65,9 @@ def _encode(cfg: DictConfig) -> None:
             grad_accumulation=1,
         )
         with workspace.logging_to(None, accelerator.is_main_process):
+            splits.kept = processes.on_main_process(
+                lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
+            )
             readers = open_readers(splits, stage, settings, accelerator, logger.info)
             for note in readers.notes:
                 logger.warning(note)

@@ -31,6 +31,7 @@ class SampleSettings:
 
     Args:
         seed: prompt i always starts from the noise of (seed, i), on every device.
+        first: number i of the first prompt.
         batch_size: prompts drawn at once.
         height, width: in pixels.
     """
@@ -41,9 +42,10 @@ class SampleSettings:
     batch_size: int = 8
     height: int = 512
     width: int = 512
+    first: int = 0
 
     def generator(self, index: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % (1 << 63))
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.first + index) % (1 << 63))
 
 
 @cache

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,21 @@ from kandinsky_exp.data.checks import find_bad
 from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.data.encode import cache_key, encode_table
 from kandinsky_exp.data.encoding import EncodeSettings
-from kandinsky_exp.data.examples import Indexed, Source, Splits
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Rows, collate
+from kandinsky_exp.data.examples import Indexed, Source
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate
 from kandinsky_exp.data.loading import from_workers, leave_signals
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import prefetch
-from kandinsky_exp.data.sampler import StreamBatchSampler
+from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
+from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.null_condition import null_condition
+from kandinsky_exp.randomness import derive_seed
 from kandinsky_exp.stages.base import DiffusionStage, Features
 
 Log = Callable[[str], None]
+Batches = StreamBatchSampler | PairedBatchSampler
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class FeatureReader:
     Args:
         dataset: by visit (index, epoch).
         encode: the stage, where rows are pixels and token ids still.
-        fingerprint: follows the content of exactly these rows.
+        fingerprint: follows the content of exactly these rows, and of those of `kept`.
+        kept: rows of which each batch shows as many beside these, their loss times `kept_weight`.
     """
 
     dataset: CachedFeatures | OnlineExamples
@@ -70,13 +74,18 @@ class FeatureReader:
     settings: ReadSettings
     device: torch.device
     encode: DiffusionStage | None
+    kept: "FeatureReader | None" = None
+    kept_weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def id(self, index: int) -> str:
-        """What the data set calls a row: its file, or its number there."""
-        return self.dataset.id(index)
+        """What the data set calls a row that a batch of `stream` shows: its file, or its number there."""
+        return self._visited().id(index)
+
+    def _visited(self) -> CachedFeatures | OnlineExamples | Paired:
+        return self.dataset if self.kept is None else Paired(self.dataset, self.kept.dataset, self.kept_weight)
 
     def rows(self, indices: list[int]) -> Features:
         """These rows, as validation sees them; they have to be of one shape."""
@@ -104,17 +113,19 @@ class FeatureReader:
 
     def stream(self, start_step: int, steps: int, accelerator: Accelerator) -> Generator[Features]:
         """Micro-batches from the first one after `start_step` on, read ahead of the step that needs them."""
-        sampler = StreamBatchSampler(
-            len(self),
-            self.settings.seed,
-            batch_size=self.settings.batch_size,
-            grad_accumulation=self.settings.grad_accumulation,
-            num_processes=accelerator.num_processes,
-            rank=accelerator.process_index,
-            start_step=start_step,
-            total_steps=steps,
-            groups=self._groups(),
-        )
+        shape = {
+            "batch_size": self.settings.batch_size,
+            "grad_accumulation": self.settings.grad_accumulation,
+            "num_processes": accelerator.num_processes,
+            "rank": accelerator.process_index,
+            "start_step": start_step,
+            "total_steps": steps,
+        }
+        own = StreamBatchSampler(len(self), self.settings.seed, **shape, groups=self._groups())
+        sampler: Batches = own
+        if self.kept is not None:
+            seed = derive_seed("class images", self.settings.seed)
+            sampler = PairedBatchSampler(own, StreamBatchSampler(len(self.kept), seed, **shape))
         # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it
         # would take the step's cores from it: two teams of threads there are slower than one after the other.
         with_step = self.device.type == "cpu"
@@ -122,14 +133,14 @@ class FeatureReader:
         with contextlib.closing(prefetch(batches, self.device)) as ahead:
             yield from map(self._encoded, ahead) if with_step else ahead
 
-    def _read(self, sampler: StreamBatchSampler) -> Iterator[Features]:
-        if isinstance(self.dataset, CachedFeatures):  # a thread is enough: nothing has to be decoded
+    def _read(self, sampler: Batches) -> Iterator[Features]:
+        dataset, workers = self._visited(), self.settings.workers
+        if self.encode is None:  # a thread is enough: nothing has to be decoded
             for visits in sampler:
-                yield collate([self.dataset[visit] for visit in visits])
+                yield collate([dataset[visit] for visit in visits])
             return
-        workers = self.settings.workers
         loader = DataLoader(
-            self.dataset,
+            dataset,
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
@@ -140,7 +151,7 @@ class FeatureReader:
     def _encoded(self, batch: Features) -> Features:
         if self.encode is None:
             return batch
-        return {**self.encode.encode(batch), "index": batch["index"]}
+        return self.encode.encode(batch) | {name: batch[name] for name in ("index", "loss_weight") if name in batch}
 
 
 @dataclass(frozen=True)
@@ -173,11 +184,15 @@ def open_readers(
     stage.use_null_condition(null)
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
+    if splits.kept is not None:
+        kept = opener.open(splits.kept.source())
+        content = together(train.fingerprint, kept.fingerprint)
+        train = replace(train, kept=kept, kept_weight=splits.kept.weight, fingerprint=content)
     about = (train.fingerprint, opener.notes, opener.skipped)
     if splits.validation is not None:
         held_out = opener.open(splits.validation)
         return Readers(train, held_out if len(held_out) else None, *about)
-    rest, held = sources.held_out(len(train), settings.fraction, settings.seed)
+    rest, held = sources.held_out(len(train), settings.fraction if splits.dividable else 0.0, settings.seed)
     if not len(held):
         return Readers(train, None, *about)
     return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), *about)

@@ -125,7 +125,7 @@ def describe(
     tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
     if data.skipped:
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
-    for context, reader in (("training", data.train), ("validation", data.held_out)):
+    for context, reader in (("training", data.train), ("class", data.train.kept), ("validation", data.held_out)):
         if reader is not None:
             name, origin = named(reader.source)
             tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)

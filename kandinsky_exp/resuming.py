@@ -11,7 +11,11 @@ from kandinsky_exp.workspace import Workspace
 Values = dict[str, Any]
 
 # Data sets and weights count by what they hold, wherever that lies now: their paths are not among these.
-FIXED = ("seed", "model", "adapter", "optimizer._target_", "data.resolution", "data.flip", "data.buckets")
+FIXED = (
+    *("seed", "model", "adapter", "optimizer._target_"),
+    *("data.resolution", "data.flip", "data.buckets"),
+    *("data.class_prompt", "data.num_class_images", "data.prior_loss_weight"),  # of images that may be drawn later
+)
 # Of a run that does the steps after its last checkpoint again, these change nothing that is measured.
 PLACE = ("name", "output_root")
 NEUTRAL = (
@@ -23,6 +27,8 @@ NEUTRAL = (
     "trainer.log_every",
     "trainer.max_minutes",
     "data.path",
+    "data.instance_path",
+    "data.class_path",
     "data.num_workers",
     "data.encode_workers",
     "data.on_error",

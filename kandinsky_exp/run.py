@@ -18,6 +18,7 @@ from kandinsky_exp import (
     averaging,
     build,
     checkpoint,
+    class_images,
     config,
     hub,
     loop,
@@ -67,7 +68,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         build.try_optimizer(cfg, accelerator.device)
         weights = build.weights(cfg)
         splits = build.data(cfg)
-        count = accelerator.num_processes
+        count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
         space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, held))
         with workspace.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
             for note in space.notes:
@@ -76,6 +77,9 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 return nothing_left(cfg, accelerator, space)
             tracker = records.start_tracker(cfg, accelerator, space)
             with tracking.tracked(tracker), recorded(space, accelerator, tracker, stop):
+                splits.kept = processes.on_main_process(
+                    lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
+                )
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
                 settings = build.read_settings(cfg, accelerator.device)
@@ -126,9 +130,10 @@ def prepare(
         tracking.probe(records.tracker_uri(cfg))
     if cfg.hub.push:
         hub.check_login()
-    build.fetch(cfg, weights)
+    build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
+    splits.kept = class_images.placed(splits.kept, weights, class_images.settings(cfg.seed, cfg.data.resolution))
     report = build.check_data(cfg, splits)
-    if splits.validation is None and isinstance(splits.train, sources.Indexed):
+    if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
@@ -147,9 +152,9 @@ def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: in
     encoders = weights.content(build.stage_class(cfg).encoders)
     reads = space.is_resumed and not is_finished(cfg, count, space)
     facts = resuming.Facts(
-        source=splits.train.fingerprint(FileDigests(build.cache_folder(cfg))) if reads else None,
+        source=splits.fingerprint(FileDigests(build.cache_folder(cfg))) if reads else None,
         encoders=encoders if reads else None,
-        holds_out=splits.validation is None,
+        holds_out=splits.is_divided,
         total_batch=build.total_batch(cfg, count),
         processes=count,
     )

@@ -129,6 +129,12 @@ class Data(OpenNode, _DataKeys):
     name: Text = "."
     image_column: Text = "image"
     caption_column: Text = "text"
+    instance_path: Text = "."
+    instance_prompt: Text = "."
+    class_path: Text | None = None
+    class_prompt: Text | None = None
+    num_class_images: Count = 100
+    prior_loss_weight: PositiveOrZero = 1.0
 
 
 @dataclass

@@ -43,6 +43,13 @@ DRAW = ["generate", "weights=tiny", "prompts=[a fox]"]
 ON_FOLDER = ["model=prior", "weights=tiny", "data.path={tmp}/data"]
 LISTED = ["model=prior", "weights=tiny", "data=list"]
 SHARDS = ["model=prior", "weights=tiny", "data=webdataset"]
+SUBJECT = [
+    "model=prior",
+    "weights=tiny",
+    "data=dreambooth",
+    "data.instance_path={tmp}/data",
+    "data.instance_prompt=sks",
+]
 HUB = ["model=prior", "weights=tiny", "data=hub"]
 STRICT = "validation.fraction=0.05"
 
@@ -505,6 +512,21 @@ TABLE["data folders"] = [
         late=True,
     ),
     Bad(["encode", *ON_FOLDER], "0.png: not an image", data(rows("a", "b"), 2, **{"0_png": b"hello"})),
+]
+TABLE["dreambooth"] = [
+    Bad([*SUBJECT, "data.instance_path=nowhere"], "data.instance_path: there is no folder 'nowhere' here"),
+    Bad(SUBJECT, "data.instance_path: there is no picture in {tmp}/data; put some", data(None, 0)),
+    Bad(SUBJECT, "data.instance_path: there is no picture in {tmp}/data; put some", data(None, 0, **{"1_txt": b"a"})),
+    Bad(
+        [*SUBJECT, "data.class_prompt=a dog", "data.class_path={tmp}/dogs", "weights.decoder=nowhere"],
+        "data.num_class_images: 1 of 100 class images are in {tmp}/dogs, and the other 99 cannot be drawn; give more, ",
+        lambda tmp: (data(None, 1)(tmp), write(tmp / "dogs" / "0.png", picture())),
+    ),
+    Bad(
+        [*SUBJECT, "data.class_prompt=a dog", "weights.decoder=nowhere"],
+        "data.class_path, or weights that draw: weights.decoder: there is no folder 'nowhere'",
+        data(None, 1),
+    ),
 ]
 TABLE["lists, shards and the hub"] = [
     Bad([*LISTED, "data.path={tmp}/no.csv"], "data.path: there is no file"),

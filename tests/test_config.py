@@ -67,6 +67,8 @@ def test_every_option_composes_and_binds(name: str, tmp_path: Path) -> None:
     if name == "data/list":
         (tmp_path / "list.csv").touch()
         overrides += [f"data.path={tmp_path / 'list.csv'}"]
+    if "dreambooth" in name:
+        overrides += [f"data.instance_path={tmp_path}", "data.instance_prompt=a sks dog"]
     if name == "data/hub":
         overrides += ["data.name=someone/something"]
     found = config.problems(composed(*overrides))

@@ -27,7 +27,8 @@ from PIL import Image
 
 from kandinsky_exp import cli, command_line, config, integrity, workspace
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.examples import Example, Splits
+from kandinsky_exp.data.examples import Example
+from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, UserError
 from kandinsky_exp.saved_config import value as saved_value
 

@@ -1,7 +1,7 @@
 """Images with their captions beside them: `cat.png` and `cat.txt`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from kandinsky_exp.data.examples import read_file
@@ -34,34 +34,39 @@ def read_beside(home: Path, skip: Path) -> FileRows:
     return source
 
 
-def _walk(home: Path, skip: Path) -> Iterator[tuple[Path, list[str]]]:
+def walk(home: Path, skip: Collection[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those in it with their files, in alphabetical order; without those of `skip` and what is hidden."""
     for folder, inside, files in os.walk(home):
-        inside[:] = sorted(name for name in inside if not name.startswith(".") and Path(folder, name) != skip)
+        inside[:] = sorted(name for name in inside if not name.startswith(".") and Path(folder, name) not in skip)
         yield Path(folder), sorted(name for name in files if not name.startswith("."))
 
 
 def _holds_text(home: Path, skip: Path) -> bool:
-    return any(_suffix(name) == TEXT for _, files in _walk(home, skip) for name in files)
+    return any(_suffix(name) == TEXT for _, files in walk(home, [skip]) for name in files)
 
 
 def _suffix(name: str) -> str:
     return Path(name).suffix.lower()
 
 
-def _is_unicode(name: str) -> bool:
+def is_picture(name: str) -> bool:
+    return _suffix(name) in IMAGES
+
+
+def is_unicode(name: str) -> bool:
     return name.isascii() or name.encode(errors="replace").decode() == name
 
 
 def _rows(home: Path, skip: Path) -> Iterator[FileRow]:
     number = 0
-    for folder, files in _walk(home, skip):
+    for folder, files in walk(home, [skip]):
         inside = "" if folder == home else f"{folder.relative_to(home).as_posix()}/"
         texts = {Path(name).stem: folder / name for name in files if _suffix(name) == TEXT}
-        pictured = {Path(name).stem for name in files if _suffix(name) in IMAGES}
+        pictured = {Path(name).stem for name in files if is_picture(name)}
         for name in files:
-            if not _is_unicode(inside + name):
+            if not is_unicode(inside + name):
                 yield FileRow(number, None, (), (f"{inside + name!a} is not UTF-8; give it another name", ""))
-            elif _suffix(name) in IMAGES:
+            elif is_picture(name):
                 yield _picture(number, inside + name, texts.get(Path(name).stem))
             elif _suffix(name) == TEXT and Path(name).stem not in pictured:
                 problem = f"{inside}{name} has no image beside it; add one or remove it"

@@ -4,8 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-from kandinsky_exp.data.examples import Example, Indexed, Source, Splits, in_threads
+from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
 from kandinsky_exp.data.metadata import first_few
+from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError
 
 

@@ -5,7 +5,7 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -154,18 +154,6 @@ class Subset(Indexed):
         total = hashlib.sha256(f"subset {self.parent.fingerprint(digests)}".encode())
         total.update(self.indices.astype(np.int64).tobytes())
         return total.hexdigest()
-
-
-@dataclass
-class Splits:
-    """A data set: what trains and, if there is one, what is held out."""
-
-    train: Source
-    validation: Source | None
-
-    @property
-    def both(self) -> Sequence[Source]:
-        return [self.train] + ([self.validation] if self.validation is not None else [])
 
 
 def in_threads(function: Callable[[int], Any], rows: int) -> Iterator[Any]:

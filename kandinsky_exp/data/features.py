@@ -103,3 +103,37 @@ class OnlineExamples(Dataset[Features]):
 
     def source_row(self, index: int) -> int:
         return index if self.rows is None else int(self.rows[index])
+
+
+class Paired(Dataset[Features]):
+    """Rows that train, and after their numbers those of a set that trains beside them, half of every batch each.
+
+    The mean over a batch of losses times `loss_weight` is the mean over the first half, plus `weight` times that over
+    the second.
+
+    Args:
+        first, second: by visit.
+    """
+
+    def __init__(
+        self, first: CachedFeatures | OnlineExamples, second: CachedFeatures | OnlineExamples, weight: float
+    ) -> None:
+        self.first, self.second, self.weight = first, second, weight
+
+    def __len__(self) -> int:
+        """Of the first: what an epoch shows once."""
+        return len(self.first)
+
+    def __getitem__(self, visit: Visit) -> Features:
+        """Features of the row, its `index` here, and its `loss_weight`, a float32 scalar."""
+        index, epoch = visit
+        dataset, row = self._owner(index)
+        weight = 2.0 if dataset is self.first else 2.0 * self.weight
+        return dataset[row, epoch] | {"index": torch.tensor(index), "loss_weight": torch.tensor(weight)}
+
+    def id(self, index: int) -> str:
+        dataset, row = self._owner(index)
+        return dataset.id(row)
+
+    def _owner(self, index: int) -> tuple[CachedFeatures | OnlineExamples, int]:
+        return (self.first, index) if index < len(self.first) else (self.second, index - len(self.first))

@@ -135,3 +135,21 @@ class StreamBatchSampler:
                     missing[groups[row]] -= 1
                     waiting[groups[row]].insert(0, (row, earlier))
         return epoch, int((epoch * sizes // per_step).sum()), waiting
+
+
+class PairedBatchSampler:
+    """Batches of one stream, each followed by the batch that another stream has at that place.
+
+    Args:
+        first, second: of equal shapes and steps; the rows of the second are numbered after those of the first.
+    """
+
+    def __init__(self, first: StreamBatchSampler, second: StreamBatchSampler) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __iter__(self) -> Iterator[list[Visit]]:
+        for visits, beside in zip(self.first, self.second, strict=True):
+            yield visits + [(self.first.rows + row, epoch) for row, epoch in beside]

@@ -1,4 +1,4 @@
-"""Where images and captions come from: a folder, a list, a hub data set, tar shards, or the emoji of the package."""
+"""Where images and captions come from: folders, lists, hub data sets, tar shards, or the emoji of the package."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +11,14 @@ from kandinsky_exp.data import metadata
 from kandinsky_exp.data.beside import read_beside
 from kandinsky_exp.data.checks import Report, check, find_bad, problem_of
 from kandinsky_exp.data.download import shown
-from kandinsky_exp.data.examples import Example, Indexed, Source, Splits, Subset
+from kandinsky_exp.data.dreambooth import of_class, subject
+from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
 from kandinsky_exp.data.hub_rows import hub_rows, load
 from kandinsky_exp.data.rows import FileRows, read_listed
 from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.shard_names import expand
 from kandinsky_exp.data.shards import Shards
+from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.paths import expanded, is_file, is_folder
 
@@ -27,6 +29,7 @@ __all__ = [
     "Source",
     "Splits",
     "check",
+    "dreambooth",
     "emoji",
     "find_bad",
     "folder",
@@ -154,6 +157,37 @@ def hub(
     return Splits(train, hub_rows(name, validation_split, loaded[validation_split], image_column, caption_column))
 
 
+def dreambooth(
+    instance_path: str | Path,
+    instance_prompt: str,
+    class_path: str | Path | None = None,
+    class_prompt: str | None = None,
+    num_class_images: int = 100,
+    prior_loss_weight: float = 1.0,
+    validation_path: str | Path | None = None,
+) -> Splits:
+    """A few pictures of one subject with one caption, and pictures of its class that train beside them.
+
+    Nothing of so few is held out: without `validation_path` there is no validation split.
+
+    Raises:
+        DataError: a folder is none or holds no picture, or a prompt is no caption.
+    """
+    own, held_out, class_folder = (
+        expanded(path).absolute() if path is not None else None for path in (instance_path, validation_path, class_path)
+    )
+    for key, other in (("data.validation_path", held_out), ("data.class_path", class_folder)):
+        if other == own:
+            raise DataError(f"{key}: {other} is data.instance_path, too; give another folder")
+    skip = [folder for folder in (held_out, class_folder) if folder is not None]
+    train = subject("data.instance_path", instance_path, instance_prompt, skip)
+    validation = subject("data.validation_path", held_out, instance_prompt) if held_out is not None else None
+    kept = None
+    if class_prompt is not None:
+        kept = of_class(class_folder, class_prompt, num_class_images, prior_loss_weight)
+    return Splits(train, validation, kept, dividable=False)
+
+
 def subset(splits: Splits, max_samples: int | None, seed: int) -> Splits:
     """At most `max_samples` images of each split, drawn by seed, or the first ones of a stream.
 
@@ -167,7 +201,7 @@ def subset(splits: Splits, max_samples: int | None, seed: int) -> Splits:
     if max_samples < 1:
         raise DataError(f"data.max_samples: {max_samples} leaves no image; give a positive number or null")
     validation = _draw(splits.validation, max_samples, seed) if splits.validation is not None else None
-    return Splits(_draw(splits.train, max_samples, seed), validation)
+    return replace(splits, train=_draw(splits.train, max_samples, seed), validation=validation)
 
 
 def _draw(source: Source, count: int, seed: int) -> Source:

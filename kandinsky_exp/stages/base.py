@@ -170,6 +170,7 @@ class DiffusionStage(ABC):
         """The objective of section 5 of the design on one batch.
 
         Args:
+            features: `loss_weight` (B,) among them weighs the samples in every term of the loss.
             generator: one for the batch, or one per sample (then `timesteps` must be given).
             timesteps: (B,); drawn uniformly when None.
         """
@@ -186,14 +187,21 @@ class DiffusionStage(ABC):
         target = diffusion.training_target(clean, noise, timesteps, self.alphas_cumprod, self.prediction_type)
         prediction, variance = output[:, : clean.shape[1]], output[:, clean.shape[1] :]
         per_sample = (prediction - target).square().flatten(1).mean(1)
-        loss = self._weigh(per_sample, timesteps).mean()
-        extra = self.variance_term(prediction, variance, clean, noisy, timesteps)
+        weights = features.get("loss_weight")
+        loss = diffusion.weighted_mean(self._weigh(per_sample, timesteps), weights)
+        extra = self.variance_term(prediction, variance, clean, noisy, timesteps, weights)
         return StageLoss(loss if extra is None else loss + extra, per_sample.detach(), timesteps)
 
     def variance_term(
-        self, prediction: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor
+        self,
+        prediction: Tensor,
+        variance: Tensor,
+        clean: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        weights: Tensor | None,
     ) -> Tensor | None:
-        """A loss for the learned variance; none unless a stage has one."""
+        """A loss for the learned variance, its samples weighted by `weights` (B,); none unless a stage has one."""
         return None
 
     def _weigh(self, per_sample: Tensor, timesteps: Tensor) -> Tensor:

@@ -81,7 +81,13 @@ class DecoderStage(DiffusionStage):
         return output
 
     def variance_term(
-        self, prediction: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor
+        self,
+        prediction: Tensor,
+        variance: Tensor,
+        clean: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        weights: Tensor | None,
     ) -> Tensor | None:
         """λ · T · L_t with the mean detached: the hybrid loss of Nichol and Dhariwal 2021, eq. 16."""
         if self.vlb_weight == 0 or variance.shape[1] != clean.shape[1]:
@@ -89,7 +95,7 @@ class DecoderStage(DiffusionStage):
         bound = diffusion.variational_bound(
             prediction.detach(), variance, clean, noisy, timesteps, self.alphas_cumprod, self.prediction_type
         )
-        return self.vlb_weight * len(self.alphas_cumprod) * bound.mean()
+        return self.vlb_weight * len(self.alphas_cumprod) * diffusion.weighted_mean(bound, weights)
 
     def enable_gradient_checkpointing(self) -> None:
         self.network.enable_gradient_checkpointing()  # type: ignore[operator]

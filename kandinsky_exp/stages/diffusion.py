@@ -50,6 +50,11 @@ def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, pre
     return torch.minimum(snr, gamma * torch.ones_like(snr)) / (snr + 1)
 
 
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of `values` (B,), each times its weight where there are `weights` (B,); these are not divided by again."""
+    return values.mean() if weights is None else (values * weights).mean()
+
+
 def predict_clean(
     output: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: PredictionType
 ) -> Tensor:

@@ -1,0 +1,128 @@
+"""Pictures of a class that are missing: drawn once by the base prior and decoder, and kept."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kandinsky_exp import architectures, pipelines, workspace
+from kandinsky_exp.data.dreambooth import ClassImages, drawn_name
+from kandinsky_exp.data.progress import EVERY_SECONDS
+from kandinsky_exp.errors import ConfigError, DataError
+from kandinsky_exp.parts import PARTS, Side, check_source
+from kandinsky_exp.pipelines import SampleSettings
+from kandinsky_exp.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+
+def settings(seed: int, resolution: int) -> SampleSettings:
+    """How class images are drawn. One at a time: what a picture looks like must not depend on which others lack."""
+    return SampleSettings(seed=seed, batch_size=1, height=resolution, width=resolution)
+
+
+def needed_parts(wanted: ClassImages | None, weights: Weights) -> set[str]:
+    """The parts that draw what is missing, all or none.
+
+    Raises:
+        ConfigError: something is missing, and one side is nothing that draws.
+    """
+    if wanted is None or not (missing := wanted.missing()):
+        return set()
+    sources: dict[Side, str] = {"prior": weights.prior, "decoder": weights.decoder}
+    for side, source in sources.items():
+        if problem := check_source(source, side):
+            raise ConfigError(f"data.num_class_images: {_lack(wanted, len(missing))}: weights.{side}: {problem}")
+    return set(PARTS)
+
+
+def _lack(wanted: ClassImages, missing: int) -> str:
+    if wanted.folder is None:
+        return "they have to be drawn, and cannot be; give them in data.class_path, or weights that draw"
+    there = f"{wanted.count - missing} of {wanted.count} class images are in {wanted.folder}"
+    return f"{there}, and the other {missing} cannot be drawn; give more, a smaller number, or weights that draw"
+
+
+def placed(wanted: ClassImages | None, weights: Weights, how: SampleSettings) -> ClassImages | None:
+    """The same with a folder, in the cache where none was given, named by all that its pictures follow from.
+
+    Not by the precision, which may change when a run goes on: it must find its class images then.
+    """
+    if wanted is None or wanted.folder is not None:
+        return wanted
+    named = repr((wanted.prompt, weights.content(sorted(PARTS)), how))
+    folder = f"class-{hashlib.sha256(named.encode()).hexdigest()[:31]}"
+    return replace(wanted, folder=weights.cache_folder.absolute() / folder)
+
+
+def complete(
+    wanted: ClassImages | None, weights: Weights, how: SampleSettings, device: torch.device
+) -> ClassImages | None:
+    """Draw what is missing. Several processes may ask for it: one draws, the others wait.
+
+    Picture i starts from the noise of (seed, i): one that was killed is gone on with.
+
+    Raises:
+        DataError: the folder cannot be written.
+        ConfigError: the parts cannot be loaded, or cannot draw at this resolution.
+    """
+    wanted = placed(wanted, weights, how)
+    if wanted is None or wanted.folder is None or not wanted.missing():
+        return wanted
+    architectures.check_resolution(weights, how.height)  # the verb `encode` draws for the prior, too
+    with writing(wanted.folder), workspace.locked(wanted.folder / ".lock"):
+        if missing := wanted.missing():  # another process may have drawn them meanwhile
+            draw(wanted.prompt, missing, wanted.folder, weights, how, device)
+    return wanted
+
+
+@torch.no_grad()
+def draw(
+    prompt: str, numbers: list[int], folder: Path, weights: Weights, how: SampleSettings, device: torch.device
+) -> None:
+    """Pictures of these numbers into a folder, each complete or not there at all."""
+    logger.info("drawing %d class images into %s (%s)", len(numbers), folder, prompt)
+    with weights.lent(("image_encoder",), device):
+        null = pipelines.zero_embed(weights.load("image_encoder"))
+    with weights.lent(("prior", "text_encoder"), device):
+        prior = pipelines.prior_pipeline(weights, null_embed=null)
+        embeds = [pipelines.embed_prompts(prior, [prompt], replace(how, first=number)) for number in numbers]
+        del prior  # it holds the parts
+    with weights.lent(("unet", "movq"), device):
+        said = time.monotonic()
+        decoder = pipelines.decoder_pipeline(weights)
+        for done, number in enumerate(numbers, start=1):
+            (image,) = pipelines.decode(decoder, embeds[done - 1], replace(how, first=number))
+            aside = folder / f".{drawn_name(number)}.part"
+            image.save(aside, "PNG")
+            aside.replace(folder / drawn_name(number))
+            if time.monotonic() - said > EVERY_SECONDS:
+                said = time.monotonic()
+                logger.info("drew %d of %d class images", done, len(numbers))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around drawing: what goes wrong with the disk or the device is the user's to mend.
+
+    Raises:
+        DataError: the folder cannot be written, or memory ran out. What was drawn stays.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"data.class_path: class images cannot be written to {folder} ({error.strerror or error}); make room, or "
+            "give a folder that can"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"drawing class images ran out of memory ({reason}); set precision=fp16 or bf16, or give pictures of the "
+            "class in data.class_path"
+        ) from error

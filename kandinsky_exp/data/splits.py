@@ -1,0 +1,45 @@
+"""A data set as a run takes it apart: what trains, what trains beside it, what is held out."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kandinsky_exp.data.digests import FileDigests
+from kandinsky_exp.data.dreambooth import ClassImages
+from kandinsky_exp.data.examples import Source
+
+
+@dataclass
+class Splits:
+    """A data set: what trains and, if there is one, what is held out.
+
+    Args:
+        kept: pictures that train beside the others, so that what they show stays as it was.
+        dividable: whether a part of `train` may be held out where there is no validation split.
+    """
+
+    train: Source
+    validation: Source | None
+    kept: ClassImages | None = None
+    dividable: bool = True
+
+    @property
+    def both(self) -> Sequence[Source]:
+        return [self.train] + ([self.validation] if self.validation is not None else [])
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether `validation.fraction` decides which images train."""
+        return self.validation is None and self.dividable
+
+    def fingerprint(self, digests: FileDigests) -> str | None:
+        """Follows the content of all that trains; None while class images are missing."""
+        train = self.train.fingerprint(digests)
+        if self.kept is None:
+            return train
+        return None if self.kept.missing() else together(train, self.kept.source().fingerprint(digests))
+
+
+def together(train: str, kept: str) -> str:
+    """The fingerprint of a set that trains beside another."""
+    return hashlib.sha256(f"{train} beside {kept}".encode()).hexdigest()
