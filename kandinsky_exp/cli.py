@@ -57,6 +57,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb("kandinsky_exp.run:run", "fine-tune the prior or the decoder (the default)"),
     "encode": Verb("kandinsky_exp.encode:encode", "encode a data set once, for all runs; list and remove"),
     "generate": Verb("kandinsky_exp.generate:generate", "make images from prompts"),
+    "push": Verb("kandinsky_exp.push:push", "upload the result of a finished run to the hub"),
 }
 
 

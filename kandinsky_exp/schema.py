@@ -38,6 +38,7 @@ FILLED = Rule(lambda text: text.strip() != "", "something other than nothing")
 MODULE = Rule(
     lambda text: all(part.isidentifier() for part in text.split(".")), "the name of a module, as it is imported"
 )
+MODEL_NAME = Rule(lambda text: text.strip() != "" and not set(text) & set("/:"), "a name without / and :")
 FOLDER_NAME = Rule(_is_folder_name, 'without any of / \\ : * ? " < > |')
 
 Count = Annotated[int, at_least(1)]
@@ -195,12 +196,20 @@ class Tracker:
     name: Literal["mlflow", "none"]
     uri: Text | None
     experiment: Text
+    register: Annotated[str, MODEL_NAME] | None = None
 
 
 @dataclass
 class Hub:
     push: bool
     repo_id: Text | None
+    private: bool
+
+
+@dataclass
+class Repository:
+    repo_id: Text | None
+    private: bool | None
 
 
 @dataclass
@@ -258,4 +267,10 @@ class Encode:
     trusted_modules: Modules | None = None
 
 
-ROOTS: list[type[Any]] = [Train, Generate, Encode]
+@dataclass
+class Push:
+    run: Text
+    hub: Repository
+
+
+ROOTS: list[type[Any]] = [Train, Generate, Encode, Push]
