@@ -80,7 +80,7 @@ def model_card(repo: str, result: Result, images: Sequence[tuple[str, str]]) -> 
 
 
 def _name(result: Result) -> str:
-    return "A DoRA" if result.params.get("adapter.name") == "dora" else "A LoRA"
+    return {"lora": "A LoRA", "dora": "A DoRA"}.get(str(result.params.get("adapter.name")), "An adapter")
 
 
 def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -118,7 +118,11 @@ def _origins(result: Result) -> Iterator[tuple[str, str]]:
         base, revision = result.base(side), params.get(f"weights.{side}_revision")
         if side == result.stage:
             revision = result.record.revision or revision
-        own = "the tiny one that ships with kandinsky-exp" if params.get(f"weights.{side}") == "tiny" else "its own"
+        own = (
+            "the tiny one that ships with kandinsky-exp"
+            if params.get(f"weights.{side}") == "tiny"
+            else "not on the hub"
+        )
         at = f" at {_escaped(revision)}" if base and revision else ""
         trained = ", which was trained" if side == result.stage else ""
         yield side, (f"[{base}]({HUB}/{base}){at}" if base else own) + trained

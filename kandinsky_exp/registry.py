@@ -29,12 +29,18 @@ def _register(uri: str, name: str, result: Path, run_id: str) -> None:
     versions = client.search_model_versions(f"run_id = '{run_id}'")
     if any((version.name, version.source) == (name, source) for version in versions):
         return
+    is_new = True
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = client.create_model_version(
-        name, source, run_id, tags={"stage": client.get_run(run_id).data.tags.get("stage", "")}
-    )
+        is_new = False
+    tags = {"stage": client.get_run(run_id).data.tags.get("stage", "")}
+    try:
+        version = client.create_model_version(name, source, run_id, tags=tags)
+    except MlflowException:
+        if is_new:  # refused: a model without versions is of no use
+            client.delete_registered_model(name)
+        raise
     logger.info("registered: models:/%s/%s", name, version.version)
