@@ -21,6 +21,7 @@ from kandinsky_exp.schema import ROOTS, OpenNode
 
 Values = dict[str, Any]
 NEEDED = {  # what to do about a key that is not set
+    "run": "give the folder of a finished run, run=outputs/my_decoder",
     "data.path": "give the folder of your images (or the list, or the shards), data.path=<folder>, or take data=hub",
     "adapter.source": "give the folder of a run with adapter=lora or dora, adapter=<folder>",
     "data.name": "give the data set's id on the hub, e.g. data.name=lambdalabs/naruto-blip-captions",

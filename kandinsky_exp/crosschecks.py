@@ -240,6 +240,8 @@ def _preserving(good: Values) -> Found:
 def _tracking(good: Values) -> Found:
     if good.get("tracker.name") == "mlflow" and not targets.is_installed("mlflow"):
         yield "tracker", "mlflow is not installed; pip install mlflow, or take tracker=none"
+    if good.get("tracker.register") and good.get("tracker.name") == "none":
+        yield "tracker.register", "is set, but tracker=none has no registry; take tracker=mlflow, or remove it"
     if good.get("log_to_run") and good.get("tracker.name") == "none":
         yield "log_to_run", "is on, but tracker=none names no store to log to; take tracker=mlflow"
     uri = good.get("tracker.uri")

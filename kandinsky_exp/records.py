@@ -108,13 +108,14 @@ def describe(
     """Parameters, origins and the data set, for whoever compares this run later."""
     for note in data.notes:
         logger.warning(note)
+    side = PARTS[build.stage_class(cfg).part][0]
     if accelerator.is_main_process:
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
+        space.record.revision = weights.revision(side)
     if isinstance(tracker, tracking.NullTracker):
         return
     tracker.log_params(config.flatten(cfg))
-    side = PARTS[build.stage_class(cfg).part][0]
-    revision = weights.revision(side)
+    revision = space.record.revision
     tags = {
         "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
         "data_fingerprint": data.train.fingerprint,

@@ -27,13 +27,14 @@ from kandinsky_exp import (
     pipelines,
     processes,
     records,
+    registry,
     resuming,
     tracking,
     workspace,
 )
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.errors import Interrupted, UserError
+from kandinsky_exp.errors import Interrupted, RunFailure, UserError
 from kandinsky_exp.events import Events
 from kandinsky_exp.parts import PARTS
 from kandinsky_exp.randomness import NoiseSource
@@ -113,6 +114,9 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 save_result(cfg, accelerator, space, training, weights)
                 result = events.validator.loss if data.held_out is not None else train_loss
                 space.record.validation_loss = result
+            stop.last_words.clear()  # what is recorded stays true, whatever ends the upload
+            if accelerator.is_main_process:
+                share(cfg, space)
         return float("nan") if result is None else result
 
 
@@ -128,8 +132,7 @@ def prepare(
     workspace.make_root(Path(cfg.output_root).expanduser())
     if cfg.tracker.name == "mlflow":
         tracking.probe(records.tracker_uri(cfg))
-    if cfg.hub.push:
-        hub.check_login()
+    note = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
     build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
     splits.kept = class_images.placed(splits.kept, weights, class_images.settings(cfg.seed, cfg.data.resolution))
     report = build.check_data(cfg, splits)
@@ -138,6 +141,8 @@ def prepare(
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
     compare(cfg, weights, splits, count, space)
+    if note is not None:
+        space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
         space.record.token = uuid.uuid4().hex
         space.record.status = "KILLED"  # true for whoever never comes to the first step
@@ -215,6 +220,7 @@ def is_finished(cfg: DictConfig, count: int, space: workspace.Workspace) -> bool
 def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> float:
     if accelerator.is_main_process:
         records.deliver_left(cfg, space)
+        share(cfg, space)  # an earlier start may have been stopped in the middle of it
     logger.info(
         "%s is finished: nothing left to do. Raise trainer.max_steps to train on, or choose another name", space.folder
     )
@@ -229,7 +235,7 @@ def save_result(
     training: loop.Training,
     weights: Weights,
 ) -> None:
-    """`adapter/` or `pipeline/`, with the averaged weights where there are any; then, if asked, the hub."""
+    """`adapter/` or `pipeline/`, with the averaged weights where there are any."""
     if accelerator.is_main_process:
         network = accelerator.unwrap_model(training.network)
         with averaging.averaged_weights(training):
@@ -241,6 +247,16 @@ def save_result(
                 side = PARTS[training.stage.part][0]
                 pipelines.save_result(weights, side, result, lambda folder: training.stage.save(network, folder))
         logger.info("result: %s", result)
-        if cfg.hub.push:
-            hub.push(result, cfg.hub.repo_id, config.flatten(cfg))
     accelerator.wait_for_everyone()
+
+
+def share(cfg: DictConfig, space: workspace.Workspace) -> None:
+    """What others get of a finished run, if asked: a version in MLflow's registry, a repository on the hub."""
+    result = space.folder / ("adapter" if (space.folder / "adapter").is_dir() else "pipeline")
+    if cfg.tracker.register is not None and space.record.run_id is not None:
+        registry.register(records.tracker_uri(cfg), cfg.tracker.register, result, space.record.run_id)
+    if cfg.hub.push:
+        try:
+            hub.push(space.folder, cfg.hub.repo_id, cfg.hub.private)
+        except RunFailure as failure:
+            logger.error("%s", failure)

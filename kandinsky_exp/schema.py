@@ -39,6 +39,7 @@ FILLED = Rule(lambda text: text.strip() != "", "something other than nothing")
 MODULE = Rule(
     lambda text: all(part.isidentifier() for part in text.split(".")), "the name of a module, as it is imported"
 )
+MODEL_NAME = Rule(lambda text: text.strip() != "" and not set(text) & set("/:"), "a name without / and :")
 FOLDER_NAME = Rule(_is_folder_name, 'without any of / \\ : * ? " < > |')
 
 Count = Annotated[int, at_least(1)]
@@ -207,12 +208,20 @@ class Tracker:
     name: Literal["mlflow", "none"]
     uri: Text | None
     experiment: Text
+    register: Annotated[str, MODEL_NAME] | None = None
 
 
 @dataclass
 class Hub:
     push: bool
     repo_id: Text | None
+    private: bool
+
+
+@dataclass
+class Repository:
+    repo_id: Text | None
+    private: bool | None
 
 
 @dataclass
@@ -291,4 +300,10 @@ class Export:
     merge: bool
 
 
-ROOTS: list[type[Any]] = [Train, Generate, Encode, Export]
+@dataclass
+class Push:
+    run: Text
+    hub: Repository
+
+
+ROOTS: list[type[Any]] = [Train, Generate, Encode, Export, Push]

@@ -92,6 +92,8 @@ class Validator:
         for index, (image, _) in enumerate(redrawn):
             image.save(folder / f"reconstruction-{index:02d}.png")
             self.tracker.log_image(f"reconstruction/{index:02d}", image, step, f"held-out image {index}")
+        lines = [" ".join(prompt.split()) for prompt in self.prompts[: len(drawn)]]
+        (folder / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8", "replace")
         grid = self._grid(drawn, redrawn)
         grid.save(folder / "grid.png")
         self.tracker.log_image("validation/grid", grid, step)

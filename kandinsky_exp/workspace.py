@@ -39,6 +39,7 @@ class Record:
         data: fingerprint of what trains; None before it was read.
         token: marks the MLflow run from its first moment on, before `run_id` is known.
         source, encoders: fingerprints of the data set as it was given, and of the frozen encoders' files.
+        revision: the commit that the trained network's base on the hub resolved to.
     """
 
     run_id: str | None = None
@@ -51,6 +52,7 @@ class Record:
     token: str | None = None
     source: str | None = None
     encoders: str | None = None
+    revision: str | None = None
 
 
 @dataclass

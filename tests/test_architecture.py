@@ -50,16 +50,18 @@ OWN_IMPORTS = {
     "targets": {"fitting", "schema", "trust"},
     "trust": set(),
     "redaction": set(),
+    "model_card": {"errors", "parts", "redaction", "workspace"},
+    "registry": {"mlflow_names", "store"},
     "integrity": {"errors"},
     "state_file": set(),
     "cli": {"command_line", "config", "errors", "redaction", "trust"},
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
-ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "export", "generate", "run", "tiny.make"}
+ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "export", "generate", "push", "run", "tiny.make"}
 KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
-    *("export", "locating", "memory_advice", "origins"),
+    *("export", "locating", "memory_advice", "origins", "push"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}

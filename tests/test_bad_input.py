@@ -349,6 +349,10 @@ TABLE["contradictions"] = [
     Bad(["hub.repo_id=me/mine", *EMOJI], "hub.repo_id: is set, but hub.push is off; add hub.push=true, or remove it"),
     Bad(["hub.push=true", "hub.repo_id=me/mine/x", *EMOJI], "hub.repo_id: 'me/mine/x' is no <user>/<name>"),
     Bad(["hub.push=true", "hub.repo_id=me/mine", *EMOJI], "hub.push: nobody is logged in on the hub; run `hf auth"),
+    Bad(
+        ["tracker=none", "tracker.register=mine", *EMOJI], "tracker.register: is set, but tracker=none has no registry"
+    ),
+    Bad(["tracker.register=mine/x", *EMOJI], "tracker.register: has to be text, a name without / and :"),
     Bad(["adapter.rank=4", *EMOJI], "adapter.rank: is set, but adapter=none"),
     Bad(["adapter.dropout=0.1", *EMOJI], "adapter.dropout: is set, but adapter=none"),
     Bad(["adapter=lora", "adapter.rank=null", *EMOJI], "adapter.rank: has to be a whole number, at least 1, not null"),
@@ -860,6 +864,8 @@ CHEAP = [
     ["data.path=nowhere", "weights=tiny"],
     [*DRAW, "height=100"],
     ["encode", "list=3"],
+    ["push"],
+    ["push", "run=nowhere"],
     ["-m", "optimiser.lr=1,2", *EMOJI],
 ]
 

@@ -11,7 +11,7 @@ import pytest
 from running import client, composed, history, network, runs, same, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import cli, hub, readers, state_file
+from kandinsky_exp import cli, readers, state_file
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.data.table import HEAD, FeatureTable
 from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, RunFailure
@@ -367,7 +367,7 @@ def test_generate_finds_what_is_wrong_before_it_draws(root: Path) -> None:
         draw(root / "file" / "out", f"prior={checkpoint}", "decoder=nobody/nothing")
 
 
-# --- sweeps and the hub
+# --- sweeps
 
 
 def test_a_sweep_over_paths_has_one_parent_and_flat_folders(root: Path) -> None:
@@ -391,10 +391,3 @@ def test_a_long_job_name_is_cut() -> None:
     assert first != second
     assert len(first) < 255
     assert cli.folder_name("weights.prior=/a/b") == "weights.prior=_a_b"
-
-
-def test_a_model_card_names_only_hub_repositories_as_base() -> None:
-    params = {"model._target_": "x.PriorStage", **dict.fromkeys(hub.SHOWN, 1)}
-    for base, named in (("kandinsky-community/kandinsky-2-2-prior", True), ("tiny", False), ("/a/folder", False)):
-        card = hub.model_card("me/mine", {**params, "weights.prior": base}, Path("pipeline"))
-        assert ("base_model:" in card) == named

@@ -21,6 +21,8 @@ import pytest
 from commands import Forked, start
 from mlflow import MlflowClient
 
+from kandinsky_exp import registry
+
 pytestmark = pytest.mark.slow
 STEPS = 80
 DUE = {
@@ -226,3 +228,14 @@ def test_a_process_that_is_killed_while_the_server_hangs(server: Server, trainin
     assert training.process.code == 0, output
     assert "going on from" in output
     check(server, training)
+
+
+def test_a_server_takes_no_result_from_outside_its_artifacts(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = MlflowClient(server.uri, server.uri)
+    run_id = client.create_run(client.create_experiment("registered")).info.run_id
+    registry.register(server.uri, "mine", tmp_path, run_id)
+    assert "is no version of 'mine' (INVALID_PARAMETER_VALUE: Invalid model version source" in caplog.text
+    assert "a server takes only what lies in its own artifacts" in caplog.text
+    assert client.search_registered_models() == []

@@ -47,7 +47,7 @@ def test_run_folder(decoder_root: Path) -> None:
         "step-00000000", "step-00000002", "step-00000004",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "samples" / "step-00000004").iterdir()) == [
-        "00.png", "01.png", "grid.png", "reconstruction-00.png",
+        "00.png", "01.png", "grid.png", "prompts.txt", "reconstruction-00.png",
     ]  # fmt: skip
     with Image.open(folder / "samples" / "step-00000004" / "00.png") as image:
         assert image.size == (64, 64)

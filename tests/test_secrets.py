@@ -15,7 +15,7 @@ import pytest
 from commands import Forked, command
 from hydra import compose, initialize_config_module
 
-from kandinsky_exp import cli, config, hub, mlflow_names, redaction
+from kandinsky_exp import cli, config, mlflow_names, redaction
 from kandinsky_exp.redaction import masked, redacted
 
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
@@ -246,11 +246,6 @@ def test_the_stores_credentials(serve, tmp_path: Path, monkeypatch: pytest.Monke
     err = capfd.readouterr().err
     assert err.count("the server refused the request (401") == 2
     assert not any(secret in err for secret in ("s@fe-enough", BASIC, "tr4cking-token"))
-
-
-def test_the_hubs_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.check_login()
 
 
 def test_an_address_by_the_environment_is_used_whole_and_written_masked(monkeypatch: pytest.MonkeyPatch) -> None:
