@@ -56,10 +56,10 @@ def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
     return made
 
 
-def weights(cfg: DictConfig) -> Weights:
+def weights(cfg: DictConfig, cls: type[Weights] = Weights) -> Weights:
     sources = {key: cfg.weights[key] for key in ("prior", "decoder", "prior_revision", "decoder_revision", "variant")}
     precision = {"frozen_dtype": cfg.precision.frozen_dtype, "tf32": cfg.precision.tf32}
-    return Weights(**sources, **precision, cache_folder=cache_folder(cfg))
+    return cls(**sources, **precision, cache_folder=cache_folder(cfg))
 
 
 def cache_folder(cfg: DictConfig) -> Path:
@@ -188,7 +188,7 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     """Optimizer, schedule and EMA around the stage's network, prepared by Accelerate."""
     network = made.place(device.device, mixed_precision=device.mixed_precision != "no")
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(cfg, trainable, device)
+    optimizer = make_optimizer(cfg, trainable, device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
     scheduler = instantiate(target_settings(cfg, "scheduler"), _convert_="all")(optimizer, total_steps=total_steps)
     ema = None
@@ -198,7 +198,12 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     return Training(made, prepared, prepared_optimizer, scheduler, ema)
 
 
-def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: Accelerator) -> torch.optim.Optimizer:
+def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: Accelerator) -> torch.optim.Optimizer:
+    """The configured one.
+
+    Raises:
+        ConfigError: it refuses its settings.
+    """
     settings = target_settings(cfg, "optimizer")
     if settings.get("fused", False) is None:
         del settings["fused"]

@@ -224,6 +224,11 @@ class Train:
 
 
 @dataclass
+class Plan(Train):
+    device_memory: Positive | None = None
+
+
+@dataclass
 class Generate:
     name: Name | None
     output_root: Text
@@ -258,4 +263,4 @@ class Encode:
     trusted_modules: Modules | None = None
 
 
-ROOTS: list[type[Any]] = [Train, Generate, Encode]
+ROOTS: list[type[Any]] = [Train, Plan, Generate, Encode]
