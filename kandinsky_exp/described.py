@@ -31,12 +31,13 @@ class DescribedWeights(Weights):
 def give_fakes(network: nn.Module, device: torch.device) -> None:
     """Tensors on a device in place of those on the meta device; to be called inside a `FakeTensorMode`."""
     for module in network.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = nn.Parameter(_like(value, device), requires_grad=value.requires_grad)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = _like(value, device)
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                fake = nn.Parameter(_like(weight, device), requires_grad=weight.requires_grad)
+                module._parameters[name] = fake
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _like(buffer, device)
 
 
 def _like(value: Tensor, device: torch.device) -> Tensor:

@@ -48,14 +48,14 @@ def of_cache(cfg: DictConfig, made: Rehearsal, source: Source) -> Cache:
 
 def _each(cfg: DictConfig, made: Rehearsal, source: Source) -> float:
     itemsize = np.dtype(DTYPES[cfg.data.cache_dtype]).itemsize
-    features = {name: row[0].numel() * itemsize for name, row in made.encoded().items()}
+    features = {name: shape.numel() * itemsize for name, shape in made.encoded().items()}
     images = sum(size for name, size in features.items() if not name.startswith("text_")) + OF_A_ROW
-    total = images * (1 + cfg.data.flip)
+    total = float(images * (1 + cfg.data.flip))
     if made.stage.preprocess.tokenizer is None:
-        return float(total)
+        return total
     captions, tokens = _captions(made.stage.preprocess, source)
-    state = made.encoded()["text_states"].shape[-1] * itemsize
-    return total + captions * (features["text_embeds"] + tokens * state + OF_A_CAPTION)
+    state = made.encoded()["text_states"][-1] * itemsize
+    return total + float(captions * (features["text_embeds"] + tokens * state + OF_A_CAPTION))
 
 
 def _captions(preprocess: Preprocess, source: Source) -> tuple[float, float]:

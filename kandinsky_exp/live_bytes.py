@@ -2,29 +2,53 @@
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+# The C library keeps what is freed of smaller blocks for later, and gives larger ones back to the system: its
+# threshold for that follows the blocks that are freed, up to this (DEFAULT_MMAP_THRESHOLD_MAX of glibc, 64 bits).
+LARGE = 32 << 20  # bytes
 
-class LiveBytes(TorchDispatchMode):
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at most.
+
+    Args:
+        total: of all blocks at once.
+        large: of the large ones alone.
+        small: of the others alone.
+    """
+
+    total: int
+    large: int
+    small: int
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped
     """Follows the storages of all tensors that are made while it is open, for as long as they live.
 
     A storage that several tensors share counts once. What a kernel takes and gives back inside itself is not seen.
 
     Args:
-        held: tensors that are there already.
+        held: tensors that are there already, which do not count.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-        for tensor in held:
-            self._follow(tensor)
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped
+        self.now: int = 0
+        self.peak: int = 0
+        self._by_size, self._peaks = [0, 0], [0, 0]  # small, large
+        self._known = {tensor.untyped_storage()._cdata for tensor in held}
+
+    @property
+    def at_most(self) -> Peak:
+        small, large = self._peaks
+        return Peak(self.peak, large, small)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -35,27 +59,20 @@ class LiveBytes(TorchDispatchMode):
 
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, storage.nbytes()).atexit = False
+        self._count(size, size)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.now -= size
+        self._count(-size, size)
 
-
-def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors that share nothing."""
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def peak_of(action: Any, held: Iterable[Tensor]) -> int:
-    """Bytes beyond `held` that an action needs at most."""
-    with torch.no_grad(), LiveBytes(held) as live:
-        before = live.now
-        action()
-        return live.peak - before
+    def _count(self, change: int, size: int) -> None:
+        place = int(size >= LARGE)
+        self.now += change
+        self._by_size[place] += change
+        self.peak = max(self.peak, self.now)
+        self._peaks[place] = max(self._peaks[place], self._by_size[place])

@@ -82,9 +82,8 @@ def _extra(make: Make, weights: list[nn.Parameter]) -> float:
         weight.grad = torch.ones_like(weight)
     state = (value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor))
     with LiveBytes([*weights, *(weight.grad for weight in weights if weight.grad is not None), *state]) as live:
-        before = live.now
         optimizer.step()
-    return (live.peak - before) / weights[0].nbytes
+    return float(live.peak / weights[0].nbytes)
 
 
 def _weights(dimensions: int, count: int, device: torch.device) -> list[nn.Parameter]:

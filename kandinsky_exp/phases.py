@@ -4,20 +4,25 @@ On an accelerator its memory counts; else that of the process, where networks st
 Python and the libraries are as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from omegaconf import DictConfig
 
 from kandinsky_exp import build
+from kandinsky_exp.live_bytes import Peak
 from kandinsky_exp.rehearsal import Passes, Rehearsal
+from kandinsky_exp.stages.base import DiffusionStage
 
+# What the process of a run grows by beyond this one's before it holds a tensor: readers, code and scratch of kernels.
+GROWS = 120_000_000
+# Between blocks that the C library cuts from one heap, per byte of these: measured, see «Will it fit?» in the README.
+GAPS = 0.4
+# The same per byte of gradients, where an optimizer puts small lasting tensors between large passing ones (Adafactor).
+HOLES = 0.9
 MLFLOW = 100_000_000  # bytes that its client takes of the process, see the benchmarks of the README
 ROOM = 0.9  # of the free memory: a checkpoint's copy takes no more
-BASE_BYTES = {"int8": 1.0, "nf4": 0.53}  # per weight of a linear layer, scales included
 
 Parts = dict[str, int]
 
@@ -32,10 +37,6 @@ class Phase:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
-
-
-def size_of(tensors: "list[Tensor]") -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Phases:
 
     def least(self) -> int:
         """Bytes that training needs whatever its activations are: known without a step."""
-        return sum(self.steady.values()) + size_of(self.rehearsal.trainable)
+        return sum(self.steady.values()) + self.rehearsal.sizes().trained_bytes
 
     @cached_property
     def passes(self) -> Passes:
@@ -84,31 +85,34 @@ class Phases:
     @cached_property
     def on_host(self) -> bool:
         """Whether the device's memory is that of the process."""
-        return self.rehearsal.device.type == "cpu"
+        return bool(self.rehearsal.device.type == "cpu")
 
     @cached_property
     def steady(self) -> Parts:
         """What is there from the first step to the last."""
-        made, cfg = self.rehearsal, self.cfg
-        trainable = size_of(made.trainable)
-        steady = self._base() | {"trained weights": trainable, "frozen weights": frozen_bytes(cfg, made)}
-        steady["optimizer"] = made.optimizer().state
+        cfg, sizes = self.cfg, self.rehearsal.sizes()
+        steady = self._base() | {"trained weights": sizes.trained_bytes, "frozen weights": sizes.frozen_bytes}
+        steady["optimizer"] = self.rehearsal.optimizer().state
         if cfg.trainer.ema_decay is not None:
-            steady["average"] = trainable
+            steady["average"] = sizes.trained_bytes
         if not cfg.data.cache:
-            steady["frozen encoders"] = self._parts(made.stage.encoders)
+            steady["frozen encoders"] = self._parts(self.stage.encoders)
         if self.on_host and self._draws():
             steady["parts that draw"] = self._parts(self._stay())
         return steady
+
+    @cached_property
+    def stage(self) -> type[DiffusionStage]:
+        return build.stage_class(self.cfg)
 
     def _base(self) -> Parts:
         """Python and its libraries, where they are in the same memory."""
         if not self.on_host:
             return {}
-        return {"Python": self.python + (MLFLOW if self.cfg.tracker.name == "mlflow" else 0)}
+        return {"Python": self.python + GROWS + (MLFLOW if self.cfg.tracker.name == "mlflow" else 0)}
 
-    def _parts(self, names: "tuple[str, ...] | list[str]") -> int:
-        return sum(size_of([*self.rehearsal.weights.load(name).parameters()]) for name in names)
+    def _parts(self, names: Iterable[str]) -> int:
+        return sum(self.rehearsal.part(name)[1] for name in names)
 
     # --- the phases
 
@@ -117,44 +121,61 @@ class Phases:
             return
         made = self.rehearsal
         batch = build.encode_settings(self.cfg, made.device).batch_size
-        parts = self._base() | {"frozen encoders": self._parts(made.stage.encoders)}
+        parts = self._base() | {"frozen encoders": self._parts(self.stage.encoders)}
         if self.on_host and self.cfg.adapter.name != "none":  # it was read to be frozen
             parts["frozen weights"] = self.steady["frozen weights"]
-        yield Phase("encoding", parts | {"activations": made.encoding(min(batch, self.images or batch))})
+        yield Phase("encoding", parts | {"activations": made.encoding(min(batch, self.images or batch)).total})
 
     def _training(self) -> Iterator[Phase]:
         passes, made = self.passes, self.rehearsal
         parts = self.steady | {"gradients": passes.gradients, "activations": passes.activations}
-        peak = max(passes.peak, passes.gradients + made.optimizer().temporary)
+        peak = max(passes.peak.total, passes.gradients + made.optimizer().temporary)
         if not self.cfg.data.cache:
-            encoding = made.encoding(self.cfg.trainer.batch_size)
+            encoding = made.encoding(self.cfg.trainer.batch_size).total
             # On the CPU batches are encoded between the steps, elsewhere beside them.
             peak = max(peak, encoding) if self.on_host else peak + encoding
         parts["not at once"] = peak - passes.gradients - passes.activations
-        yield Phase("training", parts)
+        yield Phase("training", parts | self._gaps())
 
     def _validating(self) -> Iterator[Phase]:
-        if self.held_out == 0:
-            return
-        batch = min(self.cfg.validation.batch_size, self.held_out or self.cfg.validation.batch_size)
-        parts = self.steady | self._stored() | {"activations": self.rehearsal.validation(batch)}
-        yield Phase("validation", parts)
+        if self.held_out != 0:
+            batch = min(self.cfg.validation.batch_size, self.held_out or self.cfg.validation.batch_size)
+            yield self._between_steps("validation", {}, self.rehearsal.validation(batch))
 
     def _drawing(self) -> Iterator[Phase]:
         """The largest of what happens one after the other to draw images."""
         scenes = [
-            self.steady | self._stored() | {"parts that draw": self._parts(parts), "activations": max(needs)}
+            self._between_steps("drawing", {"parts that draw": self._parts(parts)}, need)
             for parts, needs in self._scenes()
+            for need in needs
         ]
         if scenes:
-            yield Phase("drawing", max(scenes, key=lambda parts: sum(parts.values())))
+            yield max(scenes, key=lambda phase: phase.total)
+
+    def _between_steps(self, name: str, parts: Parts, need: Peak) -> Phase:
+        """What comes after steps, in the room that they leave."""
+        stored = {"raw weights": self.steady["average"]} if self.on_host and "average" in self.steady else {}
+        if not self.on_host:
+            return Phase(name, self.steady | parts | {"activations": need.total})
+        kept = self.passes.peak.small
+        beyond = min(need.total, need.large + max(0, need.small - kept))
+        return Phase(name, self.steady | stored | parts | {"kept of steps": kept, "activations": beyond} | self._gaps())
+
+    def _gaps(self) -> Parts:
+        """Between small blocks of host memory, once a step was made."""
+        if not self.on_host:
+            return {}
+        step = self.rehearsal.optimizer()
+        pinned = HOLES * self.passes.gradients if 0 < step.state < step.temporary else 0
+        return {"gaps": int(max(GAPS * self.passes.peak.small, pinned))}
 
     def _saving(self) -> Iterator[Phase]:
         """A checkpoint's copy in host memory, where there is room for it."""
-        copy = self.snapshot_bytes()
+        copy, kept = self.snapshot_bytes(), self.passes.peak.small
         steady = sum(self.steady.values())
-        if self.on_host and self.cfg.checkpoint.behind and copy <= ROOM * (self.capacity - steady):
-            yield Phase("checkpoint", self.steady | {"copy": copy})
+        if self.on_host and self.cfg.checkpoint.behind and copy <= ROOM * (self.capacity - steady - kept):
+            parts = {"kept of steps": kept, "copy": max(0, copy - kept)}
+            yield Phase("checkpoint", self.steady | parts | self._gaps())
 
     def snapshot_bytes(self) -> int:
         """Of a checkpoint's tensors."""
@@ -163,27 +184,22 @@ class Phases:
 
     def network_bytes(self) -> int:
         """What is saved of the network."""
-        made = self.rehearsal
-        return size_of([*made.stage.snapshot(made.network, {}).tensors.values()])
-
-    def _stored(self) -> Parts:
-        """The raw weights, put aside in host memory while the averages are used."""
-        return {"raw weights": self.steady["average"]} if self.on_host and "average" in self.steady else {}
+        return self.rehearsal.sizes().saved
 
     # --- drawing
 
     def _draws(self) -> int:
         """Images at once."""
         prompts = len(build.prompts(self.cfg.validation.prompts))
-        redrawn = self.cfg.validation.reconstructions if self.rehearsal.stage.name == "decoder" else 0
+        redrawn = self.cfg.validation.reconstructions if self.stage.name == "decoder" else 0
         redrawn = min(redrawn, redrawn if self.held_out is None else self.held_out)
-        return min(self.cfg.validation.batch_size, max(prompts, redrawn))
+        return min(int(self.cfg.validation.batch_size), max(prompts, redrawn))
 
     def _stay(self) -> list[str]:
         """Frozen parts that are loaded to draw and stay loaded."""
-        return ["movq"] if self.rehearsal.stage.name == "decoder" else ["text_encoder", "unet", "movq"]
+        return ["movq"] if self.stage.name == "decoder" else ["text_encoder", "unet", "movq"]
 
-    def _scenes(self) -> Iterator[tuple[list[str], list[int]]]:
+    def _scenes(self) -> Iterator[tuple[list[str], list[Peak]]]:
         """(frozen parts on the device, activations of what they do there one after the other)."""
         count, needs = self._draws(), self.rehearsal.answering
         if not count:
@@ -195,19 +211,9 @@ class Phases:
             return list(dict.fromkeys([*stay, *parts]))
 
         if build.prompts(self.cfg.validation.prompts):
-            prior = [] if self.rehearsal.stage.name == "prior" else ["prior"]
+            prior = [] if self.stage.name == "prior" else ["prior"]
             yield loaded("text_encoder", *prior), [needs("text_encoder", count), needs("prior", pairs)]
             if not prior:
                 yield loaded("image_encoder"), [needs("image_encoder", 1)]
-        unet = [] if self.rehearsal.stage.name == "decoder" else ["unet"]
+        unet = [] if self.stage.name == "decoder" else ["unet"]
         yield loaded("movq", *unet), [needs("unet", pairs), needs("movq", count)]
-
-
-def frozen_bytes(cfg: DictConfig, made: Rehearsal) -> int:
-    """Weights of the network that do not train, and its buffers; a quantised base takes fewer bytes."""
-    frozen = {name: value for name, value in made.parameters.items() if not value.requires_grad}
-    each = BASE_BYTES.get(OmegaConf.select(cfg, "adapter.base_precision"))
-    linear = {f"{name}.weight" for name, part in made.network.named_modules() if isinstance(part, torch.nn.Linear)}
-    sizes = (value.numel() * each if each and name in linear else value.nbytes for name, value in frozen.items())
-    return int(sum(sizes)) + size_of([*made.network.buffers()])
-

@@ -17,6 +17,7 @@ from kandinsky_exp.rehearsal import Rehearsal
 
 TIGHT = 0.85  # of the memory: beyond it, what the estimate may be wrong by counts
 GB = 1e9
+SHOWN = 5e5  # bytes, the least that a table shows
 
 
 def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
@@ -48,7 +49,7 @@ class Planner:
         self.capacity = capacity(cfg, accelerator.device)
         splits = known(cfg)
         self.train, self.held_out = rows(cfg, splits)
-        self.made = Rehearsal(cfg, accelerator)
+        self.made = Rehearsal(cfg, accelerator)  # what is learned from it counts for other settings, too
         self.caches = [disk_need.of_cache(cfg, self.made, source) for source in splits.both] if cfg.data.cache else []
         self.need = self._need(cfg, self.made)
         self.phases = list(self.need.all())
@@ -74,17 +75,17 @@ class Planner:
         return f"{self.made.stage.name}, {what}, {how}"
 
     def _parameters(self) -> str:
-        made = self.made
-        trained = sum(value.numel() for value in made.trainable)
-        frozen = sum(value.numel() for value in made.parameters.values()) - trained
-        encoders = sum(value.numel() for part in made.stage.encoders for value in made.weights.load(part).parameters())
-        return f"parameters  {trained:,} train, {frozen:,} of the network are frozen, {encoders:,} in the encoders"
+        sizes = self.made.sizes()
+        encoders = sum(self.made.part(part)[0] for part in self.made.stage.encoders)
+        return (
+            f"parameters  {sizes.trained:,} train, {sizes.frozen:,} of the network are frozen, {encoders:,} in encoders"
+        )
 
     def _memory(self) -> str:
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this process, on the CPU"
         limit = "may use" if self.cfg.device_memory is not None else "can have"
-        return f"memory      {gb(self.peak.total)}, while {self.peak.name}; {name}, {limit} {gb(self.capacity)}"
+        return f"memory      {gb(self.peak.total)} at most, in {self.peak.name}; {name}, {limit} {gb(self.capacity)}"
 
     def _disk(self) -> Iterator[str]:
         checkpoint, count = self.need.snapshot_bytes(), self._checkpoints()
@@ -92,22 +93,22 @@ class Planner:
         written = sum(found.bytes for found in self.caches)
         free = disk_need.free(Path(self.cfg.output_root).expanduser().absolute())
         total = written + checkpoint * count + result
-        yield f"disk        {gb(total)}: {self._features(written)}, {count} checkpoints of {gb(checkpoint)}, {gb(result)} result"
+        what = [self._features(written), f"{count} checkpoints of {gb(checkpoint)}", f"{gb(result)} result"]
+        yield f"disk        {gb(total)}: {', '.join(what)}"
         if free is not None and free < total:
             yield f"warning: the disk of output_root has {gb(free)} left; set output_root, or checkpoint.keep"
 
     def _checkpoints(self) -> int:
         """At most at one time: those that are kept, the best one, and one that is being written."""
         steps = build.total_steps(self.cfg, self.train, self.accelerator.num_processes)
-        return min(-(-steps // self.cfg.checkpoint.every), self.cfg.checkpoint.keep + 2)
+        return min(-(-steps // int(self.cfg.checkpoint.every)), int(self.cfg.checkpoint.keep) + 2)
 
     def _features(self, written: int) -> str:
         if not self.caches:
             return "no encoded features"
         if any(found.images is None for found in self.caches):
             return f"encoded features of {self.caches[0].each / 1e3:,.1f} kB an image"
-        there = sum(found.is_there for found in self.caches)
-        return f"{gb(written)} encoded features" + (" (some are there already)" if there and written else "") if written else "encoded features are there"
+        return f"{gb(written)} encoded features" if written else "encoded features are there already"
 
     def _steps(self) -> str:
         count = self.accelerator.num_processes
@@ -132,11 +133,14 @@ class Planner:
         if settings is None:
             yield "none of the settings that save memory makes it fit, nor do all of them together"
         else:
-            needed = self._need(changed := cheaper.changed(self.cfg, settings), Rehearsal(changed, self.accelerator))
+            needed = self._with(cheaper.changed(self.cfg, settings))
             yield f"the cheapest setting that fits: {' '.join(settings)} ({gb(needed.needed())})"
 
+    def _with(self, cfg: DictConfig) -> Phases:
+        return self._need(cfg, Rehearsal(cfg, self.accelerator, self.made.answers))
+
     def _fits(self, cfg: DictConfig) -> bool:
-        need = self._need(cfg, Rehearsal(cfg, self.accelerator))
+        need = self._with(cfg)
         return need.least() <= self.capacity and all(phase.total <= self.capacity for phase in need.phases())
 
 
@@ -171,7 +175,8 @@ def rows(cfg: DictConfig, splits: sources.Splits) -> tuple[int | None, int | Non
 
 def table(phases: Sequence[Phase]) -> Iterator[str]:
     """Parts by phase, in GB."""
-    names = list(dict.fromkeys(name for phase in phases for name in phase.parts))
+    shown = [name for phase in phases for name, size in phase.parts.items() if abs(size) >= SHOWN]
+    names = list(dict.fromkeys(shown))
     yield "".join([f"{'GB':<18}", *(f"{phase.name:>12}" for phase in phases)])
     for name in names:
         cells = (f"{phase.parts[name] / GB:>12.3f}" if phase.parts.get(name) else f"{'–':>12}" for phase in phases)

@@ -5,24 +5,62 @@ kernels that it would take with data; `LiveBytes` follows what is alive. What a 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_exp import build, optimizer_state
 from kandinsky_exp.described import DescribedWeights, give_fakes
-from kandinsky_exp.live_bytes import LiveBytes
+from kandinsky_exp.live_bytes import LiveBytes, Peak
 from kandinsky_exp.optimizer_state import StepNeed
-from kandinsky_exp.stages.base import Features
+from kandinsky_exp.stages.base import DiffusionStage, Features
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+NETWORK = ("adapter", "precision.name", "model")  # the settings that decide what the network is
+BASE_BYTES = {"int8": 1.0, "nf4": 0.53}  # per frozen weight of a linear layer, scales included
 OF_IMAGES, OF_CAPTIONS = ("clip_pixels", "pixels"), ("input_ids", "text_mask")
+
+
+def once(*settings: str) -> Callable[[Method], Method]:
+    """One answer for all rehearsals that share their answers and agree in these settings."""
+
+    def remembered(method: Method) -> Method:
+        @functools.wraps(method)
+        def ask(self: "Rehearsal", *arguments: Any) -> Any:
+            values = [str(OmegaConf.select(self.cfg, setting)) for setting in settings]
+            key = (method.__name__, arguments, *values)
+            if key not in self.answers:
+                self.answers[key] = method(self, *arguments)
+            return self.answers[key]
+
+        return cast(Method, ask)
+
+    return remembered
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of weights, and bytes.
+
+    Args:
+        saved: bytes of what a checkpoint holds of the network.
+    """
+
+    trained: int
+    frozen: int
+    trained_bytes: int
+    frozen_bytes: int
+    saved: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +75,7 @@ class Passes:
 
     gradients: int
     activations: int
-    peak: int
+    peak: Peak
 
 
 class Mixed(nn.Module):
@@ -53,77 +91,120 @@ class Mixed(nn.Module):
 
 
 class Rehearsal:
-    """The stage of a run, built as the run builds it.
+    """The stage of a run, built as the run builds it, once something is asked that is not known.
 
     Args:
         cfg: settings of a run.
         accelerator: of the device that would train.
+        answers: shared by the rehearsals of several settings.
     """
 
-    def __init__(self, cfg: DictConfig, accelerator: Accelerator) -> None:
+    def __init__(self, cfg: DictConfig, accelerator: Accelerator, answers: dict[Any, Any] | None = None) -> None:
         self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
+        self.answers = {} if answers is None else answers
         self.weights = build.weights(cfg, DescribedWeights)
-        self.stage = build.stage(cfg, self.weights)
-        mixed = cfg.precision.mixed_precision != "no"
-        self.network: Any = self.stage.place(torch.device("meta"), mixed_precision=mixed)
-        self.mixed = Mixed(self.network, self._autocast)
-        self.parameters = dict(self.network.named_parameters())  # on the meta device, as they stay here
-        side = cfg.data.resolution  # a blank picture and an empty caption have the shapes of all others
-        self.example = self.stage.preprocess(Image.new("RGB", (side, side)), "")
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._faked: set[int] = set()
 
-    @property
-    def trainable(self) -> list[Tensor]:
-        return [value for value in self.parameters.values() if value.requires_grad]
+    @cached_property
+    def stage(self) -> DiffusionStage:
+        return build.stage(self.cfg, self.weights)
 
+    @cached_property
+    def network(self) -> Any:
+        mixed = self.cfg.precision.mixed_precision != "no"
+        return self.stage.place(torch.device("meta"), mixed_precision=mixed)
+
+    @cached_property
+    def mixed(self) -> Mixed:
+        return Mixed(self.network, self._autocast)
+
+    # --- sizes
+
+    @once(*NETWORK)
+    def sizes(self) -> Sizes:
+        """Of the network that trains, its buffers among what is frozen; a quantised base takes fewer bytes."""
+        trained, frozen = self._trainable(), {}
+        for name, value in self.network.named_parameters():
+            if not value.requires_grad:
+                frozen[name] = value
+        each = BASE_BYTES.get(OmegaConf.select(self.cfg, "adapter.base_precision"))
+        linear = {f"{name}.weight" for name, part in self.network.named_modules() if isinstance(part, nn.Linear)}
+        sizes = [value.numel() * each if each and name in linear else value.nbytes for name, value in frozen.items()]
+        return Sizes(
+            sum(value.numel() for value in trained),
+            sum(value.numel() for value in frozen.values()),
+            sum(value.nbytes for value in trained),
+            int(sum(sizes)) + sum(value.nbytes for value in self.network.buffers()),
+            sum(value.nbytes for value in self.stage.snapshot(self.network, {}).tensors.values()),
+        )
+
+    @once("precision.name")
+    def part(self, name: str) -> tuple[int, int]:
+        """(weights, bytes) of a frozen part."""
+        weights = [*self.weights.load(name).parameters()]
+        return sum(value.numel() for value in weights), sum(value.nbytes for value in weights)
+
+    @once(*NETWORK, "optimizer")
     def optimizer(self) -> StepNeed:
+        """State and temporaries of the real optimizer."""
+
         def make(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
             return build.make_optimizer(self.cfg, weights, self.accelerator)
 
-        return optimizer_state.measure(make, self.trainable, self.device)
+        return optimizer_state.measure(make, self._trainable(), self.device)
 
+    def _trainable(self) -> list[Tensor]:
+        return [value for value in self.network.parameters() if value.requires_grad]
+
+    # --- what happens in a run
+
+    @once(*NETWORK, "trainer", "data.resolution")
     def passes(self) -> Passes:
         """Forward and backward, of two batches where gradients accumulate: the second one finds them there."""
-        with self._faked_networks(self.network, *self._encoders()):
+        with self._fakes(self.network, *self._encoders()):
             features = self._features(self.cfg.trainer.batch_size)
             network = self.mixed.train()
             with LiveBytes(self._held(network, features)) as live:
-                before, forward = live.now, 0
+                forward = 0
                 for _ in range(min(2, self.cfg.trainer.grad_accumulation)):
                     loss = self.stage.loss(network, features, torch.Generator(self.device)).loss
-                    forward = forward or live.peak - before
-                    loss.backward()
+                    forward = forward or live.peak
+                    loss.backward()  # type: ignore[no-untyped-call]  # untyped
                     del loss
-                gradients, peak = live.now - before, live.peak - before
+                gradients = live.now
             network.zero_grad()
-        return Passes(gradients, max(forward, peak - gradients), peak)
+        return Passes(gradients, max(forward, live.peak - gradients), live.at_most)
 
-    def encoding(self, batch: int) -> int:
+    @once("precision.name", "data.resolution", "model")
+    def encoding(self, batch: int) -> Peak:
         """Activations of the encoders, which see images and captions apart."""
-        with self._faked_networks(*self._encoders()):
+        with self._fakes(*self._encoders()):
             batches = [self._examples(batch, keys) for keys in (OF_IMAGES, OF_CAPTIONS)]
-            return max(self._need(lambda b=some: self.stage.encode(b), *self._encoders()) for some in batches if some)
+            needs = [self._need(partial(self.stage.encode, some), *self._encoders()) for some in batches if some]
+        return max(needs, key=lambda need: need.total)
 
-    def encoded(self) -> Features:
-        """One picture and one caption as the encoders answer them: shapes, no data."""
-        with self._faked_networks(*self._encoders()), torch.no_grad():
-            return self.stage.encode(self._examples(1))
+    @once("precision.name", "data.resolution", "model")
+    def encoded(self) -> dict[str, torch.Size]:
+        """The shapes of what the encoders make of a picture and a caption."""
+        with self._fakes(*self._encoders()), torch.no_grad():
+            return {name: value.shape[1:] for name, value in self.stage.encode(self._examples(1)).items()}
 
-    def validation(self, batch: int) -> int:
+    @once(*NETWORK, "data.resolution")
+    def validation(self, batch: int) -> Peak:
         """Activations of the fixed-noise loss."""
-        with self._faked_networks(self.network, *self._encoders()):
+        with self._fakes(self.network, *self._encoders()):
             features = self._features(batch)
             network, steps = self.mixed.eval(), torch.zeros(batch, dtype=torch.long, device=self.device)
-            generator = torch.Generator(self.device)
-            action = lambda: self.stage.loss(network, features, generator, steps)  # noqa: E731
+            action = partial(self.stage.loss, network, features, torch.Generator(self.device), steps)
             return self._need(action, network, held=features.values())
 
-    def answering(self, part: str, batch: int) -> int:
+    @once(*NETWORK, "data.resolution")
+    def answering(self, part: str, batch: int) -> Peak:
         """Activations of a network that answers a batch while images are drawn."""
         network = self.network if part == self.stage.part else self.weights.load(part)
-        with self._faked_networks(network), self._autocast():
-            return self._need(lambda: self._ask(part, network.eval(), batch), network)
+        with self._fakes(network), self._autocast():
+            return self._need(partial(self._ask, part, network.eval(), batch), network)
 
     def _ask(self, part: str, network: Any, batch: int) -> object:
         config, dtype = network.config, next(network.parameters()).dtype
@@ -150,7 +231,7 @@ class Rehearsal:
         return [self.weights.load(part) for part in self.stage.encoders]
 
     @contextlib.contextmanager
-    def _faked_networks(self, *networks: Any) -> Iterator[None]:
+    def _fakes(self, *networks: Any) -> Iterator[None]:
         """Tensors without data are made inside; the networks have theirs, on the device of the run."""
         with self._mode:
             for network in networks:
@@ -166,7 +247,10 @@ class Rehearsal:
         return torch.autocast(self.device.type, dtype=dtype, enabled=name != "no")
 
     def _examples(self, batch: int, keys: Iterable[str] = OF_IMAGES + OF_CAPTIONS) -> Features:
-        chosen = {key: self.example[key] for key in keys if key in self.example}
+        """A blank picture and an empty caption have the shapes of all others."""
+        side = self.cfg.data.resolution
+        example = self.stage.preprocess(Image.new("RGB", (side, side)), "")
+        chosen = {key: example[key] for key in keys if key in example}
         return {key: torch.empty((batch, *row.shape), dtype=row.dtype) for key, row in chosen.items()}
 
     def _features(self, batch: int) -> Features:
@@ -178,10 +262,10 @@ class Rehearsal:
     def _held(network: nn.Module, features: Features) -> list[Tensor]:
         return [*network.parameters(), *network.buffers(), *features.values()]
 
-    def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> int:
-        """Bytes beyond what is there, at most, without gradients."""
+    def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> Peak:
+        """What is needed beyond what is there, without gradients."""
         weights = [value for network in networks for value in (*network.parameters(), *network.buffers())]
-        with torch.no_grad(), LiveBytes([*weights, *held]) as live:
-            before = live.now
+        live = LiveBytes([*weights, *held])
+        with torch.no_grad(), live:
             action()
-        return live.peak - before
+        return live.at_most

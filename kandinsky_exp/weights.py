@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from kandinsky_exp import paths, weight_files
 from kandinsky_exp.errors import ConfigError, first_line
-from kandinsky_exp.parts import MODELS, PARTS, SHRINKING, Side, is_hub_id, pipeline_folder, read_object, subfolder
+from kandinsky_exp.parts import MODELS, PARTS, Side, is_hub_id, pipeline_folder, read_object, subfolder
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,13 @@ class Weights:
             root = snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=["model_index.json", f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model", *self._tensors(name)],
+                allow_patterns=[
+                    "model_index.json",
+                    f"{name}/*.json",
+                    f"{name}/*.txt",
+                    f"{name}/*.model",
+                    *self._tensors(name),
+                ],
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ConfigError(

@@ -53,10 +53,10 @@ OWN_IMPORTS = {
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
-ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "generate", "run", "tiny.make"}
+ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "generate", "plan", "run", "tiny.make"}
 KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
-    "memory_advice",
+    *("memory_advice", "plan", "phases", "rehearsal", "cheaper", "disk_need"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
