@@ -6,6 +6,8 @@ from importlib.resources import files
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from kandinsky_exp import targets
+
 LOWEST_SIDE = 256  # pixels
 
 Settings = tuple[str, ...]  # as they are typed
@@ -28,6 +30,8 @@ def candidates(cfg: DictConfig, device: torch.device) -> Iterator[Settings]:
     if trainer.ema_decay is not None:
         yield ("trainer.ema_decay=null",)
     if cfg.adapter.name == "none":
+        if device.type == "cuda" and targets.is_installed("bitsandbytes"):
+            yield ("optimizer=adamw_8bit",)
         yield ("optimizer=adafactor",)
         yield ("adapter=lora",)
     if decoder and cfg.data.resolution > LOWEST_SIDE:

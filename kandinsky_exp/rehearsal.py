@@ -27,6 +27,7 @@ from kandinsky_exp.stages.base import DiffusionStage, Features
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 NETWORK = ("adapter", "precision.name", "model")  # the settings that decide what the network is
+BASE = "adapter.base_precision"
 BASE_BYTES = {"int8": 1.0, "nf4": 0.53}  # per frozen weight of a linear layer, scales included
 OF_IMAGES, OF_CAPTIONS = ("clip_pixels", "pixels"), ("input_ids", "text_mask")
 
@@ -108,7 +109,10 @@ class Rehearsal:
 
     @cached_property
     def stage(self) -> DiffusionStage:
-        return build.stage(self.cfg, self.weights)
+        cfg = self.cfg.copy()
+        if OmegaConf.select(cfg, BASE) is not None:
+            OmegaConf.update(cfg, BASE, None)  # there is nothing to quantise: `sizes` counts what it would come to
+        return build.stage(cfg, self.weights)
 
     @cached_property
     def network(self) -> Any:
@@ -128,7 +132,7 @@ class Rehearsal:
         for name, value in self.network.named_parameters():
             if not value.requires_grad:
                 frozen[name] = value
-        each = BASE_BYTES.get(OmegaConf.select(self.cfg, "adapter.base_precision"))
+        each = BASE_BYTES.get(OmegaConf.select(self.cfg, BASE))
         linear = {f"{name}.weight" for name, part in self.network.named_modules() if isinstance(part, nn.Linear)}
         sizes = [value.numel() * each if each and name in linear else value.nbytes for name, value in frozen.items()]
         return Sizes(
