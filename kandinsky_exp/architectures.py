@@ -128,19 +128,19 @@ def misfit(part: str, folder: Path, variant: str | None) -> str | None:
 
 def described(part: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's tensors by its config alone."""
-    return {name: tuple(tensor.shape) for name, tensor in empty(part, folder).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in without_data(part, folder).state_dict().items()}
 
 
-def empty(part: str, folder: Path) -> Any:
-    """A network as its config alone describes it: on the meta device nothing takes memory or time."""
+def without_data(part: str, folder: Path) -> Any:
+    """The network that a config describes, on the meta device: there nothing takes memory or time."""
     import diffusers
     import torch
     import transformers
 
     cls = getattr(transformers if part.endswith("encoder") else diffusers, MODELS[part])
     with torch.device("meta"):
-        if part.endswith("encoder"):
-            return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+        if part.endswith("encoder"):  # attention as `weights` asks for it
+            return cls(cls.config_class.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa"))
         return cls.from_config(cls.load_config(folder, local_files_only=True))
 
 

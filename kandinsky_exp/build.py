@@ -1,7 +1,6 @@
 """From a validated config to the objects of a run. The only place that calls Hydra's `instantiate`."""
 
 import inspect
-import sys
 from collections.abc import Collection
 from dataclasses import replace
 from datetime import timedelta
@@ -16,15 +15,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kandinsky_exp import adapters, architectures, averaging, targets, trust
+from kandinsky_exp import adapters, architectures, averaging, run_settings, targets, trust
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.errors import ConfigError, UserError
-from kandinsky_exp.loop import LoopSettings, Training
+from kandinsky_exp.loop import Training
 from kandinsky_exp.parts import PARTS, side_parts
-from kandinsky_exp.paths import expanded
-from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.readers import ReadSettings
 from kandinsky_exp.schema import Train
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
@@ -57,10 +54,10 @@ def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
     return made
 
 
-def weights(cfg: DictConfig) -> Weights:
+def weights(cfg: DictConfig, cls: type[Weights] = Weights) -> Weights:
     sources = {key: cfg.weights[key] for key in ("prior", "decoder", "prior_revision", "decoder_revision", "variant")}
     precision = {"frozen_dtype": cfg.precision.frozen_dtype, "tf32": cfg.precision.tf32}
-    return Weights(**sources, **precision, cache_folder=cache_folder(cfg))
+    return cls(**sources, **precision, cache_folder=cache_folder(cfg))
 
 
 def cache_folder(cfg: DictConfig) -> Path:
@@ -78,7 +75,7 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> None:
     """
     cls = stage_class(cfg)
     needed = {cls.part, *cls.encoders, *side_parts(PARTS[cls.part][0]), *also}
-    draws_images = bool(prompts(cfg.validation.prompts))
+    draws_images = bool(run_settings.prompts(cfg.validation.prompts))
     leaves_a_combined_pipeline = cls.part == "unet" and cfg.adapter.name == "none"
     if draws_images or leaves_a_combined_pipeline:
         needed |= set(PARTS)
@@ -86,7 +83,7 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> None:
         parts.folder(part)
     architectures.check(parts, needed)
     if cfg.adapter.name != "none":
-        check_adapter(cfg, architectures.empty(cls.part, parts.folder(cls.part)))
+        check_adapter(cfg, architectures.without_data(cls.part, parts.folder(cls.part)))
     if "movq" in {*cls.encoders, *also}:
         architectures.check_resolution(parts, cfg.data.resolution)
 
@@ -153,26 +150,6 @@ def stage_class(cfg: DictConfig) -> type[DiffusionStage]:
     return cls
 
 
-def prompts(value: Any) -> list[str]:
-    """A list of prompts, or the lines of the text file that a string names."""
-    if isinstance(value, str):
-        lines = expanded(value).read_text("utf-8").splitlines()
-        return [line.strip() for line in lines if line.strip()]
-    return [str(prompt) for prompt in value]
-
-
-def sample_settings(cfg: DictConfig) -> SampleSettings:
-    """How validation images are drawn: at the training resolution."""
-    return SampleSettings(
-        inference_steps=cfg.validation.inference_steps,
-        guidance_scale=cfg.validation.guidance_scale,
-        seed=cfg.validation.seed,
-        batch_size=cfg.validation.batch_size,
-        height=cfg.data.resolution,
-        width=cfg.data.resolution,
-    )
-
-
 def bare_stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     """The stage as its weights have it: enough to encode."""
     made: DiffusionStage = instantiate(target_settings(cfg, "model"), _convert_="all")(
@@ -218,7 +195,7 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     """Optimizer, schedule and EMA around the stage's network, prepared by Accelerate."""
     network = made.place(device.device, mixed_precision=device.mixed_precision != "no")
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(cfg, trainable, device.device)
+    optimizer = make_optimizer(cfg, trainable, device.device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
     scheduler = instantiate(target_settings(cfg, "scheduler"), _convert_="all")(optimizer, total_steps=total_steps)
     ema = None
@@ -236,7 +213,7 @@ def try_optimizer(cfg: DictConfig, device: torch.device) -> None:
     """
     weight = torch.nn.Parameter(torch.ones(64, 64, device=device))  # of smaller ones an 8-bit state would be in 32
     weight.grad = torch.ones_like(weight)
-    made = _optimizer(cfg, [weight], device)
+    made = make_optimizer(cfg, [weight], device)
     try:
         made.step()
     except Exception as error:  # whatever a library's kernels raise
@@ -247,7 +224,12 @@ def try_optimizer(cfg: DictConfig, device: torch.device) -> None:
         ) from error
 
 
-def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """The configured one.
+
+    Raises:
+        ConfigError: it refuses its settings.
+    """
     settings = target_settings(cfg, "optimizer")
     if settings.get("fused", False) is None:
         del settings["fused"]
@@ -261,36 +243,6 @@ def _optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: tor
         made.train()
     assert isinstance(made, torch.optim.Optimizer)  # nosec B101 # narrows the type
     return made
-
-
-def total_steps(cfg: DictConfig, rows: int | None, num_processes: int) -> int:
-    """Optimizer steps of the whole run: `max_steps`, or the end of `max_epochs`, whichever comes first.
-
-    Args:
-        rows: images that train; None where that is not known yet, which leaves `max_steps`.
-    """
-    if cfg.trainer.max_epochs is None or rows is None:
-        return int(cfg.trainer.max_steps)
-    per_step = total_batch(cfg, num_processes)
-    return int(min(cfg.trainer.max_steps, -(-rows * cfg.trainer.max_epochs // per_step)))
-
-
-def total_batch(cfg: DictConfig, num_processes: int) -> int:
-    """Samples per optimizer step, over all processes."""
-    return int(cfg.trainer.batch_size * cfg.trainer.grad_accumulation * num_processes)
-
-
-def loop_settings(cfg: DictConfig, steps: int, device: Accelerator) -> LoopSettings:
-    return LoopSettings(
-        max_steps=steps,
-        grad_accumulation=cfg.trainer.grad_accumulation,
-        max_grad_norm=cfg.trainer.max_grad_norm,
-        log_every=cfg.trainer.log_every,
-        validate_every=cfg.validation.every,
-        checkpoint_every=cfg.checkpoint.every,
-        total_batch=total_batch(cfg, device.num_processes),
-        progress=device.is_main_process and sys.stderr.isatty(),
-    )
 
 
 def read_settings(cfg: DictConfig, device: torch.device) -> ReadSettings:

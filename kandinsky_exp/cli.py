@@ -59,6 +59,7 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "train": Verb("kandinsky_exp.run:run", "fine-tune the prior or the decoder (the default)"),
+    "plan": Verb("kandinsky_exp.plan:plan", "will it fit? memory, disk and steps of a run, before anything loads"),
     "encode": Verb("kandinsky_exp.encode:encode", "encode a data set once, for all runs; list and remove"),
     "generate": Verb("kandinsky_exp.generate:generate", "make images from prompts"),
     "export": Verb(

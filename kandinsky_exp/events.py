@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, checkpoint, loop, processes, tracking, workspace
+from kandinsky_exp import checkpoint, loop, processes, run_settings, tracking, workspace
 from kandinsky_exp.behind import CheckpointWriter
 from kandinsky_exp.readers import FeatureReader
 from kandinsky_exp.validation import Validator
@@ -32,15 +32,15 @@ class Events:
         self.settled = self.writer.settled
         self.validated: int | None = None  # the last step that was
         self.validate_every = cfg.validation.every
-        self.total_batch = build.total_batch(cfg, accelerator.num_processes)
+        self.total_batch = run_settings.total_batch(cfg, accelerator.num_processes)
         self.validator = Validator(
             training,
             accelerator,
             tracker,
             space.folder / "samples",
             reader,
-            build.prompts(cfg.validation.prompts),
-            build.sample_settings(cfg),
+            run_settings.prompts(cfg.validation.prompts),
+            run_settings.sample_settings(cfg),
             draws=cfg.validation.draws,
             reconstructions=cfg.validation.reconstructions,
         )

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from kandinsky_exp.schema import Rule
+from kandinsky_exp.rules import Rule
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 SEQUENCES = (list, tuple, set, frozenset, Sequence, Iterable)

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from kandinsky_exp import build, config, pipelines, processes, store, tracking, workspace
+from kandinsky_exp import build, config, pipelines, processes, run_settings, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.origins import Origin, check_networks, find_origins, load_network, use
@@ -30,7 +30,7 @@ def generate(cfg: DictConfig) -> float:
     config.validate(cfg)
     processes.quiet_libraries()
     with processes.stop_signals():
-        prompts = [prompt for prompt in build.prompts(cfg.prompts) for _ in range(cfg.num_images)]
+        prompts = [prompt for prompt in run_settings.prompts(cfg.prompts) for _ in range(cfg.num_images)]
         origins = find_origins(cfg)
         weights = build.weights(cfg)
         use(weights, origins)

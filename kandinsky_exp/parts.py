@@ -33,7 +33,6 @@ MODELS = {
     "unet": "UNet2DConditionModel",
     "movq": "VQModel",
 }
-SHRINKING = ("movq", "unet")
 COMBINED = "KandinskyV22CombinedPipeline"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

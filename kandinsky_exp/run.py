@@ -29,6 +29,7 @@ from kandinsky_exp import (
     records,
     registry,
     resuming,
+    run_settings,
     tracking,
     workspace,
 )
@@ -87,7 +88,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
                 if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
-                steps = build.total_steps(cfg, len(data.train), count)
+                steps = run_settings.total_steps(cfg, len(data.train), count)
                 space.record.rows = len(data.train)
                 with memory_advice.given(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
@@ -106,7 +107,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                             NoiseSource(cfg.seed, accelerator.process_index, accelerator.device),
                             accelerator=accelerator,
                             tracker=tracker,
-                            settings=build.loop_settings(cfg, steps, accelerator),
+                            settings=run_settings.loop_settings(cfg, steps, accelerator),
                             events=events,
                             stop=stop,
                             identify=data.train.id,
@@ -160,7 +161,7 @@ def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: in
         source=splits.fingerprint(FileDigests(build.cache_folder(cfg))) if reads else None,
         encoders=encoders if reads else None,
         holds_out=splits.is_divided,
-        total_batch=build.total_batch(cfg, count),
+        total_batch=run_settings.total_batch(cfg, count),
         processes=count,
     )
     before = config.flatten_saved(space.folder) if space.is_resumed else {}
@@ -213,7 +214,7 @@ def recorded(
 
 def is_finished(cfg: DictConfig, count: int, space: workspace.Workspace) -> bool:
     """Whether an earlier start has done all that is asked for, as far as that is known without the data."""
-    steps = build.total_steps(cfg, space.record.rows, count)
+    steps = run_settings.total_steps(cfg, space.record.rows, count)
     return space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps
 
 

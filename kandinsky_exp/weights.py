@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from kandinsky_exp import paths, weight_files
 from kandinsky_exp.errors import ConfigError, first_line
-from kandinsky_exp.parts import MODELS, PARTS, SHRINKING, Side, is_hub_id, pipeline_folder, read_object, subfolder
+from kandinsky_exp.parts import MODELS, PARTS, Side, is_hub_id, pipeline_folder, read_object, subfolder
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +60,17 @@ class Weights:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         revision = self.prior_revision if side == "prior" else self.decoder_revision
-        weights = f"{name}/*.{self.variant}.safetensors" if self.variant else f"{name}/*.safetensors"
         try:
             root = snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=["model_index.json", f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model", weights],
+                allow_patterns=[
+                    "model_index.json",
+                    f"{name}/*.json",
+                    f"{name}/*.txt",
+                    f"{name}/*.model",
+                    *self._tensors(name),
+                ],
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ConfigError(
@@ -77,6 +82,10 @@ class Weights:
             raise ConfigError(f"weights.{side}: '{repo}' on the hub has no '{name}'; check the id, or fetch it first")
         return part
 
+    def _tensors(self, name: str) -> list[str]:
+        """Patterns of the files of a part that hold tensors."""
+        return [f"{name}/*.{self.variant}.safetensors" if self.variant else f"{name}/*.safetensors"]
+
     def revision(self, side: Side) -> str | None:
         """The commit that a hub source resolved to; None for folders."""
         source = self.prior if side == "prior" else self.decoder
@@ -84,12 +93,14 @@ class Weights:
             return None
         return self.folder("prior_scheduler" if side == "prior" else "decoder_scheduler").parent.name
 
+    def latent_scale(self) -> int:
+        """Pixels per latent, along each side."""
+        return int(1 << len(read_object(self.folder("movq") / "config.json")["block_out_channels"]) - 1)
+
     def size_multiple(self) -> int:
         """What the sides of the decoder's images are multiples of: its pipeline rounds up to it, its UNet needs it."""
-        configs = {part: read_object(self.folder(part) / "config.json") for part in SHRINKING}
-        levels = {part: len(config["block_out_channels"]) for part, config in configs.items()}
-        scale = 1 << levels["movq"] - 1  # pixels per latent
-        return scale * max(scale, 1 << levels["unet"] - 1)
+        levels = len(read_object(self.folder("unet") / "config.json")["block_out_channels"])
+        return self.latent_scale() * max(self.latent_scale(), 1 << levels - 1)
 
     def load(self, part: str) -> Any:
         """A frozen part, on the CPU at first; loaded once.
@@ -117,11 +128,14 @@ class Weights:
     def _read(self, part: str, dtype: str, bits: str | None = None) -> Any:
         folder = self.folder(part)
         try:
-            return _read_part(part, folder, dtype, self.variant, bits)
+            return self._made(part, folder, dtype, bits)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             side, _ = PARTS[part]
             reason = f"{folder} cannot be loaded as '{part}': {first_line(error)}"
             raise ConfigError(f"weights.{side}: {reason}; fetch or copy it again") from error
+
+    def _made(self, part: str, folder: Path, dtype: str, bits: str | None) -> Any:
+        return _read_part(part, folder, dtype, self.variant, bits)
 
     def read_model(self, part: str, folder: Path) -> Any:
         """A frozen model of this kind from any folder, such as a checkpoint's."""

@@ -117,7 +117,7 @@ def test_an_adapter_that_the_network_does_not_take_is_refused(settings, message,
     with pytest.raises(ConfigError, match=message):
         attach(weights.load_trainable("unet"), **settings)
     values = {"rank": 4, "target_modules": None, "init": "default", **settings}
-    assert len(adapters.problems(architectures.empty("unet", weights.folder("unet")), **values)) == 1
+    assert len(adapters.problems(architectures.without_data("unet", weights.folder("unet")), **values)) == 1
 
 
 def test_the_largest_rank_is_accepted(weights):

@@ -15,7 +15,7 @@ from PIL import Image
 from running import PROMPTS, client, composed, history, network, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import adapters, architectures, build
+from kandinsky_exp import adapters, architectures, run_settings
 from kandinsky_exp.errors import ConfigError, NonFiniteLoss
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny.pipelines import build as build_tiny
@@ -324,7 +324,7 @@ def test_at_true_size_a_checkpoint_of_rank_8_is_a_three_hundredth(part: str, tmp
     if not file.is_file():
         pytest.skip("LOUD: the true-size architectures are not beside this checkout")
     shutil.copyfile(file, tmp_path / "config.json")
-    network = architectures.empty(part, tmp_path)
+    network = architectures.without_data(part, tmp_path)
     whole = sum(value.nbytes for value in network.parameters())
     adapters.attach_lora(
         network, rank=8, alpha=None, dropout=0.0, target_modules=None, use_dora=False, dtype=torch.float16
@@ -396,7 +396,7 @@ def test_unnamed_runs_of_one_second_get_a_suffix(tmp_path: Path) -> None:
 def test_prompts_come_from_a_file_too(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a fox, in = snow\n\n  a dog \n")
-    assert build.prompts(str(file)) == ["a fox, in = snow", "a dog"]
+    assert run_settings.prompts(str(file)) == ["a fox, in = snow", "a dog"]
 
 
 def test_a_strangers_weights_and_pictures(tmp_path: Path) -> None:

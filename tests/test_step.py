@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import averaging, build, fixed_noise, loop, pipelines, processes
+from kandinsky_exp import averaging, build, fixed_noise, loop, pipelines, processes, run_settings
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
 from kandinsky_exp.meter import Meter, StepResult
@@ -211,7 +211,7 @@ class Bench:
             NoiseSource(0, 0, self.accelerator.device),
             accelerator=self.accelerator,
             tracker=self.tracker,
-            settings=build.loop_settings(self.cfg, self.training.step + steps, self.accelerator),
+            settings=run_settings.loop_settings(self.cfg, self.training.step + steps, self.accelerator),
             events=events or Nothing(),
             stop=events or Nothing(),
         )
@@ -568,7 +568,7 @@ def test_a_decoder_asks_the_prior_once_and_lets_it_go(bench: Any) -> None:
     made = bench("decoder")
     made.stage.use_null_condition(made.stage.encode_null())  # as it comes from a cache
     made.stage.weights.release(made.stage.encoders)
-    settings = build.sample_settings(made.cfg)
+    settings = run_settings.sample_settings(made.cfg)
     network = made.stage.network.eval()
     first = made.stage.sample(network, ["a dog"], settings)
     assert loaded(made.stage) == {"movq"}
@@ -580,7 +580,7 @@ def test_a_decoder_asks_the_prior_once_and_lets_it_go(bench: Any) -> None:
 
 def test_a_prior_needs_the_image_encoder_for_one_embedding(bench: Any) -> None:
     made = bench("prior")
-    settings = build.sample_settings(made.cfg)
+    settings = run_settings.sample_settings(made.cfg)
     network = made.stage.network.eval()
     first = made.stage.sample(network, ["a dog"], settings)
     assert loaded(made.stage) == {"text_encoder", "unet", "movq"}
@@ -593,7 +593,7 @@ def test_encoders_that_training_needs_stay(bench: Any) -> None:
     """Features encoded on the fly: an encoder that was loaded for them is not taken away by sampling."""
     made = bench("prior")
     made.stage.weights.load("image_encoder")
-    made.stage.sample(made.stage.network.eval(), ["a dog"], build.sample_settings(made.cfg))
+    made.stage.sample(made.stage.network.eval(), ["a dog"], run_settings.sample_settings(made.cfg))
     assert "image_encoder" in loaded(made.stage)
 
 
@@ -606,7 +606,7 @@ def test_the_decoder_trains_in_channels_last_and_the_prior_has_none(bench: Any) 
 
 def test_a_prior_redraws_nothing(bench: Any) -> None:
     made = bench("prior")
-    assert made.stage.reconstruct(made.stage.network, made.features(), build.sample_settings(made.cfg)) == []
+    assert made.stage.reconstruct(made.stage.network, made.features(), run_settings.sample_settings(made.cfg)) == []
 
 
 # --- compiled once

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kandinsky_exp.data.digests import CHUNK, FileDigests, Hash, update
-from kandinsky_exp.data.examples import Example, Indexed, read_file
+from kandinsky_exp.data.examples import Example, Indexed, Source, read_file
 from kandinsky_exp.data.rows import parse_captions
+from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError
 
 
@@ -118,9 +119,7 @@ def load(name: str, split: str, revision: str | None) -> Any:
             return {split: datasets.load_from_disk(name)}
         return datasets.load_dataset(name, revision=revision)
     except Exception as error:  # connection, hub, file format, builder: the library has no common base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        check = "check the id, your access (hf auth login) and the network, or give a local copy"
-        raise DataError(f"data.name: {name} cannot be loaded: {reason}; {check}") from error
+        raise _not_there(name, error) from error
 
 
 def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column: str) -> HubRows:
@@ -139,3 +138,53 @@ def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     keep = [column for column in (image_column, caption_column) if column in rows.column_names]
     return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column)
+
+
+@dataclass(frozen=True)
+class Announced(Source):
+    """A split of which no more is known than its page on the hub says: nothing of it was fetched."""
+
+    streamed = True
+    name: str
+    images: int | None
+
+    @property
+    def count(self) -> int | None:
+        return self.images
+
+    def examples(self, start: int = 0) -> Iterator[Example]:
+        raise NotImplementedError
+
+    def __getitem__(self, row: int) -> Example:
+        raise NotImplementedError
+
+    def fingerprint(self, digests: FileDigests) -> str:
+        raise NotImplementedError
+
+
+def announced(
+    name: str, split: str, validation_split: str | None, revision: str | None, limit: int | None = None
+) -> Splits:
+    """What the hub says of a data set.
+
+    Args:
+        limit: of the images of each split.
+
+    Raises:
+        DataError: if it cannot be asked.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(name, revision=revision).info.splits or {}
+    except Exception as error:  # connection, hub, builder: the library has no common base class
+        raise _not_there(name, error) from error
+    sizes = {key: min(filter(None, (value.num_examples, limit)), default=None) for key, value in found.items()}
+    parts = [Announced(f"{name}/{key}", sizes.get(key)) for key in (split, validation_split) if key is not None]
+    return Splits(parts[0], parts[1] if validation_split in sizes else None)
+
+
+def _not_there(name: str, error: Exception) -> DataError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    check = "check the id, your access (hf auth login) and the network, or give a local copy"
+    return DataError(f"data.name: {name} cannot be loaded: {reason}; {check}")

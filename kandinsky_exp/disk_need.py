@@ -1,0 +1,78 @@
+"""What a run writes to the disk: encoded features, checkpoints, the result."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+
+from kandinsky_exp import build
+from kandinsky_exp.data import cache
+from kandinsky_exp.data.examples import Indexed, Source
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.table import DTYPES
+from kandinsky_exp.rehearsal import Rehearsal
+
+LOOKED_AT = 1000  # rows whose captions are counted and tokenized
+OF_A_ROW = 60  # bytes of an image beside its features: id, row, captions, checksum
+OF_A_CAPTION = 30
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Encoded features of one source.
+
+    Args:
+        images: None where nobody knows how many there are.
+        each: bytes per image.
+        is_there: whether a table of that source, in that type and with as many images, is there already.
+    """
+
+    images: int | None
+    each: float
+    is_there: bool
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.is_there else int((self.images or 0) * self.each)
+
+
+def of_cache(cfg: DictConfig, made: Rehearsal, source: Source) -> Cache:
+    """Without a look at the content of images and encoders: what has changed meanwhile is encoded anew."""
+    about = f"{made.stage.name} {source.name} {cfg.data.cache_dtype}"
+    found = cache.entries(build.cache_folder(cfg))
+    is_there = any(entry.about == about and entry.images == source.count for entry in found)
+    return Cache(source.count, _each(cfg, made, source), is_there)
+
+
+def _each(cfg: DictConfig, made: Rehearsal, source: Source) -> float:
+    itemsize = np.dtype(DTYPES[cfg.data.cache_dtype]).itemsize
+    features = {name: shape.numel() * itemsize for name, shape in made.encoded().items()}
+    images = sum(size for name, size in features.items() if not name.startswith("text_")) + OF_A_ROW
+    total = float(images * (1 + cfg.data.flip))
+    if made.stage.preprocess.tokenizer is None:
+        return total
+    captions, tokens = _captions(made.stage.preprocess, source)
+    state = made.encoded()["text_states"][-1] * itemsize
+    return total + float(captions * (features["text_embeds"] + tokens * state + OF_A_CAPTION))
+
+
+def _captions(preprocess: Preprocess, source: Source) -> tuple[float, float]:
+    """(captions per image, tokens per caption) of some rows; of a stream, which would have to be read, a guess."""
+    length = preprocess.tokenizer.model_max_length  # type: ignore[union-attr]
+    if not isinstance(source, Indexed):
+        return 1.0, float(length)
+    rows = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int))
+    texts = [text for row in rows for text in source[int(row)].captions]
+    tokens = [int(tensors["text_mask"].sum()) for tensors, _ in preprocess.tokenize(texts)] if texts else [length]
+    return len(texts) / len(rows), sum(tokens) / len(tokens)
+
+
+def free(folder: Path) -> int | None:
+    """Bytes of the disk that a folder lies on, or will lie on; None where the disk cannot say so."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        return shutil.disk_usage(there).free
+    except OSError:
+        return None

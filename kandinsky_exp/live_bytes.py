@@ -1,0 +1,78 @@
+"""How much memory tensors hold, whether they have data or not."""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+# The C library keeps what is freed of smaller blocks for later, and gives larger ones back to the system: its
+# threshold for that follows the blocks that are freed, up to this (DEFAULT_MMAP_THRESHOLD_MAX of glibc, 64 bits).
+LARGE = 32 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at most.
+
+    Args:
+        total: of all blocks at once.
+        large: of the large ones alone.
+        small: of the others alone.
+    """
+
+    total: int
+    large: int
+    small: int
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped
+    """Follows the storages of all tensors that are made while it is open, for as long as they live.
+
+    A storage that several tensors share counts once. What a kernel takes and gives back inside itself is not seen.
+
+    Args:
+        held: tensors that are there already, which do not count.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped
+        self.now: int = 0
+        self.peak: int = 0
+        self._by_size, self._peaks = [0, 0], [0, 0]  # small, large
+        self._known = {tensor.untyped_storage()._cdata for tensor in held}
+
+    @property
+    def at_most(self) -> Peak:
+        small, large = self._peaks
+        return Peak(self.peak, large, small)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._follow(value)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._count(size, size)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._count(-size, size)
+
+    def _count(self, change: int, size: int) -> None:
+        place = int(size >= LARGE)
+        self.now += change
+        self._by_size[place] += change
+        self.peak = max(self.peak, self.now)
+        self._peaks[place] = max(self._peaks[place], self._by_size[place])

@@ -1,0 +1,67 @@
+"""What a config says of a run's length, its batches and its pictures. Nothing is built."""
+
+import sys
+from typing import Any
+
+from accelerate import Accelerator
+from omegaconf import DictConfig
+
+from kandinsky_exp.loop import LoopSettings
+from kandinsky_exp.paths import expanded
+from kandinsky_exp.pipelines import SampleSettings
+
+
+def prompts(value: Any) -> list[str]:
+    """A list of prompts, or the lines of the text file that a string names."""
+    if isinstance(value, str):
+        lines = expanded(value).read_text("utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    return [str(prompt) for prompt in value]
+
+
+def sample_settings(cfg: DictConfig) -> SampleSettings:
+    """How validation images are drawn: at the training resolution."""
+    return SampleSettings(
+        inference_steps=cfg.validation.inference_steps,
+        guidance_scale=cfg.validation.guidance_scale,
+        seed=cfg.validation.seed,
+        batch_size=cfg.validation.batch_size,
+        height=cfg.data.resolution,
+        width=cfg.data.resolution,
+    )
+
+
+def total_steps(cfg: DictConfig, rows: int | None, num_processes: int) -> int:
+    """Optimizer steps of the whole run: `max_steps`, or the end of `max_epochs`, whichever comes first.
+
+    Args:
+        rows: images that train; None where that is not known yet, which leaves `max_steps`.
+    """
+    if cfg.trainer.max_epochs is None or rows is None:
+        return int(cfg.trainer.max_steps)
+    per_step = total_batch(cfg, num_processes)
+    return int(min(cfg.trainer.max_steps, -(-rows * cfg.trainer.max_epochs // per_step)))
+
+
+def total_batch(cfg: DictConfig, num_processes: int) -> int:
+    """Samples per optimizer step, over all processes."""
+    return int(cfg.trainer.batch_size * cfg.trainer.grad_accumulation * num_processes)
+
+
+def shown(cfg: DictConfig) -> int:
+    """Samples that a process sees at once: with class images beside the subject's pictures, twice the batch."""
+    pairs = "class_prompt" in cfg.data and cfg.data.class_prompt is not None
+    return int(cfg.trainer.batch_size * (2 if pairs else 1))
+
+
+def loop_settings(cfg: DictConfig, steps: int, device: Accelerator) -> LoopSettings:
+    return LoopSettings(
+        max_steps=steps,
+        grad_accumulation=cfg.trainer.grad_accumulation,
+        max_grad_norm=cfg.trainer.max_grad_norm,
+        log_every=cfg.trainer.log_every,
+        validate_every=cfg.validation.every,
+        checkpoint_every=cfg.checkpoint.every,
+        total_batch=total_batch(cfg, device.num_processes),
+        progress=device.is_main_process and sys.stderr.isatty(),
+    )
