@@ -161,14 +161,18 @@ def find_adapter(cfg: DictConfig, key: str, source: str, side: Side | None = Non
     else:
         place, run_id = located(cfg, key, source, side)
         folder = _with_file(place, key, source)
-    try:
-        trained_for = adapter_files.stage(adapter_files.read(folder))
-    except ValueError as error:
-        raise ConfigError(f"{key}: {folder} cannot be loaded: {error}; give another") from error
+    trained_for = adapter_files.stage(_shapes(folder, key))
     if trained_for is None:
         raise ConfigError(f"{key}: {folder} is an adapter of another network than Kandinsky 2.2 has; give another")
     run_folder = run_of(folder)
     return Adapter(folder, trained_for, run_folder, run_id or recorded_id(run_folder))
+
+
+def _shapes(folder: Path, key: str) -> adapter_files.Shapes:
+    try:
+        return adapter_files.read(folder)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {folder} cannot be loaded: {error}; give another") from error
 
 
 def _with_file(place: Path, key: str, source: str) -> Path:
@@ -226,8 +230,9 @@ def check_networks(weights: Weights, origins: Mapping[Side, Origin], keys: str =
         if origin.adapters:
             shapes = architectures.described(part, origin.network or weights.folder(part))
         for one in origin.adapters:
-            if (problem := adapter_files.misfit(adapter_files.read(one.folder), shapes)) is not None:
-                raise ConfigError(f"{keys.format(side=side)}: {one.folder} does not fit {origin.base}: {problem}")
+            key = keys.format(side=side)
+            if (problem := adapter_files.misfit(_shapes(one.folder, key), shapes)) is not None:
+                raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
 
 
 def use(weights: Weights, origins: Mapping[Side, Origin]) -> None:

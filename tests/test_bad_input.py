@@ -286,7 +286,7 @@ TABLE["keys and groups"] = [
     Bad(["experiment=demo_prio"], "did you mean demo_prior?"),
     Bad(["sweep=lrs", *EMOJI], "sweep: there is no sweep=lrs; the choices are lr, snr"),
     Bad(["trainer=3", *EMOJI], "trainer: needs a name; choose one of default"),
-    Bad(["data=null"], "data: needs a name; choose one of emoji, folder, hub"),
+    Bad(["data=null"], "data: needs a name; choose one of dreambooth, emoji, folder, hub"),
     Bad(["precision=fp8", *EMOJI], "there is no precision=fp8; the choices are bf16, fp16, fp32"),
     Bad(["modle=decoder", *EMOJI], "modle: no such setting; did you mean model?"),
     Bad(["+modle=decoder", *EMOJI], "modle: nothing reads this key; remove it; did you mean model?"),

@@ -309,7 +309,10 @@ def test_damaged_weights_are_named(harm: Callable[[Path], object], message: str,
 
 
 def test_an_adapter_run_is_no_weights(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"weights\.prior: .*a run without a pipeline.*an adapter run leaves"):
+    with pytest.raises(
+        ConfigError,
+        match=r"weights\.prior: .*has an adapter, no whole network; make one: kandinsky-exp export",
+    ):
         train(root, "model=prior", f"weights.prior={root}/l", *QUICK)
 
 

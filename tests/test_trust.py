@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 from PIL import Image
 
-from kandinsky_exp import build, cli, config, generate, parts, saved_config, trust, weight_files, weights
+from kandinsky_exp import build, cli, config, generate, locating, parts, saved_config, trust, weight_files, weights
 from kandinsky_exp.data import sources
 from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import ConfigError, DataError
@@ -512,7 +512,7 @@ def test_a_foreign_checkpoint_with_a_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prior").mkdir()
     (tmp_path / "prior" / "adapter.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"prior: .*'prior/adapter\.bin' is a pickle"):
-        generate.trained_network(tmp_path, "prior")
+        locating.trained_network(tmp_path, "prior")
 
 
 def test_a_model_that_asks_for_a_repositorys_kernel(their_weights: Path) -> None:

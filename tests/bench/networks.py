@@ -102,7 +102,7 @@ class RandomWeights(Weights):
         super().__init__("random", "random", cache_folder=Path(), frozen_dtype=frozen_dtype)
         self.architecture, self.device = architecture, device
 
-    def _read(self, part: str, dtype: str) -> Any:
+    def _read(self, part: str, dtype: str, bits: str | None = None) -> Any:
         if part in FROM_CONFIG or part in CLIP:
             return network(self.architecture, part, self.device, getattr(torch, dtype))
         return small_part(self.architecture, part)
