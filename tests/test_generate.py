@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from kandinsky_exp.adapter_files import WEIGHTS_NAME
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.generate import generate
-from kandinsky_exp.origins import find_origins
+from kandinsky_exp.origins import Origin, find_origins
+from kandinsky_exp.parts import Side
 
 STEPS = ["inference_steps=2", "prior_inference_steps=2", "prompts=[a red heart, a dog]"]
 
@@ -94,41 +95,39 @@ def test_the_revision_of_the_base_is_the_runs_own(root: Path, tmp_path: Path) ->
     assert (origins["prior"].base, origins["prior"].revision) == ("nobody/nothing", "p1")
 
 
+def origins(root: Path, *overrides: str) -> dict[Side, Origin]:
+    return find_origins(composed(root, *STEPS, *overrides, verb="generate", small=[]))
+
+
 def test_adapter_run(root: Path) -> None:
-    """By its folder as a side, or as an adapter; by a checkpoint, by its run's id: the same images."""
-    base, as_side = drawn(root, "base", "weights=tiny"), drawn(root, "lora", f"prior={root}/lora")
+    """By its folder as a side, or as an adapter; by a checkpoint, by its run's id."""
+    as_side, base = drawn(root, "lora", f"prior={root}/lora"), drawn(root, "base", "weights=tiny")
     assert not np.array_equal(as_side, base)
+    assert np.array_equal(drawn(root, "as-adapter", f"prior_adapter={root}/lora"), as_side)
     run_id = next(run.info.run_id for run in runs(root) if run.info.run_name == "lora")
-    for name, source in {
-        "run": root / "lora",
-        "file": root / "lora" / "adapter",
-        "checkpoint": root / "lora" / "checkpoints" / "step-00000004",
-        "id": run_id,
-    }.items():
-        assert np.array_equal(drawn(root, f"adapter-{name}", f"prior_adapter={source}"), as_side), name
+    expected, step = root / "lora" / "adapter", root / "lora" / "checkpoints" / "step-00000004"
+    for source, folder in ((expected, expected), (run_id, expected), (step, step / "prior"), (step / "prior",) * 2):
+        (found,) = origins(root, f"prior_adapter={source}")["prior"].adapters
+        assert (found.folder, found.run_id, found.run_folder) == (folder, run_id, root / "lora")
 
 
 def test_adapters_have_scales(root: Path) -> None:
-    """0 is the base; one number for all, or one for each; and what both change together is neither of them alone."""
-    base = drawn(root, "unscaled", "weights=tiny")
+    """0 is the base; one number for all, or one for each; what both change together is neither of them alone."""
     lora, dora = f"prior_adapter={root}/lora", f"decoder_adapter={root}/dora"
-    assert np.array_equal(drawn(root, "none", lora, dora, "adapter_scale=0"), base)
-    both, first = drawn(root, "both", lora, dora), drawn(root, "first", lora, dora, "adapter_scale=[1,0]")
-    assert np.array_equal(first, drawn(root, "alone", lora))
-    assert not np.array_equal(both, first)
-    assert not np.array_equal(both, drawn(root, "half", lora, dora, "adapter_scale=0.5"))
-    twice = f"prior_adapter=[{root}/lora,{root}/lora]"
-    halves, whole = drawn(root, "halves", twice, "adapter_scale=[0.25,0.75]"), drawn(root, "whole", lora)
-    assert np.abs(np.subtract(halves, whole, dtype=int)).max() <= 2  # their sum is rounded elsewhere
+    assert np.array_equal(drawn(root, "none", lora, dora, "adapter_scale=0"), drawn(root, "unscaled", "weights=tiny"))
+    first, alone = drawn(root, "first", lora, dora, "adapter_scale=[1,0]"), drawn(root, "alone", lora)
+    assert np.array_equal(first, alone)
+    assert not np.array_equal(drawn(root, "both", lora, dora), first)
+    halves = drawn(root, "halves", f"prior_adapter=[{root}/lora,{root}/lora]", "adapter_scale=[0.25,0.75]")
+    assert np.abs(np.subtract(halves, alone, dtype=int)).max() <= 2  # their sum is rounded elsewhere
 
 
 def test_an_adapter_goes_onto_another_base_and_brings_its_own(root: Path) -> None:
     trained = drawn(root, "on-trained", f"prior={root}/prior", f"prior_adapter={root}/lora")
     assert not np.array_equal(trained, drawn(root, "only-trained", f"prior={root}/prior"))
-    cfg = composed(root, *STEPS, f"decoder_adapter={root}/dora", verb="generate", small=[])
-    origins = find_origins(cfg)  # not the hub's, which is what `weights` says
-    assert (origins["prior"].base, origins["decoder"].base) == ("tiny", "tiny")
-    assert origins["decoder"].adapters[0].folder == root / "dora" / "adapter"
+    found = origins(root, f"decoder_adapter={root}/dora")  # not the hub's, which is what `weights` says
+    assert (found["prior"].base, found["decoder"].base) == ("tiny", "tiny")
+    assert found["decoder"].adapters[0].folder == root / "dora" / "adapter"
 
 
 def test_both_stages_of_a_sweep_are_found_by_its_folder(root: Path, tmp_path: Path) -> None:
@@ -136,13 +135,14 @@ def test_both_stages_of_a_sweep_are_found_by_its_folder(root: Path, tmp_path: Pa
     for job, run in (("model=prior", "lora"), ("model=decoder", "dora")):
         shutil.copytree(root / run, sweep / job, symlinks=True)
     (sweep / "run.json").write_text('{"stage": "sweep"}')
-    by_sweep = drawn(root, "sweep", f"prior={sweep}", f"decoder={sweep}")
-    pair = [f"prior_adapter={root}/lora", f"decoder_adapter={root}/dora"]
-    assert np.array_equal(by_sweep, drawn(root, "pair", *pair))
-    assert np.array_equal(by_sweep, drawn(root, "loose", f"prior_adapter={sweep}", f"decoder_adapter={sweep}"))
+    by_side = origins(root, f"prior={sweep}", f"decoder={sweep}")
+    loose = origins(root, f"prior_adapter={sweep}", f"decoder_adapter={sweep}")
+    for found in (by_side, loose):
+        assert found["prior"].adapters[0].folder == sweep / "model=prior" / "adapter"
+        assert found["decoder"].adapters[0].folder == sweep / "model=decoder" / "adapter"
     shutil.copytree(root / "lora", sweep / "again", symlinks=True)
     with pytest.raises(ConfigError, match=r"prior: .* is a sweep with 2 such jobs \('again', 'model=prior'\)"):
-        drawn(root, "which", f"prior={sweep}")
+        origins(root, f"prior={sweep}")
 
 
 def test_an_adapter_of_another_base_is_refused(root: Path, tmp_path: Path) -> None:
