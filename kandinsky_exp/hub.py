@@ -165,6 +165,8 @@ def read_result(run_folder: Path) -> Result:
     record = workspace.read_record(run_folder)
     if record is None:
         raise ConfigError(f"run: {run_folder} is not the folder of a run; give one, with a run.json in it")
+    if record.stage == "sweep":
+        raise ConfigError(f"run: {run_folder} is a sweep; give the folder of one of its jobs")
     is_adapter = (run_folder / "adapter").is_dir()
     if record.status != "FINISHED" or not (is_adapter or (run_folder / "pipeline").is_dir()):
         raise ConfigError(f"run: {run_folder} is not finished ({record.status}); go on with it first")

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kandinsky_exp import build, optimizer_state, run_settings
+from kandinsky_exp import adapters, build, optimizer_state, run_settings
 from kandinsky_exp.described import DescribedWeights, give_fakes
 from kandinsky_exp.live_bytes import LiveBytes, Peak
 from kandinsky_exp.optimizer_state import StepNeed
@@ -110,8 +110,8 @@ class Rehearsal:
     @cached_property
     def stage(self) -> DiffusionStage:
         cfg = self.cfg.copy()
-        if cfg.adapter.base_precision is not None:
-            OmegaConf.update(cfg, BASE, None)  # there is nothing to quantise: `sizes` counts what it would come to
+        OmegaConf.update(cfg, BASE, None)  # there is nothing to quantise: `sizes` counts what it would come to
+        OmegaConf.update(cfg, "adapter.init", "default")  # nor weights to begin with: `sizes` counts these too
         return build.stage(cfg, self.weights)
 
     @cached_property
@@ -140,7 +140,8 @@ class Rehearsal:
             sum(value.numel() for value in frozen.values()),
             sum(value.nbytes for value in trained),
             int(sum(sizes)) + sum(value.nbytes for value in self.network.buffers()),
-            sum(value.nbytes for value in self.stage.snapshot(self.network, {}).tensors.values()),
+            sum(value.nbytes for value in self.stage.snapshot(self.network, {}).tensors.values())
+            * (2 if self.cfg.adapter.init in adapters.TAKEN_FROM_WEIGHTS else 1),  # both go into the file
         )
 
     @once("precision.name")

@@ -230,7 +230,14 @@ def test_nothing_fits_into_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_weights_without_data_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hollow.write(BENCH, tmp_path / "weights")
     weights = [f"weights.{side}={tmp_path / 'weights' / side}" for side in ("prior", "decoder")]
-    overrides = [*weights, "model=prior", "precision=bf16", "adapter=lora", "validation.prompts=[a fox]"]
+    overrides = [
+        *weights,
+        "model=prior",
+        "precision=bf16",
+        "adapter=lora",
+        "adapter.init=pissa",
+        "validation.prompts=[a fox]",
+    ]
     assert plan(settings(tmp_path, *overrides)) > 0.3
     assert "drawing" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="clip_std has zeros"):  # what loading makes of them
