@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kandinsky_exp import adapters, architectures, averaging, run_settings, targets, trust
+from kandinsky_exp import adapters, architectures, averaging, host_memory, run_settings, targets, trust
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
 from kandinsky_exp.data.encoding import EncodeSettings
@@ -46,6 +46,8 @@ def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"precision: {str(error).splitlines()[0]}; set precision=fp32 or bf16") from error
+    if made.device.type == "cpu":
+        host_memory.give_back_large_blocks()
     if made.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise ConfigError(
             f"accelerate launch: {made.distributed_type.value} shards the weights, which checkpoints of this runner do "

