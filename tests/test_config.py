@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from kandinsky_exp import config, targets
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.fitting import fits, misfit
-from kandinsky_exp.schema import Optimizer, at_least
+from kandinsky_exp.rules import at_least
+from kandinsky_exp.schema import Optimizer
 
 CONF = Path(__file__).parent.parent / "conf"
 PROJECT = tomllib.loads((CONF.parent / "pyproject.toml").read_text("utf-8"))["project"]

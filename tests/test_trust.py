@@ -268,7 +268,7 @@ def test_a_nested_target_of_the_users(my_parts: None, tmp_path: Path) -> None:
     cfg = with_node("optimizer", node, tmp_path)
     assert len(config.problems(cfg)) == 2
     config.validate(cfg, ["my_parts"])
-    made = build._optimizer(cfg, [torch.nn.Parameter(torch.zeros(1))], build.accelerator(cfg))
+    made = build.make_optimizer(cfg, [torch.nn.Parameter(torch.zeros(1))], build.accelerator(cfg).device)
     assert (type(made).__name__, made.wrapped.func.__name__) == ("Loud", "make")
 
 
