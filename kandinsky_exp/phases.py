@@ -19,8 +19,6 @@ from kandinsky_exp.stages.base import DiffusionStage
 GROWS = 120_000_000
 # Between blocks that the C library cuts from one heap, per byte of these: measured, see «Will it fit?» in the README.
 GAPS = 0.4
-# The same per byte of gradients, where an optimizer puts small lasting tensors between large passing ones (Adafactor).
-HOLES = 0.9
 MLFLOW = 100_000_000  # bytes that its client takes of the process, see the benchmarks of the README
 ROOM = 0.9  # of the free memory: a checkpoint's copy takes no more
 
@@ -165,9 +163,7 @@ class Phases:
         """Between small blocks of host memory, once a step was made."""
         if not self.on_host:
             return {}
-        step = self.rehearsal.optimizer()
-        pinned = HOLES * self.passes.gradients if 0 < step.state < step.temporary else 0
-        return {"gaps": int(max(GAPS * self.passes.peak.small, pinned))}
+        return {"gaps": int(GAPS * self.passes.peak.small)}
 
     def _saving(self) -> Iterator[Phase]:
         """A checkpoint's copy in host memory, where there is room for it."""
