@@ -46,8 +46,6 @@ def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"precision: {str(error).splitlines()[0]}; set precision=fp32 or bf16") from error
-    if made.device.type == "cpu":
-        host_memory.give_back_large_blocks()
     if made.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise ConfigError(
             f"accelerate launch: {made.distributed_type.value} shards the weights, which checkpoints of this runner do "
@@ -195,6 +193,8 @@ def target_modules(cfg: DictConfig) -> list[str] | str | None:
 
 def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_steps: int) -> Training:
     """Optimizer, schedule and EMA around the stage's network, prepared by Accelerate."""
+    if device.device.type == "cpu":
+        host_memory.give_back_blocks(run_settings.large_blocks(cfg))
     network = made.place(device.device, mixed_precision=device.mixed_precision != "no")
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(cfg, trainable, device.device)

@@ -1,6 +1,7 @@
 """What a run writes to the disk: encoded features, checkpoints, the result."""
 
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from kandinsky_exp import build
 from kandinsky_exp.data import cache
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.data.table import DTYPES
 from kandinsky_exp.rehearsal import Rehearsal
 
@@ -38,22 +40,32 @@ class Cache:
         return 0 if self.is_there else int((self.images or 0) * self.each)
 
 
-def of_cache(cfg: DictConfig, made: Rehearsal, source: Source) -> Cache:
+def of_caches(cfg: DictConfig, made: Rehearsal, splits: Splits) -> Iterator[Cache]:
     """Without a look at the content of images and encoders: what has changed meanwhile is encoded anew."""
-    about = f"{made.stage.name} {source.name} {cfg.data.cache_dtype}"
+    reads_captions = made.stage.preprocess.tokenizer is not None
+    for source in splits.both:
+        captions = _captions(made.stage.preprocess, source) if reads_captions else (0.0, 0.0)
+        yield _cache(cfg, made, source.name, source.count, captions)
+    if (kept := splits.kept) is not None:  # of which some may have to be drawn, in a folder that has no name yet
+        tokens = _tokens(made.stage.preprocess, [kept.prompt]) if reads_captions else 0.0
+        yield _cache(cfg, made, str(kept.folder), kept.count, (1.0, tokens))
+
+
+def _cache(cfg: DictConfig, made: Rehearsal, name: str, count: int | None, captions: tuple[float, float]) -> Cache:
+    about = f"{made.stage.name} {name} {cfg.data.cache_dtype}"
     found = cache.entries(build.cache_folder(cfg))
-    is_there = any(entry.about == about and entry.images == source.count for entry in found)
-    return Cache(source.count, _each(cfg, made, source), is_there)
+    is_there = any(entry.about == about and entry.images == count for entry in found)
+    return Cache(count, _each(cfg, made, *captions), is_there)
 
 
-def _each(cfg: DictConfig, made: Rehearsal, source: Source) -> float:
+def _each(cfg: DictConfig, made: Rehearsal, captions: float, tokens: float) -> float:
+    """Bytes per image, which has so many captions of so many tokens."""
     itemsize = np.dtype(DTYPES[cfg.data.cache_dtype]).itemsize
     features = {name: shape.numel() * itemsize for name, shape in made.encoded().items()}
     images = sum(size for name, size in features.items() if not name.startswith("text_")) + OF_A_ROW
     total = float(images * (1 + cfg.data.flip))
     if made.stage.preprocess.tokenizer is None:
         return total
-    captions, tokens = _captions(made.stage.preprocess, source)
     state = made.encoded()["text_states"][-1] * itemsize
     return total + float(captions * (features["text_embeds"] + tokens * state + OF_A_CAPTION))
 
@@ -65,8 +77,12 @@ def _captions(preprocess: Preprocess, source: Source) -> tuple[float, float]:
         return 1.0, float(length)
     rows = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int))
     texts = [text for row in rows for text in source[int(row)].captions]
-    tokens = [int(tensors["text_mask"].sum()) for tensors, _ in preprocess.tokenize(texts)] if texts else [length]
-    return len(texts) / len(rows), sum(tokens) / len(tokens)
+    return len(texts) / len(rows), _tokens(preprocess, texts) if texts else float(length)
+
+
+def _tokens(preprocess: Preprocess, texts: Sequence[str]) -> float:
+    """Their mean number."""
+    return sum(int(tensors["text_mask"].sum()) for tensors, _ in preprocess.tokenize(texts)) / len(texts)
 
 
 def free(folder: Path) -> int | None:

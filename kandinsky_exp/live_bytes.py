@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from kandinsky_exp.host_memory import LARGE
-
 
 @dataclass(frozen=True)
 class Peak:
@@ -34,10 +32,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped
 
     Args:
         held: tensors that are there already, which do not count.
+        large: bytes, from which on a block is a large one.
     """
 
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+    def __init__(self, held: Iterable[Tensor] = (), large: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped
+        self.large = large
         self.now: int = 0
         self.peak: int = 0
         self._by_size, self._peaks = [0, 0], [0, 0]  # small, large
@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped
         self._count(-size, size)
 
     def _count(self, change: int, size: int) -> None:
-        place = int(size >= LARGE)
+        place = int(size >= self.large)
         self.now += change
         self._by_size[place] += change
         self.peak = max(self.peak, self.now)

@@ -44,6 +44,7 @@ class Phases:
     Args:
         images: that train, None where nobody knows yet; of `held_out` the same.
         encodes: whether something is not encoded yet.
+        draws_class: whether class images have to be drawn.
         python: bytes of the process before it makes anything.
         capacity: bytes that the run may use.
     """
@@ -53,6 +54,7 @@ class Phases:
     images: int | None
     held_out: int | None
     encodes: bool
+    draws_class: bool
     python: int
     capacity: int
 
@@ -63,6 +65,7 @@ class Phases:
 
     def phases(self) -> Iterator[Phase]:
         """Those that there has to be room for."""
+        yield from self._drawing_class()
         yield from self._encoding()
         yield from self._training()
         yield from self._validating()
@@ -114,6 +117,22 @@ class Phases:
 
     # --- the phases
 
+    def _drawing_class(self) -> Iterator[Phase]:
+        """One picture at a time, of base networks that leave again: the largest of what happens one after the other."""
+        if self.draws_class:
+            needs, pairs = self.rehearsal.answering, 2  # with the condition and without
+            scenes = [
+                (["image_encoder"], [needs("image_encoder", 1)]),
+                (["prior", "text_encoder"], [needs("text_encoder", 1), needs("prior", pairs)]),
+                (["unet", "movq"], [needs("unet", pairs), needs("movq", 1)]),
+            ]
+            phases = [
+                Phase("class", self._base() | {"parts that draw": self._parts(parts), "activations": need.total})
+                for parts, some in scenes
+                for need in some
+            ]
+            yield max(phases, key=lambda phase: phase.total)
+
     def _encoding(self) -> Iterator[Phase]:
         if not (self.encodes and self.cfg.data.cache):
             return
@@ -129,7 +148,7 @@ class Phases:
         parts = self.steady | {"gradients": passes.gradients, "activations": passes.activations}
         peak = max(passes.peak.total, passes.gradients + made.optimizer().temporary)
         if not self.cfg.data.cache:
-            encoding = made.encoding(self.cfg.trainer.batch_size).total
+            encoding = made.encoding(run_settings.shown(self.cfg)).total
             # On the CPU batches are encoded between the steps, elsewhere beside them.
             peak = max(peak, encoding) if self.on_host else peak + encoding
         parts["not at once"] = peak - passes.gradients - passes.activations

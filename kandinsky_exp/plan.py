@@ -50,14 +50,17 @@ class Planner:
         splits = known(cfg)
         self.train, self.held_out = rows(cfg, splits)
         self.made = Rehearsal(cfg, accelerator)  # what is learned from it counts for other settings, too
-        self.caches = [disk_need.of_cache(cfg, self.made, source) for source in splits.both] if cfg.data.cache else []
+        self.caches = list(disk_need.of_caches(cfg, self.made, splits)) if cfg.data.cache else []
+        self.draws_class = splits.kept is not None and bool(splits.kept.missing())
         self.need = self._need(cfg, self.made)
         self.phases = list(self.need.all())
         self.peak = max(self.phases, key=lambda phase: phase.total)
 
     def _need(self, cfg: DictConfig, made: Rehearsal) -> Phases:
         encodes = not all(found.is_there for found in self.caches) or not self.caches
-        return Phases(cfg, made, self.train, self.held_out, encodes, self.python, self.capacity)
+        return Phases(
+            cfg, made, self.train, self.held_out, encodes, self.draws_class, python=self.python, capacity=self.capacity
+        )
 
     def lines(self) -> Iterator[str]:
         yield self._title()
@@ -71,7 +74,7 @@ class Planner:
     def _title(self) -> str:
         cfg = self.cfg
         what = "all weights" if cfg.adapter.name == "none" else f"{cfg.adapter.name} of rank {cfg.adapter.rank}"
-        how = f"batches of {cfg.trainer.batch_size} at {cfg.data.resolution} px, {cfg.precision.name}"
+        how = f"batches of {run_settings.shown(cfg)} at {cfg.data.resolution} px, {cfg.precision.name}"
         return f"{self.made.stage.name}, {what}, {how}"
 
     def _parameters(self) -> str:
@@ -168,8 +171,8 @@ def known(cfg: DictConfig) -> sources.Splits:
 def rows(cfg: DictConfig, splits: sources.Splits) -> tuple[int | None, int | None]:
     """How many images train and are held out; None where that is known once they are read."""
     count = splits.train.count
-    if splits.validation is not None:
-        return count, splits.validation.count
+    if not splits.is_divided:
+        return count, 0 if splits.validation is None else splits.validation.count
     if count is None:
         return None, None
     train, held_out = sources.held_out(count, cfg.validation.fraction, cfg.seed)

@@ -170,7 +170,7 @@ class Rehearsal:
         with self._fakes(self.network, *self._encoders()):
             features = self._features(run_settings.shown(self.cfg))
             network = self.mixed.train()
-            with LiveBytes(self._held(network, features)) as live:
+            with LiveBytes(self._held(network, features), run_settings.large_blocks(self.cfg)) as live:
                 forward = 0
                 for _ in range(min(2, self.cfg.trainer.grad_accumulation)):
                     loss = self.stage.loss(network, features, torch.Generator(self.device)).loss
@@ -195,7 +195,7 @@ class Rehearsal:
         with self._fakes(*self._encoders()), torch.no_grad():
             return {name: value.shape[1:] for name, value in self.stage.encode(self._examples(1)).items()}
 
-    @once(*NETWORK, "data.resolution")
+    @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
     def validation(self, batch: int) -> Peak:
         """Activations of the fixed-noise loss."""
         with self._fakes(self.network, *self._encoders()):
@@ -204,7 +204,7 @@ class Rehearsal:
             action = partial(self.stage.loss, network, features, torch.Generator(self.device), steps)
             return self._need(action, network, held=features.values())
 
-    @once(*NETWORK, "data.resolution")
+    @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
     def answering(self, part: str, batch: int) -> Peak:
         """Activations of a network that answers a batch while images are drawn."""
         network = self.network if part == self.stage.part else self.weights.load(part)
@@ -270,7 +270,7 @@ class Rehearsal:
     def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> Peak:
         """What is needed beyond what is there, without gradients."""
         weights = [value for network in networks for value in (*network.parameters(), *network.buffers())]
-        live = LiveBytes([*weights, *held])
+        live = LiveBytes([*weights, *held], run_settings.large_blocks(self.cfg))
         with torch.no_grad(), live:
             action()
         return live.at_most

@@ -6,6 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
+from kandinsky_exp import host_memory
 from kandinsky_exp.loop import LoopSettings
 from kandinsky_exp.paths import expanded
 from kandinsky_exp.pipelines import SampleSettings
@@ -52,6 +53,12 @@ def shown(cfg: DictConfig) -> int:
     """Samples that a process sees at once: with class images beside the subject's pictures, twice the batch."""
     pairs = "class_prompt" in cfg.data and cfg.data.class_prompt is not None
     return int(cfg.trainer.batch_size * (2 if pairs else 1))
+
+
+def large_blocks(cfg: DictConfig) -> int:
+    """On the CPU, bytes from which on a freed block goes back at once: more of them where time is spent for memory."""
+    lean = cfg.trainer.gradient_checkpointing or cfg.precision.mixed_precision != "no"
+    return host_memory.LEAN if lean else host_memory.FAST
 
 
 def loop_settings(cfg: DictConfig, steps: int, device: Accelerator) -> LoopSettings:

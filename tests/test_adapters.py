@@ -6,7 +6,7 @@ import logging
 import diffusers
 import pytest
 import torch
-from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from diffusers import AutoPipelineForText2Image, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -317,6 +317,16 @@ def test_an_adapter_loads_through_a_pipelines_network(weights, tmp_path):
     assert before.tobytes() != expected.tobytes()
     pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int() for image in (found, expected)]
     assert (pixels[0] - pixels[1]).abs().max() <= 1
+
+
+def test_the_readmes_code_loads_an_adapter_of_either_stage(weights, tiny_folder, tmp_path):
+    pipeline = AutoPipelineForText2Image.from_pretrained(tiny_folder, local_files_only=True)
+    answers = {"prior": lambda: pipeline.prior_pipe.prior, "unet": lambda: pipeline.decoder_pipe.unet}
+    for part, network in (("prior", pipeline.prior_prior), ("unet", pipeline.unet)):
+        trained = shake(attach(weights.load_trainable(part)))
+        adapters.save(trained, tmp_path / part)
+        network.load_lora_adapter(tmp_path / part, weight_name=adapters.WEIGHTS_NAME, prefix=None)
+        torch.testing.assert_close(answer(part, answers[part]()), answer(part, trained), rtol=1e-4, atol=1e-5)
 
 
 @EACH

@@ -47,7 +47,7 @@ OWN_IMPORTS = {
     "outbox": {"lane", "mlflow_names"},
     "writer": {"lane", "mlflow_names"},
     "tracking": {"delivery", "errors", "lane", "mlflow_names", "mlflow_run", "outbox", "provenance", "store", "writer"},
-    "run_settings": {"loop", "paths", "pipelines"},
+    "run_settings": {"host_memory", "loop", "paths", "pipelines"},
     "config": {"crosschecks", "errors", "fitting", "redaction", "saved_config", "schema", "targets", "trust"},
     "targets": {"fitting", "schema", "trust"},
     "trust": set(),

@@ -14,13 +14,14 @@ import yaml
 from diffusers import AutoPipelineForText2Image
 from hub_server import Hub, Repository, read_again, running
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from running import PROMPTS, client, mlflow, network, runs, same, stopped_at, train
+from running import PROMPTS, client, composed, mlflow, network, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
 from kandinsky_exp import cli
 from kandinsky_exp import hub as publishing
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.model_card import Result, model_card
+from kandinsky_exp.origins import find_origins
 from kandinsky_exp.workspace import Record, read_record
 
 pytestmark = [  # how huggingface_hub calls httpx, and how diffusers calls huggingface_hub
@@ -143,6 +144,17 @@ def test_the_code_of_the_cards_runs(hub: Hub, published: dict[str, Path]) -> Non
         loaded = {key.replace(".default_0", ""): value for key, value in part.state_dict().items() if "lora_" in key}
         assert same(saved, loaded), repo
     assert not hub.unknown, "the stand-in lacks something"
+
+
+def test_generate_takes_an_adapter_by_its_repository(hub: Hub, published: dict[str, Path], tmp_path: Path) -> None:
+    names = ["prior_adapter=club/lp", "decoder_adapter=me/ld"]
+    origins = find_origins(composed(tmp_path, "weights=tiny", "prompts=[a]", *names, verb="generate", small=[]))
+    for side, repo in (("prior", "club/lp"), ("decoder", "me/ld")):
+        (found,) = origins[side].adapters
+        file = "pytorch_lora_weights.safetensors"
+        assert same(load_file(found.folder / file), load_file(published[repo] / "adapter" / file))
+    with pytest.raises(ConfigError, match=r"decoder_adapter: 'me/d' on the hub has no pytorch_lora_weights"):
+        find_origins(composed(tmp_path, "prompts=[a]", "decoder_adapter=me/d", verb="generate", small=[]))
 
 
 def finished(root: Path, name: str, *overrides: str) -> Path:

@@ -13,6 +13,7 @@ from diffusers import AutoPipelineForText2Image, PriorTransformer
 from omegaconf import OmegaConf
 from running import composed, network, same, stopped_at, train
 from safetensors.torch import load_file
+from test_checkpoint import step
 from torch import Tensor
 
 from kandinsky_exp import averaging, build, checkpoint, integrity, memory_advice, processes, schedules, state_file
@@ -132,17 +133,6 @@ def built(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
             return build.training(cfg, build.stage(cfg, build.weights(cfg)), accelerator, 100), accelerator
 
         yield make
-
-
-def step(training: Any) -> None:
-    generator = torch.Generator().manual_seed(training.step)
-    for parameter in training.trainable:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    training.optimizer.step()
-    training.scheduler.step()
-    if training.ema is not None:
-        averaging.update(training.ema, training.trainable)
-    training.step += 1
 
 
 def state_of(training: Any, accelerator: Any) -> Any:

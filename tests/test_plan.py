@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from kandinsky_exp import build, cheaper, optimizer_state, processes
 from kandinsky_exp.data import hub_rows
+from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.live_bytes import LiveBytes
 from kandinsky_exp.plan import Planner, plan
@@ -172,6 +173,20 @@ def test_activations_follow_batch_checkpointing_and_resolution(tmp_path: Path, a
     assert activations("model=prior", "trainer.batch_size=8", "trainer.gradient_checkpointing=true") < 0.8 * whole
     small, large = (Rehearsal(settings(tmp_path, f"data.resolution={side}"), accelerator) for side in (64, 128))
     assert large.answering("unet", 2).total > 3 * small.answering("unet", 2).total
+
+
+@pytest.mark.parametrize("model", ["prior", "decoder"])
+def test_class_images_are_drawn_encoded_and_shown(model: str, tmp_path: Path, accelerator: Accelerator) -> None:
+    pictures = ["data=dreambooth", f"data.instance_path={EMOJI / 'validation'}", "data.instance_prompt=a sks thing"]
+    common = [f"model={model}", *pictures, "data.max_samples=null", "data.resolution=64", "trainer.batch_size=2"]
+    alone = Planner(settings(tmp_path, *common), accelerator)
+    assert (alone.train, alone.held_out, len(alone.caches)) == (16, 0, 1), "of so few none is held out"
+    both = Planner(settings(tmp_path, *common, "data.class_prompt=a thing", "data.num_class_images=5"), accelerator)
+    assert [found.images for found in both.caches] == [16, 5]
+    assert {phase.name for phase in both.phases} - {phase.name for phase in alone.phases} == {"class"}
+    twice = Rehearsal(settings(tmp_path, *common, "trainer.batch_size=4"), accelerator)
+    assert both.made.passes() == twice.passes()
+    assert both.made.passes().activations > alone.made.passes().activations
 
 
 def test_live_bytes_count_a_storage_once_and_as_long_as_it_lives() -> None:

@@ -26,7 +26,7 @@ ROWS = {
     "decoder-lora": [*DECODER, "adapter=lora"],
     "decoder-online": [*DECODER, "data.cache=false"],
 }
-COMMON = ["data=emoji", "data.max_samples=8", "data.resolution=256", "tracker=none", "trainer.max_steps=3"]
+COMMON = ["data=emoji", "data.max_samples=8", "data.resolution=256", "tracker=none", "trainer.max_steps=2"]
 
 
 def command(*words: str) -> list[str]:
