@@ -279,3 +279,8 @@ def encode_batch(cfg: DictConfig, device: torch.device) -> int:
     if stage_class(cfg).name == "prior":
         return 64
     return max(1, 16 * 512**2 // int(cfg.data.resolution) ** 2)
+
+
+def pruner(settings: DictConfig | None) -> Any:
+    """An optimizing sweeper's pruner, None where it has none."""
+    return instantiate(settings) if settings else None

@@ -6,7 +6,10 @@
 
 import hashlib
 import os
+import shlex
+import signal
 import sys
+import tempfile
 import traceback
 import typing
 from collections.abc import Iterator, Mapping
@@ -25,8 +28,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp import command_line, config, redaction, trust
-from kandinsky_exp.errors import ConfigError, Interrupted, RunFailure, UserError
+from kandinsky_exp import command_line, config, job_process, redaction, supervision, sweep, sweep_check, trust
+from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut
+from kandinsky_exp.sweep_jobs import JobFolder
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
@@ -55,10 +59,11 @@ class Verb:
         default_factory=dict
     )  # what is typed → the key it means: Hydra takes the name of a
     # group for a choice of its files
+    trains: bool = False  # its sweeps are recorded, and each of their jobs has a process of its own
 
 
 VERBS: dict[str, Verb] = {
-    "train": Verb("kandinsky_exp.run:run", "fine-tune the prior or the decoder (the default)"),
+    "train": Verb("kandinsky_exp.run:run", "fine-tune the prior or the decoder (the default)", trains=True),
     "plan": Verb("kandinsky_exp.plan:plan", "will it fit? memory, disk and steps of a run, before anything loads"),
     "encode": Verb("kandinsky_exp.encode:encode", "encode a data set once, for all runs; list and remove"),
     "generate": Verb("kandinsky_exp.generate:generate", "make images from prompts"),
@@ -80,21 +85,64 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> Any:
         self.called = True
-        settings = HydraConfig.get()
-        sweeping = settings.mode == RunMode.MULTIRUN
-        if sweeping:  # Hydra's sweeper writes the command line there, passwords and all
-            (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
+        sweeping = _forget_multirun()
         try:
-            config.validate(
-                cfg, self.trusted
-            )  # also the first thing the function does; here, before its module imports torch
-            module, _, name = self.function.partition(":")
-            return getattr(import_module(module), name)(cfg)
+            return call(self.function, cfg, self.trusted)
         except Exception as error:
             self.failure = error
             if sweeping:  # the sweeper decides what becomes of the other jobs
                 raise
             return None  # kept for `main`: raised from here, Hydra would print a line of its own
+
+
+@dataclass(frozen=True)
+class SweptJob:
+    """What a launcher calls for each job of a sweep that trains, wherever it likes. It raises nothing."""
+
+    call: job_process.Call
+    parallel: int
+    session: str
+    process: int  # that the user started
+    desk: job_process.Desk | None
+
+    def __call__(self, cfg: DictConfig) -> float:
+        _forget_multirun()
+        if os.getpid() != self.process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first process, which tells the jobs
+        return supervision.supervise(self.call, cfg, self.parallel, self.session, self.desk)
+
+
+def _forget_multirun() -> bool:
+    """Remove what Hydra's sweeper writes, the command line with its passwords; whether there is a sweep."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return False
+    (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
+    return True
+
+
+def call(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> Any:
+    """Run `module:function` on a config."""
+    config.validate(cfg, trusted)  # also the first thing the function does; here, before its module imports torch
+    module, _, name = function.partition(":")
+    return getattr(import_module(module), name)(cfg)
+
+
+def answered(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> job_process.Answer:
+    """The same for a job in its own process: however it ends, that is told, and printed where it went wrong."""
+    try:
+        value = call(function, cfg, trusted)
+        return job_process.Answer("FINISHED", float(value) if isinstance(value, (int, float)) else None)
+    except Pruned as verdict:
+        return job_process.Answer("PRUNED", verdict.loss, str(verdict))
+    except (Interrupted, KeyboardInterrupt) as stop:
+        return job_process.Answer("KILLED", message=str(stop) or "stopped by signal 2")
+    except SystemExit as leaving:
+        return job_process.Answer("FAILED", message=f"the job called sys.exit({leaving.code!r})")
+    except BaseException as error:
+        _report(error, os.environ.get("HYDRA_FULL_ERROR") == "2")
+        message = redaction.masked(cut(f"{_message(error)}".removeprefix("error: ") or type(error).__name__))
+        return job_process.Answer("FAILED", message=message, is_user_error=isinstance(error, UserError))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,24 +181,57 @@ def _plain(text: str, keys: Mapping[str, str]) -> str:
 
 
 def _run(verb: str, line: command_line.CommandLine) -> None:
-    job = Job(VERBS[verb].function, line.trusted)
+    # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
+    with _full_error(), _hydra_checked(line):
+        if line.sweeps and not line.shows_something:
+            try:
+                found = command_line.find_problems(verb, line)
+            except Exception as error:
+                raise command_line.explain(error, verb, line) from error
+            if found:
+                raise ConfigError(found)  # before the sweeper makes its folder
+            if VERBS[verb].trains:
+                _sweep(verb, line)
+                return
+        job = Job(VERBS[verb].function, line.trusted)
+        try:
+            _start(verb, line, job)
+        except UserError:
+            raise
+        except Exception as error:
+            composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
+            if composing and not job.called:
+                raise command_line.explain(error, verb, line) from error
+            raise
+        if job.failure is not None:
+            raise job.failure
+
+
+def _sweep(verb: str, line: command_line.CommandLine) -> None:
+    cfg = sweep_check.composed(verb, line)
+    varied = sweep_check.checked(verb, line, cfg)
+    parallel = supervision.parallel_jobs(cfg.hydra.launcher, varied.jobs)
+    function = job_process.Call(answered, VERBS[verb].function, line.trusted)
+    if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
+        with tempfile.TemporaryDirectory() as own, sweep.noted_signals(JobFolder(Path(own))):
+            job = SweptJob(function, parallel, "", os.getpid(), None)
+            _start(verb, line, job, sweep_check.sweep_dir(own))
+        return
+    folder = sweep.place(cfg)
+    named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
+    command = redaction.masked(shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *named]))
+    with job_process.desk(function.function) as desk, sweep.session(cfg, folder, varied.jobs, command) as session:
+        job = SweptJob(function, parallel, session.token, os.getpid(), None if parallel == 1 else desk)
+        _start(verb, line, job, sweep_check.sweep_dir(folder))
+    if code := sweep.exit_code(session):
+        sys.exit(code)
+
+
+def _start(verb: str, line: command_line.CommandLine, job: typing.Callable[[DictConfig], Any], *more: str) -> None:
     app = hydra.main(config_path="pkg://kandinsky_exp.conf", config_name=verb, version_base="1.3")(job)
-    extra = [] if line.shows_something else command_line.job_naming(line.overrides)
-    try:
-        # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
-        if line.sweeps and not line.shows_something and (found := command_line.find_problems(verb, line)):
-            raise ConfigError(found)  # before the sweeper makes its folder
-        with _replaced(sys, "argv", [_program(), *line.arguments, *extra]), _full_error(), _hydra_checked(line):
-            app()
-    except UserError:
-        raise
-    except Exception as error:
-        composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
-        if composing and not job.called:
-            raise command_line.explain(error, verb, line) from error
-        raise
-    if job.failure is not None:
-        raise job.failure
+    naming = [] if line.shows_something else command_line.job_naming(line.overrides)
+    with _replaced(sys, "argv", [_program(), *line.arguments, *naming, *more]):
+        app()
 
 
 def _program() -> str:

@@ -101,7 +101,7 @@ def job_naming(overrides: list[str]) -> list[str]:
         fixed = [text for text in map(parser.parse_override, overrides) if not text.is_sweep_override()]
     except (HydraException, RecursionError):
         return []  # `explain` will say it better
-    names = sorted({override.key_or_group for override in fixed})
+    names = sorted({override.key_or_group for override in fixed} | {"sweep.trial"})  # trial: an optimizing sweeper's
     return [f"hydra.job.config.override_dirname.exclude_keys={names}".replace(" ", "")] if names else []
 
 

@@ -69,6 +69,20 @@ class Interrupted(BaseException):
         return f"stopped by signal {self.signal_number}"
 
 
+class Pruned(Interrupted):
+    """A sweeper gave a job up for its validation losses so far."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(0)
+        self.step, self.loss = step, loss
+
+    def __str__(self) -> str:
+        return f"pruned at step {self.step}: validation loss {self.loss:.5g} is worse than that of other jobs by then"
+
+    def __reduce__(self) -> "tuple[type[Pruned], tuple[int, float]]":
+        return Pruned, (self.step, self.loss)
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, in one line that fits a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

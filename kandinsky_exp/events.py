@@ -1,6 +1,7 @@
 """What happens between the steps of a run: validation and checkpoints, and what is owed of them when it goes on."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import checkpoint, loop, processes, run_settings, tracking, workspace
 from kandinsky_exp.behind import CheckpointWriter
+from kandinsky_exp.errors import Pruned
 from kandinsky_exp.readers import FeatureReader
 from kandinsky_exp.validation import Validator
 
@@ -26,10 +28,12 @@ class Events:
         training: loop.Training,
         tracker: tracking.Tracker,
         reader: FeatureReader | None,
+        judge: Callable[[int, float], bool] | None = None,
     ) -> None:
         self.accelerator, self.space, self.training, self.tracker = accelerator, space, training, tracker
         self.writer = CheckpointWriter(space.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.behind, self.recorded)
         self.settled = self.writer.settled
+        self.judge = judge
         self.validated: int | None = None  # the last step that was
         self.validate_every = cfg.validation.every
         self.total_batch = run_settings.total_batch(cfg, accelerator.num_processes)
@@ -57,8 +61,24 @@ class Events:
         return self.validated != step and (begins or loop.due(step, self.validate_every, step >= steps))
 
     def validate(self, step: int) -> None:
+        """Measure and draw.
+
+        Raises:
+            Pruned: a sweeper gives the run up.
+        """
         self.validator(step)
         self.validated = step
+        loss, best = self.validator.loss, self.space.record.best_loss
+        if loss is not None:
+            self.space.record.best_loss = loss if best is None else min(loss, best)
+            if self.judge is not None and processes.on_main_process(lambda: self._is_hopeless(step, loss)):
+                raise Pruned(step, loss)
+
+    def _is_hopeless(self, step: int, loss: float) -> bool:
+        hopeless = self.judge is not None and self.judge(step, loss)
+        if hopeless:
+            self.tracker.set_tags({"pruned": f"step {step}"})
+        return hopeless
 
     def checkpoint(self, step: int) -> None:
         processes.on_main_process(lambda: self._save(self.validated == step))

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, integrity, tracking, workspace
+from kandinsky_exp import build, config, failed_job, integrity, sweep_jobs, tracking, workspace
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -30,20 +30,29 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
     tags = {"stage": build.stage_class(cfg).name, "run_folder": str(space.folder)}
     if space.parent_run_id is not None:
         tags["resumed_from"] = space.parent_run_id
+    parent = sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None
+    name, job = space.folder.name, None if parent is None else job_outcome(space.folder)
+    if job is not None:
+        name, tags = job.name, {**tags, **failed_job.job_tags(job)}
     tracker = tracking.MlflowTracker(
         tracker_uri(cfg),
         cfg.tracker.experiment,
-        space.folder.name,
+        name,
         tracking.default_artifact_root(cfg.output_root),
         run_id=space.record.run_id,
         tags=tags,
         outbox=space.folder / "outbox",
         token=space.record.token,
-        parent_run_id=sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None,
+        parent_run_id=parent,
         redone_from=redone_from(space),
     )
     space.record.run_id = tracker.run_id
     return tracker
+
+
+def job_outcome(folder: Path) -> sweep_jobs.Outcome | None:
+    """What its sweep knows of a job."""
+    return sweep_jobs.JobFolder(folder.parent).read(folder.name)
 
 
 def redone_from(space: workspace.Workspace) -> int | None:
@@ -63,7 +72,7 @@ def deliver_left(cfg: DictConfig, space: workspace.Workspace) -> None:
 
 
 def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
-    """The MLflow run that holds a sweep's jobs together: made by the first job, found by the others."""
+    """The MLflow run that holds a sweep's jobs together: the command has made it, or else the first job does."""
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     with workspace.locked(folder / ".sweep.lock"):

@@ -20,12 +20,14 @@ from kandinsky_exp import (
     checkpoint,
     class_images,
     config,
+    failed_job,
     hub,
     loop,
     memory_advice,
     nonfinite,
     pipelines,
     processes,
+    pruning,
     records,
     registry,
     resuming,
@@ -92,7 +94,8 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 space.record.rows = len(data.train)
                 with memory_advice.given(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
-                    events = Events(cfg, accelerator, space, training, tracker, data.held_out)
+                    judge = pruning.judge(cfg, steps)
+                    events = Events(cfg, accelerator, space, training, tracker, data.held_out, judge)
                     if space.start is not None:
                         events.restored(checkpoint.load(training, space.start, stage.part, accelerator))
                         logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
@@ -145,7 +148,7 @@ def prepare(
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
-        space.record.token = uuid.uuid4().hex
+        space.record.token = failed_job.token(space.folder.parent, space.folder.name) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true for whoever never comes to the first step
         space.write_record()  # first: from now on the folder is a run
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))

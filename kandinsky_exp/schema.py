@@ -190,6 +190,13 @@ class Hub:
 
 
 @dataclass
+class Sweep:
+    devices: Literal["auto"] | list[int | str] | None
+    max_jobs: Count
+    trial: CountOrZero | None
+
+
+@dataclass
 class Repository:
     repo_id: Text | None
     private: bool | None
@@ -212,6 +219,7 @@ class Train:
     validation: Validation
     tracker: Tracker
     hub: Hub
+    sweep: Sweep
     trusted_modules: Modules | None = None
 
 

@@ -35,6 +35,7 @@ class Record:
         status: RUNNING, FINISHED, FAILED or KILLED.
         stage: what trains in the folder; `sweep` for a folder of jobs.
         validation_loss: what `run` returned, once finished.
+        best_loss: the lowest validation loss so far.
         rows: images that train; None before they were counted.
         data: fingerprint of what trains; None before it was read.
         token: marks the MLflow run from its first moment on, before `run_id` is known.
@@ -46,6 +47,7 @@ class Record:
     status: Status = "RUNNING"
     step: int = 0
     validation_loss: float | None = None
+    best_loss: float | None = None
     stage: str | None = None
     rows: int | None = None
     data: str | None = None
@@ -181,7 +183,7 @@ def make_root(folder: Path) -> None:
 
 
 @contextmanager
-def occupied(folder: Path) -> Iterator[None]:
+def occupied(folder: Path, file: str = LOG) -> Iterator[None]:
     """Keep other processes out of a run's folder by a lock on its `train.log`, which goes when this process does.
 
     A POSIX lock: unlike flock's, it is not handed on to worker processes, which outlive a killed one by seconds.
@@ -189,11 +191,11 @@ def occupied(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process is training there.
     """
-    with (folder / LOG).open("a") as file:
+    with (folder / file).open("a") as locked_file:
         try:
             import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(locked_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX leaves it open which of the two it is
             raise ConfigError(
                 f"name: another process is training in {folder}; wait for it, stop it, or choose another name"

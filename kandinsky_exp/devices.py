@@ -1,0 +1,103 @@
+"""Which part of a machine a job of a sweep gets: a GPU of its own, or its share of the cores."""
+
+import contextlib
+import os
+import shutil
+import subprocess  # nosec B404 # nvidia-smi, found on PATH, without a shell
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+POLL = 0.5  # seconds
+# Whoever set these has shared out the devices already.
+SHARED_OUT = ("RANK", "SLURM_JOB_ID")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a job gets.
+
+    Args:
+        environment: variables for its process.
+        threads: of each operation on the CPU; None = as torch has it.
+    """
+
+    environment: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
+
+
+@contextlib.contextmanager
+def held(
+    devices: str | Sequence[int | str] | None, parallel: int, slots: Path, is_cancelled: Callable[[], bool]
+) -> Iterator[Share | None]:
+    """Take a device, waiting while all are in use; None where that wait was cancelled.
+
+    Args:
+        devices: `auto` for all that are visible; their numbers or UUIDs; None to leave them alone.
+        parallel: jobs at a time.
+        slots: folder for what jobs on the same machine know of each other.
+    """
+    if devices is None or any(name in os.environ for name in SHARED_OUT):
+        yield Share()
+        return
+    gpus = visible_gpus() if devices == "auto" else [str(device) for device in devices]
+    if gpus:
+        # Another sweep on this machine must not take the same one.
+        place = Path(tempfile.gettempdir()) / f"kandinsky_exp-{os.getuid()}"
+        with _one_of(place, [f"gpu-{gpu}" for gpu in gpus], is_cancelled) as taken:
+            yield None if taken is None else Share({"CUDA_VISIBLE_DEVICES": gpus[taken]})
+        return
+    count = min(parallel, cores := usable_cores())
+    if count <= 1:
+        yield Share()
+        return
+    with _one_of(slots, [f"cores-{number}" for number in range(count)], is_cancelled) as taken:
+        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count)))
+        yield None if taken is None else Share({"OMP_NUM_THREADS": str(threads)}, threads)
+
+
+@contextlib.contextmanager
+def _one_of(folder: Path, names: Sequence[str], is_cancelled: Callable[[], bool]) -> Iterator[int | None]:
+    """Hold the first name that nobody holds: its place in `names`. What a killed process held is free at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while not is_cancelled():
+        for place, name in enumerate(names):
+            lock = FileLock(folder / f"{name}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            try:
+                yield place
+            finally:
+                lock.release()
+            return
+        time.sleep(POLL)
+    yield None
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says, or else the UUIDs of all NVIDIA GPUs. CUDA itself is not touched: a process that
+    has looked for devices can no longer choose one."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1"]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=uuid", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)  # nosec B603
+        return answer.stdout.split()
+    return []
+
+
+def usable_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1

@@ -1,0 +1,218 @@
+"""A sweep from its first job to its last: its folder, its parent run in MLflow, signals, and the table at its end."""
+
+import contextlib
+import csv
+import io
+import logging
+import os
+import signal
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+from omegaconf import DictConfig
+
+from kandinsky_exp import tracking, workspace
+from kandinsky_exp.errors import ConfigError, Interrupted
+from kandinsky_exp.sweep_jobs import JobFolder, Outcome, short_keys
+
+logger = logging.getLogger(__name__)
+LOCK = ".jobs/lock"
+
+
+@dataclass
+class Session:
+    """One start of a sweep, in the process that the user started.
+
+    Args:
+        folder: of the sweep.
+        jobs: how many there are to be.
+        token: marks the outcomes of this start.
+        tracker: of the parent run.
+    """
+
+    folder: Path
+    jobs: int
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    tracker: tracking.Tracker = field(default_factory=tracking.NullTracker)
+
+    def outcomes(self) -> list[Outcome]:
+        return JobFolder(self.folder).of_session(self.token)
+
+
+def place(cfg: DictConfig) -> Path:
+    """The sweep's folder: that of its name, or a fresh one; jobs and processes that come later are told of it.
+
+    Raises:
+        ConfigError: the name is that of something else.
+    """
+    root = Path(cfg.output_root).expanduser().absolute()
+    workspace.make_root(root)
+    if cfg.name is None:
+        return workspace.fresh_folder(root, f"sweep-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = root / str(cfg.name)
+    record = workspace.read_record(folder)
+    if record is not None and record.stage != "sweep":
+        raise ConfigError(f"name: {folder} holds a {record.stage}, and no sweep; choose another name")
+    if record is None and folder.is_dir() and any(path.name != ".jobs" for path in folder.iterdir()):
+        raise ConfigError(f"name: {folder} exists and is no sweep; choose another name or move it away")
+    return folder
+
+
+@contextlib.contextmanager
+def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[Session]:
+    """Keep others out of the folder, open the parent run, turn signals into the wish to stop; at the end tell all.
+
+    Args:
+        command: that starts this sweep again, for the parent's description.
+
+    Raises:
+        ConfigError: another process is busy there.
+        TrackingError: the store does not answer.
+        Interrupted: a signal came; the running jobs have ended.
+    """
+    (folder / ".jobs").mkdir(parents=True, exist_ok=True)
+    try:
+        held = contextlib.ExitStack()
+        held.enter_context(workspace.occupied(folder, LOCK))
+    except ConfigError as error:
+        raise ConfigError(
+            f"name: another process runs a sweep in {folder}; wait for it, stop it, or choose another name"
+        ) from error
+    with held:
+        files = JobFolder(folder)
+        files.forget_signals()
+        started = Session(folder, jobs)
+        if cfg.tracker.name != "none":
+            started.tracker = parent_run(cfg, folder, command)
+        with noted_signals(files), tracking.tracked(_Parent(started)):
+            try:
+                yield started
+            finally:
+                tell(started)
+            if numbers := files.signals():
+                raise Interrupted(numbers[0])
+
+
+def parent_run(cfg: DictConfig, folder: Path, command: str) -> tracking.Tracker:
+    """The MLflow run that holds the jobs together, new or gone on with; its id lies in the folder, for the jobs."""
+    uri = str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
+    tracking.probe(uri)
+    record = workspace.read_record(folder) or workspace.Record(stage="sweep", token=uuid.uuid4().hex)
+    space = workspace.Workspace(folder, record)
+    space.write_record()  # the token first: whatever is killed now, the next start finds the same run
+    tracker = tracking.MlflowTracker(
+        uri,
+        cfg.tracker.experiment,
+        folder.name,
+        tracking.default_artifact_root(cfg.output_root),
+        outbox=folder / "outbox",
+        run_id=record.run_id,
+        token=record.token,
+        tags={"sweep": folder.name, "run_folder": str(folder), "mlflow.note.content": f"```\n{command}\n```"},
+    )
+    record.run_id = tracker.run_id
+    space.write_record()
+    return tracker
+
+
+class _Parent(tracking.NullTracker):
+    """Gives the parent its status: FAILED where a job did not finish, as a run that has an error has."""
+
+    def __init__(self, started: Session) -> None:
+        self.started = started
+
+    def finish(self, status: tracking.Status) -> None:
+        failed = any(outcome.status not in ("FINISHED", "PRUNED") for outcome in self.started.outcomes())
+        status = "FAILED" if status == "FINISHED" and failed else status
+        self.started.tracker.finish(status)
+        record = workspace.read_record(self.started.folder) or workspace.Record(stage="sweep")
+        record.status = status
+        workspace.Workspace(self.started.folder, record).write_record()
+
+
+@contextlib.contextmanager
+def noted_signals(files: JobFolder) -> Iterator[None]:
+    """The first signal stops the running jobs safely, the second at once, the third ends this process."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        files.ask_to_stop(number)
+        if len(files.signals()) > 2:
+            os._exit(128 + number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def tell(started: Session) -> None:
+    """The table of all jobs: on the terminal, and with the parent run."""
+    outcomes = started.outcomes()
+    if not outcomes:
+        return
+    text = table(outcomes, started.jobs)
+    print(f"\n{text}\n{started.folder}", flush=True)
+    started.tracker.log_text(text, "jobs.txt")
+    started.tracker.log_text(as_csv(outcomes), "jobs.csv")
+
+
+def rows(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Column names and a row of texts for each job."""
+    keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.varied))
+    names = ["job", *short_keys(keys).values(), "status", "best loss", "time", "run id"]
+    lines = [
+        [
+            str(outcome.number),
+            *(outcome.varied.get(key, "") for key in keys),
+            outcome.status,
+            "–" if outcome.score is None else f"{outcome.score:.5g}",
+            duration(outcome.seconds),
+            outcome.run_id or "–",
+        ]
+        for outcome in outcomes
+    ]
+    return names, lines
+
+
+def table(outcomes: list[Outcome], jobs: int) -> str:
+    """Jobs, what they vary and what they came to, as text; then why some did not finish, and the best one."""
+    names, lines = rows(outcomes)
+    widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
+    text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in [names, *lines]]
+    text += [f"{job.name}: {job.message.splitlines()[0][:300]}" for job in outcomes if job.message]
+    if missing := jobs - len(outcomes):
+        text.append(f"{missing} of {jobs} jobs were not started; the same command with this name goes on with them")
+    scored = [outcome for outcome in outcomes if outcome.score is not None and outcome.status == "FINISHED"]
+    if scored:
+        best = min(scored, key=lambda outcome: outcome.score or 0.0)
+        text.append(f"best: {best.name} ({best.score:.5g})")
+    return "\n".join(line.rstrip() for line in text)
+
+
+def as_csv(outcomes: list[Outcome]) -> str:
+    names, lines = rows(outcomes)
+    file = io.StringIO()
+    csv.writer(file).writerows([names, *lines])
+    return file.getvalue()
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03, or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def exit_code(started: Session) -> int:
+    """0 where every job finished or was pruned; 2 where nothing was trained for mistakes of the user's; else 1."""
+    outcomes = started.outcomes()
+    failed = [outcome for outcome in outcomes if outcome.status not in ("FINISHED", "PRUNED")]
+    if not failed:
+        return 0
+    return 2 if len(failed) == len(outcomes) and all(outcome.is_user_error for outcome in failed) else 1
