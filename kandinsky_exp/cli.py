@@ -220,7 +220,11 @@ def _sweep(verb: str, line: command_line.CommandLine) -> None:
     folder = sweep.place(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
     command = redaction.masked(shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *named]))
-    with job_process.desk(function.function) as desk, sweep.session(cfg, folder, varied.jobs, command) as session:
+    with (
+        sweep.occupied(folder),
+        job_process.desk(function.function) as desk,  # it imports while this process asks the store
+        sweep.session(cfg, folder, varied.jobs, command) as session,
+    ):
         job = SweptJob(function, parallel, session.token, os.getpid(), None if parallel == 1 else desk)
         _start(verb, line, job, sweep_check.sweep_dir(folder))
     if code := sweep.exit_code(session):

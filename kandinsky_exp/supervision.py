@@ -74,7 +74,7 @@ def varied(settings: DictConfig) -> dict[str, str]:
     """{dotted key: what was typed} of what tells this job from the others."""
     fixed = {*settings.job.config.override_dirname.exclude_keys, "sweep.trial"}
     pairs = (text.partition("=") for text in settings.overrides.task)
-    named = {key.lstrip("+"): value for key, _, value in pairs}
+    named = {key.lstrip("+~"): value for key, _, value in pairs}
     return {key: value for key, value in named.items() if key not in fixed}
 
 

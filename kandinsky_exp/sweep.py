@@ -63,38 +63,46 @@ def place(cfg: DictConfig) -> Path:
 
 
 @contextlib.contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of the folder.
+
+    Raises:
+        ConfigError: one is busy there.
+    """
+    (folder / ".jobs").mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(workspace.occupied(folder, LOCK))
+        except ConfigError as error:
+            raise ConfigError(
+                f"name: another process runs a sweep in {folder}; wait for it, stop it, or choose another name"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
 def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[Session]:
-    """Keep others out of the folder, open the parent run, turn signals into the wish to stop; at the end tell all.
+    """Open the parent run, turn signals into the wish to stop; at the end tell what the jobs came to.
 
     Args:
         command: that starts this sweep again, for the parent's description.
 
     Raises:
-        ConfigError: another process is busy there.
         TrackingError: the store does not answer.
         Interrupted: a signal came; the running jobs have ended.
     """
-    (folder / ".jobs").mkdir(parents=True, exist_ok=True)
-    try:
-        held = contextlib.ExitStack()
-        held.enter_context(workspace.occupied(folder, LOCK))
-    except ConfigError as error:
-        raise ConfigError(
-            f"name: another process runs a sweep in {folder}; wait for it, stop it, or choose another name"
-        ) from error
-    with held:
-        files = JobFolder(folder)
-        files.forget_signals()
-        started = Session(folder, jobs)
-        if cfg.tracker.name != "none":
-            started.tracker = parent_run(cfg, folder, command)
-        with noted_signals(files), tracking.tracked(_Parent(started)):
-            try:
-                yield started
-            finally:
-                tell(started)
-            if numbers := files.signals():
-                raise Interrupted(numbers[0])
+    files = JobFolder(folder)
+    files.forget_signals()
+    started = Session(folder, jobs)
+    if cfg.tracker.name != "none":
+        started.tracker = parent_run(cfg, folder, command)
+    with noted_signals(files), tracking.tracked(_Parent(started)):
+        try:
+            yield started
+        finally:
+            tell(started)
+        if numbers := files.signals():
+            raise Interrupted(numbers[0])
 
 
 def parent_run(cfg: DictConfig, folder: Path, command: str) -> tracking.Tracker:
