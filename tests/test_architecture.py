@@ -54,6 +54,8 @@ OWN_IMPORTS = {
     "redaction": set(),
     "model_card": {"errors", "parts", "redaction", "workspace"},
     "registry": {"mlflow_names", "store"},
+    "store": {"errors", "mlflow_names", "store_schema"},
+    "store_schema": set(),
     "integrity": {"errors"},
     "state_file": set(),
     "cli": {"command_line", "config", "errors", "redaction", "trust"},

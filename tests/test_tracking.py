@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,12 +22,14 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+import mlflow
 import numpy as np
 import pytest
 import torch
 from commands import FORKS, Forked
 from mlflow import MlflowClient
 from PIL import Image
+from running import train
 
 from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.errors import Interrupted, TrackingError
@@ -302,16 +305,36 @@ def test_probing_makes_no_store(tmp_path: Path, output_root: Path, client: Mlflo
     probe(default_uri(output_root))
 
 
-def test_an_old_store_is_explained(tmp_path: Path, output_root: Path, client: MlflowClient) -> None:
-    import sqlite3
-
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as old:
+@pytest.mark.parametrize(
+    ("revision", "told"),
+    [
+        ("cfd24bdc0731", rf"older MLflow than the installed {mlflow.__version__}; .*`mlflow db upgrade"),
+        (
+            "0123456789ab",
+            rf"newer MLflow than the installed {mlflow.__version__} .*; upgrade mlflow, or name a new store",
+        ),
+    ],
+)
+def test_a_store_of_another_mlflow_is_explained(
+    revision: str, told: str, tmp_path: Path, output_root: Path, client: MlflowClient
+) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
         with contextlib.closing(sqlite3.connect(output_root / "mlflow.db")) as new:
-            new.backup(old)
-        old.execute("UPDATE alembic_version SET version_num = 'cfd24bdc0731'")
-        old.commit()
-    with pytest.raises(TrackingError, match="mlflow db upgrade"):
+            new.backup(other)
+        other.execute("UPDATE alembic_version SET version_num = ?", [revision])
+        other.commit()
+    with pytest.raises(TrackingError, match=told):
+        train(tmp_path, "name=a")
+    assert not (tmp_path / "a").exists()
+    assert re.search(told, refusal(default_uri(tmp_path), 5.0))
+    with pytest.raises(TrackingError, match=told):
         track(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
+        other.execute("DROP TABLE webhooks")  # MLflow now takes it for one of its own to complete
+        other.commit()
+    if "newer" in told:
+        with pytest.raises(TrackingError, match=told):
+            track(tmp_path)
 
 
 def test_a_deleted_experiment_is_explained(client: MlflowClient, output_root: Path) -> None:
