@@ -59,7 +59,7 @@ def probe(uri: str, timeout: float = 5.0) -> bool:
     Raises:
         TrackingError: the store does not answer, cannot be written, is of a kind MLflow refuses, or of another MLflow.
     """
-    kind = _kind(uri)
+    kind = kind_of(uri)
     if kind == "http":
         from mlflow.utils import rest_utils  # noqa: F401  (imported here, so that the clock runs on the server alone)
 
@@ -81,7 +81,7 @@ def connect(uri: str) -> "tuple[MlflowClient, str]":
     Raises:
         TrackingError: the store cannot be opened.
     """
-    kind = _kind(uri)
+    kind = kind_of(uri)
     try:
         from mlflow import MlflowClient
     except ImportError as error:
@@ -94,7 +94,7 @@ def connect(uri: str) -> "tuple[MlflowClient, str]":
                 return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
         from filelock import FileLock
 
-        path = _sqlite_path(uri)
+        path = sqlite_path(uri)
         absolute = _sqlite_uri(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Processes that first touch a fresh store together race in MLflow's schema creation, and most of them die.
@@ -179,7 +179,8 @@ def _advice(error: Exception) -> str:
     return "Correct tracker.uri, start the server, or set tracker=none."
 
 
-def _kind(uri: str) -> str:
+def kind_of(uri: str) -> str:
+    """`sqlite`, `http`, `databricks` or one of DATABASE_PORTS; raises TrackingError for all else."""
     scheme = uri.partition(":")[0].lower() if "://" in uri or uri.startswith("file:") else ""
     kind = scheme.partition("+")[0]
     if kind in ("http", "https"):
@@ -200,7 +201,8 @@ def _sqlite_uri(path: Path) -> str:
     return "sqlite:///" + path.as_posix().replace("%", "%25").replace("?", "%3F")
 
 
-def _sqlite_path(uri: str) -> Path:
+def sqlite_path(uri: str) -> Path:
+    """The file of an sqlite store; raises TrackingError where the URI names none."""
     from sqlalchemy.engine import make_url
 
     database = make_url(uri).database
@@ -237,7 +239,7 @@ def _within(timeout: float, uri: str, check: Callable[[], Result]) -> Result:
 def _probe_sqlite(uri: str, timeout: float) -> str | None:
     import sqlite3
 
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():  # not made here: whoever does that holds the lock
         tempfile.TemporaryFile(dir=path.parent).close()

@@ -62,11 +62,11 @@ OWN_IMPORTS = {
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
-ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "export", "generate", "plan", "push", "run", "tiny.make"}
+ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "export", "generate", "plan", "push", "run", "tiny.make", "ui"}
 KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
     *("export", "locating", "memory_advice", "origins", "push"),
-    *("plan", "phases", "rehearsal", "cheaper", "disk_need", "run_settings"),
+    *("plan", "phases", "rehearsal", "cheaper", "disk_need", "run_settings", "ui"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
