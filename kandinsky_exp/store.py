@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # or the UI opens it as one of language models
 UNREAD = "?"  # in place of a schema's revision that could not be read
 
 Result = TypeVar("Result")
@@ -144,7 +145,7 @@ def find_experiment(client: "MlflowClient", name: str, artifacts: str | None) ->
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=TRAINING))
         except MlflowException:  # another process was faster
             found = client.get_experiment_by_name(name)
             if found is None:
