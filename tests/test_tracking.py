@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -26,7 +25,8 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from commands import FORKS, Forked
+from commands import Forked
+from many_points import check_all_is_recorded
 from mlflow import MlflowClient
 from PIL import Image
 from running import train
@@ -200,22 +200,9 @@ def test_a_store_that_mlflow_refuses_is_refused_at_once(uri: str, tmp_path: Path
             attempt(uri)
 
 
-def first_touch(root: Path, together: Barrier) -> None:
-    together.wait()
-    probe(default_uri(root))
-    tracker = MlflowTracker(default_uri(root), "race", "a", root / "mlartifacts")
-    with tracked(tracker):
-        tracker.log_metrics({"a": 1.0}, 0)
-
-
-def test_processes_that_first_touch_a_store_together_all_live(tmp_path: Path) -> None:
-    together = FORKS.Barrier(4)
-    processes = [Forked(first_touch, tmp_path, together) for _ in range(4)]
-    printed = [process.finish() for process in processes]
-    assert [process.code for process in processes] == [0] * 4, printed
-    client = MlflowClient(default_uri(tmp_path))
-    experiment = client.get_experiment_by_name("race")
-    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 4
+@pytest.mark.slow
+def test_processes_that_first_touch_a_store_together_lose_nothing(tmp_path: Path) -> None:
+    check_all_is_recorded(default_uri(tmp_path), tmp_path)
 
 
 def test_a_store_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
