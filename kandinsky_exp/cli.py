@@ -71,6 +71,7 @@ VERBS: dict[str, Verb] = {
         "kandinsky_exp.export:export", "merge an adapter with its base into a pipeline", {"adapter": "adapter.source"}
     ),
     "push": Verb("kandinsky_exp.push:push", "upload the result of a finished run to the hub"),
+    "ui": Verb("kandinsky_exp.ui:ui", "open the runs in MLflow's own pages"),
 }
 
 

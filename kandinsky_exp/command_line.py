@@ -98,10 +98,11 @@ def job_naming(overrides: list[str]) -> list[str]:
     """Hydra settings by which a sweep's jobs are named after what they vary, and nothing else."""
     parser = OverridesParser.create()
     try:
-        fixed = [text for text in map(parser.parse_override, overrides) if not text.is_sweep_override()]
+        last = {override.key_or_group: override for override in map(parser.parse_override, overrides)}
     except (HydraException, RecursionError):
         return []  # `explain` will say it better
-    names = sorted({override.key_or_group for override in fixed} | {"sweep.trial"})  # trial: an optimizing sweeper's
+    fixed = {key for key, override in last.items() if not override.is_sweep_override()}  # typed twice: the last counts
+    names = sorted(fixed | {"sweep.trial"})  # an optimizing sweeper's
     return [f"hydra.job.config.override_dirname.exclude_keys={names}".replace(" ", "")] if names else []
 
 

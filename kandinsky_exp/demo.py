@@ -135,13 +135,13 @@ def record(output_root: Path, folder: Path, score: float) -> None:
 def summary(outcome: Outcome, output_root: Path) -> str:
     """Three lines: where the pictures are, the score, how to open the UI."""
     count = len(outcome.images)
-    uri = shlex.quote(tracking.default_uri(output_root))
+    override = shlex.quote(f"output_root={output_root}")
     return "\n".join(
         [
             f"pictures: {outcome.folder / 'grid.png'} (left the original, right what was drawn from its caption)",
             f"score:    {round(outcome.score * count)} of {count} are nearest to their own original among all 80 "
             f"({METRIC} {outcome.score:.2f}, chance 0.01), after {outcome.seconds:.0f} s of training",
-            f"runs:     {shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {uri}",
+            f"runs:     {shlex.quote(sys.executable)} -m kandinsky_exp ui {override}",
         ]
     )
 

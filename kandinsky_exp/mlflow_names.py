@@ -1,6 +1,7 @@
 """What MLflow accepts as names and values, and what of a value may be shown."""
 
 import getpass
+import hashlib
 import json
 import posixpath
 import re
@@ -11,8 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from kandinsky_exp.redaction import masked as masked  # what writes to a store takes both from here
 
-MAX_PARAM = 6000  # characters; MLflow's limits
-MAX_TAG = 8000
+MAX_PARAM = 100  # characters: tables have them in columns; MLflow would take 6,000
+MAX_TAG = 8000  # MLflow's limits
 MAX_KEY = 250
 MAX_DATASET_NAME = 500
 MAX_DIGEST = 36
@@ -31,10 +32,38 @@ def legal_name(key: str) -> str:
 
 
 def param_text(value: Any) -> str:
-    """A parameter as text: as in YAML (null, true, 1e-05, ["a", 1]), strings as they are, at most 6,000 characters."""
+    """A parameter as text: that of `value_text`, or its beginning and its end, and what tells it from others."""
+    text = value_text(value)
+    if len(text) <= MAX_PARAM:
+        return text
+    count = f"{len(value)} in all, " if isinstance(value, (list, tuple, dict)) else ""
+    return f"{text[:40]}…{text[-30:]} ({count}{hashlib.sha256(text.encode()).hexdigest()[:6]})"
+
+
+def value_text(value: Any) -> str:
+    """A setting as text: as in YAML (null, true, 1e-05, ["a", 1]), strings as they are, without credentials."""
     plain = value is None or isinstance(value, (bool, int, float, list, tuple, dict))
-    text = json.dumps(value, ensure_ascii=False, default=str) if plain else str(value)
-    return shortened(masked(text), MAX_PARAM)
+    return masked(json.dumps(_one_form(value), ensure_ascii=False, default=str) if plain else str(value))
+
+
+def same_param(stored: str, text: str) -> bool:
+    """Whether a stored parameter has the value that `param_text` writes as `text` today: it was longer once, or 1.0."""
+    if stored == text:
+        return True
+    try:
+        value = json.loads(stored)
+    except ValueError:
+        value = stored
+    return param_text(value) == text
+
+
+def _one_form(value: Any) -> Any:
+    """A number that is whole as a whole number, wherever it stands: 1.0 and 1 are the same setting."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return int(value)
+    if isinstance(value, (list, tuple)):
+        return [_one_form(item) for item in value]
+    return {key: _one_form(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def tag_texts(tags: Mapping[str, Any]) -> dict[str, str]:

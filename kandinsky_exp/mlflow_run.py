@@ -16,6 +16,7 @@ from kandinsky_exp.mlflow_names import (
     MAX_DIGEST,
     dataset_source,
     masked,
+    same_param,
     shortened,
     tag_texts,
 )
@@ -145,7 +146,7 @@ class MlflowRun:
         before = dict(changed)
         for key, text in texts.items():
             history = changed.get(key, [data.params.get(key, text)])
-            if history[-1] != text:
+            if not same_param(history[-1], text):
                 changed[key] = [*history, text]
         if changed != before:
             self.set_tags({CHANGED_PARAMS: json.dumps(changed, ensure_ascii=False)})

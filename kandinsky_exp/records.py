@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, failed_job, integrity, sweep_jobs, tracking, workspace
+from kandinsky_exp import build, config, failed_job, integrity, run_notes, sweep_jobs, tracking, workspace
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -34,6 +34,8 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
     name, job = space.folder.name, None if parent is None else job_outcome(space.folder)
     if job is not None:
         name, tags = job.name, {**tags, **failed_job.job_tags(job)}
+    if space.record.run_id is None:  # later it is the user's, who can write more there
+        tags |= run_notes.note(run_notes.command())
     tracker = tracking.MlflowTracker(
         tracker_uri(cfg),
         cfg.tracker.experiment,
@@ -123,14 +125,15 @@ def describe(
         space.record.revision = weights.revision(side)
     if isinstance(tracker, tracking.NullTracker):
         return
-    tracker.log_params(config.flatten(cfg))
+    params, bookkeeping = run_notes.split(config.flatten(cfg))
+    tracker.log_params(params)
     revision = space.record.revision
     tags = {
         "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
         "data_fingerprint": data.train.fingerprint,
         "git_commit": tracking.git_commit() or "unknown",
     }
-    tracker.set_tags(tags)
+    tracker.set_tags(bookkeeping | tags)
     tracker.log_artifact(space.folder / "config.yaml")
     tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
     if data.skipped:

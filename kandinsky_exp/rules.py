@@ -31,6 +31,7 @@ BETAS = Rule(
 )
 SIDE = Rule(lambda value: value > 0 and value % 8 == 0, "a multiple of 8, such as 512 or 768")
 SEED = Rule(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")
+PORT = Rule(lambda value: 0 < value < 2**16, "between 1 and 65535")
 FILLED = Rule(lambda text: text.strip() != "", "something other than nothing")
 MODULE = Rule(
     lambda text: all(part.isidentifier() for part in text.split(".")), "the name of a module, as it is imported"
@@ -46,6 +47,7 @@ PositiveOrZero = Annotated[float, at_least(0)]
 Number = Annotated[float, FINITE]
 Text = Annotated[str, FILLED]
 Seed = Annotated[int, SEED]
+Port = Annotated[int, PORT]
 Side = Annotated[int, SIDE]
 Name = Annotated[str, FOLDER_NAME]
 Prompts = list[Text] | Text

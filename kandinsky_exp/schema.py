@@ -18,6 +18,7 @@ from kandinsky_exp.rules import (
     Name,
     Names,
     Number,
+    Port,
     Positive,
     PositiveOrZero,
     Prompts,
@@ -290,4 +291,12 @@ class Push:
     hub: Repository
 
 
-ROOTS: list[type[Any]] = [Train, Plan, Generate, Encode, Export, Push]
+@dataclass
+class Ui:
+    output_root: Text
+    host: Text
+    port: Port
+    tracker: Tracker
+
+
+ROOTS: list[type[Any]] = [Train, Plan, Generate, Encode, Export, Push, Ui]

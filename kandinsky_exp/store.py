@@ -8,8 +8,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from kandinsky_exp import store_schema
 from kandinsky_exp.errors import TrackingError
 from kandinsky_exp.mlflow_names import masked, reason
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-LOCK_TIMEOUT = 300.0  # seconds; the first process makes the schema, the others wait for it
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # or the UI opens it as one of language models
+UNREAD = "?"  # in place of a schema's revision that could not be read
+
+Result = TypeVar("Result")
 
 _lock = threading.Lock()
 _impatient: list[int] = []
@@ -41,8 +45,8 @@ def artifact_location(uri: str, root: Path) -> str | None:
     return None if server else Path(root).expanduser().resolve().as_uri()
 
 
-def probe(uri: str, timeout: float = 5.0) -> None:
-    """Ask the store at `uri` for a sign of life.
+def probe(uri: str, timeout: float = 5.0) -> bool:
+    """Ask the store at `uri` for a sign of life, and whether the installed MLflow can use it.
 
     MLflow's own client retries a dead server for minutes, so this is asked before any weights load.
 
@@ -50,18 +54,23 @@ def probe(uri: str, timeout: float = 5.0) -> None:
         uri: as `tracker.uri`.
         timeout: seconds until a silent store counts as dead.
 
+    Returns:
+        Whether anything may have been recorded: False for a data base that nobody has made a store of yet.
+
     Raises:
-        TrackingError: the store does not answer, cannot be written, or is of a kind MLflow refuses.
+        TrackingError: the store does not answer, cannot be written, is of a kind MLflow refuses, or of another MLflow.
     """
-    kind = _kind(uri)
-    if kind == "sqlite":
-        _within(timeout, uri, lambda: _probe_sqlite(uri))
-    elif kind == "http":
+    kind = kind_of(uri)
+    if kind == "http":
         from mlflow.utils import rest_utils  # noqa: F401  (imported here, so that the clock runs on the server alone)
 
         _within(timeout, uri, lambda: _probe_server(uri, timeout))
-    elif kind in DATABASE_PORTS:
-        _within(timeout, uri, lambda: _probe_database(uri, timeout))
+    elif kind in PROBES:
+        revision = _within(timeout, uri, lambda: PROBES[kind](uri, timeout))
+        if revision != UNREAD and (problem := store_schema.problem(revision)) is not None:
+            raise TrackingError(f"tracker.uri: {masked(uri)} {problem}.")
+        return revision is not None
+    return True
 
 
 def connect(uri: str) -> "tuple[MlflowClient, str]":
@@ -73,7 +82,7 @@ def connect(uri: str) -> "tuple[MlflowClient, str]":
     Raises:
         TrackingError: the store cannot be opened.
     """
-    kind = _kind(uri)
+    kind = kind_of(uri)
     try:
         from mlflow import MlflowClient
     except ImportError as error:
@@ -82,14 +91,15 @@ def connect(uri: str) -> "tuple[MlflowClient, str]":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with explained(uri):
         if kind != "sqlite":
-            return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
+            with store_schema.made_once(uri) if kind == "postgresql" else contextlib.nullcontext():
+                return MlflowClient(tracking_uri=uri, registry_uri=uri), uri
         from filelock import FileLock
 
-        path = _sqlite_path(uri)
+        path = sqlite_path(uri)
         absolute = _sqlite_uri(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Processes that first touch a fresh store together race in MLflow's schema creation, and most of them die.
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT):
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=store_schema.LOCK_TIMEOUT):
             if not path.exists():
                 _make_sqlite(path)
             return MlflowClient(tracking_uri=absolute, registry_uri=absolute), absolute
@@ -135,7 +145,7 @@ def find_experiment(client: "MlflowClient", name: str, artifacts: str | None) ->
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=TRAINING))
         except MlflowException:  # another process was faster
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -156,13 +166,12 @@ def explained(uri: str) -> Iterator[None]:
     except TrackingError:
         raise
     except Exception as error:
+        if (problem := store_schema.problem_of(error)) is not None:
+            raise TrackingError(f"tracker.uri: {masked(uri)} {problem}.") from error
         raise TrackingError(f"tracker.uri: {masked(uri)} cannot be used: {reason(error)}. {_advice(error)}") from error
 
 
 def _advice(error: Exception) -> str:
-    text = str(error)
-    if "out-of-date database schema" in text:
-        return "Back the database up and run `mlflow db upgrade <tracker.uri>`, or name a new store."
     if isinstance(error, ModuleNotFoundError):
         return (
             "Install that driver, or name the one you have in the URI: postgresql:// wants psycopg (version 3), "
@@ -171,7 +180,8 @@ def _advice(error: Exception) -> str:
     return "Correct tracker.uri, start the server, or set tracker=none."
 
 
-def _kind(uri: str) -> str:
+def kind_of(uri: str) -> str:
+    """`sqlite`, `http`, `databricks` or one of DATABASE_PORTS; raises TrackingError for all else."""
     scheme = uri.partition(":")[0].lower() if "://" in uri or uri.startswith("file:") else ""
     kind = scheme.partition("+")[0]
     if kind in ("http", "https"):
@@ -192,7 +202,8 @@ def _sqlite_uri(path: Path) -> str:
     return "sqlite:///" + path.as_posix().replace("%", "%25").replace("?", "%3F")
 
 
-def _sqlite_path(uri: str) -> Path:
+def sqlite_path(uri: str) -> Path:
+    """The file of an sqlite store; raises TrackingError where the URI names none."""
     from sqlalchemy.engine import make_url
 
     database = make_url(uri).database
@@ -201,14 +212,15 @@ def _sqlite_path(uri: str) -> Path:
     return Path(database).expanduser().resolve()
 
 
-def _within(timeout: float, uri: str, check: Callable[[], None]) -> None:
-    """Run `check`, but no longer than `timeout`: name look-ups and network file systems know no time-outs."""
+def _within(timeout: float, uri: str, check: Callable[[], Result]) -> Result:
+    """What `check` gives, in no longer than `timeout`: name look-ups and network file systems know no time-outs."""
     problems: list[Exception] = []
+    results: list[Result] = []
 
     def run() -> None:
         try:
             with explained(uri):
-                check()
+                results.append(check())
         except Exception as error:
             problems.append(error)
 
@@ -222,24 +234,28 @@ def _within(timeout: float, uri: str, check: Callable[[], None]) -> None:
         )
     if problems:
         raise problems[0]
+    return results[0]
 
 
-def _probe_sqlite(uri: str) -> None:
+def _probe_sqlite(uri: str, timeout: float) -> str | None:
     import sqlite3
 
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():  # not made here: whoever does that holds the lock
         tempfile.TemporaryFile(dir=path.parent).close()
-        return
+        return None
     with contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
         try:
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+            found = connection.execute(store_schema.REVISION).fetchone() if "alembic_version" in tables else None
             connection.rollback()
         except sqlite3.OperationalError as error:
             if "locked" not in str(error):  # locked: somebody is writing, so it is alive
                 raise
+            return UNREAD
+    return None if found is None else str(found[0])
 
 
 def _probe_server(uri: str, timeout: float) -> None:
@@ -259,12 +275,14 @@ def _probe_server(uri: str, timeout: float) -> None:
         raise ValueError(f"something answers there, but not as an MLflow server does (status {answer.status_code})")
 
 
-def _probe_database(uri: str, timeout: float) -> None:
+def _probe_database(uri: str, timeout: float) -> str | None:
     import sqlalchemy
 
     url = sqlalchemy.engine.make_url(uri)
     if url.host:
         port = url.port or DATABASE_PORTS[url.get_backend_name()]
         socket.create_connection((url.host, port), timeout=timeout).close()
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool)
-    engine.connect().close()
+    return store_schema.read_revision(sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool))
+
+
+PROBES = {"sqlite": _probe_sqlite, **dict.fromkeys(DATABASE_PORTS, _probe_database)}

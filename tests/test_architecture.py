@@ -54,17 +54,19 @@ OWN_IMPORTS = {
     "redaction": set(),
     "model_card": {"errors", "parts", "redaction", "workspace"},
     "registry": {"mlflow_names", "store"},
+    "store": {"errors", "mlflow_names", "store_schema"},
+    "store_schema": set(),
     "integrity": {"errors"},
     "state_file": set(),
     "cli": {"command_line", "config", "errors", "redaction", "trust"},
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
-ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "export", "generate", "plan", "push", "run", "tiny.make"}
+ENTRY_POINTS = {"__main__", "cli", "demo", "encode", "export", "generate", "plan", "push", "run", "tiny.make", "ui"}
 KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
     *("export", "locating", "memory_advice", "origins", "push"),
-    *("plan", "phases", "rehearsal", "cheaper", "disk_need", "run_settings"),
+    *("plan", "phases", "rehearsal", "cheaper", "disk_need", "run_settings", "ui"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}

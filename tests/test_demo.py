@@ -113,7 +113,7 @@ def test_three_lines_say_what_came_of_it(outcome: demo.Outcome, root: Path) -> N
     where, score, runs = demo.summary(outcome, root).splitlines()
     assert str(outcome.folder / "grid.png") in where
     assert f"{outcome.score:.2f}" in score
-    assert shlex.split(runs)[-4:] == ["mlflow", "ui", "--backend-store-uri", tracking.default_uri(root)]
+    assert shlex.split(runs)[-4:] == ["-m", "kandinsky_exp", "ui", f"output_root={root}"]
 
 
 @pytest.mark.parametrize("override", ["name=mine", "output_root=there"])

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from commands import Forked, start
+from many_points import check_all_is_recorded
 from mlflow import MlflowClient
 
 from kandinsky_exp import registry
@@ -228,6 +229,10 @@ def test_a_process_that_is_killed_while_the_server_hangs(server: Server, trainin
     assert training.process.code == 0, output
     assert "going on from" in output
     check(server, training)
+
+
+def test_processes_that_record_at_the_same_time_lose_nothing(server: Server, tmp_path: Path) -> None:
+    check_all_is_recorded(server.uri, tmp_path)
 
 
 def test_a_server_takes_no_result_from_outside_its_artifacts(

@@ -63,6 +63,10 @@ def test_records(decoder_root: Path) -> None:
     assert params["optimizer.lr"] == "0.001"
     assert params["model._target_"] == "kandinsky_exp.stages.decoder.DecoderStage"
     assert params["model.snr_gamma"] == "null"
+    assert tags["config.hub.push"] == "false"
+    assert not [
+        key for key in params if key.startswith(("hub.", "tracker.", "name", "output_root")) or "partial" in key
+    ]
     assert tags["stage"] == "decoder"
     assert tags["weights"] == "tiny"
     assert len(tags["data_fingerprint"]) == 64

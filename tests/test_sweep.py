@@ -5,8 +5,10 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +148,20 @@ def test_an_interrupt_stops_the_jobs_that_run_and_then_the_sweep(tmp_path: Path)
     root = tmp_path / "out"
     overrides = ["name=s", *LAUNCHERS["joblib"], "trainer.max_steps=5000", "optimizer.lr=1e-5,2e-5,3e-5"]
     prepare(root, overrides)
-    process = Forked(command, ["--multirun", *PRIOR, f"output_root={root}", *overrides, "checkpoint.every=5000"])
+    words = ["--multirun", *PRIOR, f"output_root={root}", *overrides, "checkpoint.every=5000"]
+    printed = tmp_path / "printed.txt"
+    # A process of its own: joblib runs one job at a time in what multiprocessing started.
+    with printed.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-m", "kandinsky_exp", *words], stdout=file, stderr=file)
     logs = [root / "s" / f"optimizer.lr={lr}" / "train.log" for lr in ("1e-05", "2e-05")]
-    for log in logs:
-        process.wait_for("step 10 ", log)
-    process.signal(signal.SIGINT)
-    output = process.finish()
-    assert process.code == 130, output
+    try:
+        wait(lambda: all(log.is_file() and "step 10 " in log.read_text() for log in logs))
+        process.send_signal(signal.SIGINT)
+        code = process.wait(60)
+    finally:
+        process.kill()
+    output = printed.read_text()
+    assert code == 130, output
     parent, children = family(root, "s")
     assert {name: run.info.status for name, run in children.items()} == {"lr=1e-05": "KILLED", "lr=2e-05": "KILLED"}
     assert parent.info.status == "KILLED"
@@ -174,10 +183,8 @@ def test_a_killed_sweep_ends_its_jobs_after_a_checkpoint(tmp_path: Path) -> None
     assert list((job / "checkpoints").glob("step-*"))
 
 
-def wait(condition: Any) -> None:
-    import time
-
-    end = time.monotonic() + 60
+def wait(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -225,8 +232,6 @@ def test_two_sweeps_into_one_folder(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 def hold(folder: str) -> None:
-    import time
-
     with workspace.occupied(Path(folder), ".jobs/lock"):
         print("held", flush=True)
         time.sleep(600)
