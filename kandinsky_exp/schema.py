@@ -282,4 +282,13 @@ class Push:
     hub: Repository
 
 
-ROOTS: list[type[Any]] = [Train, Plan, Generate, Encode, Export, Push]
+@dataclass
+class Compare:
+    runs: Names | None
+    sweep: Text | None
+    name: Name | None
+    output_root: Text
+    tracker: Tracker
+
+
+ROOTS: list[type[Any]] = [Train, Plan, Generate, Encode, Export, Push, Compare]
