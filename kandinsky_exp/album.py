@@ -73,7 +73,7 @@ class Album:
         return step, self.images[cell[step]]
 
 
-def collect(client: "MlflowClient", runs: Sequence[Run]) -> Album:
+def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BYTES) -> Album:
     """Fetch and reduce as many images as one file can hold; a store that has none or gives none is only noted."""
     album = Album()
     with tempfile.TemporaryDirectory() as place:
@@ -84,7 +84,8 @@ def collect(client: "MlflowClient", runs: Sequence[Run]) -> Album:
             except Exception as error:  # of whatever kind of artifact store it is
                 album.notes.append(f"The images of {run.label} could not be read ({reason(error)}).")
         kept = thinned(stored, album.notes)
-        _fill(client, runs, kept, album, Path(place))
+        if kept:
+            _fill(client, runs, kept, album, Path(place), max_bytes)
     return album
 
 
@@ -166,13 +167,15 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
     return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
 
 
-def _fill(client: "MlflowClient", runs: Sequence[Run], kept: list[Stored], album: Album, place: Path) -> None:
+def _fill(
+    client: "MlflowClient", runs: Sequence[Run], kept: list[Stored], album: Album, place: Path, max_bytes: int
+) -> None:
     side = next((side for count, side in SIDES if len(kept) <= count), SIDES[-1][1])
     album.rows = sorted({image.row for image in kept}, key=lambda row: (row.key.split("/")[0] != "validation", row))
     known: dict[bytes, int] = {}
     unread, left_out, size = 0, 0, 0
     for image in by_importance(kept):
-        if size > MAX_BYTES:
+        if size > max_bytes:
             left_out += 1
             continue
         try:

@@ -66,7 +66,11 @@ VERBS: dict[str, Verb] = {
         "kandinsky_exp.export:export", "merge an adapter with its base into a pipeline", {"adapter": "adapter.source"}
     ),
     "push": Verb("kandinsky_exp.push:push", "upload the result of a finished run to the hub"),
-    "compare": Verb("kandinsky_exp.compare:compare", "one HTML report over runs or a sweep: table, curves, images"),
+    "compare": Verb(
+        "kandinsky_exp.compare:compare",
+        "one HTML report over runs or a sweep: table, curves, images",
+        {"sweep": "sweep.source"},
+    ),
 }
 
 

@@ -19,7 +19,7 @@ RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def compare(cfg: DictConfig) -> float:
-    """Write a report over `cfg.runs` or `cfg.sweep`, and print where it is.
+    """Write a report over `cfg.runs` or `cfg.sweep.source`, and print where it is.
 
     Returns:
         The number of runs (Hydra jobs return numbers).
@@ -31,8 +31,10 @@ def compare(cfg: DictConfig) -> float:
     config.validate(cfg)
     check_choice(cfg)
     root = Path(cfg.output_root).expanduser().absolute()
-    key = "runs" if cfg.sweep is None else "sweep"
-    named = find_ids(root, key, _names(cfg[key]))
+    key = "runs" if cfg.sweep.source is None else "sweep"
+    named = find_ids(root, key, _names(cfg.runs if key == "runs" else [cfg.sweep.source]))
+    if cfg.tracker.uri is None and not (root / "mlflow.db").is_file():  # it would be made, empty
+        raise ConfigError(f"output_root: there is no MLflow store in {root}; give that of the runs, or tracker.uri")
     uri = str(cfg.tracker.uri or store.default_uri(cfg.output_root))
     store.probe(uri)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -41,9 +43,9 @@ def compare(cfg: DictConfig) -> float:
         if problems := [f"{key}: {problem}" for problem in missing(client, uri, named)]:
             raise ConfigError(problems)
         run_ids, parent, name = named, None, f"compare-{datetime.now():%Y%m%d-%H%M%S}"
-        if cfg.sweep is not None:
+        if cfg.sweep.source is not None:
             parent = named[0]
-            run_ids, name = jobs_of(client, cfg.sweep, parent), folder_name(client, cfg.sweep, parent)
+            run_ids, name = jobs_of(client, cfg.sweep.source, parent), folder_name(client, cfg.sweep.source, parent)
         workspace.make_root(root)
         folder = root / "compare" / (cfg.name or name)
         with workspace.logging_to(None, is_main=True):
@@ -54,10 +56,10 @@ def compare(cfg: DictConfig) -> float:
 
 def check_choice(cfg: DictConfig) -> None:
     problems = []
-    if (cfg.runs is None or len(cfg.runs) == 0) == (cfg.sweep is None):
+    if (cfg.runs is None or len(cfg.runs) == 0) == (cfg.sweep.source is None):
         problems.append(
             "runs: give either runs=[<run>,<run>] or sweep=<sweep>"
-            + (", not both" if cfg.sweep is not None else "; nothing is named that could be compared")
+            + (", not both" if cfg.sweep.source is not None else "; nothing is named that could be compared")
         )
     if cfg.tracker.name == "none":
         problems.append("tracker: none has recorded nothing that could be compared; leave it at mlflow")
@@ -132,5 +134,5 @@ def folder_name(client: "MlflowClient", sweep: str, parent: str) -> str:
     return re.sub(r'[/\\:*?"<>|\s]+', "_", str(name)).strip("._ ") or parent
 
 
-def _names(value: str | ListConfig) -> list[str]:
+def _names(value: str | list[str] | ListConfig) -> list[str]:
     return [value] if isinstance(value, str) else list(value)

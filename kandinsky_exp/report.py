@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kandinsky_exp import album, comparison, report_html, report_png, workspace
+from kandinsky_exp import album, comparison, report_html, report_png, store, workspace
 from kandinsky_exp.mlflow_names import reason
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def write_report(
     """
     if not run_ids:
         raise ValueError("write_report: no runs")
-    runs = comparison.read(client, run_ids)
-    pictures = album.collect(client, runs)
+    with store.impatient():
+        runs = comparison.read(client, run_ids)
+        pictures = album.collect(client, runs)
     folder.mkdir(parents=True, exist_ok=True)
     page = report_html.page(title, runs, pictures)
     workspace.write_atomically(folder / REPORT, page.encode("utf-8", "replace").decode("utf-8"))

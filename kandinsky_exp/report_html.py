@@ -183,13 +183,12 @@ def _losses(figures: Sequence[Figure], runs: Sequence[Run]) -> str:
         '<div class="controls"><button type="button" id="log" aria-pressed="false">logarithmic losses</button></div>'
         f'<p class="hint">Training losses are smoothed by an exponential moving average over the logged points (weight '
         f"{report_figures.SMOOTHING:g} of what came before); {raw}. Long curves are drawn with every n-th point.</p>"
-        f'<div class="plots">{"".join(_plot(figure.name, figure.title) for figure in shown)}</div>'
+        f"{''.join(_plot(figure.name, figure.title) for figure in shown)}"
     )
 
 
 def _plot(name: str, title: str) -> str:
-    wide = " wide" if name in ("quarters", "parallel", "scatter") else ""
-    return f'<div class="plot{wide}" id="plot-{name}" role="group" aria-label="{html.escape(title)}"></div>'
+    return f'<div class="plot" id="plot-{name}" role="group" aria-label="{html.escape(title)}"></div>'
 
 
 def _parameters(figures: Sequence[Figure], runs: Sequence[Run]) -> str:

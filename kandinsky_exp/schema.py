@@ -283,9 +283,14 @@ class Push:
 
 
 @dataclass
+class SweepSource:
+    source: Text | None
+
+
+@dataclass
 class Compare:
     runs: Names | None
-    sweep: Text | None
+    sweep: SweepSource
     name: Name | None
     output_root: Text
     tracker: Tracker

@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kandinsky_exp.errors import TrackingError
+from kandinsky_exp.errors import TrackingError, UserError
 from kandinsky_exp.mlflow_names import masked, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+IMPATIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a bar for each file
+}
 LOCK_TIMEOUT = 300.0  # seconds; the first process makes the schema, the others wait for it
 
 _lock = threading.Lock()
@@ -153,7 +157,7 @@ def explained(uri: str) -> Iterator[None]:
     """Turn whatever a store throws into a TrackingError of one paragraph, without credentials."""
     try:
         yield
-    except TrackingError:
+    except UserError:
         raise
     except Exception as error:
         raise TrackingError(f"tracker.uri: {masked(uri)} cannot be used: {reason(error)}. {_advice(error)}") from error

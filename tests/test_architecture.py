@@ -59,7 +59,7 @@ OWN_IMPORTS = {
     "report_figures": {"comparison"},
     "report_html": {"album", "comparison", "report_figures"},
     "report_png": {"album", "comparison", "report_figures"},
-    "report": {"album", "comparison", "mlflow_names", "report_html", "report_png", "workspace"},
+    "report": {"album", "comparison", "mlflow_names", "report_html", "report_png", "store", "workspace"},
     "integrity": {"errors"},
     "state_file": set(),
     "cli": {"command_line", "config", "errors", "redaction", "trust"},

@@ -28,7 +28,7 @@
   // The figures.
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   function themed(layout) {
-    const result = { ...layout, paper_bgcolor: style("--panel"), plot_bgcolor: style("--panel") };
+    const result = { xaxis: {}, yaxis: {}, ...layout, paper_bgcolor: style("--panel"), plot_bgcolor: style("--panel") };
     result.font = { color: style("--ink"), family: "system-ui, sans-serif" };
     result.hoverlabel = { bgcolor: style("--shade"), bordercolor: style("--line"), font: { color: style("--ink") } };
     result.modebar = { bgcolor: "rgba(0,0,0,0)", color: style("--faint"), activecolor: style("--accent") };
@@ -65,6 +65,13 @@
   const hasWebGl = Boolean(canvas.getContext("webgl"));
   let logarithmic = false;
   const drawn = new Map();
+  const options = {
+    responsive: true,
+    displaylogo: false,
+    showSendToCloud: false,
+    plotlyServerURL: "",
+    modeBarButtonsToRemove: ["select2d", "lasso2d"],
+  };
 
   function draw(figure, place) {
     if (figure.kind === "parallel" && !hasWebGl) {
@@ -75,7 +82,7 @@
     const layout = themed({ ...figure.spec.layout, losses: figure.kind === "loss" });
     const isNew = !drawn.has(place);
     drawn.set(place, figure);
-    Plotly.react(place, traces(figure), layout, { responsive: true, displaylogo: false });
+    Plotly.react(place, traces(figure), layout, options);
     if (isNew) {
       place.on("plotly_legendclick", (event) => { toggle([event.data[event.curveNumber].meta]); return false; });
       place.on("plotly_legenddoubleclick", (event) => { alone(event.data[event.curveNumber].meta); return false; });
