@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import json
 import os
 import sys
 import traceback
@@ -55,6 +56,7 @@ class Verb:
         default_factory=dict
     )  # what is typed → the key it means: Hydra takes the name of a
     # group for a choice of its files
+    lists: tuple[str, ...] = ()  # keys that take a,b for a list of texts: to Hydra it would be a sweep
 
 
 VERBS: dict[str, Verb] = {
@@ -70,6 +72,7 @@ VERBS: dict[str, Verb] = {
         "kandinsky_exp.compare:compare",
         "one HTML report over runs or a sweep: table, curves, images",
         {"sweep": "sweep.source"},
+        lists=("runs",),
     ),
 }
 
@@ -111,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"kandinsky-exp {version('kandinsky-exp')}")
         else:
             verb, rest = _split_verb(arguments)
-            _run(verb, command_line.parse([_plain(text, VERBS[verb].plain) for text in rest], VERBS))
+            _run(verb, command_line.parse([_plain(text, VERBS[verb]) for text in rest], VERBS))
     except (Exception, KeyboardInterrupt, Interrupted) as error:
         sys.exit(_report(error, verbose))
 
@@ -132,9 +135,11 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
     return "train", arguments
 
 
-def _plain(text: str, keys: Mapping[str, str]) -> str:
+def _plain(text: str, verb: Verb) -> str:
     key, equals, value = text.partition("=")
-    return f"{keys.get(key, key)}={value}" if equals else text
+    if key in verb.lists and value not in ("", "null") and value[0] not in "[\"'":
+        value = f"[{','.join(json.dumps(part, ensure_ascii=False) for part in value.split(','))}]"
+    return f"{verb.plain.get(key, key)}={value}" if equals else text
 
 
 def _run(verb: str, line: command_line.CommandLine) -> None:

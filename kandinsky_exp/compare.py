@@ -58,7 +58,7 @@ def check_choice(cfg: DictConfig) -> None:
     problems = []
     if (cfg.runs is None or len(cfg.runs) == 0) == (cfg.sweep.source is None):
         problems.append(
-            "runs: give either runs=[<run>,<run>] or sweep=<sweep>"
+            "runs: give either runs=<run>,<run> or sweep=<sweep>"
             + (", not both" if cfg.sweep.source is not None else "; nothing is named that could be compared")
         )
     if cfg.tracker.name == "none":
@@ -124,7 +124,7 @@ def missing(client: "MlflowClient", uri: str, run_ids: Iterable[str]) -> list[st
 def jobs_of(client: "MlflowClient", sweep: str, parent: str) -> list[str]:
     run_ids = comparison.children(client, parent)
     if not run_ids:
-        raise ConfigError(f"sweep: '{cut(sweep)}' has no jobs in MLflow; give another, or runs=[<run>,<run>]")
+        raise ConfigError(f"sweep: '{cut(sweep)}' has no jobs in MLflow; give another, or runs=<run>,<run>")
     return run_ids
 
 

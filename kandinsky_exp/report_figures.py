@@ -25,6 +25,7 @@ from kandinsky_exp.comparison import (
 # Told apart by colour-blind eyes, on white and on black (Okabe and Ito 2008, without black and yellow).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 DASHES = ("solid", "dash", "dot", "dashdot")  # for the second, third and fourth round of the colours
+BY_SCORE = [[0.0, "#E69F00"], [0.5, "#8C8C8C"], [1.0, "#0072B2"]]  # best to worst, readable on white and on black
 SMOOTHING = 0.9  # weight of what came before, per logged point
 MOST_RAW = 30  # runs; beyond, the unsmoothed curves would cover everything
 MAX_POINTS = 40_000  # of all curves of one metric
@@ -140,7 +141,7 @@ def _add(
             figure.add_scatter(**_points(thinned(curve, limit)), **common, **faint, hoverinfo="skip", showlegend=False,
                                **where)  # fmt: skip
         shown = thinned(smoothed(curve) if is_smoothed else curve, limit)
-        mode = "lines" if is_smoothed else "lines+markers"
+        mode = "lines" if is_smoothed and len(shown) > 1 else "lines+markers"  # one point alone is no line
         hover = f"{safe(run.label)}<br>step %{{x}}: %{{y:.5g}}<extra></extra>"
         figure.add_scatter(**_points(shown), **common, mode=mode, line={**line, "width": 2}, hovertemplate=hover,
                            showlegend=index not in named, **where)  # fmt: skip
@@ -251,7 +252,7 @@ def _parallel(indices: Sequence[int], values: Sequence[float], axes: Sequence[Ax
         ]  # a staircase
         line = {"color": [index + 0.5 for index in indices], "colorscale": steps, "cmin": 0, "cmax": len(COLOURS)}
     else:
-        line = {"color": list(values), "colorscale": "Viridis", "reversescale": True, "showscale": True}
+        line = {"color": list(values), "colorscale": BY_SCORE, "showscale": True}
     trace = go.Parcoords(dimensions=dimensions, line=line)
     layout = _layout("", 440) | {"margin": {"l": 96, "r": 96, "t": 72, "b": 32}}
     return Figure("parallel", title, "parallel", go.Figure(trace, layout=layout).to_dict(), tuple(indices))

@@ -96,14 +96,14 @@ def _table(runs: Sequence[Run], columns: Sequence[Column]) -> str:
 
 
 def _best(runs: Sequence[Run]) -> set[int]:
-    """Of each stage the run with the lowest validation loss."""
-    best: dict[str, int] = {}
-    for index, run in enumerate(runs):
-        value = run.scores.best
-        other = runs[best[run.stage]].scores.best if run.stage in best else None
-        if value is not None and (other is None or value < other):
-            best[run.stage] = index
-    return set(best.values())
+    """The runs with the lowest validation loss of their stage."""
+    lowest: dict[str, float] = {}
+    for run in runs:
+        if run.scores.best is not None:
+            lowest[run.stage] = min(run.scores.best, lowest.get(run.stage, run.scores.best))
+    return {
+        index for index, run in enumerate(runs) if run.scores.best is not None and run.scores.best == lowest[run.stage]
+    }
 
 
 def _head(name: str, key: str, is_number: bool) -> str:
@@ -177,7 +177,7 @@ def _losses(figures: Sequence[Figure], runs: Sequence[Run]) -> str:
     raw = (
         "the faint lines are as recorded"
         if len(runs) <= report_figures.MOST_RAW
-        else f"what they were before is left out with more than {report_figures.MOST_RAW} runs"
+        else f"with more than {report_figures.MOST_RAW} runs what was recorded is not drawn as well"
     )
     return (
         '<div class="controls"><button type="button" id="log" aria-pressed="false">logarithmic losses</button></div>'

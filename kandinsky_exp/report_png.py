@@ -40,7 +40,7 @@ def _draw(axes: Axes, runs: Sequence[Run], key: str, title: str) -> None:
         curve = smoothed(run.curves.get(key, [])) if key == TRAIN else finite(run.curves.get(key, []))
         if curve:
             is_empty = False
-            marker = "o" if key == VALIDATION and len(curve) <= 20 else ""
+            marker = "o" if len(curve) == 1 or (key == VALIDATION and len(curve) <= 20) else ""
             steps, values = zip(*curve, strict=True)
             axes.plot(steps, values, color=colour(index), linestyle=LINES[dash(index)], marker=marker, markersize=4)
     axes.set_title(title, loc="left", fontsize=11)

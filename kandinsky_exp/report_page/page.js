@@ -54,7 +54,8 @@
       rangefont: { color: style("--faint"), size: 11 },
       line: { ...trace.line, color: pick(trace.line.color) },
       dimensions: trace.dimensions.map((one) => {
-        const low = Math.min(...one.values), high = Math.max(...one.values);
+        const marks = [...one.values, ...(one.tickvals || [])];
+        const low = Math.min(...marks), high = Math.max(...marks);
         const room = (high - low) * 0.04 || 1;
         return { ...one, values: pick(one.values), range: [low - room, high + room] };
       }),
