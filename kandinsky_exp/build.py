@@ -23,7 +23,7 @@ from kandinsky_exp.errors import ConfigError, UserError
 from kandinsky_exp.loop import Training
 from kandinsky_exp.parts import PARTS, side_parts
 from kandinsky_exp.readers import ReadSettings
-from kandinsky_exp.schema import Train
+from kandinsky_exp.roots import Train
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
 from kandinsky_exp.weights import Weights
 

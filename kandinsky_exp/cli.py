@@ -5,11 +5,9 @@
 """
 
 import hashlib
+import json
 import os
-import shlex
-import signal
 import sys
-import tempfile
 import traceback
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,20 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp import command_line, config, job_process, redaction, supervision, sweep, sweep_check, trust
+from kandinsky_exp import command_line, config, job_process, launching, redaction, trust
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut
-from kandinsky_exp.sweep_jobs import JobFolder
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
@@ -60,6 +54,7 @@ class Verb:
     )  # what is typed → the key it means: Hydra takes the name of a
     # group for a choice of its files
     trains: bool = False  # its sweeps are recorded, and each of their jobs has a process of its own
+    lists: tuple[str, ...] = ()  # keys that take a,b for a list of texts: to Hydra it would be a sweep
 
 
 VERBS: dict[str, Verb] = {
@@ -72,6 +67,12 @@ VERBS: dict[str, Verb] = {
     ),
     "push": Verb("kandinsky_exp.push:push", "upload the result of a finished run to the hub"),
     "ui": Verb("kandinsky_exp.ui:ui", "open the runs in MLflow's own pages"),
+    "compare": Verb(
+        "kandinsky_exp.compare:compare",
+        "one HTML report over runs or a sweep: table, curves, images",
+        {"sweep": "sweep.source"},
+        lists=("runs",),
+    ),
 }
 
 
@@ -86,7 +87,7 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> Any:
         self.called = True
-        sweeping = _forget_multirun()
+        sweeping = launching.forget_multirun()
         try:
             return call(self.function, cfg, self.trusted)
         except Exception as error:
@@ -94,32 +95,6 @@ class Job:
             if sweeping:  # the sweeper decides what becomes of the other jobs
                 raise
             return None  # kept for `main`: raised from here, Hydra would print a line of its own
-
-
-@dataclass(frozen=True)
-class SweptJob:
-    """What a launcher calls for each job of a sweep that trains, wherever it likes. It raises nothing."""
-
-    call: job_process.Call
-    parallel: int
-    session: str
-    process: int  # that the user started
-    desk: job_process.Desk | None
-
-    def __call__(self, cfg: DictConfig) -> float:
-        _forget_multirun()
-        if os.getpid() != self.process:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first process, which tells the jobs
-        return supervision.supervise(self.call, cfg, self.parallel, self.session, self.desk)
-
-
-def _forget_multirun() -> bool:
-    """Remove what Hydra's sweeper writes, the command line with its passwords; whether there is a sweep."""
-    settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
-        return False
-    (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
-    return True
 
 
 def call(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> Any:
@@ -155,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"kandinsky-exp {version('kandinsky-exp')}")
         else:
             verb, rest = _split_verb(arguments)
-            _run(verb, command_line.parse([_plain(text, VERBS[verb].plain) for text in rest], VERBS))
+            _run(verb, command_line.parse([_plain(text, VERBS[verb]) for text in rest], VERBS))
     except (Exception, KeyboardInterrupt, Interrupted) as error:
         sys.exit(_report(error, verbose))
 
@@ -176,9 +151,11 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
     return "train", arguments
 
 
-def _plain(text: str, keys: Mapping[str, str]) -> str:
+def _plain(text: str, verb: Verb) -> str:
     key, equals, value = text.partition("=")
-    return f"{keys.get(key, key)}={value}" if equals else text
+    if key in verb.lists and value not in ("", "null") and value[0] not in "[\"'":
+        value = f"[{','.join(json.dumps(part, ensure_ascii=False) for part in value.split(','))}]"
+    return f"{verb.plain.get(key, key)}={value}" if equals else text
 
 
 def _run(verb: str, line: command_line.CommandLine) -> None:
@@ -192,7 +169,9 @@ def _run(verb: str, line: command_line.CommandLine) -> None:
             if found:
                 raise ConfigError(found)  # before the sweeper makes its folder
             if VERBS[verb].trains:
-                _sweep(verb, line)
+                call_it = job_process.Call(answered, VERBS[verb].function, line.trusted)
+                if code := launching.launch(verb, line, call_it, lambda job, *more: _start(verb, line, job, *more)):
+                    sys.exit(code)
                 return
         job = Job(VERBS[verb].function, line.trusted)
         try:
@@ -206,30 +185,6 @@ def _run(verb: str, line: command_line.CommandLine) -> None:
             raise
         if job.failure is not None:
             raise job.failure
-
-
-def _sweep(verb: str, line: command_line.CommandLine) -> None:
-    cfg = sweep_check.composed(verb, line)
-    varied = sweep_check.checked(verb, line, cfg)
-    parallel = supervision.parallel_jobs(cfg.hydra.launcher, varied.jobs)
-    function = job_process.Call(answered, VERBS[verb].function, line.trusted)
-    if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
-        with tempfile.TemporaryDirectory() as own, sweep.noted_signals(JobFolder(Path(own))):
-            job = SweptJob(function, parallel, "", os.getpid(), None)
-            _start(verb, line, job, sweep_check.sweep_dir(own))
-        return
-    folder = sweep.place(cfg)
-    named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
-    command = redaction.masked(shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *named]))
-    with (
-        sweep.occupied(folder),
-        job_process.desk(function.function) as desk,  # it imports while this process asks the store
-        sweep.session(cfg, folder, varied.jobs, command) as session,
-    ):
-        job = SweptJob(function, parallel, session.token, os.getpid(), None if parallel == 1 else desk)
-        _start(verb, line, job, sweep_check.sweep_dir(folder))
-    if code := sweep.exit_code(session):
-        sys.exit(code)
 
 
 def _start(verb: str, line: command_line.CommandLine, job: typing.Callable[[DictConfig], Any], *more: str) -> None:

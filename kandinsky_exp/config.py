@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from kandinsky_exp import crosschecks, redaction, saved_config, targets, trust
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.fitting import misfit
-from kandinsky_exp.schema import ROOTS, OpenNode
+from kandinsky_exp.roots import ROOTS
+from kandinsky_exp.schema import OpenNode
 
 Values = dict[str, Any]
 NEEDED = {  # what to do about a key that is not set

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, failed_job, integrity, run_notes, sweep_jobs, tracking, workspace
+from kandinsky_exp import build, config, integrity, job_records, run_notes, sweep_jobs, tracking, workspace
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -33,9 +33,11 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
     parent = sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None
     name, job = space.folder.name, None if parent is None else job_outcome(space.folder)
     if job is not None:
-        name, tags = job.name, {**tags, **failed_job.job_tags(job)}
+        name, tags = job.name, {**tags, **job_records.job_tags(job)}
     if space.record.run_id is None:  # later it is the user's, who can write more there
-        tags |= run_notes.note(run_notes.command())
+        tags |= run_notes.note(
+            run_notes.command(), [] if parent is None else [job_records.report_link(tracker_uri(cfg), parent)]
+        )
     tracker = tracking.MlflowTracker(
         tracker_uri(cfg),
         cfg.tracker.experiment,

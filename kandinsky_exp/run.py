@@ -20,8 +20,8 @@ from kandinsky_exp import (
     checkpoint,
     class_images,
     config,
-    failed_job,
     hub,
+    job_records,
     loop,
     memory_advice,
     nonfinite,
@@ -148,7 +148,7 @@ def prepare(
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
-        space.record.token = failed_job.token(space.folder.parent, space.folder.name) or uuid.uuid4().hex
+        space.record.token = job_records.token(space.folder.parent, space.folder.name) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true for whoever never comes to the first step
         space.write_record()  # first: from now on the folder is a run
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))

@@ -35,7 +35,7 @@ def command() -> str | None:
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     if settings.mode == RunMode.MULTIRUN:
-        overrides = [text for text in overrides if not text.startswith("name=")]
+        overrides = [text for text in overrides if not text.startswith(("name=", "sweep.trial="))]
     if any(text.startswith("sweep=") for text in overrides):  # it may set more than what varies
         overrides.append("hydra.mode=RUN")
     folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]

@@ -5,7 +5,7 @@ arguments and are checked against its signature (`targets`). Defaults and explan
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from kandinsky_exp.rules import (
     BELOW_ONE,
@@ -14,11 +14,6 @@ from kandinsky_exp.rules import (
     MODEL_NAME,
     Count,
     CountOrZero,
-    Modules,
-    Name,
-    Names,
-    Number,
-    Port,
     Positive,
     PositiveOrZero,
     Prompts,
@@ -201,102 +196,3 @@ class Sweep:
 class Repository:
     repo_id: Text | None
     private: bool | None
-
-
-@dataclass
-class Train:
-    name: Name | None
-    output_root: Text
-    seed: Seed
-    model: Model
-    weights: Weights
-    data: Data
-    optimizer: Optimizer
-    scheduler: Scheduler
-    precision: Precision
-    adapter: Adapter
-    trainer: Trainer
-    checkpoint: Checkpoint
-    validation: Validation
-    tracker: Tracker
-    hub: Hub
-    sweep: Sweep
-    trusted_modules: Modules | None = None
-
-
-@dataclass
-class Plan(Train):
-    device_memory: Positive | None = None
-
-
-@dataclass
-class Generate:
-    name: Name | None
-    output_root: Text
-    seed: Seed
-    weights: Weights
-    precision: Precision
-    tracker: Tracker
-    prior: Text | None
-    decoder: Text | None
-    prior_adapter: Names | None
-    decoder_adapter: Names | None
-    adapter_scale: Number | list[Number]
-    prompts: Prompts
-    negative_prompt: str
-    num_images: Count
-    guidance_scale: PositiveOrZero
-    inference_steps: Count
-    prior_guidance_scale: PositiveOrZero
-    prior_inference_steps: Steps
-    height: Side | None
-    width: Side | None
-    log_to_run: bool
-
-
-@dataclass
-class Encode:
-    output_root: Text
-    seed: Seed
-    model: Model
-    weights: Weights
-    data: Data
-    precision: Precision
-    list: bool
-    remove: Names
-    trusted_modules: Modules | None = None
-
-
-@dataclass
-class AdapterSource:
-    source: Names
-
-
-@dataclass
-class Export:
-    name: Name | None
-    output_root: Text
-    weights: Weights
-    precision: Precision
-    tracker: Tracker
-    adapter: AdapterSource
-    base: Text | None
-    adapter_scale: Number | list[Number]
-    merge: bool
-
-
-@dataclass
-class Push:
-    run: Text
-    hub: Repository
-
-
-@dataclass
-class Ui:
-    output_root: Text
-    host: Text
-    port: Port
-    tracker: Tracker
-
-
-ROOTS: list[type[Any]] = [Train, Plan, Generate, Encode, Export, Push, Ui]

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from kandinsky_exp import store_schema
-from kandinsky_exp.errors import TrackingError
+from kandinsky_exp.errors import TrackingError, UserError
 from kandinsky_exp.mlflow_names import masked, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+IMPATIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a bar for each file
+}
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # or the UI opens it as one of language models
 UNREAD = "?"  # in place of a schema's revision that could not be read
 
@@ -163,7 +167,7 @@ def explained(uri: str) -> Iterator[None]:
     """Turn whatever a store throws into a TrackingError of one paragraph, without credentials."""
     try:
         yield
-    except TrackingError:
+    except UserError:
         raise
     except Exception as error:
         if (problem := store_schema.problem_of(error)) is not None:

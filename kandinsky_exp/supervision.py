@@ -4,6 +4,7 @@ Every launcher calls `supervise`, in whatever process it uses.
 """
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import config, devices, failed_job, workspace
+from kandinsky_exp import config, devices, job_records, workspace
 from kandinsky_exp.job_process import Answer, Call, Desk, Task, asked
 from kandinsky_exp.sweep_jobs import JobFolder, Outcome, job_name
 
@@ -51,7 +52,7 @@ def supervise(call: Call, cfg: DictConfig, parallel: int, session: str, place: D
 
 def plain(settings: Any) -> DictConfig:
     """Hydra's own section as far as jobs read it, without the plugins' classes, which each start imports anew."""
-    names = ("mode", "sweep", "sweeper", "launcher", "job", "overrides")
+    names = ("mode", "sweep", "sweeper", "launcher", "job", "overrides", "runtime")
     section = {name: OmegaConf.select(settings, name) for name in names}
     resolved = {
         name: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -87,6 +88,8 @@ def _chosen(cfg: DictConfig, key: str, text: str) -> Any:
 def finished(cfg: DictConfig, folder: Path) -> float | None:
     """What a job came to that an earlier start of this very sweep has finished; None where there is something to do."""
     record = workspace.read_record(folder)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return None  # its processes have to decide together
     if record is None or record.status != "FINISHED" or (folder / "outbox").exists() or cfg.checkpoint.resume != "auto":
         return None
     place = ("output_root", "name", "sweep.")
@@ -103,7 +106,7 @@ def note(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) -> Non
     """Complete an outcome, and the run's own records where its process was killed before it could."""
     outcome.status, outcome.message, outcome.is_user_error = answer.status, answer.message, answer.is_user_error
     if answer.status in ("FAILED", "KILLED"):
-        failed_job.settle(cfg, folder, outcome)
+        job_records.settle(cfg, folder, outcome)
     record = workspace.read_record(folder)
     if record is not None:
         outcome.run_id, outcome.score = record.run_id, record.best_loss

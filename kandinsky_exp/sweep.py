@@ -15,7 +15,7 @@ from types import FrameType
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import tracking, workspace
+from kandinsky_exp import job_records, run_notes, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError, Interrupted
 from kandinsky_exp.sweep_jobs import JobFolder, Outcome, short_keys
 
@@ -101,6 +101,7 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
             yield started
         finally:
             tell(started)
+            report(cfg, started)
         if numbers := files.signals():
             raise Interrupted(numbers[0])
 
@@ -120,8 +121,10 @@ def parent_run(cfg: DictConfig, folder: Path, command: str) -> tracking.Tracker:
         outbox=folder / "outbox",
         run_id=record.run_id,
         token=record.token,
-        tags={"sweep": folder.name, "run_folder": str(folder), "mlflow.note.content": f"```\n{command}\n```"},
+        tags={"sweep": folder.name, "run_folder": str(folder)},
     )
+    if record.run_id is None and tracker.run_id is not None:  # later the description is the user's
+        tracker.set_tags(run_notes.note(command, [job_records.report_link(uri, tracker.run_id)]))
     record.run_id = tracker.run_id
     space.write_record()
     return tracker
@@ -168,6 +171,22 @@ def tell(started: Session) -> None:
     print(f"\n{text}\n{started.folder}", flush=True)
     started.tracker.log_text(text, "jobs.txt")
     started.tracker.log_text(as_csv(outcomes), "jobs.csv")
+
+
+def report(cfg: DictConfig, started: Session) -> None:
+    """The jobs side by side, as `compare` shows them; what goes wrong with it is no failure of the sweep."""
+    run_ids = [outcome.run_id for outcome in started.outcomes() if outcome.run_id is not None]
+    parent = started.tracker.run_id
+    if not run_ids or parent is None:
+        return
+    from kandinsky_exp.report import write_report
+
+    try:
+        client, _ = store.connect(str(cfg.tracker.uri or store.default_uri(cfg.output_root)))
+        page = write_report(client, run_ids, started.folder / "report", f"Sweep {started.folder.name}", parent)
+        print(page, flush=True)
+    except Exception as error:
+        logger.warning("the report was not written (%s); kandinsky-exp compare sweep=%s", error, started.folder)
 
 
 def rows(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:

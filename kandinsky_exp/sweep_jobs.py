@@ -78,6 +78,7 @@ class JobFolder:
 
     def ask_to_stop(self, signal_number: int) -> None:
         """Also called by a signal's handler."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self._stop.open("a") as file:
             file.write(f"{signal_number}\n")
 

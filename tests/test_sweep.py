@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,14 @@ def faulty(optimizer, total_steps, how, mended):
     return LambdaLR(optimizer, factor)
 """
 WAYS = ["first", "raise", "exit", "kill", "memory", "last"]
-ENDS = {"first": "FINISHED", "raise": "FAILED", "exit": "FAILED", "kill": "KILLED", "memory": "FAILED", "last": "FINISHED"}
+ENDS = {
+    "first": "FINISHED",
+    "raise": "FAILED",
+    "exit": "FAILED",
+    "kill": "KILLED",
+    "memory": "FAILED",
+    "last": "FINISHED",
+}
 LAUNCHERS = {"basic": [], "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
              "submitit": ["hydra/launcher=submitit_local"], "ray": ["hydra/launcher=ray"]}  # fmt: skip
 PRIOR = ["model=prior", *SMALL]
@@ -63,7 +70,8 @@ def swept(root: Path, *overrides: str) -> int:
 def faulty(root: Path, ways: Sequence[str]) -> list[str]:
     return [
         "trusted_modules=[sweep_faults]", "scheduler._target_=sweep_faults.faulty", "~scheduler.warmup_steps",
-        f"+scheduler.how={','.join(ways)}", f"+scheduler.mended={root}/mended", "validation.every=4", "checkpoint.behind=false",
+        f"+scheduler.how={','.join(ways)}", f"+scheduler.mended={root}/mended", "validation.every=4",
+        "checkpoint.behind=false",
     ]  # fmt: skip
 
 
@@ -202,7 +210,7 @@ def wait(condition: Callable[[], bool]) -> None:
         (["optimizer.lr=1e-5,1e-5"], "optimizer.lr: 1e-05 is there more than once"),
         (["optimizer.lr=1e-5,abc"], "optimizer.lr: has to be a number, above 0, not 'abc'"),
         (["seed=range(0,100)", "trainer.max_steps=range(1,101)"], "makes 10,000 jobs, and at most 200 are allowed"),
-        (["optimizer.lr=interval(1e-5,1e-3)"], "optimizer.lr: an interval has no end of values; take hydra/sweeper=optuna"),
+        (["seed=interval(1,9)"], "seed: an interval has no end of values; take hydra/sweeper=optuna"),
         (["seed=1,2", "hydra/launcher=dask"], "hydra/launcher: there is no hydra/launcher=dask"),
         (["hub.private=true,false"], "hub.private: all jobs would go to one repository"),
         (["tracker=none,mlflow"], "tracker: one store records the whole sweep"),
@@ -211,10 +219,9 @@ def wait(condition: Callable[[], bool]) -> None:
 def test_a_sweep_that_makes_no_sense_is_refused(
     overrides: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    try:
+    with pytest.raises(SystemExit) as end:
         cli.main(["--multirun", *PRIOR, f"output_root={tmp_path}/out", *overrides])
-    except SystemExit as end:
-        assert end.code == 2
+    assert end.value.code == 2
     error = capfd.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -259,7 +266,7 @@ def test_jobs_are_named_by_what_they_vary() -> None:
 
 
 @pytest.fixture
-def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An nvidia-smi that knows of two."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
@@ -270,7 +277,6 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name in devices.SHARED_OUT:
         monkeypatch.delenv(name, raising=False)
-    yield
 
 
 @pytest.mark.usefixtures("two_gpus")

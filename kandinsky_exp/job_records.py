@@ -1,11 +1,11 @@
-"""The records of a sweep's job whose process could not complete them itself."""
+"""What MLflow is told of a sweep's job, also where its own process could not tell it any more."""
 
 import logging
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import tracking, workspace
+from kandinsky_exp import store, tracking, workspace
 from kandinsky_exp.errors import TrackingError
 from kandinsky_exp.sweep_jobs import Outcome
 
@@ -22,6 +22,13 @@ def job_tags(outcome: Outcome) -> dict[str, str]:
     """Tags of a job's run: its place in the sweep, and each of its overrides."""
     overrides = {f"override.{key}": value for key, value in outcome.varied.items()}
     return {"sweep.job": f"{outcome.number:04d}", **overrides}
+
+
+def report_link(uri: str, parent_run_id: str) -> str:
+    """Where MLflow's pages show the report of a sweep, in Markdown."""
+    client, _ = store.connect(uri)
+    experiment_id = client.get_run(parent_run_id).info.experiment_id
+    return f"[Report of the sweep](#/experiments/{experiment_id}/runs/{parent_run_id}/artifacts/compare/report.html)"
 
 
 def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:

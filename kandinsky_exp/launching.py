@@ -1,0 +1,85 @@
+"""From a command line to a sweep: what launchers call for each job, and what goes around them all."""
+
+import os
+import shlex
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from kandinsky_exp import command_line, job_process, redaction, supervision, sweep, sweep_check
+from kandinsky_exp.sweep_jobs import JobFolder
+
+Start = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class SweptJob:
+    """What a launcher calls for each job of a sweep that trains, wherever it likes. It raises nothing."""
+
+    call: job_process.Call
+    parallel: int
+    session: str
+    process: int  # that the user started
+    desk: job_process.Desk | None
+
+    def __call__(self, cfg: DictConfig) -> float:
+        forget_multirun()
+        if os.getpid() != self.process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first process, which tells the jobs
+        return supervision.supervise(self.call, cfg, self.parallel, self.session, self.desk)
+
+
+def forget_multirun() -> bool:
+    """Remove what Hydra's sweeper writes, the command line with its passwords; whether there is a sweep."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return False
+    (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
+    return True
+
+
+def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, start: Start) -> int:
+    """Run a sweep from its first job to its last, or that part of it which the last start has left.
+
+    Args:
+        start: runs Hydra with a job and further overrides.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: nothing was started.
+        Interrupted: a signal came.
+    """
+    cfg = sweep_check.composed(verb, line)
+    varied = sweep_check.checked(verb, line, cfg)
+    parallel = supervision.parallel_jobs(cfg.hydra.launcher, varied.jobs)
+    if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
+        with tempfile.TemporaryDirectory() as own, sweep.noted_signals(JobFolder(Path(own))):
+            job = SweptJob(call, parallel, "", os.getpid(), None)
+            start(job, sweep_check.sweep_dir(own))
+        return 0
+    folder = sweep.place(cfg)
+    named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
+    command = redaction.masked(shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *named]))
+    with (
+        sweep.occupied(folder),
+        job_process.desk(call.function) as desk,  # it imports while this process asks the store
+        sweep.session(cfg, folder, varied.jobs, command) as session,
+    ):
+        job = SweptJob(call, parallel, session.token, os.getpid(), None if parallel == 1 else desk)
+        start(job, sweep_check.sweep_dir(folder), *_without_end(cfg, line))
+    return sweep.exit_code(session)
+
+
+def _without_end(cfg: DictConfig, line: command_line.CommandLine) -> list[str]:
+    """Submitit ends jobs after an hour where nobody says otherwise: on this machine that would be a surprise."""
+    is_local = str(cfg.hydra.launcher._target_).endswith("submitit_launcher.LocalLauncher")
+    is_typed = any("hydra.launcher.timeout_min=" in text for text in line.overrides)
+    return [f"hydra.launcher.timeout_min={60 * 24 * 365}"] if is_local and not is_typed else []
