@@ -22,6 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from kandinsky_exp import config, paths, trust
 from kandinsky_exp.errors import ConfigError, UserError, cut
 
+# Hydra's plugins, and the extra that installs each.
+EXTRAS = {"hydra/launcher": {"joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}}
+
 
 @dataclass(frozen=True)
 class CommandLine:
@@ -208,6 +211,8 @@ def _wrong_option(override: Override, options: list[str]) -> str | None:
     if not all(isinstance(choice, str) for choice in chosen):
         return f"{group}: needs a name; choose one of {', '.join(options)}, or set one of its keys, {group}.<key>=..."
     wrong = next(choice for choice in chosen if choice not in options)
+    if wrong in (extras := EXTRAS.get(group, {})):
+        return f'{group}: {wrong} is not installed; pip install "kandinsky-exp[{extras[wrong]}]"'
     meant = _did_you_mean(wrong, options)
     return f"{group}: there is no {group}={cut(wrong)}; the choices are {', '.join(options)}{meant}"
 

@@ -6,13 +6,15 @@ import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import command_line, job_process, redaction, supervision, sweep, sweep_check
+from kandinsky_exp import command_line, job_process, redaction, studies, supervision, sweep, sweep_check
+from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.sweep_jobs import JobFolder
 
 Start = Callable[..., None]
@@ -59,6 +61,8 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
     """
     cfg = sweep_check.composed(verb, line)
     varied = sweep_check.checked(verb, line, cfg)
+    if str(cfg.hydra.sweeper._target_).startswith("hydra_plugins.kandinsky_optuna") and find_spec("optuna") is None:
+        raise ConfigError(studies.MISSING)
     parallel = supervision.parallel_jobs(cfg.hydra.launcher, varied.jobs)
     if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
         with tempfile.TemporaryDirectory() as own, sweep.noted_signals(JobFolder(Path(own))):

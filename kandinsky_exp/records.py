@@ -35,9 +35,8 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
     if job is not None:
         name, tags = job.name, {**tags, **job_records.job_tags(job)}
     if space.record.run_id is None:  # later it is the user's, who can write more there
-        tags |= run_notes.note(
-            run_notes.command(), [] if parent is None else [job_records.report_link(tracker_uri(cfg), parent)]
-        )
+        links = [] if parent is None else [job_records.report_link(tracker_uri(cfg), parent)]
+        tags |= run_notes.note(run_notes.command(), links)
     tracker = tracking.MlflowTracker(
         tracker_uri(cfg),
         cfg.tracker.experiment,

@@ -22,6 +22,7 @@ OWN_IMPORTS = {
     "errors": set(),
     "rules": set(),
     "schema": {"rules"},
+    "roots": {"rules", "schema"},
     "randomness": set(),
     "schedules": set(),
     "grid": set(),
@@ -48,7 +49,7 @@ OWN_IMPORTS = {
     "writer": {"lane", "mlflow_names"},
     "tracking": {"delivery", "errors", "lane", "mlflow_names", "mlflow_run", "outbox", "provenance", "store", "writer"},
     "run_settings": {"host_memory", "loop", "paths", "pipelines"},
-    "config": {"crosschecks", "errors", "fitting", "redaction", "saved_config", "schema", "targets", "trust"},
+    "config": {"crosschecks", "errors", "fitting", "redaction", "roots", "saved_config", "schema", "targets", "trust"},
     "targets": {"fitting", "schema", "trust"},
     "trust": set(),
     "redaction": set(),
@@ -64,7 +65,7 @@ OWN_IMPORTS = {
     "report": {"album", "comparison", "mlflow_names", "report_html", "report_png", "store", "workspace"},
     "integrity": {"errors"},
     "state_file": set(),
-    "cli": {"command_line", "config", "errors", "redaction", "trust"},
+    "cli": {"command_line", "config", "errors", "job_process", "launching", "redaction", "trust"},
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
@@ -75,7 +76,7 @@ KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
     *("compare", "export", "locating", "memory_advice", "origins", "push"),
     *("plan", "phases", "rehearsal", "cheaper", "disk_need", "run_settings", "ui"),
-    *("job_records", "job_process", "pruning", "supervision", "sweep", "sweep_check"),
+    *("job_records", "launching", "job_process", "pruning", "supervision", "sweep", "sweep_check"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}

@@ -132,6 +132,13 @@ def test_one_crashed_job_costs_one_job(
     }
     assert {run.info.status for run in [mended, *children_again.values()]} == {"FINISHED"}
     assert re.search(r"^best: how=", capfd.readouterr().out, re.MULTILINE)
+    report = (root / "six" / "report" / "report.html").read_text()
+    assert artifact(root, parent, "compare/report.html") == report
+    assert all(run.info.run_id in report for run in children_again.values())
+    note = children_again["how=kill"].data.tags["mlflow.note.content"]
+    assert "+scheduler.how=kill" in note
+    assert f"/runs/{parent.info.run_id}/artifacts/compare/report.html" in note
+    assert "--multirun" in parent.data.tags["mlflow.note.content"]
 
 
 def in_order(item: tuple[str, Any]) -> int:
