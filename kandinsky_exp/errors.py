@@ -69,18 +69,15 @@ class Interrupted(BaseException):
         return f"stopped by signal {self.signal_number}"
 
 
-class Pruned(Interrupted):
-    """A sweeper gave a job up for its validation losses so far."""
+class Pruned(BaseException):
+    """A sweeper gave a job up for its validation losses so far. No failure, as `Interrupted` is none."""
 
     def __init__(self, step: int, loss: float) -> None:
-        super().__init__(0)
+        super().__init__(step, loss)
         self.step, self.loss = step, loss
 
     def __str__(self) -> str:
         return f"pruned at step {self.step}: validation loss {self.loss:.5g} is worse than that of other jobs by then"
-
-    def __reduce__(self) -> "tuple[type[Pruned], tuple[int, float]]":
-        return Pruned, (self.step, self.loss)
 
 
 def first_line(error: BaseException) -> str:

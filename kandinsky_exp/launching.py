@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -61,8 +62,8 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
     """
     cfg = sweep_check.composed(verb, line)
     varied = sweep_check.checked(verb, line, cfg)
-    if str(cfg.hydra.sweeper._target_).startswith("hydra_plugins.kandinsky_optuna") and find_spec("optuna") is None:
-        raise ConfigError(studies.MISSING)
+    if str(cfg.hydra.sweeper._target_).startswith("hydra_plugins.kandinsky_optuna"):
+        _register_sweeper()
     parallel = supervision.parallel_jobs(cfg.hydra.launcher, varied.jobs)
     if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
         with tempfile.TemporaryDirectory() as own, sweep.noted_signals(JobFolder(Path(own))):
@@ -80,6 +81,15 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
         job = SweptJob(call, parallel, session.token, os.getpid(), None if parallel == 1 else desk)
         start(job, sweep_check.sweep_dir(folder), *_without_end(cfg, line))
     return sweep.exit_code(session)
+
+
+def _register_sweeper() -> None:
+    """Hydra finds plugins by a walk through folders, and sees none of a package that is installed to be edited."""
+    if find_spec("optuna") is None:
+        raise ConfigError(studies.MISSING)
+    from hydra_plugins.kandinsky_optuna.sweeper import OptunaSweeper
+
+    Plugins.instance().register(OptunaSweeper)
 
 
 def _without_end(cfg: DictConfig, line: command_line.CommandLine) -> list[str]:

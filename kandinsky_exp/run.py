@@ -37,7 +37,7 @@ from kandinsky_exp import (
 )
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.errors import Interrupted, RunFailure, UserError
+from kandinsky_exp.errors import Interrupted, Pruned, RunFailure, UserError
 from kandinsky_exp.events import Events
 from kandinsky_exp.parts import PARTS
 from kandinsky_exp.randomness import NoiseSource
@@ -200,7 +200,7 @@ def recorded(
             space.write_record()
         yield
         space.record.status = "FINISHED"
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, Pruned, KeyboardInterrupt):
         space.record.status = "KILLED"
         raise
     except UserError:  # nothing was trained: what the run was before, it still is

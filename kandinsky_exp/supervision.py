@@ -68,7 +68,8 @@ def begun(jobs: JobFolder, cfg: DictConfig, settings: DictConfig, session: str) 
     changes = varied(settings)
     name = job_name({key: _chosen(cfg, key, text) for key, text in changes.items()})
     seconds = 0.0 if before is None else before.seconds
-    return Outcome(int(settings.job.num), folder, name, changes, seconds=seconds, session=session)
+    number = settings.job.num if cfg.sweep.trial is None else cfg.sweep.trial
+    return Outcome(int(number), folder, name, changes, seconds=seconds, session=session)
 
 
 def varied(settings: DictConfig) -> dict[str, str]:

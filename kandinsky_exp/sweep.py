@@ -32,15 +32,20 @@ class Session:
         jobs: how many there are to be.
         token: marks the outcomes of this start.
         tracker: of the parent run.
+        is_study: an optimizing sweeper learns from the jobs of earlier starts: they belong to it.
     """
 
     folder: Path
     jobs: int
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     tracker: tracking.Tracker = field(default_factory=tracking.NullTracker)
+    is_study: bool = False
 
     def outcomes(self) -> list[Outcome]:
-        return JobFolder(self.folder).of_session(self.token)
+        return JobFolder(self.folder).outcomes(None if self.is_study else self.token)
+
+    def of_this_start(self) -> list[Outcome]:
+        return JobFolder(self.folder).outcomes(self.token)
 
 
 def place(cfg: DictConfig) -> Path:
@@ -93,7 +98,7 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
     """
     files = JobFolder(folder)
     files.forget_signals()
-    started = Session(folder, jobs)
+    started = Session(folder, jobs, is_study="n_trials" in cfg.hydra.sweeper)
     if cfg.tracker.name != "none":
         started.tracker = parent_run(cfg, folder, command)
     with noted_signals(files), tracking.tracked(_Parent(started)):
@@ -137,7 +142,7 @@ class _Parent(tracking.NullTracker):
         self.started = started
 
     def finish(self, status: tracking.Status) -> None:
-        failed = any(outcome.status not in ("FINISHED", "PRUNED") for outcome in self.started.outcomes())
+        failed = any(outcome.status not in ("FINISHED", "PRUNED") for outcome in self.started.of_this_start())
         status = "FAILED" if status == "FINISHED" and failed else status
         self.started.tracker.finish(status)
         record = workspace.read_record(self.started.folder) or workspace.Record(stage="sweep")
@@ -167,7 +172,7 @@ def tell(started: Session) -> None:
     outcomes = started.outcomes()
     if not outcomes:
         return
-    text = table(outcomes, started.jobs)
+    text = table(outcomes, len(outcomes) if started.is_study else started.jobs)
     print(f"\n{text}\n{started.folder}", flush=True)
     started.tracker.log_text(text, "jobs.txt")
     started.tracker.log_text(as_csv(outcomes), "jobs.csv")
@@ -238,7 +243,7 @@ def duration(seconds: float) -> str:
 
 def exit_code(started: Session) -> int:
     """0 where every job finished or was pruned; 2 where nothing was trained for mistakes of the user's; else 1."""
-    outcomes = started.outcomes()
+    outcomes = started.of_this_start()
     failed = [outcome for outcome in outcomes if outcome.status not in ("FINISHED", "PRUNED")]
     if not failed:
         return 0

@@ -70,11 +70,11 @@ class JobFolder:
         """The outcome of the job in a folder, None where there is none that can be read."""
         return _read(self._file(folder))
 
-    def of_session(self, session: str) -> list[Outcome]:
-        """Those of one start, in the order of the jobs."""
+    def outcomes(self, session: str | None = None) -> list[Outcome]:
+        """Those of one start, or all that there ever were, in the order of the jobs."""
         found = [_read(path) for path in self.folder.glob("*.json")]
-        mine = [outcome for outcome in found if outcome is not None and outcome.session == session]
-        return sorted(mine, key=lambda outcome: outcome.number)
+        chosen = [outcome for outcome in found if outcome is not None and session in (None, outcome.session)]
+        return sorted(chosen, key=lambda outcome: outcome.number)
 
     def ask_to_stop(self, signal_number: int) -> None:
         """Also called by a signal's handler."""

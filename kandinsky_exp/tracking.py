@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kandinsky_exp.delivery import Delivery, deliver_left, settle
-from kandinsky_exp.errors import Interrupted
+from kandinsky_exp.errors import Interrupted, Pruned
 from kandinsky_exp.lane import Record
 from kandinsky_exp.mlflow_names import legal_name, masked, param_text, reason, run_tags, tag_texts
 from kandinsky_exp.mlflow_run import dataset_record, find_or_make, image_record, images_to, reopen, steps_logged
@@ -284,13 +284,13 @@ class MlflowTracker:
 def tracked(tracker: Tracker) -> Iterator[None]:
     """Give the run its true status on every way out of the block, and let the way out be what it was.
 
-    FINISHED on return and on `sys.exit(0)`; KILLED on `Interrupted` and Ctrl-C; FAILED on everything else.
+    FINISHED on return and on `sys.exit(0)`; KILLED on `Interrupted`, `Pruned` and Ctrl-C; FAILED on everything else.
     """
     status: Status = "FAILED"
     try:
         yield
         status = "FINISHED"
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, Pruned, KeyboardInterrupt):
         status = "KILLED"
         raise
     except SystemExit as stop:
