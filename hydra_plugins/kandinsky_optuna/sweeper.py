@@ -4,9 +4,10 @@ Hydra looks for plugins in this namespace only. The published Optuna plugin is f
 work with a current SQLAlchemy. Optuna itself is imported once it is used: Hydra imports this module at every start.
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ class OptunaSweeper(Sweeper):
         n_jobs: trials at a time.
         direction: minimize or maximize what the jobs return.
         storage: a journal file or a data base's URL.
-        sampler: takes `seed`, and for a grid `search_space`; or a sampler.
+        sampler: takes `seed`; or a sampler.
         pruner: used by the jobs.
         seed: of the sampler.
         params: what varies, beside what is typed.
@@ -56,13 +57,14 @@ class OptunaSweeper(Sweeper):
         seed: int | None = None,
         params: dict[str, str] | None = None,
     ) -> None:
-        self.n_trials, self.n_jobs, self.direction = n_trials, n_jobs, direction
+        self.n_trials, self.n_jobs = n_trials, n_jobs
+        self.direction: Any = direction
         self.storage, self.study_name, self.seed = storage, study_name, seed
         self.sampler, self.params = sampler, params or {}
         self.launcher: Launcher | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config = hydra_context, config
+        self.hydra_context, self.sweep_dir = hydra_context, Path(config.hydra.sweep.dir)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -74,14 +76,13 @@ class OptunaSweeper(Sweeper):
         chosen = {override.get_key_element(): override for override in parser.parse_overrides(texts)}
         fixed = [str(override.input_line) for override in chosen.values() if not override.is_sweep_override()]
         space = {key: distribution(item) for key, item in chosen.items() if item.is_sweep_override()}
-        sweep_dir = Path(self.config.hydra.sweep.dir)
-        sweep_dir.mkdir(parents=True, exist_ok=True)
+        self.sweep_dir.mkdir(parents=True, exist_ok=True)
         study = self._study(space)
-        jobs = JobFolder(sweep_dir)
+        jobs = JobFolder(self.sweep_dir)
         waiting = left_over(study)
         started = 0
         while not jobs.signals():
-            wanted = min(self.n_jobs, len(waiting) + self.n_trials - len(study.trials))
+            wanted = min(self.n_jobs, len(waiting) + self.n_trials - begun(study))
             batch = [waiting.pop(0) if waiting else self._ask(study, space) for _ in range(wanted)]
             if not batch:
                 return
@@ -101,26 +102,29 @@ class OptunaSweeper(Sweeper):
         study = optuna.create_study(
             storage=place, study_name=self.study_name, direction=self.direction, load_if_exists=True
         )
-        if callable(self.sampler):
-            study.sampler = self._made_sampler(space, len(study.trials))
-        else:
+        if not callable(self.sampler):
             study.sampler = self.sampler
+        elif self.sampler.func is optuna.samplers.GridSampler:  # it works in Optuna's own loop only
+            grid = [grid_values(key, values) for key, values in space.items()]
+            self.n_trials = min(self.n_trials, math.prod(map(len, grid)))
+            for values in itertools.product(*grid):
+                study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
+        else:
+            # A study that goes on would draw its first values once more with the same seed.
+            study.sampler = self.sampler(seed=None if self.seed is None else self.seed + begun(study))
         return study
-
-    def _made_sampler(self, space: "dict[str, BaseDistribution]", done: int) -> Any:
-        # A study that goes on would draw its first values once more with the same seed.
-        seed = None if self.seed is None else self.seed + done
-        target: Callable[..., Any] = getattr(self.sampler, "func", self.sampler)
-        if target.__name__ != "GridSampler":
-            return self.sampler(seed=seed)
-        grid = {key: grid_values(key, values) for key, values in space.items()}
-        self.n_trials = min(self.n_trials, math.prod(map(len, grid.values())))
-        return self.sampler(search_space=grid, seed=self.seed)
 
     def _ask(self, study: "optuna.Study", space: "dict[str, BaseDistribution]") -> "optuna.trial.FrozenTrial":
         trial = study.ask(space)
         trial.set_user_attr(STARTED, [f"{key}={value}" for key, value in trial.params.items()])
         return study.get_trials(deepcopy=False)[trial.number]
+
+
+def begun(study: "optuna.Study") -> int:
+    """Trials that were asked for, in this start or an earlier one."""
+    from optuna.trial import TrialState
+
+    return sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
 
 def distribution(override: Override) -> "BaseDistribution":
