@@ -87,6 +87,7 @@ def hydra_compose(verb: str, words: Sequence[str]) -> DictConfig:
 
 def train(root: Path, *overrides: str) -> float:
     prepare(root, overrides, encoded=True)
+    gc.collect()  # what the run before left: frozen, it would stay for ever
     gc.freeze()  # a run collects garbage at its end, and goes through all the libraries for it
     return run(composed(root, *overrides))
 
@@ -178,6 +179,6 @@ def stopped_at(text: str, number: signal.Signals = signal.SIGTERM) -> Iterator[A
 
 
 __all__ = [
-    "PROMPTS", "SMALL", "client", "composed", "history", "mlflow", "network", "prepare", "runs", "same", "stopped_at",
-    "train",
+    "PROMPTS", "SMALL", "client", "composed", "history", "hydra_compose", "mlflow", "network", "prepare",
+    "quick_compose", "runs", "same", "stopped_at", "train",
 ]  # fmt: skip
