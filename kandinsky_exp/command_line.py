@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_module
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
@@ -24,6 +25,9 @@ from kandinsky_exp.errors import ConfigError, UserError, cut
 
 # Hydra's plugins, and the extra that installs each.
 EXTRAS = {"hydra/launcher": {"joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}}
+# Hydra copies the store of all plugins' schemas before each look at its files: most of what --help took. There is one
+# store in a process, and it hands out copies.
+ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Where the running code comes from: the commit and the installed packages."""
 
+import email
 import importlib.metadata
 import json
+import re
 import subprocess  # nosec B404 # git alone, by fixed arguments
 from pathlib import Path
 
@@ -22,8 +24,15 @@ def git_commit() -> str | None:
 
 def pip_freeze() -> str:
     """The installed distributions, one `name==version` a line, sorted."""
-    found = {(dist.metadata["Name"], dist.version) for dist in importlib.metadata.distributions()}
+    found = {_name_and_version(dist) for dist in importlib.metadata.distributions()}
     return "".join(f"{name}=={version}\n" for name, version in sorted(found, key=str) if name)
+
+
+def _name_and_version(dist: importlib.metadata.Distribution) -> tuple[str, str]:
+    text = dist.read_text("METADATA") or dist.read_text("PKG-INFO") or dist.read_text("") or ""
+    # Its first paragraph: what follows is the package's whole README, which takes long to parse.
+    fields = email.message_from_string(re.split(r"\r?\n\r?\n", text, maxsplit=1)[0])
+    return fields["Name"], fields["Version"]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -2,9 +2,12 @@
 
 import atexit
 import contextlib
+import copy
 import functools
 import gc
+import io
 import logging
+import re
 import shutil
 import signal
 import tempfile
@@ -16,11 +19,14 @@ import mlflow
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from mlflow import MlflowClient
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+import kandinsky_exp
 from kandinsky_exp import store
+from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny import pipelines
@@ -39,37 +45,89 @@ SMALL = [
     "validation.reconstructions=1",
     "checkpoint.every=2",
 ]
+CONF = Path(kandinsky_exp.__file__).parent / "conf"
 PROMPTS = "validation.prompts=[a red heart, a dog]"
 
 
 def composed(root: Path, *overrides: str, verb: str = "train", small: list[str] | None = None) -> DictConfig:
     """A root config with everything under `root`."""
-    base = SMALL if small is None else small
+    return quick_compose(verb, [*(SMALL if small is None else small), f"output_root={root}", *overrides])
+
+
+def quick_compose(verb: str, words: Sequence[str]) -> DictConfig:
+    """What Hydra composes. It reads yaml files once for the same groups; values alone are set as it does it."""
+    if any(re.match(r"[+~]|[^=]*[@/]", word) for word in words):  # what is more than a value
+        return hydra_compose(verb, words)
+    values = [word for word in words if is_value(word)]
+    cfg = copy.deepcopy(of_groups(verb, tuple(word for word in words if not is_value(word))))
+    try:
+        for override in OverridesParser.create().parse_overrides(values):
+            assert not override.is_sweep_override()
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+    except Exception:
+        return hydra_compose(verb, words)  # the error has to be Hydra's
+    return cfg
+
+
+def is_value(word: str) -> bool:
+    """Whether it sets a value, and chooses no yaml file of a group."""
+    key = word.partition("=")[0]
+    return "." in key or not (CONF / key).is_dir()
+
+
+@functools.cache
+def of_groups(verb: str, words: tuple[str, ...]) -> DictConfig:
+    return hydra_compose(verb, words)
+
+
+def hydra_compose(verb: str, words: Sequence[str]) -> DictConfig:
     with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        return compose(verb, [*base, f"output_root={root}", *overrides])
+        return compose(verb, list(words))
 
 
 def train(root: Path, *overrides: str) -> float:
-    prepare(root, overrides)
+    prepare(root, overrides, encoded=True)
+    gc.collect()  # what the run before left: frozen, it would stay for ever
     gc.freeze()  # a run collects garbage at its end, and goes through all the libraries for it
     return run(composed(root, *overrides))
 
 
-def prepare(root: Path, overrides: Sequence[str]) -> None:
-    """Put there what a first run would make, and what takes longer than its steps: the tiny weights, an empty store."""
+def prepare(root: Path, overrides: Sequence[str], encoded: bool = False) -> None:
+    """Put there what a first run would make, and what takes longer than its steps: the tiny weights, an empty store.
+
+    Args:
+        encoded: the features of both stages as well, for the settings of `SMALL`.
+    """
     made = first_run()
     if not (root / "cache").exists():
-        shutil.copytree(made / "cache", root / "cache")
+        shutil.copytree(encoded_cache() if encoded else made / "cache", root / "cache")
     if not (root / "mlflow.db").exists() and not any(text.startswith("tracker") for text in overrides):
         shutil.copyfile(made / "mlflow.db", root / "mlflow.db")
 
 
 @functools.cache
 def first_run() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="first-run-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = temporary("first-run-")
     pipelines.build(folder / "cache")
     store.connect(store.default_uri(folder))
+    return folder
+
+
+@functools.cache
+def encoded_cache() -> Path:
+    """The tiny weights and what runs with `SMALL` encode first."""
+    folder = temporary("encoded-")
+    shutil.copytree(first_run() / "cache", folder / "cache")
+    data = [text for text in SMALL if text.startswith(("weights", "data"))]
+    for stage in ("prior", "decoder"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            encode(composed(folder, f"model={stage}", verb="encode", small=data))
+    return folder / "cache"
+
+
+def temporary(prefix: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
@@ -121,6 +179,6 @@ def stopped_at(text: str, number: signal.Signals = signal.SIGTERM) -> Iterator[A
 
 
 __all__ = [
-    "PROMPTS", "SMALL", "client", "composed", "history", "mlflow", "network", "prepare", "runs", "same", "stopped_at",
-    "train",
+    "PROMPTS", "SMALL", "client", "composed", "history", "hydra_compose", "mlflow", "network", "prepare",
+    "quick_compose", "runs", "same", "stopped_at", "train",
 ]  # fmt: skip

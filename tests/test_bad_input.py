@@ -615,7 +615,7 @@ TABLE["weights"] = [
         "preprocessor_config.json' cannot be read",
         whole(without("prior_image_processor/preprocessor_config.json")),
     ),
-    Bad(PRIOR_WEIGHTS, "'prior_tokenizer' has no vocabulary", whole(without("prior_tokenizer/tokenizer.json"))),
+    Bad(PRIOR_WEIGHTS, "'prior_tokenizer' has no vocabulary", whole(without("prior_tokenizer/vocab.json"))),
     Bad(PRIOR_WEIGHTS, f"'prior_prior/{SAFE}' is damaged or cut off", whole(cut(f"prior_prior/{SAFE}"))),
     Bad(PRIOR_WEIGHTS, f"'prior_prior/{SAFE}' is damaged or cut off", whole(put(f"prior_prior/{SAFE}", "garbage"))),
     Bad(DECODER_WEIGHTS, f"'unet/{SAFE}' is damaged or cut off", whole(cut(f"unet/{SAFE}"))),

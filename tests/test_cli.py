@@ -205,6 +205,8 @@ def test_answers_at_once_without_torch(arguments: list[str]) -> None:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import hydra"], check=True)
         bare.append(time.perf_counter() - start)
+        if min(times) < 1.5:
+            break
     # 1.5 s on a machine that starts Hydra in 0.25 s: other tests run beside this one.
     assert min(times) < 1.5 * max(1, min(bare) / 0.25)
     code = (

@@ -3,15 +3,15 @@
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from running import SMALL, hydra_compose, quick_compose
 
 from kandinsky_exp import config, targets
 from kandinsky_exp.errors import ConfigError
@@ -31,14 +31,37 @@ EXTRAS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _hydra() -> Iterator[None]:
-    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        yield
-
-
 def composed(*overrides: str, verb: str = "train") -> DictConfig:
-    return compose(verb, list(overrides))
+    return quick_compose(verb, overrides)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (
+            "train",
+            [*SMALL, "model=prior", "adapter=lora", "adapter.rank=3", "optimizer=sgd", "validation.prompts=[a, b]"],
+        ),
+        ("train", ["experiment=demo_prior", "name=${seed}", "optimizer.betas=[0.1,0.2]", "model.snr_gamma=null"]),
+        ("generate", ["weights=tiny", "prompts=[a]", "height=64"]),
+    ],
+)
+def test_what_the_tests_compose_is_what_hydra_composes(verb: str, words: list[str]) -> None:
+    expected = hydra_compose(verb, words)
+    for _ in range(2):
+        made = quick_compose(verb, words)
+        assert made == expected
+        assert OmegaConf.is_struct(made)
+
+
+@pytest.mark.parametrize("word", ["modle=prior", "model=pior", "trainer.stepz=3", "optimizer.lr=1,2", "name=["])
+def test_what_hydra_refuses_is_refused_as_hydra_does_it(word: str) -> None:
+    messages = []
+    for way in (quick_compose, hydra_compose):
+        with pytest.raises(HydraException) as caught:
+            way("train", [word])
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 def problems(*overrides: str) -> list[str]:

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import Forked
 from encoders import DecoderEncoders, PriorEncoders, encode
 from PIL import Image
-from running import SMALL, composed, train
+from running import SMALL, composed, prepare, train
 from torch.utils.data import DataLoader, Dataset
 
 from kandinsky_exp import cli
@@ -110,26 +111,20 @@ def test_a_batch_size_that_nobody_chose_is_that_of_the_first_process(prior, tmp_
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
-KILLED = """
-import sys
-sys.path.insert(0, sys.argv[3])
-import torch
-from test_encode import Path, PriorEncoders, encode, sources
-torch.manual_seed(0)
-encode(sources.folder(sys.argv[1]).train, PriorEncoders(), Path(sys.argv[2]), batch_size=8, workers=1)
-"""
+def encode_in_a_group(source: Path, target: Path) -> None:
+    """In a process of its own, which takes its workers with it."""
+    os.setsid()
+    torch.manual_seed(0)
+    encode(sources.folder(source).train, PriorEncoders(), target, batch_size=8, workers=1)
 
 
 def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, tmp_path):
     source = write_pictures(tmp_path / "many", [(16, 16)] * (2 * encoding.CHUNK + 20))
     target, partial = tmp_path / "cache" / "key", tmp_path / "cache" / "key.partial"
-    command = [sys.executable, "-c", KILLED, str(source), str(target), str(Path(__file__).parent)]
-    process = subprocess.Popen(command, start_new_session=True)
-    until = time.monotonic() + 60
-    while not (partial / "progress.json").is_file() and time.monotonic() < until:
-        time.sleep(0.01)
+    process = Forked(encode_in_a_group, source, target)
+    process.wait_until((partial / "progress.json").is_file)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.finish()
     assert not target.exists()
     second = PriorEncoders()
     encode(sources.folder(source).train, second, target, batch_size=8)
@@ -359,20 +354,19 @@ def test_it_is_announced_once_also_with_batches_as_large_as_a_chunk(prior, tmp_p
     assert [text.split()[0] for text in said] == ["encoding", "encoded"]
 
 
-SHOWN_ON_A_TERMINAL = """
-import sys
-sys.path.insert(0, sys.argv[3])
-from test_encode import Path, PriorEncoders, encode, sources
-encode(sources.folder(sys.argv[1]).train, PriorEncoders(), Path(sys.argv[2]), batch_size=4)
-"""
+def encode_on_a_terminal(terminal: str, source: Path, target: Path) -> None:
+    """In a process of its own, whose messages go there."""
+    os.dup2(os.open(terminal, os.O_WRONLY | os.O_NOCTTY), sys.stderr.fileno())
+    encode(sources.folder(source).train, PriorEncoders(), target, batch_size=4)
 
 
 def test_the_bar_reaches_its_end(tmp_path):
     folder = write_pictures(tmp_path / "set", [(16, 16)] * 10)
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", SHOWN_ON_A_TERMINAL, folder, tmp_path / "key", Path(__file__).parent]
     termios.tcsetwinsize(theirs, (24, 100))
-    subprocess.run(command, stderr=theirs, check=True)
+    process = Forked(encode_on_a_terminal, os.ttyname(theirs), folder, tmp_path / "key")
+    printed = process.finish()
+    assert process.code == 0, printed
     os.close(theirs)
     shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
@@ -697,6 +691,12 @@ def test_the_verb_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert "data.path: is not set" in capsys.readouterr().err
 
 
+@pytest.fixture
+def nothing_encoded(tmp_path):
+    prepare(tmp_path, [])
+
+
+@pytest.mark.usefixtures("nothing_encoded")
 def test_two_sets_of_one_name_are_two_tables(tmp_path):
     for place, size in (("a", 16), ("b", 17)):
         (tmp_path / place).mkdir()
@@ -706,6 +706,7 @@ def test_two_sets_of_one_name_are_two_tables(tmp_path):
     assert len(cache.entries(tmp_path / "cache")) == 2
 
 
+@pytest.mark.usefixtures("nothing_encoded")
 def test_a_warm_start_reads_no_image_and_a_changed_one_encodes_anew(tmp_path, capfd):
     folder = write_pictures(tmp_path / "set", [(16, 16)] * 6)
     run = ["model=prior", "data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1"]
@@ -718,6 +719,7 @@ def test_a_warm_start_reads_no_image_and_a_changed_one_encodes_anew(tmp_path, ca
     assert len(cache.entries(tmp_path / "cache")) == 2
 
 
+@pytest.mark.usefixtures("nothing_encoded")
 def test_the_held_out_part_may_change_without_encoding_anew(tmp_path):
     folder = write_pictures(tmp_path / "set", [(16, 16)] * 8)
     run = ["model=prior", "data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1"]

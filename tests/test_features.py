@@ -273,9 +273,10 @@ def test_the_fingerprint_follows_the_tokenizers_rules_and_not_its_use():
     Preprocess(None, tokenizer, None).tokenize(["a cat"])  # leaves truncation and padding in the tokenizer
     assert prior_fingerprint(tokenizer) == before
     command = (
-        "from test_features import architecture, prior_fingerprint; print(prior_fingerprint(architecture.tokenizer()))"
+        "from kandinsky_exp.data.preprocess import Preprocess; from kandinsky_exp.tiny import architecture; "
+        "print(Preprocess(None, architecture.tokenizer(), None).fingerprint())"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "3"}
+    environment = os.environ | {"PYTHONHASHSEED": "3"}
     told = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == before
     prints = [before]

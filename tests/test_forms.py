@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from running import client, runs, train
+from running import client, prepare, runs, train
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.errors import ConfigError
@@ -83,6 +83,7 @@ FORMS = [metadata_csv, metadata_parquet, texts_beside, list_of_paths, shards, hu
 @pytest.mark.filterwarnings("ignore")  # of `datasets`, which none but one form reads
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_a_run_on_every_form(form: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    prepare(tmp_path / "out", [])  # with no features
     settings = [*form(tmp_path), "data.resolution=64", "data.max_samples=null", "validation.fraction=0.2"]
     for _ in range(2):  # the second one finds what the first one encoded
         train(tmp_path / "out", *settings, "trainer.max_steps=2", "name=one", "trainer.max_epochs=4")

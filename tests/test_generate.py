@@ -22,10 +22,11 @@ STEPS = ["inference_steps=2", "prior_inference_steps=2", "prompts=[a red heart, 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
+    unwatched = ["validation.every=100", "validation.reconstructions=0"]
     for stage in ("prior", "decoder"):
-        train(folder, f"model={stage}", f"name={stage}", "trainer.ema_decay=0.5")
-    train(folder, "model=prior", "name=lora", "adapter=lora", "optimizer.lr=1")
-    train(folder, "model=decoder", "name=dora", "adapter=dora", "optimizer.lr=1")
+        train(folder, f"model={stage}", f"name={stage}", "trainer.ema_decay=0.5", *unwatched)
+    train(folder, "model=prior", "name=lora", "adapter=lora", "optimizer.lr=1", *unwatched)
+    train(folder, "model=decoder", "name=dora", "adapter=dora", "optimizer.lr=1", *unwatched)
     return folder
 
 

@@ -74,7 +74,9 @@ def test_a_grid_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "trainer.batch_size=range(2,6,2)",
     ]  # fmt: skip
     assert swept(tmp_path, *settings) == 0
-    made = {(trial.params["optimizer.lr"], trial.params["trainer.batch_size"]) for trial in study(tmp_path / "s").trials}
+    made = {
+        (trial.params["optimizer.lr"], trial.params["trainer.batch_size"]) for trial in study(tmp_path / "s").trials
+    }
     assert made == {("0.001", 2), ("0.001", 4), ("0.003", 2), ("0.003", 4)}
     assert study(tmp_path / "s").best_value == 0
 

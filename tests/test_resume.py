@@ -127,16 +127,28 @@ def test_with_workers_that_read_images(workers: int, stage: str, root: Path) -> 
     assert same(*(network(root / name / "pipeline" / PART[stage]) for name in ("whole", "stopped")))
 
 
+RECORDED = [*ORDINARY, "model=prior", PROMPTS, "trainer.max_steps=7", "trainer.log_every=3"]
+
+
+@pytest.fixture(scope="module")
+def recorded(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a run that was not stopped."""
+    root = tmp_path_factory.mktemp("recorded")
+    (root / "cache").symlink_to(base / "cache")
+    train(root, *RECORDED, "name=whole")
+    return root
+
+
 @pytest.mark.parametrize("place", ["step 3 of", "step 4: validation loss", "step 0: validation loss"])
-def test_records_are_those_of_a_run_that_was_not_stopped(place: str, root: Path) -> None:
+def test_records_are_those_of_a_run_that_was_not_stopped(place: str, recorded: Path) -> None:
     """The mean loss between log points too: what was measured before the stop is part of it; nothing twice."""
-    common = [*ORDINARY, "model=prior", PROMPTS, "trainer.max_steps=7", "trainer.log_every=3"]
-    train(root, *common, "name=whole")
+    root, name = recorded, f"name={place.partition(':')[0].replace(' ', '-')}"
     with stopped_at(place):
-        train(root, *common, "name=stopped")
+        train(root, *RECORDED, name)
     assert runs(root)[-1].info.status == "KILLED"
-    train(root, *common, "name=stopped")
-    whole, stopped = runs(root)
+    train(root, *RECORDED, name)
+    whole, *_, stopped = runs(root)
+    assert (whole.info.run_name, f"name={stopped.info.run_name}") == ("whole", name)
     assert stopped.info.status == "FINISHED"
     for key in (
         "train/loss",

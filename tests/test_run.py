@@ -184,13 +184,14 @@ def test_untrained_parts_are_linked_and_safe_to_save_over(decoder_root: Path, tm
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_a_run_can_start_from_an_earlier_one(stage: str, tmp_path: Path) -> None:
-    train(tmp_path, f"model={stage}", "name=first")
-    train(tmp_path, f"model={stage}", "name=second", f"weights.{stage}={tmp_path}/first", "trainer.max_steps=2")
+    common = [f"model={stage}", "trainer.max_steps=1", "tracker=none"]
+    train(tmp_path, *common, "name=first")
+    train(tmp_path, *common, "name=second", f"weights.{stage}={tmp_path}/first")
     assert (tmp_path / "second" / "pipeline" / "model_index.json").is_file()
 
 
 def test_prior_without_prompts_never_touches_decoder_weights(tmp_path: Path) -> None:
-    train(tmp_path, "model=prior", "weights.decoder=nobody/nothing-there")
+    train(tmp_path, "model=prior", "weights.decoder=nobody/nothing-there", "tracker=none")
 
 
 def test_train_loss_is_the_mean_since_the_last_point(tmp_path: Path) -> None:
@@ -227,22 +228,23 @@ def test_validation_loss_compares_between_runs(tmp_path: Path) -> None:
     """Same weights, other weighting, dropout, batch sizes: the loss at step 0 is the same."""
     first = tmp_path / "1"
     second = tmp_path / "2"
-    train(first, "model=decoder")
+    common = ["model=decoder", "trainer.max_steps=1", "validation.reconstructions=0"]
+    train(first, *common)
     train(
-        second, "model=decoder", "model.snr_gamma=5", "model.condition_dropout=0.5", "model.vlb_weight=0", "seed=3",
+        second, *common, "model.snr_gamma=5", "model.condition_dropout=0.5", "model.vlb_weight=0", "seed=3",
         "validation.batch_size=3", "trainer.batch_size=2", "data.max_samples=12",
     )  # fmt: skip
     losses = [history(root, runs(root)[0].info.run_id, "validation/loss")[0] for root in (first, second)]
     # `seed` draws which rows max_samples keeps, also of the held-out split, so equal only where rows are equal.
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
     third = tmp_path / "3"
-    train(third, "model=decoder", "model.snr_gamma=5", "validation.batch_size=3", "trainer.batch_size=2")
+    train(third, *common, "model.snr_gamma=5", "validation.batch_size=3", "trainer.batch_size=2")
     assert history(third, runs(third)[0].info.run_id, "validation/loss")[0] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_same_noise_for_validation_images_each_time(tmp_path: Path) -> None:
     """With a learning rate that moves nothing, the images of all steps are the same."""
-    train(tmp_path, "model=decoder", "name=d", "optimizer.lr=1e-30", PROMPTS)
+    train(tmp_path, "model=decoder", "name=d", "optimizer.lr=1e-30", PROMPTS, "validation.every=4", "tracker=none")
     first, last = (tmp_path / "d" / "samples" / f"step-{step:08d}" for step in (0, 4))
     for name in ("00.png", "01.png", "reconstruction-00.png"):
         assert (first / name).read_bytes() == (last / name).read_bytes()
@@ -255,7 +257,7 @@ def test_cached_fp32_features_train_like_online_ones_to_the_last_bit(stage: str,
     for cache in ("true", "false"):
         train(
             tmp_path, f"model={stage}", f"name=cache-{cache}", f"data.cache={cache}", "data.cache_dtype=fp32",
-            "data.encode_batch=4", "validation.reconstructions=0",
+            "data.encode_batch=4", "validation.reconstructions=0", "validation.every=4", "tracker=none",
         )  # fmt: skip
     part = "prior" if stage == "prior" else "unet"
     cached, online = (network(tmp_path / f"cache-{cache}" / "pipeline" / part) for cache in ("true", "false"))
@@ -263,12 +265,13 @@ def test_cached_fp32_features_train_like_online_ones_to_the_last_bit(stage: str,
 
 
 def test_max_epochs_ends_first(tmp_path: Path) -> None:
-    train(tmp_path, "model=prior", "name=p", "trainer.max_epochs=1", "trainer.max_steps=100", "trainer.log_every=1")
+    train(tmp_path, "model=prior", "name=p", "trainer.max_epochs=1", "trainer.max_steps=100", "trainer.log_every=1",
+          "tracker=none")  # fmt: skip
     assert json.loads((tmp_path / "p" / "run.json").read_text())["step"] == 3  # 12 rows in batches of 4
 
 
 def test_another_optimizer_by_target(tmp_path: Path) -> None:
-    train(tmp_path, "model=prior", "optimizer._target_=torch.optim.NAdam")
+    train(tmp_path, "model=prior", "optimizer._target_=torch.optim.NAdam", "tracker=none")
 
 
 def test_gradient_checkpointing_trains_alike(tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path) -> None:
         for on in ("false", "true"):
             train(
                 tmp_path, f"model={stage}", f"name={stage}-{on}", f"trainer.gradient_checkpointing={on}",
-                "trainer.max_steps=2",
+                "trainer.max_steps=2", "validation.reconstructions=0", "tracker=none",
             )  # fmt: skip
         plain, recomputed = (network(tmp_path / f"{stage}-{on}" / "pipeline" / part) for on in ("false", "true"))
         assert same(plain, recomputed), stage
@@ -284,9 +287,10 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_half_precision_keeps_trainable_weights_in_fp32(precision: str, tmp_path: Path) -> None:
-    train(tmp_path, "model=decoder", "name=d", f"precision={precision}", PROMPTS, "data.resolution=32")
+    train(tmp_path, "model=decoder", "name=d", f"precision={precision}", PROMPTS, "data.resolution=32",
+          "trainer.max_steps=2")  # fmt: skip
     assert {value.dtype for value in network(tmp_path / "d" / "pipeline" / "unet").values()} == {torch.float32}
-    train(tmp_path, "model=prior", "name=p", PROMPTS)  # another precision in the same process
+    train(tmp_path, "model=prior", "name=p", PROMPTS, "trainer.max_steps=2")  # another precision in the same process
 
 
 def test_non_finite_loss_stops_with_step_rate_and_rows(tmp_path: Path) -> None:
@@ -421,7 +425,7 @@ def test_a_strangers_weights_and_pictures(tmp_path: Path) -> None:
         train(
             tmp_path, f"model={stage}", f"name={stage}", "data=folder", f"data.path={pictures}", PROMPTS,
             "data.caption_column=caption", "data.resolution=64", f"weights.prior={tmp_path}/their-prior",
-            f"weights.decoder={tmp_path}/their-decoder",
+            f"weights.decoder={tmp_path}/their-decoder", "trainer.max_steps=2",
         )  # fmt: skip
     DiffusionPipeline.from_pretrained(tmp_path / "prior" / "pipeline")
     AutoPipelineForText2Image.from_pretrained(tmp_path / "decoder" / "pipeline")

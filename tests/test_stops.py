@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import Forked, start
-from running import SMALL, client, composed, history, network, runs, same, train
+from running import SMALL, client, composed, history, network, prepare, runs, same, train
 from safetensors.torch import load_file
 
 from kandinsky_exp import integrity, memory_advice
@@ -304,6 +304,7 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
     """The wall's clock jumps by days, there and back, while a run trains: it ends, and its records are in order."""
     if library() is None:
         pytest.skip("SKIPPED LOUDLY: libfaketime is not installed (apt-get install faketime)")
+    prepare(tmp_path, [])  # a store takes long to make under another clock
     clock, log = tmp_path / "clock", tmp_path / "p" / "train.log"
     clock.write_text("+0")
     environment = {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1",

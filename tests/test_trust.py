@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 from PIL import Image
+from running import quick_compose
 
 from kandinsky_exp import build, cli, config, generate, locating, parts, saved_config, trust, weight_files, weights
 from kandinsky_exp.data import sources
@@ -46,9 +46,8 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def composed(*overrides: str, verb: str = "train") -> DictConfig:
-    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        small = {"train": TINY, "encode": TINY[:2], "generate": TINY[1:3]}[verb]
-        return compose(verb, [*small, *overrides])
+    small = {"train": TINY, "encode": TINY[:2], "generate": TINY[1:3]}[verb]
+    return quick_compose(verb, [*small, *overrides])
 
 
 def with_node(key: str, node: Any, root: Path, verb: str = "train") -> DictConfig:

@@ -1,6 +1,7 @@
 """Examples on their way to the encoders: read, decoded and preprocessed in worker processes, in the source's order."""
 
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -137,10 +138,13 @@ def from_workers(loader: "DataLoader[Any]", key: str) -> Iterator[Any]:
     try:
         yield from loader
     except DataError as error:  # a worker's comes with its traceback in front
+        traceback.clear_frames(error.__traceback__)
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except (EOFError, OSError, RuntimeError) as error:  # a worker that dies may leave half a message, too
         if not loader.num_workers:
             raise
+        # What torch raises refers to itself and to the loader's iterator, which then waits 5 s for its workers' end.
+        traceback.clear_frames(error.__traceback__)
         failed = workers_failed(error, key)
     if failed is not None:  # here, where no traceback keeps the workers: torch would go on to raise their death
         raise failed
