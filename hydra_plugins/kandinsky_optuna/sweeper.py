@@ -64,14 +64,15 @@ class OptunaSweeper(Sweeper):
         self.launcher: Launcher | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.sweep_dir = hydra_context, Path(config.hydra.sweep.dir)
+        self.hydra_context, self.config = hydra_context, config
+        self.sweep_dir, self.loader = Path(config.hydra.sweep.dir), hydra_context.config_loader
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until the study has as many as it should, beginning with those that were interrupted."""
-        parser = OverridesParser.create(self.hydra_context.config_loader)
+        parser = OverridesParser.create(self.loader)
         texts = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         chosen = {override.get_key_element(): override for override in parser.parse_overrides(texts)}
         fixed = [str(override.input_line) for override in chosen.values() if not override.is_sweep_override()]
