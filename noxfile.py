@@ -66,6 +66,14 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def sweep(session: nox.Session) -> None:
+    """Sweeps whose jobs raise, exit and are killed, on all launchers; arguments after `--` go to pytest."""
+    python = project_environment(session)
+    arguments = ["tests/test_sweep.py", "-n", "2", "--dist", "worksteal", "--durations", "5", *session.posargs]
+    session.run(python, "-m", "pytest", *arguments, env=ENVIRONMENT)
+
+
+@nox.session(venv_backend="none", default=False)
 def demo(session: nox.Session) -> None:
     """Train the tiny prior and decoder on the shipped emoji and generate; arguments after `--` are overrides."""
     python = project_environment(session)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import kandinsky_exp.conf
 import mlflow
 import pytest
 import torch
@@ -24,7 +25,6 @@ from mlflow import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-import kandinsky_exp
 from kandinsky_exp import store
 from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import Interrupted
@@ -45,7 +45,7 @@ SMALL = [
     "validation.reconstructions=1",
     "checkpoint.every=2",
 ]
-CONF = Path(kandinsky_exp.__file__).parent / "conf"
+CONF = Path(kandinsky_exp.conf.__path__[0])
 PROMPTS = "validation.prompts=[a red heart, a dog]"
 
 

@@ -284,7 +284,7 @@ TABLE["command lines"] = [
 TABLE["keys and groups"] = [
     Bad(["model=decodr", *EMOJI], "there is no model=decodr; the choices are decoder, prior; did you mean decoder?"),
     Bad(["experiment=demo_prio"], "did you mean demo_prior?"),
-    Bad(["sweep=lrs", *EMOJI], "sweep: there is no sweep=lrs; the choices are lr, snr"),
+    Bad(["sweep=lrs", *EMOJI], "sweep: there is no sweep=lrs; the choices are lora_rank, lr, precision, snr"),
     Bad(["trainer=3", *EMOJI], "trainer: needs a name; choose one of default"),
     Bad(["data=null"], "data: needs a name; choose one of dreambooth, emoji, folder, hub"),
     Bad(["precision=fp8", *EMOJI], "there is no precision=fp8; the choices are bf16, fp16, fp32"),

@@ -51,7 +51,8 @@ def test_the_wheel_holds_the_package_the_config_and_the_licences(wheel: Path) ->
     }
     info = f"kandinsky_exp-{PROJECT['version']}.dist-info"
     assert {f"{info}/licenses/{file}" for file in PROJECT["license-files"]} <= names
-    assert {name.split("/")[0] for name in names} == {"kandinsky_exp", info}
+    assert {name.split("/")[0] for name in names} == {"kandinsky_exp", "hydra_plugins", info}
+    assert "hydra_plugins/kandinsky_optuna/sweeper.py" in names
     assert "kandinsky-exp = kandinsky_exp.cli:main" in zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
 
 

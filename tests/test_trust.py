@@ -355,7 +355,7 @@ def test_a_sweep_in_a_file_types_nothing(foreign: Path, marker: Path, capfd: pyt
     (foreign / "sweep").mkdir()
     (foreign / "sweep" / "s.yaml").write_text(
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
-        "      trusted_modules: '[evil_parts]'\n      optimizer._target_: evil_parts.mark\n"
+        "      trusted_modules: '[evil_parts]'\n      optimizer._target_: evil_parts.mark\n      seed: 1,2\n"
     )
     message = answer(capfd, "--config-dir", str(foreign), "sweep=s", *TINY, "name=s")
     assert REFUSAL in message
