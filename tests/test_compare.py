@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import start
+from commands import start_server
 from mlflow import MlflowClient
 from PIL import Image
-from running import PROMPTS, first_run, runs
+from running import PROMPTS, SMALL, first_run, prepare, runs
 
 from kandinsky_exp import album, cli, comparison, report, report_figures, report_html, report_png
 from kandinsky_exp.album import Album, Row, Stored
@@ -426,9 +426,11 @@ def test_runs_without_anything(sweep: Sweep) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_made_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    swept = start(tmp_path, "--multirun", "name=s", "optimizer.weight_decay=0.0,0.5", "trainer.max_steps=2", PROMPTS)
-    printed = swept.finish()
-    assert swept.code == 0, printed
+    prepare(tmp_path, [])
+    start_server()  # the process that jobs are forked from
+    varied = ["name=s", "optimizer.weight_decay=0.0,0.5", "trainer.max_steps=2", PROMPTS]
+    cli.main(["--multirun", *SMALL, f"output_root={tmp_path}", *varied])
+    capsys.readouterr()
     cli.main(["compare", "sweep=s", f"output_root={tmp_path}"])
     folder = tmp_path / "compare" / "s"
     out = capsys.readouterr().out.splitlines()
@@ -439,7 +441,7 @@ def test_a_sweep_made_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert prompts <= {re.sub(r"(validation|reconstruction)/\d+$", "", row[0][0]) for row in page.rows if row}
     assert len(page.data["steps"]) == 2
     jobs = [run for run in runs(tmp_path) if "mlflow.parentRunId" in run.data.tags]
-    names = ",".join(f'"s/{run.info.run_name}"' for run in jobs)
+    names = ",".join(f'"s/{Path(run.data.tags["run_folder"]).name}"' for run in jobs)
     cli.main(["compare", f"runs=[{names},{jobs[0].info.run_id}]", f"output_root={tmp_path}", "name=two"])
     again = Page((tmp_path / "compare" / "two" / "report.html").read_text("utf-8"))
     assert sorted(again.column("run")) == sorted(page.column("run")), "each once"

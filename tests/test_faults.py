@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import start_server
 from running import client, composed, history, network, runs, same, train
 from safetensors.torch import load_file
 
@@ -374,6 +375,7 @@ def test_generate_finds_what_is_wrong_before_it_draws(root: Path) -> None:
 
 
 def test_a_sweep_over_paths_has_one_parent_and_flat_folders(root: Path) -> None:
+    start_server()  # the process that jobs are forked from
     cli.main([
         "--multirun", "model=prior", "weights=tiny", "data=emoji", "data.max_samples=4", "trainer.max_steps=1",
         f"weights.prior={root}/p,tiny", "name=sweep", f"output_root={root}",

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import start, start_two
+from commands import start, start_server, start_two
 from PIL import Image
-from running import SMALL, history, runs, train
+from running import SMALL, history, prepare, runs, train
+
+from kandinsky_exp import cli
 
 COMMAND = [sys.executable, "-m", "kandinsky_exp"]
 # `accelerate launch --cpu` starts one process, whatever number it is given: torch's launcher, which it uses on GPUs.
@@ -152,9 +154,11 @@ def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_pa
 
 @pytest.mark.slow
 def test_multirun_leaves_one_parent_and_a_folder_per_job(tmp_path: Path) -> None:
-    process = start(tmp_path, "--multirun", "name=sweep", "model=prior,decoder", "adapter=none,lora")
-    output = process.finish()
-    assert process.code == 0, output
+    prepare(tmp_path, [])
+    start_server()  # the process that jobs are forked from
+    cli.main(
+        ["--multirun", *SMALL, f"output_root={tmp_path}", "name=sweep", "model=prior,decoder", "adapter=none,lora"]
+    )
     jobs = {
         f"{kind},model={stage}": stage for kind in ("adapter=none", "adapter=lora") for stage in ("prior", "decoder")
     }
