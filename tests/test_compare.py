@@ -436,7 +436,7 @@ def test_a_sweep_made_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out.splitlines()
     assert out == [str(folder / name) for name in ("report.html", "curves.png", "images.png")]
     page = Page((folder / "report.html").read_text("utf-8"))
-    assert [text for text, _ in page.column("weight_decay").values()] == ["0.0", "0.5"]
+    assert [text for text, _ in page.column("weight_decay").values()] == ["0", "0.5"]
     prompts = {"a red heart", "a dog", "held-out image 0"}
     assert prompts <= {re.sub(r"(validation|reconstruction)/\d+$", "", row[0][0]) for row in page.rows if row}
     assert len(page.data["steps"]) == 2

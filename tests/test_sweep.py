@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from commands import Forked, command, start_server
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from running import SMALL, client, prepare, runs
 
-from kandinsky_exp import cli, devices, sweep_jobs, workspace
+from kandinsky_exp import cli, command_line, devices, sweep_jobs, workspace
 
 # A schedule whose jobs come to different ends, until they are mended.
 FAULTS = """
@@ -233,6 +234,17 @@ def test_a_sweep_that_makes_no_sense_is_refused(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as Python marks what cannot be imported
+    assert swept(tmp_path, "hydra/sweeper=optuna", "seed=1,2", "tracker=none") == 2
+    assert 'optuna is not installed; pip install "kandinsky-exp[sweep]"' in capfd.readouterr().err
+    override = OverridesParser.create().parse_override("hydra/launcher=ray")
+    problem = command_line._wrong_option(override, ["basic"])  # all that Hydra brings
+    assert problem == 'hydra/launcher: ray is not installed; pip install "kandinsky-exp[ray]"'
 
 
 def test_two_sweeps_into_one_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
