@@ -31,9 +31,10 @@ def started(profile: Path, *flags: str) -> Chrome:
     return Chrome(options=options, service=Service(DRIVER))
 
 
-def wait(browser: Chrome, condition: str) -> None:
-    """Until a condition in JavaScript is true."""
-    WebDriverWait(browser, PATIENCE).until(lambda _: browser.execute_script(f"return {condition}"), condition)
+def wait(browser: Chrome, condition: str, *arguments: object) -> None:
+    """Until a condition in JavaScript, of these `arguments`, is true."""
+    script = f"return {condition}"
+    WebDriverWait(browser, PATIENCE).until(lambda _: browser.execute_script(script, *arguments), condition)
 
 
 def open_report(browser: Chrome, address: str) -> None:
