@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from typing import IO
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from omegaconf import DictConfig
 
@@ -26,6 +26,7 @@ POLL = 0.1  # seconds
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # nosec B104 # what means all addresses, and one of them
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PRIVATE = ("10.*", "192.168.*", *(f"172.{number}.*" for number in range(16, 32)))
+BEST_FIRST = {"orderByKey": "metrics.`validation/loss`", "orderByAsc": "true"}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -79,8 +80,13 @@ def find_experiment(uri: str, name: str) -> tuple[str, str]:
 
 
 def page(base: str, experiment_id: str) -> str:
-    """The page with the curves of the training runs; without these parameters MLflow opens that for language models."""
-    return f"{base}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    """The page with the curves of the training runs, the best run first.
+
+    Without a workflow type MLflow opens the page for language models. In the order of creation it folds a sweep's jobs
+    under their parent, which has no curves: an order by a metric lays all runs side by side.
+    """
+    query = urlencode({"compareRunsMode": "CHART", "workflowType": "machine_learning", **BEST_FIRST}, quote_via=quote)
+    return f"{base}/#/experiments/{experiment_id}/runs?{query}"
 
 
 def without_user(uri: str) -> str:

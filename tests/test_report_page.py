@@ -1,32 +1,20 @@
 """The report of `kandinsky-exp compare` in a real browser, from a file, without a network."""
 
 import io
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import By, Chrome, Keys, WebElement, errors, head, names, open_report, shown, started, wait
 from PIL import Image
 
 from kandinsky_exp import report_html
 from kandinsky_exp.album import Album, Row
 from kandinsky_exp.comparison import Run, Scores
 
-selenium = pytest.importorskip("selenium", reason="LOUD: no selenium, the report is tested in no browser")
-from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-
 pytestmark = pytest.mark.slow
 EVIL = """</script><script>document.title="stolen"</script>, 'q' & $x^2$ %{x} <b>"""
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-quic", "--disable-background-networking", "--no-first-run",
-         "--window-size=1400,1000", "--enable-unsafe-swiftshader")  # fmt: skip
 
 
 def webp(colour: str) -> bytes:
@@ -61,27 +49,15 @@ ALBUM = Album(
 
 
 def opened(folder: Path, *flags: str) -> Chrome:
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("LOUD: no chromium or chromedriver, the report is tested in no browser")
     file = folder / "report.html"
     file.write_text(report_html.page(EVIL, RUNS, ALBUM), "utf-8")
-    options = ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, *flags, f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = Chrome(options=options, service=Service(DRIVER))
+    browser = started(folder / "profile", *flags)
     try:
-        browser.get(file.as_uri())
-        wait(browser, "document.documentElement.dataset.ready === 'true'")
+        open_report(browser, file.as_uri())
     except BaseException:
         browser.quit()
         raise
     return browser
-
-
-def wait(browser: Chrome, condition: str) -> None:
-    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(f"return {condition}"))
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +65,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     made = opened(tmp_path_factory.mktemp("browser"))
     yield made
     made.quit()
-
-
-def errors(browser: Chrome) -> list[str]:
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-
-def names(browser: Chrome) -> list[str]:
-    return [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, ".runs tbody th")]
-
-
-def head(browser: Chrome, name: str) -> WebElement:
-    found = browser.find_elements(By.CSS_SELECTOR, ".runs thead th")
-    return next(one for one in found if one.text.startswith(name))
 
 
 def visible(browser: Chrome, plot: str) -> list[Any]:
@@ -139,19 +102,6 @@ def test_a_click_on_a_heading_sorts_and_what_is_missing_comes_last(browser: Chro
     assert names(browser) == ["nine", EVIL, "early", "nothing"], "9e-5 is less than 1e-4"
     sorts = [one.get_attribute("aria-sort") for one in browser.find_elements(By.CSS_SELECTOR, ".runs thead th")]
     assert sorted(filter(None, sorts), key=len) == ["none"] * (len(sorts) - 1) + ["ascending"]
-
-
-def shown(browser: Chrome) -> dict[str, tuple[str, str, str]]:
-    """(image, caption, classes) by cell."""
-    found = browser.find_elements(By.CSS_SELECTOR, ".grid figure")
-    return {
-        str(one.get_attribute("data-cell")): (
-            one.find_element(By.TAG_NAME, "img").get_attribute("src") or "",
-            one.find_element(By.TAG_NAME, "figcaption").text,
-            one.get_attribute("class") or "",
-        )
-        for one in found
-    }
 
 
 def test_the_slider_changes_the_images(browser: Chrome) -> None:

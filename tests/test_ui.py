@@ -74,7 +74,8 @@ def test_the_runs_are_shown_until_ctrl_c(output_root: Path, tmp_path: Path, caps
     shown = start(output_root, f"port={port}")
     shown.wait_until(lambda: "Ctrl-C ends it" in shown.printed())
     address = re.search(
-        r"(http://127\.0\.0\.1:\d+)/#/experiments/(\d+)/runs\?compareRunsMode=CHART&workflowType=machine_learning\n",
+        r"(http://127\.0\.0\.1:\d+)/#/experiments/(\d+)/runs\?compareRunsMode=CHART&workflowType=machine_learning"
+        r"&orderByKey=metrics\.%60validation%2Floss%60&orderByAsc=true\n",
         shown.printed(),
     )
     assert address, shown.printed()
