@@ -14,7 +14,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import command_line, job_process, redaction, studies, supervision, sweep, sweep_check
+from kandinsky_exp import command_line, job_process, run_notes, store, studies, supervision, sweep, sweep_check
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.sweep_jobs import JobFolder
 
@@ -70,9 +70,11 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
             job = SweptJob(call, parallel, "", os.getpid(), None)
             start(job, sweep_check.sweep_dir(own))
         return 0
+    if cfg.tracker.name != "none":
+        store.probe(str(cfg.tracker.uri or store.default_uri(cfg.output_root)))  # before there is a folder
     folder = sweep.place(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
-    command = redaction.masked(shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *named]))
+    command = shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *map(run_notes.shown, named)])
     with (
         sweep.occupied(folder),
         job_process.desk(call.function) as desk,  # it imports while this process asks the store

@@ -40,7 +40,7 @@ def command() -> str | None:
         overrides.append("hydra.mode=RUN")
     folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
     words = ["kandinsky-exp", str(settings.job.config_name), *(f"--config-dir={folder}" for folder in folders)]
-    return shlex.join([*words, *map(_shown, overrides)])
+    return shlex.join([*words, *map(shown, overrides)])
 
 
 def note(made_by: str | None, lines: Iterable[str] = ()) -> dict[str, str]:
@@ -57,6 +57,7 @@ def note(made_by: str | None, lines: Iterable[str] = ()) -> dict[str, str]:
     return {NOTE: "\n\n".join(paragraphs)} if paragraphs else {}
 
 
-def _shown(override: str) -> str:
+def shown(override: str) -> str:
+    """An override without what is secret in it."""
     key, equals, value = override.partition("=")
     return f"{key}{equals}{redaction.redacted({key.rpartition('.')[2]: value})[key.rpartition('.')[2]]}"

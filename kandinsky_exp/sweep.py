@@ -107,6 +107,7 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
         finally:
             tell(started)
             report(cfg, started)
+            forget_pickles(folder)
         if numbers := files.signals():
             raise Interrupted(numbers[0])
 
@@ -114,7 +115,6 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
 def parent_run(cfg: DictConfig, folder: Path, command: str) -> tracking.Tracker:
     """The MLflow run that holds the jobs together, new or gone on with; its id lies in the folder, for the jobs."""
     uri = str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
-    tracking.probe(uri)
     record = workspace.read_record(folder) or workspace.Record(stage="sweep", token=uuid.uuid4().hex)
     space = workspace.Workspace(folder, record)
     space.write_record()  # the token first: whatever is killed now, the next start finds the same run
@@ -176,6 +176,12 @@ def tell(started: Session) -> None:
     print(f"\n{text}\n{started.folder}", flush=True)
     started.tracker.log_text(text, "jobs.txt")
     started.tracker.log_text(as_csv(outcomes), "jobs.csv")
+
+
+def forget_pickles(folder: Path) -> None:
+    """Remove what Submitit handed to its jobs: the whole config, passwords and all. Its logs stay."""
+    for file in (folder / ".submitit").glob("*/*.pkl"):
+        file.unlink(missing_ok=True)
 
 
 def report(cfg: DictConfig, started: Session) -> None:

@@ -188,7 +188,7 @@ def test_hyper_parameters_are_set_against_the_score_of_finished_runs(page: Page)
     assert labels == ["lr", "snr_gamma", "best validation loss"]
     assert parallel["dimensions"][0]["values"] == pytest.approx([-4, -5])
     assert parallel["dimensions"][0]["ticktext"] == ["1e-05", "0.0001"]
-    assert parallel["dimensions"][1]["ticktext"] == ["null", "5.0"]
+    assert parallel["dimensions"][1]["ticktext"] == ["null", "5"]
     assert parallel["dimensions"][2]["values"] == pytest.approx([0.5, 1.5])
     assert any(note.startswith("3 of 5 runs are left out here") for note in page.notes)
     assert [trace["x"] for trace in page.traces("scatter-0")] == [pytest.approx([-4]), pytest.approx([-5])]

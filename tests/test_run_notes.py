@@ -54,6 +54,7 @@ def test_what_nobody_compares_by_is_a_tag(tmp_path: Path) -> None:
 
 
 def test_a_run_from_python_says_nothing() -> None:
+    HydraConfig.instance().cfg = None  # an earlier test's
     assert run_notes.command() is None
     assert run_notes.note(None) == {}
 

@@ -310,7 +310,7 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
     environment = {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1",
                    "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
     command = [sys.executable, "-m", "kandinsky_exp", *SMALL, f"output_root={tmp_path}", "model=prior", "name=p",
-               "trainer.max_steps=80", "validation.every=40", "checkpoint.every=40"]  # fmt: skip
+               "trainer.max_steps=200", "validation.every=100", "checkpoint.every=100"]  # fmt: skip
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, **environment})  # fmt: skip
     for step, jump in ((10, "+3d"), (40, "-3d")):
@@ -322,12 +322,12 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
     assert process.returncode == 0, output
     (found,) = runs(tmp_path)
     assert found.info.status == "FINISHED"
-    assert sorted(history(tmp_path, found.info.run_id, "train/loss")) == list(range(2, 81, 2))
-    assert record(tmp_path / "p")["step"] == 80
-    assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000080") is None
+    assert sorted(history(tmp_path, found.info.run_id, "train/loss")) == list(range(2, 201, 2))
+    assert record(tmp_path / "p")["step"] == 200
+    assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000200") is None
     times = [point.timestamp for point in client(tmp_path).get_metric_history(found.info.run_id, "train/loss")]
     assert max(times) - min(times) > 5 * 86_400_000  # it did jump, and back
     assert (
-        run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=80"))
+        run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=200"))
         == record(tmp_path / "p")["validation_loss"]
     )

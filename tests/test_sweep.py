@@ -157,6 +157,7 @@ def test_other_launchers(launcher: str, tmp_path: Path, capfd: pytest.CaptureFix
     assert {name: run.info.status for name, run in children.items()} == {
         "how=fine": "FINISHED", "how=kill": "KILLED", "how=raise": "FAILED",
     }  # fmt: skip
+    assert not list((root / "three").rglob("*.pkl"))  # they hold the config, passwords and all
 
 
 @pytest.mark.slow
@@ -234,6 +235,14 @@ def test_a_sweep_that_makes_no_sense_is_refused(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_does_not_answer_leaves_no_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert swept(tmp_path, "seed=1,2", "tracker.uri=http://me:pa55w0rd@127.0.0.1:9") == 2
+    error = capfd.readouterr().err
+    assert "127.0.0.1:9" in error
+    assert "pa55w0rd" not in error
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache", "sweep_faults.py"}
 
 
 def test_what_is_not_installed_is_named_with_its_extra(
