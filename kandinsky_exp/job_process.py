@@ -146,7 +146,7 @@ def _work(task: Task, sending: connection.Connection, output: list[int]) -> None
     for number, copied in zip((1, 2), output, strict=True):
         os.dup2(copied, number)
     os.setpgid(0, 0)  # Ctrl-C reaches the sweep, which hands it on: twice would mean `at once`
-    os.environ.update(task.share.environment)
+    os.environ.update({**task.share.environment, **_own_rendezvous(int(task.hydra.hydra.job.num))})
     _end_with_parent()
     HydraConfig.instance().cfg = task.hydra  # type: ignore[assignment]  # a part of it
     if task.share.threads is not None:
@@ -157,6 +157,13 @@ def _work(task: Task, sending: connection.Connection, output: list[int]) -> None
     sys.stdout.flush()
     sending.send(answer)
     sending.close()
+
+
+def _own_rendezvous(number: int) -> dict[str, str]:
+    """Of several processes a job: a port of its own, for the launcher's store is full of an earlier job's keys."""
+    if "MASTER_PORT" not in os.environ:
+        return {}
+    return {"MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + 1 + number), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def _end_with_parent() -> None:
