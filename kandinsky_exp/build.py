@@ -281,6 +281,6 @@ def encode_batch(cfg: DictConfig, device: torch.device) -> int:
     return max(1, 16 * 512**2 // int(cfg.data.resolution) ** 2)
 
 
-def pruner(settings: DictConfig | None) -> Any:
-    """An optimizing sweeper's pruner, None where it has none."""
-    return instantiate(settings) if settings else None
+def pruner(settings: DictConfig) -> Any:
+    """An optimizing sweeper's pruner."""
+    return instantiate(settings)

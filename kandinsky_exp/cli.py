@@ -4,6 +4,7 @@
 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM) after a checkpoint was written.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
 # For conf/hydra: the first value that is not null. Here, for a process-based launcher imports this module with `Job`.
 OmegaConf.register_new_resolver("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
+OmegaConf.register_new_resolver("last_part", lambda path: os.path.basename(path), replace=True)
 OmegaConf.register_new_resolver("folder_name", lambda text: folder_name(text), replace=True)
 OmegaConf.register_new_resolver(
     "verbs", lambda: "\n".join(f"{name:<10} {verb.purpose}" for name, verb in VERBS.items()), replace=True
@@ -49,10 +51,8 @@ class Verb:
 
     function: str  # "module:function" taking the config; imported when it is called, for it imports torch
     purpose: str
-    plain: Mapping[str, str] = field(
-        default_factory=dict
-    )  # what is typed → the key it means: Hydra takes the name of a
-    # group for a choice of its files
+    # What is typed → the key it means: Hydra takes the name of a group for a choice of its files.
+    plain: Mapping[str, str] = field(default_factory=dict)
     trains: bool = False  # its sweeps are recorded, and each of their jobs has a process of its own
     lists: tuple[str, ...] = ()  # keys that take a,b for a list of texts: to Hydra it would be a sweep
 
@@ -104,10 +104,10 @@ def call(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> Any:
     return getattr(import_module(module), name)(cfg)
 
 
-def answered(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> job_process.Answer:
+def answered(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
     """The same for a job in its own process: however it ends, that is told, and printed where it went wrong."""
     try:
-        value = call(function, cfg, trusted)
+        value = call(job.function, cfg, job.trusted)
         return job_process.Answer("FINISHED", float(value) if isinstance(value, (int, float)) else None)
     except Pruned as verdict:
         return job_process.Answer("PRUNED", verdict.loss, str(verdict))
@@ -116,8 +116,8 @@ def answered(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> job_pr
     except SystemExit as leaving:
         return job_process.Answer("FAILED", message=f"the job called sys.exit({leaving.code!r})")
     except BaseException as error:
-        _report(error, os.environ.get("HYDRA_FULL_ERROR") == "2")
-        message = redaction.masked(cut(f"{_message(error)}".removeprefix("error: ") or type(error).__name__))
+        _report(error, job.verbose)
+        message = redaction.masked(cut(_message(error).removeprefix("error: ") or type(error).__name__))
         return job_process.Answer("FAILED", message=message, is_user_error=isinstance(error, UserError))
 
 
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"kandinsky-exp {version('kandinsky-exp')}")
         else:
             verb, rest = _split_verb(arguments)
-            _run(verb, command_line.parse([_plain(text, VERBS[verb]) for text in rest], VERBS))
+            _run(verb, command_line.parse([_plain(text, VERBS[verb]) for text in rest], VERBS), verbose)
     except (Exception, KeyboardInterrupt, Interrupted) as error:
         sys.exit(_report(error, verbose))
 
@@ -158,7 +158,7 @@ def _plain(text: str, verb: Verb) -> str:
     return f"{verb.plain.get(key, key)}={value}" if equals else text
 
 
-def _run(verb: str, line: command_line.CommandLine) -> None:
+def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
     # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
     with _full_error(), _hydra_checked(line):
         if line.sweeps and not line.shows_something:
@@ -169,8 +169,8 @@ def _run(verb: str, line: command_line.CommandLine) -> None:
             if found:
                 raise ConfigError(found)  # before the sweeper makes its folder
             if VERBS[verb].trains:
-                call_it = job_process.Call(answered, VERBS[verb].function, line.trusted)
-                if code := launching.launch(verb, line, call_it, lambda job, *more: _start(verb, line, job, *more)):
+                swept = job_process.Call(answered, VERBS[verb].function, line.trusted, verbose)
+                if code := launching.launch(verb, line, swept, functools.partial(_start, verb, line)):
                     sys.exit(code)
                 return
         job = Job(VERBS[verb].function, line.trusted)

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_module
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
@@ -25,9 +24,6 @@ from kandinsky_exp.errors import ConfigError, UserError, cut
 
 # Hydra's plugins, and the extra that installs each.
 EXTRAS = {"hydra/launcher": {"joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}}
-# Hydra copies the store of all plugins' schemas before each look at its files: most of what --help took. There is one
-# store in a process, and it hands out copies.
-ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,11 @@ class CommandLine:
     shows_something: bool  # --help, --cfg, --info, completion: nothing runs
     config_dir: str | None
     trusted: tuple[str, ...]  # modules that `_target_` may name too
+
+    @property
+    def search_path(self) -> list[str]:
+        """--config-dir, for what Hydra composes without its command line."""
+        return [f"hydra.searchpath=[file://{Path(self.config_dir).resolve()}]"] if self.config_dir else []
 
 
 def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
@@ -140,7 +141,7 @@ def find_problems(verb: str, line: CommandLine) -> list[str]:
         Exception: whatever Hydra, OmegaConf or the yaml parser raise for a config that cannot be composed.
     """
     GlobalHydra.instance().clear()
-    search_path = [f"hydra.searchpath=[file://{Path(line.config_dir).resolve()}]"] if line.config_dir else []
+    search_path = line.search_path
     with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
         overrides, problems = _parsed(line)
         groups, keys = [], []

@@ -11,11 +11,10 @@ from omegaconf import DictConfig, ListConfig
 
 from kandinsky_exp import comparison, config, mlflow_names, report, store, workspace
 from kandinsky_exp.errors import ConfigError, cut
+from kandinsky_exp.locating import RUN_ID
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def compare(cfg: DictConfig) -> float:
@@ -35,7 +34,7 @@ def compare(cfg: DictConfig) -> float:
     named = find_ids(root, key, _names(cfg.runs if key == "runs" else [cfg.sweep.source]))
     if cfg.tracker.uri is None and not (root / "mlflow.db").is_file():  # it would be made, empty
         raise ConfigError(f"output_root: there is no MLflow store in {root}; give that of the runs, or tracker.uri")
-    uri = str(cfg.tracker.uri or store.default_uri(cfg.output_root))
+    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     store.probe(uri)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     with store.impatient(), store.explained(uri):

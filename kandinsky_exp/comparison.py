@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kandinsky_exp.mlflow_names import JOB, short_names
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -68,18 +70,18 @@ class Column:
 
 
 def children(client: "MlflowClient", parent_run_id: str) -> list[str]:
-    """The ids of a parent's runs in the order of their start; those that were deleted are not among them."""
+    """The ids of a parent's runs in the order of its jobs, or else of their start, without those that were deleted."""
     experiment = client.get_run(parent_run_id).info.experiment_id
     wanted = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
-    found: list[str] = []
+    found: list[tuple[str, str]] = []
     token: str | None = None
     while True:
         order = ["attributes.start_time ASC"]
         page = client.search_runs([experiment], wanted, max_results=PAGE, order_by=order, page_token=token)
-        found += [run.info.run_id for run in page]
+        found += [(run.data.tags.get(JOB, ""), run.info.run_id) for run in page]
         token = page.token
         if not token:
-            return found
+            return [run_id for _, run_id in sorted(found, key=lambda job: job[0])]
 
 
 def read(client: "MlflowClient", run_ids: Sequence[str]) -> list[Run]:
@@ -149,22 +151,6 @@ def varied(runs: Sequence[Run]) -> list[Column]:
 def _shown(key: str, value: str | None) -> str | None:
     """`torch.optim.AdamW` of an `optimizer._target_` is AdamW."""
     return value.rpartition(".")[2] if value is not None and key.endswith("._target_") else value
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted key, or as many of them as tell it from the others.
-
-    What is called `name` or `_target_` is a choice of its group, and has the group's name.
-    """
-    parts = {key: key.removesuffix("._target_").removesuffix(".name").split(".") for key in keys}
-    names = {key: split[-1] for key, split in parts.items()}
-    for length in range(2, max(map(len, parts.values()), default=0) + 1):
-        taken = Counter(names.values())
-        names = {
-            key: ".".join(parts[key][-length:]) if taken[name] > 1 else name for key, name in names.items()
-        }  # those that are told apart already stay short
-    taken = Counter(names.values())
-    return {key: key if taken[name] > 1 else name for key, name in names.items()}
 
 
 def has_validated(runs: Sequence[Run]) -> bool:

@@ -101,10 +101,10 @@ def find_run_to_log(cfg: DictConfig, origins: dict[Side, Origin]) -> str:
     run_id = origins["decoder"].trained_by or origins["prior"].trained_by
     if run_id is None:
         raise ConfigError("log_to_run: neither the prior nor the decoder comes from an MLflow run; leave it off")
-    tracking.probe(str(cfg.tracker.uri or tracking.default_uri(cfg.output_root)))
+    tracking.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
     return run_id
 
 
 def log_to_run(cfg: DictConfig, run_id: str, folder: Path) -> None:
-    client, _ = store.connect(str(cfg.tracker.uri or tracking.default_uri(cfg.output_root)))
+    client, _ = store.connect(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
     client.log_artifacts(run_id, str(folder), f"generate/{folder.name}")

@@ -64,14 +64,16 @@ class Call:
     """What a job does.
 
     Args:
-        answer: takes `function`, the config and `trusted`; raises nothing.
+        answer: takes the call itself and a config; raises nothing.
         function: `module:function`, taking the config.
         trusted: modules that `_target_` may name too.
+        verbose: show the traceback of a user's mistake as well.
     """
 
-    answer: Callable[[str, DictConfig, tuple[str, ...]], Answer]
+    answer: "Callable[[Call, DictConfig], Answer]"
     function: str
-    trusted: tuple[str, ...] = ()
+    trusted: tuple[str, ...]
+    verbose: bool
 
 
 def warm_up(function: str) -> None:
@@ -153,7 +155,7 @@ def _work(task: Task, sending: connection.Connection, output: list[int]) -> None
         import torch
 
         torch.set_num_threads(task.share.threads)
-    answer = task.call.answer(task.call.function, task.cfg, task.call.trusted)
+    answer = task.call.answer(task.call, task.cfg)
     sys.stdout.flush()
     sending.send(answer)
     sending.close()

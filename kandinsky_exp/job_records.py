@@ -1,27 +1,57 @@
-"""What MLflow is told of a sweep's job, also where its own process could not tell it any more."""
+"""What MLflow is told of a sweep and of its jobs, also where a job's own process could not tell it any more."""
 
 import logging
+import uuid
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import store, tracking, workspace
+from kandinsky_exp import run_notes, store, tracking, workspace
 from kandinsky_exp.errors import TrackingError
+from kandinsky_exp.mlflow_names import JOB
 from kandinsky_exp.sweep_jobs import Outcome
 
 logger = logging.getLogger(__name__)
 
 
-def token(sweep: Path, folder: str) -> str | None:
-    """What marks the MLflow run of a job: the same in every start, also before the job has a record of its own."""
-    record = workspace.read_record(sweep)
-    return None if record is None or record.run_id is None else f"{record.run_id}/{folder}"
+def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> tracking.Tracker:
+    """The MLflow run that holds the jobs together, new or gone on with; its id lies in the folder, for the jobs.
+
+    Args:
+        command: that starts the sweep again, for the description; None where it was started from Python.
+    """
+    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
+    record = workspace.read_record(folder) or workspace.Record(stage="sweep", token=uuid.uuid4().hex)
+    space = workspace.Workspace(folder, record)
+    space.write_record()  # the token first: whatever is killed now, the next start finds the same run
+    tracker = tracking.MlflowTracker(
+        uri,
+        cfg.tracker.experiment,
+        folder.name,
+        tracking.default_artifact_root(cfg.output_root),
+        outbox=folder / "outbox",
+        run_id=record.run_id,
+        token=record.token,
+        tags={"sweep": folder.name, "run_folder": str(folder)},
+    )
+    if record.run_id is None and tracker.run_id is not None:  # later the description is the user's
+        tracker.set_tags(run_notes.note(command, [report_link(uri, tracker.run_id)]))
+    record.run_id = tracker.run_id
+    space.write_record()
+    return tracker
+
+
+def write_status(folder: Path, status: workspace.Status) -> None:
+    """Note how a sweep ended, in its folder."""
+    record = workspace.read_record(folder) or workspace.Record(stage="sweep")
+    record.status = status
+    workspace.Workspace(folder, record).write_record()
 
 
 def job_tags(outcome: Outcome) -> dict[str, str]:
     """Tags of a job's run: its place in the sweep, and each of its overrides."""
     overrides = {f"override.{key}": value for key, value in outcome.varied.items()}
-    return {"sweep.job": f"{outcome.number:04d}", **overrides}
+    return {JOB: f"{outcome.number:04d}", **overrides}
 
 
 def report_link(uri: str, parent_run_id: str) -> str:
@@ -34,7 +64,8 @@ def report_link(uri: str, parent_run_id: str) -> str:
 def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
     """Give a job that failed or was killed its true status, in its folder and in MLflow, with the reason.
 
-    A run that came to no MLflow run of its own, because its configuration or its data is wrong, gets one here.
+    A job that came to no run, because its configuration or its data is wrong or it was killed before, gets an MLflow
+    run here, which a later start goes on with: its token is noted.
     """
     status: tracking.Status = "KILLED" if outcome.status == "KILLED" else "FAILED"
     record = workspace.read_record(folder)
@@ -45,9 +76,10 @@ def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
         workspace.Workspace(folder, record).write_record()
     if cfg.tracker.name == "none":
         return
-    sweep = folder.parent
-    parent = workspace.read_record(sweep)
-    uri = str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
+    if record is None:
+        outcome.token = outcome.token or uuid.uuid4().hex
+    parent = workspace.read_record(folder.parent)
+    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     try:
         tracker = tracking.MlflowTracker(
             uri,
@@ -56,7 +88,7 @@ def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
             tracking.default_artifact_root(cfg.output_root),
             outbox=folder / "outbox",
             run_id=None if record is None else record.run_id,
-            token=token(sweep, outcome.folder) or (None if record is None else record.token),
+            token=outcome.token if record is None else record.token,
             tags={**job_tags(outcome), "run_folder": str(folder), "error": outcome.message},
             parent_run_id=None if parent is None else parent.run_id,
         )

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,7 +34,7 @@ class SweptJob:
 
     def __call__(self, cfg: DictConfig) -> float:
         forget_multirun()
-        if os.getpid() != self.process:
+        if os.getpid() != self.process and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first process, which tells the jobs
         return supervision.supervise(self.call, cfg, self.parallel, self.session, self.desk)
 
@@ -71,7 +72,7 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
             start(job, sweep_check.sweep_dir(own))
         return 0
     if cfg.tracker.name != "none":
-        store.probe(str(cfg.tracker.uri or store.default_uri(cfg.output_root)))  # before there is a folder
+        store.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))  # before there is a folder
     folder = sweep.place(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
     command = shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *map(run_notes.shown, named)])

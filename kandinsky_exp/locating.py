@@ -85,7 +85,7 @@ def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
     """The folder of an MLflow run, which its tags name."""
     from mlflow.exceptions import MlflowException
 
-    uri = str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
+    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     tracking.probe(uri)
     client, _ = store.connect(uri)
     try:

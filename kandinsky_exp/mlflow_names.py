@@ -5,7 +5,8 @@ import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -16,6 +17,8 @@ MAX_PARAM = 100  # characters: tables have them in columns; MLflow would take 6,
 MAX_TAG = 8000  # MLflow's limits
 MAX_KEY = 250
 MAX_DATASET_NAME = 500
+JOB = "sweep.job"  # tag of a job: its place in the sweep
+COMMON = {"snr_gamma": "snr"}  # what everybody calls a setting
 MAX_DIGEST = 36
 
 
@@ -92,6 +95,22 @@ def dataset_source(source: str) -> tuple[str, str]:
     if path.is_absolute() or path.exists():
         return "local", json.dumps({"uri": path.resolve().as_uri()})
     return "hugging_face", json.dumps({"path": source})
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each dotted key, or as many of them as tell it from the others.
+
+    What is called `name` or `_target_` is a choice of its group, and has the group's name.
+    """
+    parts = {key: re.sub(r"\.(_target_|name)$", "", key.replace("/", ".")).split(".") for key in keys}
+    names = {key: split[-1] for key, split in parts.items()}
+    for length in range(2, max(map(len, parts.values()), default=0) + 1):
+        taken = Counter(names.values())
+        names = {
+            key: ".".join(parts[key][-length:]) if taken[name] > 1 else name for key, name in names.items()
+        }  # those that are told apart already stay short
+    taken = Counter(names.values())
+    return {key: key if taken[name] > 1 else COMMON.get(name, name) for key, name in names.items()}
 
 
 def shortened(text: str, limit: int) -> str:

@@ -1,16 +1,15 @@
 """A sweeper's word on a job that is under way: worth going on with, by its validation losses so far?"""
 
-import logging
 import math
 import warnings
 from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import build
 
-logger = logging.getLogger(__name__)
 Judge = Callable[[int, float], bool]
 
 
@@ -20,14 +19,12 @@ def judge(cfg: DictConfig, steps: int) -> Judge | None:
     Args:
         steps: of the whole run. After the last one nothing is left to save.
     """
-    if cfg.sweep.trial is None or not HydraConfig.initialized():
+    if cfg.sweep.trial is None or not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     import optuna
 
     settings = HydraConfig.get().sweeper
     pruner = build.pruner(settings.pruner)
-    if pruner is None:
-        return None
     from kandinsky_exp.studies import storage
 
     study = optuna.load_study(study_name=settings.study_name, storage=storage(settings.storage), pruner=pruner)

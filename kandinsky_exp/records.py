@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, integrity, job_records, run_notes, sweep_jobs, tracking, workspace
+from kandinsky_exp import build, config, integrity, job_records, run_notes, store, sweep_jobs, tracking, workspace
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def tracker_uri(cfg: DictConfig) -> str:
-    return str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
+    return store.chosen_uri(cfg.tracker.uri, cfg.output_root)
 
 
 def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> tracking.Tracker:
@@ -58,6 +58,12 @@ def job_outcome(folder: Path) -> sweep_jobs.Outcome | None:
     return sweep_jobs.JobFolder(folder.parent).read(folder.name)
 
 
+def noted_token(folder: Path) -> str | None:
+    """What marks the MLflow run that a sweep has made for a job before it came to a run of its own."""
+    job = job_outcome(folder)
+    return None if job is None else job.token
+
+
 def redone_from(space: workspace.Workspace) -> int | None:
     """The step from which on a run that goes on may have been recorded already, by a process that was killed.
 
@@ -79,20 +85,14 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     with workspace.locked(folder / ".sweep.lock"):
-        record = workspace.read_record(folder) or workspace.Record()
-        if record.run_id is None:
-            parent = tracking.MlflowTracker(
-                tracker_uri(cfg),
-                cfg.tracker.experiment,
-                folder.name,
-                tracking.default_artifact_root(cfg.output_root),
-                tags={"sweep": folder.name},
-            )
-            # It trains nothing itself: there is nothing that could still go wrong with it.
-            parent.finish("FINISHED")
-            record = workspace.Record(parent.run_id, "FINISHED", stage="sweep")
-            workspace.Workspace(folder, record).write_record()
-        return record.run_id
+        record = workspace.read_record(folder)
+        if record is not None and record.run_id is not None:
+            return record.run_id
+        parent = job_records.parent_run(cfg, folder)
+        # It trains nothing itself: there is nothing that could still go wrong with it.
+        parent.finish("FINISHED")
+        job_records.write_status(folder, "FINISHED")
+        return parent.run_id
 
 
 def note_data(space: workspace.Workspace, data: Readers) -> None:

@@ -11,6 +11,7 @@ from string import Template
 from typing import Any
 
 from plotly.offline import get_plotlyjs
+from tqdm import tqdm
 
 from kandinsky_exp import report_figures
 from kandinsky_exp.album import Album
@@ -132,7 +133,7 @@ def _swatch(index: int) -> str:
 
 def _score_cells(run: Run, is_best: bool) -> list[str]:
     found = run.scores
-    time = None if found.seconds is None else clock(found.seconds)
+    time = None if found.seconds is None else tqdm.format_interval(found.seconds)
     shown = [
         (found.best, f"{found.best:.5g}" if found.best is not None else None),
         (found.best_step, f"{found.best_step}"),
@@ -145,13 +146,6 @@ def _score_cells(run: Run, is_best: bool) -> list[str]:
         _cell(None if value is None else text, True, "best" if is_best and place == 0 else "", repr(value))
         for place, (value, text) in enumerate(shown)
     ]
-
-
-def clock(seconds: float) -> str:
-    """Such as 0:07, 12:34 or 5:00:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _cell(

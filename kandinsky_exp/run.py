@@ -21,7 +21,6 @@ from kandinsky_exp import (
     class_images,
     config,
     hub,
-    job_records,
     loop,
     memory_advice,
     nonfinite,
@@ -148,7 +147,7 @@ def prepare(
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
-        space.record.token = job_records.token(space.folder.parent, space.folder.name) or uuid.uuid4().hex
+        space.record.token = records.noted_token(space.folder) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true for whoever never comes to the first step
         space.write_record()  # first: from now on the folder is a run
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))

@@ -33,6 +33,11 @@ _impatient: list[int] = []
 _set_by_us: set[str] = set()
 
 
+def chosen_uri(uri: str | None, output_root: str | Path) -> str:
+    """`tracker.uri`, or where it is not given the store in `output_root`."""
+    return uri or default_uri(output_root)
+
+
 def default_uri(output_root: str | Path) -> str:
     """The absolute sqlite URI of `<output_root>/mlflow.db`, the same from every working directory."""
     return _sqlite_uri(Path(output_root).expanduser().resolve() / "mlflow.db")

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kandinsky_exp import config, devices, job_records, workspace
+from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.job_process import Answer, Call, Desk, Task, asked
 from kandinsky_exp.sweep_jobs import JobFolder, Outcome, job_name
 
@@ -67,9 +68,9 @@ def begun(jobs: JobFolder, cfg: DictConfig, settings: DictConfig, session: str) 
     before = jobs.read(folder)
     changes = varied(settings)
     name = job_name({key: _chosen(cfg, key, text) for key, text in changes.items()})
-    seconds = 0.0 if before is None else before.seconds
+    seconds, token = (0.0, None) if before is None else (before.seconds, before.token)
     number = settings.job.num if cfg.sweep.trial is None else cfg.sweep.trial
-    return Outcome(int(number), folder, name, changes, seconds=seconds, session=session)
+    return Outcome(int(number), folder, name, changes, seconds=seconds, session=session, token=token)
 
 
 def varied(settings: DictConfig) -> dict[str, str]:
@@ -93,10 +94,14 @@ def finished(cfg: DictConfig, folder: Path) -> float | None:
         return None  # its processes have to decide together
     if record is None or record.status != "FINISHED" or (folder / "outbox").exists() or cfg.checkpoint.resume != "auto":
         return None
+    try:
+        before = config.flatten_saved(folder)
+    except ConfigError:
+        return None  # the job itself will say it
     place = ("output_root", "name", "sweep.")
     saved, now = (
         {key: value for key, value in values.items() if not key.startswith(place)}
-        for values in (config.flatten_saved(folder), config.flatten(cfg))
+        for values in (before, config.flatten(cfg))
     )
     if saved != now:
         return None
@@ -110,7 +115,7 @@ def note(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) -> Non
         job_records.settle(cfg, folder, outcome)
     record = workspace.read_record(folder)
     if record is not None:
-        outcome.run_id, outcome.score = record.run_id, record.best_loss
+        outcome.run_id, outcome.score, outcome.token = record.run_id, record.best_loss, None
     if outcome.score is None and answer.value is not None and math.isfinite(answer.value):
         outcome.score = answer.value
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from types import FrameType
 
 from omegaconf import DictConfig
+from tqdm import tqdm
 
-from kandinsky_exp import job_records, run_notes, store, tracking, workspace
+from kandinsky_exp import job_records, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError, Interrupted
-from kandinsky_exp.sweep_jobs import JobFolder, Outcome, short_keys
+from kandinsky_exp.mlflow_names import reason, short_names
+from kandinsky_exp.sweep_jobs import JobFolder, Outcome
 
 logger = logging.getLogger(__name__)
 LOCK = ".jobs/lock"
@@ -100,7 +102,7 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
     files.forget_signals()
     started = Session(folder, jobs, is_study="n_trials" in cfg.hydra.sweeper)
     if cfg.tracker.name != "none":
-        started.tracker = parent_run(cfg, folder, command)
+        started.tracker = job_records.parent_run(cfg, folder, command)
     with noted_signals(files), tracking.tracked(_Parent(started)):
         try:
             yield started
@@ -110,29 +112,6 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
             forget_pickles(folder)
         if numbers := files.signals():
             raise Interrupted(numbers[0])
-
-
-def parent_run(cfg: DictConfig, folder: Path, command: str) -> tracking.Tracker:
-    """The MLflow run that holds the jobs together, new or gone on with; its id lies in the folder, for the jobs."""
-    uri = str(cfg.tracker.uri or tracking.default_uri(cfg.output_root))
-    record = workspace.read_record(folder) or workspace.Record(stage="sweep", token=uuid.uuid4().hex)
-    space = workspace.Workspace(folder, record)
-    space.write_record()  # the token first: whatever is killed now, the next start finds the same run
-    tracker = tracking.MlflowTracker(
-        uri,
-        cfg.tracker.experiment,
-        folder.name,
-        tracking.default_artifact_root(cfg.output_root),
-        outbox=folder / "outbox",
-        run_id=record.run_id,
-        token=record.token,
-        tags={"sweep": folder.name, "run_folder": str(folder)},
-    )
-    if record.run_id is None and tracker.run_id is not None:  # later the description is the user's
-        tracker.set_tags(run_notes.note(command, [job_records.report_link(uri, tracker.run_id)]))
-    record.run_id = tracker.run_id
-    space.write_record()
-    return tracker
 
 
 class _Parent(tracking.NullTracker):
@@ -145,9 +124,7 @@ class _Parent(tracking.NullTracker):
         failed = any(outcome.status not in ("FINISHED", "PRUNED") for outcome in self.started.of_this_start())
         status = "FAILED" if status == "FINISHED" and failed else status
         self.started.tracker.finish(status)
-        record = workspace.read_record(self.started.folder) or workspace.Record(stage="sweep")
-        record.status = status
-        workspace.Workspace(self.started.folder, record).write_record()
+        job_records.write_status(self.started.folder, status)
 
 
 @contextlib.contextmanager
@@ -193,24 +170,24 @@ def report(cfg: DictConfig, started: Session) -> None:
     from kandinsky_exp.report import write_report
 
     try:
-        client, _ = store.connect(str(cfg.tracker.uri or store.default_uri(cfg.output_root)))
+        client, _ = store.connect(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
         page = write_report(client, run_ids, started.folder / "report", f"Sweep {started.folder.name}", parent)
         print(page, flush=True)
     except Exception as error:
-        logger.warning("the report was not written (%s); kandinsky-exp compare sweep=%s", error, started.folder)
+        logger.warning("the report was not written (%s); kandinsky-exp compare sweep=%s", reason(error), started.folder)
 
 
 def rows(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Column names and a row of texts for each job."""
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.varied))
-    names = ["job", *short_keys(keys).values(), "status", "best loss", "time", "run id"]
+    names = ["job", *short_names(keys).values(), "status", "best loss", "time", "run id"]
     lines = [
         [
             str(outcome.number),
             *(outcome.varied.get(key, "") for key in keys),
             outcome.status,
             "–" if outcome.score is None else f"{outcome.score:.5g}",
-            duration(outcome.seconds),
+            tqdm.format_interval(outcome.seconds),
             outcome.run_id or "–",
         ]
         for outcome in outcomes
@@ -238,13 +215,6 @@ def as_csv(outcomes: list[Outcome]) -> str:
     file = io.StringIO()
     csv.writer(file).writerows([names, *lines])
     return file.getvalue()
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03, or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def exit_code(started: Session) -> int:

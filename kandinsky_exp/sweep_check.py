@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -48,7 +47,7 @@ def composed(verb: str, line: command_line.CommandLine) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        return loader.load_configuration(verb, [*_search_path(line), *line.overrides], run_mode=RunMode.MULTIRUN)
+        return loader.load_configuration(verb, [*line.search_path, *line.overrides], run_mode=RunMode.MULTIRUN)
 
 
 def checked(verb: str, line: command_line.CommandLine, cfg: DictConfig) -> Varied:
@@ -71,7 +70,7 @@ def checked(verb: str, line: command_line.CommandLine, cfg: DictConfig) -> Varie
     wrong: dict[str, None] = {}
     with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
         for values in single_values(several, MOST_VALUES):
-            job = compose(verb, [*_search_path(line), *fixed, *values])
+            job = compose(verb, [*line.search_path, *fixed, *values])
             wrong.update(dict.fromkeys(config.problems(job, trusted=line.trusted, quick=True)))
     if wrong:
         raise ConfigError(list(wrong))
@@ -84,20 +83,15 @@ def sweep_dir(folder: str | Path) -> str:
     return f"hydra.sweep.dir='{text}'"
 
 
-def _search_path(line: command_line.CommandLine) -> list[str]:
-    return [f"hydra.searchpath=[file://{Path(line.config_dir).resolve()}]"] if line.config_dir else []
-
-
 def varied(cfg: DictConfig, typed: list[str]) -> Varied:
     """Read what varies from what was typed and from `hydra.sweeper.params`, over which the former goes.
 
     Args:
         cfg: the composed root config of the sweep, with Hydra's section.
     """
-    params = cfg.hydra.sweeper.get("params") or {}
     parser = OverridesParser.create()
     chosen: dict[str, Override] = {}
-    for text in [*(f"{key}={value}" for key, value in params.items()), *typed]:
+    for text in [*sweeper_texts(cfg), *typed]:
         override = parser.parse_override(text)
         chosen[override.get_key_element()] = override
     several = {key: override for key, override in chosen.items() if override.is_sweep_override()}
@@ -152,13 +146,6 @@ def single_values(found: Varied, limit: int) -> Iterator[list[str]]:
 
 
 def sweeper_texts(cfg: DictConfig) -> list[str]:
-    """`hydra.sweeper.params` as overrides, those that can be read."""
+    """`hydra.sweeper.params` as overrides."""
     params: dict[str, Any] = cfg.hydra.sweeper.get("params") or {}
-    parser, texts = OverridesParser.create(), []
-    for key, value in params.items():
-        try:
-            parser.parse_override(f"{key}={value}")
-        except HydraException:
-            continue
-        texts.append(f"{key}={value}")
-    return texts
+    return [f"{key}={value}" for key, value in params.items()]

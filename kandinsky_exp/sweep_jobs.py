@@ -8,17 +8,16 @@ Whoever launches jobs, here or on another machine, sees this folder; more than t
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kandinsky_exp.mlflow_names import shortened
+from kandinsky_exp.mlflow_names import short_names, shortened
 from kandinsky_exp.workspace import write_atomically
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "PRUNED"]
-SHORTER = {"snr_gamma": "snr"}  # what everybody calls it
 MAX_NAME = 200  # characters of a job's name in MLflow
 
 
@@ -36,6 +35,7 @@ class Outcome:
         message: why it did not finish.
         is_user_error: nothing was trained, the configuration or the data is wrong.
         session: of the sweep's start that the job belongs to.
+        token: marks the MLflow run that was made for a job which came to no run of its own.
     """
 
     number: int
@@ -49,6 +49,7 @@ class Outcome:
     message: str = ""
     is_user_error: bool = False
     session: str = ""
+    token: str | None = None
 
 
 class JobFolder:
@@ -104,26 +105,9 @@ def _read(path: Path) -> Outcome | None:
         return None
 
 
-def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of each dotted key, with as many parts before it as tell it from the others."""
-    names: dict[str, str] = {}
-    all_keys = list(keys)
-    for key in all_keys:
-        parts = key.replace("/", ".").split(".")
-        length = 1
-        while length < len(parts) and any(
-            other != key and f".{other}".replace("/", ".").endswith("." + ".".join(parts[-length:]))
-            for other in all_keys
-        ):
-            length += 1
-        name = ".".join(parts[-length:])
-        names[key] = SHORTER.get(name, name)
-    return names
-
-
 def job_name(values: Mapping[str, Any]) -> str:
     """What a job varies as one line: `lr=1e-05 snr=5`."""
-    short = short_keys(values)
+    short = short_names(values)
     return shortened(" ".join(f"{short[key]}={_value(value)}" for key, value in values.items()), MAX_NAME)
 
 

@@ -45,7 +45,7 @@ def ui(cfg: DictConfig) -> float:
     config.validate(cfg)
     if cfg.tracker.name == "none":
         raise ConfigError("tracker: none records nothing, so there is nothing to show; leave tracker=none out")
-    uri = str(cfg.tracker.uri or store.default_uri(cfg.output_root))
+    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     is_server = store.kind_of(uri) == "http"
     if not is_server:
         check_address(cfg.host, cfg.port)

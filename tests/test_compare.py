@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from running import PROMPTS, SMALL, first_run, prepare, runs
 
-from kandinsky_exp import album, cli, comparison, report, report_figures, report_html, report_png
+from kandinsky_exp import album, cli, comparison, mlflow_names, report, report_figures, report_html, report_png
 from kandinsky_exp.album import Album, Row, Stored
 from kandinsky_exp.comparison import Run, Scores
 from kandinsky_exp.tracking import MlflowTracker, default_uri
@@ -278,7 +278,7 @@ def test_a_step_that_was_done_twice_has_its_later_value() -> None:
     ],
 )
 def test_columns_have_the_shortest_names_that_tell_them_apart(keys: list[str], names: list[str]) -> None:
-    assert list(comparison.short_names(keys).values()) == names
+    assert list(mlflow_names.short_names(keys).values()) == names
 
 
 def test_runs_of_one_name_are_told_apart(sweep: Sweep) -> None:

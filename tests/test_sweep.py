@@ -17,7 +17,7 @@ from commands import Forked, command, start_server
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from running import SMALL, client, prepare, runs
 
-from kandinsky_exp import cli, command_line, devices, sweep_jobs, workspace
+from kandinsky_exp import cli, command_line, devices, mlflow_names, sweep_jobs, workspace
 
 # A schedule whose jobs come to different ends, until they are mended.
 FAULTS = """
@@ -286,7 +286,7 @@ def test_the_name_of_a_run_is_no_name_for_a_sweep(tmp_path: Path, capfd: pytest.
 def test_jobs_are_named_by_what_they_vary() -> None:
     assert sweep_jobs.job_name({"optimizer.lr": 1e-05, "model.snr_gamma": 5.0}) == "lr=1e-05 snr=5"
     assert sweep_jobs.job_name({"model": "prior", "model.snr_gamma": None}) == "model=prior snr=null"
-    names = sweep_jobs.short_keys(["trainer.batch_size", "validation.batch_size", "seed"])
+    names = mlflow_names.short_names(["trainer.batch_size", "validation.batch_size", "seed"])
     assert list(names.values()) == ["trainer.batch_size", "validation.batch_size", "seed"]
 
 
