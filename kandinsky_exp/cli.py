@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,9 +31,13 @@ from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, U
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
+# Hydra copies the store of all plugins' schemas before each look at its files: most of what --help took. There is one
+# store in a process, and it hands out copies.
+ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+
 # For conf/hydra: the first value that is not null. Here, for a process-based launcher imports this module with `Job`.
 OmegaConf.register_new_resolver("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
-OmegaConf.register_new_resolver("last_part", lambda path: os.path.basename(path), replace=True)
+OmegaConf.register_new_resolver("last_part", lambda path: Path(path).name, replace=True)
 OmegaConf.register_new_resolver("folder_name", lambda text: folder_name(text), replace=True)
 OmegaConf.register_new_resolver(
     "verbs", lambda: "\n".join(f"{name:<10} {verb.purpose}" for name, verb in VERBS.items()), replace=True

@@ -57,7 +57,7 @@ OWN_IMPORTS = {
     "registry": {"mlflow_names", "store"},
     "store": {"errors", "mlflow_names", "store_schema"},
     "store_schema": set(),
-    "comparison": set(),
+    "comparison": {"mlflow_names"},
     "album": {"comparison", "mlflow_names"},
     "report_figures": {"comparison"},
     "report_html": {"album", "comparison", "report_figures"},
