@@ -69,7 +69,7 @@ def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
     """
     status: tracking.Status = "KILLED" if outcome.status == "KILLED" else "FAILED"
     record = workspace.read_record(folder)
-    if record is not None and outcome.is_user_error:
+    if record is not None and outcome.is_user_error and record.status != "FAILED":
         return  # nothing was trained: what the run was before, it still is
     if record is not None and record.status == "RUNNING":
         record.status = status

@@ -143,12 +143,12 @@ def page(sweep: Sweep) -> Page:
 
 def test_the_table_says_what_differed_and_how_it_went(page: Page, sweep: Sweep) -> None:
     heads = [text for text, _ in page.rows[0]]
-    assert heads == ["run", "status", "stage", "lr", "snr_gamma", *report_html.SCORES, "MLflow run id"]
+    assert heads == ["run", "status", "stage", "lr", "snr", *report_html.SCORES, "MLflow run id"]
     assert list(page.column("run")) == ["good", EVIL, "killed", "failed", "no validation"]
     statuses = [text for text, _ in page.column("status").values()]
     assert statuses == ["FINISHED", "FINISHED", "KILLED", "FAILED", "FINISHED"]
     assert page.column("lr")[EVIL] == ("1e-05", "1e-05")
-    assert page.column("snr_gamma")["good"] == ("null", "null")
+    assert page.column("snr")["good"] == ("null", "null")
     assert page.column("best val. loss")["good"] == ("0.5", "0.5")
     assert page.column("at step")["good"] == ("20", "20")
     assert page.column("last val. loss")["good"] == ("0.75", "0.75")
@@ -185,7 +185,7 @@ def test_curves_are_overlaid_and_smoothed(page: Page) -> None:
 def test_hyper_parameters_are_set_against_the_score_of_finished_runs(page: Page) -> None:
     (parallel,) = page.traces("parallel")
     labels = [one["label"] for one in parallel["dimensions"]]
-    assert labels == ["lr", "snr_gamma", "best validation loss"]
+    assert labels == ["lr", "snr", "best validation loss"]
     assert parallel["dimensions"][0]["values"] == pytest.approx([-4, -5])
     assert parallel["dimensions"][0]["ticktext"] == ["1e-05", "0.0001"]
     assert parallel["dimensions"][1]["ticktext"] == ["null", "5"]

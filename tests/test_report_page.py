@@ -158,10 +158,10 @@ def test_losses_are_logarithmic_at_a_click(browser: Chrome) -> None:
 
 def test_each_hyper_parameter_has_its_scatter(browser: Chrome) -> None:
     choice = browser.find_element(By.ID, "parameter")
-    assert [option.text for option in choice.find_elements(By.TAG_NAME, "option")] == ["lr", "snr_gamma"]
-    choice.send_keys("snr_gamma")
+    assert [option.text for option in choice.find_elements(By.TAG_NAME, "option")] == ["lr", "snr"]
+    choice.send_keys("snr")
     title = "document.getElementById('plot-scatter').layout.title.text"
-    wait(browser, f"{title} === 'snr_gamma against best validation loss'")
+    wait(browser, f"{title} === 'snr against best validation loss'")
     assert errors(browser) == []
 
 

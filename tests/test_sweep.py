@@ -1,12 +1,15 @@
 """Sweeps: each job in a process of its own under every launcher, one parent run, and the same command again."""
 
+import contextlib
 import csv
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 from commands import Forked, command, start_server
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 from running import SMALL, client, prepare, runs
 
 from kandinsky_exp import cli, command_line, devices, mlflow_names, sweep_jobs, workspace
@@ -161,6 +165,55 @@ def test_other_launchers(launcher: str, tmp_path: Path, capfd: pytest.CaptureFix
 
 
 @pytest.mark.slow
+def test_a_job_that_came_to_no_run_is_one_run_in_mlflow(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, good, bad = tmp_path / "out", tmp_path / "good", tmp_path / "bad"
+    for folder in (good, bad):
+        folder.mkdir()
+        for number in range(4):
+            Image.new("RGB", (64, 64), (60 * number, 90, 0)).save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text(f"picture {number}")
+    (bad / "1.txt").unlink()
+    settings = ["data=folder", f"data.path={good},{bad}", "name=s", "trainer.max_steps=2", "trainer.batch_size=2"]
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert swept(root, *settings) == 1
+    assert "Traceback" in capfd.readouterr().err
+    monkeypatch.delenv("HYDRA_FULL_ERROR")
+    assert swept(root, *settings) == 1
+    error = capfd.readouterr().err
+    assert "1.png" in error
+    assert "Traceback" not in error
+    _, first = family(root, "s")
+    ids = {name.rpartition("/")[2]: run.info for name, run in first.items()}
+    assert {name: info.status for name, info in ids.items()} == {"good": "FINISHED", "bad": "FAILED"}
+    assert "1.png" in first[f"path={bad}"].data.tags["error"]
+    assert workspace.read_record(next((root / "s").glob("data.path=*_bad"))) is None
+    shutil.copy(good / "1.txt", bad / "1.txt")
+    assert swept(root, *settings) == 0
+    _, mended = family(root, "s")
+    assert {run.info.run_id for run in mended.values()} == {info.run_id for info in ids.values()}
+    assert {run.info.status for run in mended.values()} == {"FINISHED"}
+    # Who removes a job's folder starts it anew: that is another run, and no second curve in the old one.
+    (job,) = (path for path in (root / "s").glob("data.path=*_good"))
+    shutil.rmtree(job)
+    assert swept(root, *settings) == 0
+    record = workspace.read_record(job)
+    assert record is not None
+    assert record.run_id not in {info.run_id for info in ids.values()}
+
+
+@pytest.mark.slow
+def test_precision_varies_and_a_new_store_has_many_first_users(tmp_path: Path) -> None:
+    settings = ["name=s", "precision=fp32,bf16", "tracker=mlflow", "trainer.max_steps=2"]
+    assert swept(tmp_path / "out", *settings, *LAUNCHERS["joblib"]) == 0
+    _, children = family(tmp_path / "out", "s")
+    precisions = {name: run.data.params["precision.mixed_precision"] for name, run in children.items()}
+    assert precisions == {"precision=fp32": "no", "precision=bf16": "bf16"}
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+
+
+@pytest.mark.slow
 def test_an_interrupt_stops_the_jobs_that_run_and_then_the_sweep(tmp_path: Path) -> None:
     root = tmp_path / "out"
     overrides = ["name=s", *LAUNCHERS["joblib"], "trainer.max_steps=5000", "optimizer.lr=1e-5,2e-5,3e-5"]
@@ -235,6 +288,19 @@ def test_a_sweep_that_makes_no_sense_is_refused(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_values_in_a_file_that_cannot_be_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      optimizer.lr: '1e-5,(2'\n"
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--config-dir", str(tmp_path), "sweep=mine", *PRIOR, f"output_root={tmp_path}/out"])
+    assert end.value.code == 2
+    error = capfd.readouterr().err
+    assert "optimizer.lr=1e-5,(2: cannot be read" in error
+    assert "Traceback" not in error
 
 
 def test_a_store_that_does_not_answer_leaves_no_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -323,6 +389,18 @@ def test_each_parallel_job_has_a_gpu_of_its_own(tmp_path: Path) -> None:
         assert chosen == devices.Share({"CUDA_VISIBLE_DEVICES": "5"})
     with devices.held(None, 4, tmp_path, lambda: False) as left_alone:
         assert left_alone == devices.Share()
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_job_waits_for_a_gpu(tmp_path: Path) -> None:
+    taken = contextlib.ExitStack()
+    for _ in range(2):
+        taken.enter_context(devices.held("auto", 4, tmp_path, lambda: False))
+    timer = threading.Timer(0.2, taken.close)
+    timer.start()
+    with devices.held("auto", 4, tmp_path, lambda: False) as share:
+        timer.join()
+        assert share == devices.Share({"CUDA_VISIBLE_DEVICES": "GPU-aaaa-test"})
 
 
 def test_without_gpus_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
