@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from kandinsky_exp import artifact_folders
 from kandinsky_exp.comparison import Run
 from kandinsky_exp.mlflow_names import reason
 
@@ -83,6 +84,8 @@ def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BY
         for index, run in enumerate(runs):
             try:
                 stored += _listed(client, run.run_id, index, Path(place))
+                if (folder := artifact_folders.what_is_gone(client, run.run_id)) is not None:
+                    album.notes.append(f"The images of {run.label} are not on this machine: there is no {folder}.")
             except Exception as error:  # of whatever kind of artifact store it is
                 album.notes.append(f"The images of {run.label} could not be read ({reason(error)}).")
         kept = thinned(stored, album.notes)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig
 
-from kandinsky_exp import comparison, config, mlflow_names, report, store, workspace
+from kandinsky_exp import comparison, config, mlflow_names, report, store, store_probe, workspace
 from kandinsky_exp.errors import ConfigError, cut
 from kandinsky_exp.locating import RUN_ID
 
@@ -35,7 +36,9 @@ def compare(cfg: DictConfig) -> float:
     if cfg.tracker.uri is None and not (root / "mlflow.db").is_file():  # it would be made, empty
         raise ConfigError(f"output_root: there is no MLflow store in {root}; give that of the runs, or tracker.uri")
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
-    store.probe(uri)
+    if (note := store.unused_variable(uri)) is not None:
+        print(note, file=sys.stderr)
+    store_probe.probe(uri)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     with store.impatient(), store.explained(uri):
         client, uri = store.connect(uri)

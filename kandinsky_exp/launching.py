@@ -15,7 +15,17 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import command_line, job_process, run_notes, store, studies, supervision, sweep, sweep_check
+from kandinsky_exp import (
+    command_line,
+    job_process,
+    run_notes,
+    store,
+    store_probe,
+    studies,
+    supervision,
+    sweep,
+    sweep_check,
+)
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.sweep_jobs import JobFolder
 
@@ -72,7 +82,7 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
             start(job, sweep_check.sweep_dir(own))
         return 0
     if cfg.tracker.name != "none":
-        store.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))  # before there is a folder
+        store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))  # before there is a folder
     folder = sweep.place(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
     command = shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *map(run_notes.shown, named)])

@@ -94,6 +94,14 @@ def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
         raise ConfigError(
             f"{key}: the store {mlflow_names.masked(uri)} has no run {run_id}; set tracker.uri"
         ) from error
-    if folder is None or not Path(folder).is_dir():
+    place = None if folder is None else _here(Path(cfg.output_root).expanduser(), Path(folder), run_id)
+    if place is None:
         raise ConfigError(f"{key}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")
-    return str(folder)
+    return str(place)
+
+
+def _here(root: Path, recorded: Path, run_id: str) -> Path | None:
+    """The folder of a run, in `root` first: the outputs may have been moved or copied since it was recorded."""
+    within = [root / Path(*recorded.parts[-depth:]) for depth in (1, 2)]  # a run, a job of a sweep
+    moved = next((place for place in within if recorded_id(place) == run_id), None)
+    return moved or (recorded if recorded.is_dir() else None)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kandinsky_exp import artifact_folders
 from kandinsky_exp.errors import TrackingError
 from kandinsky_exp.lane import Record
 from kandinsky_exp.mlflow_names import (
@@ -21,7 +22,7 @@ from kandinsky_exp.mlflow_names import (
     tag_texts,
 )
 from kandinsky_exp.outbox import Outbox
-from kandinsky_exp.store import find_experiment
+from kandinsky_exp.store import check_active, find_experiment, restoring
 from kandinsky_exp.writer import Refused
 
 if TYPE_CHECKING:
@@ -58,11 +59,14 @@ def find_or_make(
     return str(client.create_run(experiment_id, tags=dict(tags), run_name=run_name).info.run_id)
 
 
-def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str], artifacts: str | None) -> None:
     """Go on with a run, however its last process ended.
 
+    Args:
+        artifacts: folder of the store's artifacts, None where a server decides.
+
     Raises:
-        TrackingError: it is not there.
+        TrackingError: it, or its experiment, is not there.
     """
     from mlflow.exceptions import MlflowException
 
@@ -72,11 +76,18 @@ def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         found = None
-    if found is None or found.info.lifecycle_stage != "active":
+    if found is None:
         raise TrackingError(
-            f"tracker.uri: {masked(uri)} has no run {run_id} to go on with, or it was deleted there; set "
-            "tracker.uri to the store the run began in, restore it (`mlflow runs restore`), or give a new name."
+            f"tracker.uri: {masked(uri)} has no run {run_id} to go on with; set tracker.uri to the store the run began "
+            "in, or give a new name."
         )
+    check_active(client, client.get_experiment(found.info.experiment_id))
+    if found.info.lifecycle_stage != "active":
+        raise TrackingError(
+            f"tracker.uri: the run {run_id} was deleted in this store; give a new name, or bring it back: "
+            f"{restoring(client.tracking_uri, f'runs restore --run-id {run_id}')}"
+        )
+    artifact_folders.correct_run(client, run_id, artifacts)
     client.update_run(run_id, status="RUNNING")
     MlflowRun(client, run_id).set_tags(tags)
 

@@ -12,6 +12,7 @@ from kandinsky_exp import build, config, integrity, job_records, run_notes, stor
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
+from kandinsky_exp.mlflow_names import masked
 from kandinsky_exp.parts import PARTS
 from kandinsky_exp.readers import Readers
 from kandinsky_exp.weights import Weights
@@ -50,6 +51,9 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
         redone_from=redone_from(space),
     )
     space.record.run_id = tracker.run_id
+    logger.info("MLflow: %s, experiment %s, run %s", masked(tracker.uri), cfg.tracker.experiment, tracker.run_id)
+    if (note := store.unused_variable(tracker.uri)) is not None:
+        logger.warning("%s", note)
     return tracker
 
 

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from kandinsky_exp.delivery import Delivery, deliver_left, settle
 from kandinsky_exp.errors import Interrupted, Pruned
 from kandinsky_exp.lane import Record
-from kandinsky_exp.mlflow_names import legal_name, masked, param_text, reason, run_tags, tag_texts
+from kandinsky_exp.mlflow_names import legal_name, param_text, reason, run_tags, tag_texts
 from kandinsky_exp.mlflow_run import dataset_record, find_or_make, image_record, images_to, reopen, steps_logged
 from kandinsky_exp.outbox import Outbox
 from kandinsky_exp.provenance import git_commit, pip_freeze
-from kandinsky_exp.store import artifact_location, connect, default_uri, explained, impatient, probe
+from kandinsky_exp.store import artifact_location, connect, default_uri, explained, impatient
 from kandinsky_exp.store import artifact_root as default_artifact_root
+from kandinsky_exp.store_probe import probe
 from kandinsky_exp.writer import described
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ __all__ = [
     "default_uri",
     "deliver_left",
     "git_commit",
-    "masked",
     "pip_freeze",
     "probe",
     "tracked",
@@ -169,10 +169,10 @@ class MlflowTracker:
                 held.callback(shutil.rmtree, outbox, ignore_errors=True)
             self._outbox = Outbox(outbox)
             with explained(self.uri):
-                if run_id is None:
-                    place = experiment, artifact_location(self.uri, artifact_root)
-                    run_id = find_or_make(self._client, place, run_name, token, run_tags(tags, parent_run_id))
-                reopen(self._client, self.uri, run_id, tags)
+                place = artifact_location(self.uri, artifact_root)
+                every = run_tags(tags, parent_run_id)
+                run_id = run_id or find_or_make(self._client, (experiment, place), run_name, token, every)
+                reopen(self._client, self.uri, run_id, tags, place)
                 self._redone_from = redone_from
                 self._there = steps_logged(self._client, run_id, self._outbox, redone_from)
             self.run_id: str | None = run_id

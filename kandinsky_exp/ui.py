@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import config, redaction, store
+from kandinsky_exp import config, redaction, store, store_probe
 from kandinsky_exp.errors import ConfigError, Interrupted, RunFailure
 
 PATIENCE = 180.0  # seconds until MLflow has to answer; it may take thirty
@@ -46,6 +46,8 @@ def ui(cfg: DictConfig) -> float:
     if cfg.tracker.name == "none":
         raise ConfigError("tracker: none records nothing, so there is nothing to show; leave tracker=none out")
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
+    if (note := store.unused_variable(uri)) is not None:
+        print(note, file=sys.stderr)
     is_server = store.kind_of(uri) == "http"
     if not is_server:
         check_address(cfg.host, cfg.port)
@@ -63,7 +65,7 @@ def find_experiment(uri: str, name: str) -> tuple[str, str]:
     kind = store.kind_of(uri)
     if kind == "databricks":
         raise ConfigError("tracker.uri: Databricks shows its runs itself; open your workspace there")
-    if (kind == "sqlite" and not store.sqlite_path(uri).exists()) or not store.probe(uri):
+    if (kind == "sqlite" and not store.sqlite_path(uri).exists()) or not store_probe.probe(uri):
         raise ConfigError(
             f"tracker.uri: there are no runs in {redaction.masked(uri)} yet; train first, or name where they are with "
             "output_root=<folder> or tracker.uri=<store>"

@@ -534,8 +534,8 @@ def test_a_run_that_is_not_there_cannot_be_resumed(client: MlflowClient, output_
     gone = track(output_root)
     gone.finish("FINISHED")
     client.delete_run(str(gone.run_id))
-    for run_id in ("f" * 32, str(gone.run_id)):
-        with pytest.raises(TrackingError, match=f"no run {run_id}"):
+    for run_id, told in (("f" * 32, "has no run"), (str(gone.run_id), "mlflow runs restore --run-id")):
+        with pytest.raises(TrackingError, match=f"{told} {run_id}"):
             track(output_root, run_id=run_id)
 
 
