@@ -103,7 +103,7 @@ def _execute(uri: str, statement: str, **values: object) -> None:
     import sqlalchemy
 
     options = {"connect_args": {"timeout": BUSY}} if uri.startswith("sqlite") else {}
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool, **options)  # type: ignore[call-overload]
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool, **options)
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text(statement), values)
     log.debug("%s: %s", masked(uri), statement)

@@ -40,9 +40,7 @@ def unused_variable(uri: str) -> str | None:
     named = os.environ.get("MLFLOW_TRACKING_URI")
     if not named or named == uri:
         return None
-    return (
-        f"MLFLOW_TRACKING_URI is not used ({masked(named)}); tracker.uri='${{oc.env:MLFLOW_TRACKING_URI}}' uses it"
-    )
+    return f"MLFLOW_TRACKING_URI is not used ({masked(named)}); tracker.uri='${{oc.env:MLFLOW_TRACKING_URI}}' uses it"
 
 
 def default_uri(output_root: str | Path) -> str:
