@@ -163,7 +163,10 @@ def find_adapter(cfg: DictConfig, key: str, source: str, side: Side | None = Non
         folder = _with_file(place, key, source)
     trained_for = adapter_files.stage(_shapes(folder, key))
     if trained_for is None:
-        raise ConfigError(f"{key}: {folder} is an adapter of another network than Kandinsky 2.2 has; give another")
+        raise ConfigError(
+            f"{key}: {folder} names modules of no prior and no decoder of Kandinsky 2.2, or of both; give the adapter "
+            "of one of them"
+        )
     run_folder = run_of(folder)
     return Adapter(folder, trained_for, run_folder, run_id or recorded_id(run_folder))
 
@@ -184,7 +187,8 @@ def _with_file(place: Path, key: str, source: str) -> Path:
         hint = "it trained all weights, or is not finished" if is_run else "there is no such run or folder"
         raise ConfigError(
             f"{key}: '{cut(source)}' holds no {adapter_files.WEIGHTS_NAME} ({hint}); give a run with adapter=lora or "
-            "dora, one of its checkpoints, a folder with that file, or a hub id"
+            f"dora, one of its checkpoints, a folder with that file or {adapter_files.PEFT_NAME}, a .safetensors file, "
+            "or a hub id"
         )
     if problem := untrusted(folder):
         raise ConfigError(f"{key}: {folder}: {problem}")
@@ -196,7 +200,7 @@ def _fetched(repo: str, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=[adapter_files.WEIGHTS_NAME]))
+        folder = Path(snapshot_download(repo, allow_patterns=list(adapter_files.NAMES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"{key}: '{repo}' could not be fetched from the hub ({first_line(error)}); check the id, your access and "
@@ -254,6 +258,6 @@ def load_network(weights: Weights, side: Side, origin: Origin) -> Any:
         if origin.adapters:
             source = origin.adapters[0].folder
             adapters.apply(network, [(one.folder, one.scale) for one in origin.adapters])
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{side}: {source} cannot be loaded: {first_line(error)}") from error
     return network

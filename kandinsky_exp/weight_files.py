@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kandinsky_exp.errors import ConfigError, DataError
 
@@ -131,21 +132,31 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
         ValueError: it is damaged, cut off or no such file.
         OSError: it cannot be read.
     """
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        if length > min(size - 8, MAX_HEADER):
-            raise ValueError("the header is longer than the file")
-        entries = json.loads(content.read(length))
+    length, entries = _head(file)
     try:
         entries.pop("__metadata__", None)
         ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
         shapes = {str(name): tuple(entry["shape"]) for name, entry in entries.items()}
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError("the header is no table of tensors") from error
-    if 8 + length + max(ends, default=0) != size:
+    if 8 + length + max(ends, default=0) != file.stat().st_size:
         raise ValueError("the file is shorter or longer than its header says")
     return shapes
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; raises as `header` does."""
+    found = _head(file)[1]
+    found = found.get("__metadata__") if isinstance(found, dict) else None
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _head(file: Path) -> tuple[int, Any]:
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if length > min(file.stat().st_size - 8, MAX_HEADER):
+            raise ValueError("the header is longer than the file")
+        return length, json.loads(content.read(length))
 
 
 def damaged(folder: Path) -> str | None:
