@@ -18,6 +18,7 @@ from kandinsky_exp.parts import Side
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAMES = (WEIGHTS_NAME, PEFT_NAME, PEFT_CONFIG)
+PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
 METADATA = "lora_adapter_metadata"  # in the header: an adapter's settings, as diffusers writes them
 # Of peft and of diffusers' pipelines; of kohya-ss, which writes all dots of a module's name as `_`.
 PREFIX = re.compile(r"((base_model\.model|unet|prior|transformer)\.)+")

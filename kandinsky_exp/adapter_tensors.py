@@ -28,7 +28,7 @@ def read(place: Path, modules: Collection[str]) -> tuple[dict[str, Tensor], dict
     by_name = {str(adapter_files.bare(name)): value for name, value in stored.items()}
     found = {}
     for name, value in by_name.items():
-        module, dot, kind = name.removesuffix(".weight").rpartition(".")
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
         if (own := adapter_files.in_network(module, modules)) is None:
             raise ValueError(f"{file} changes {module}, which the base has not")
         if kind == "lora_B":

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from kandinsky_exp import mlflow_names, saved_config, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.parts import Side
-from kandinsky_exp.weight_files import untrusted
+from kandinsky_exp.weight_files import alone, untrusted
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 NETWORK: dict[Side, str] = {"prior": "prior", "decoder": "unet"}
@@ -62,7 +62,7 @@ def trained_network(folder: Path, side: Side) -> Path:
     # A checkpoint's averaged weights are what its run validates with and would leave behind.
     for candidate in (folder / "adapter", folder / f"{name}_ema", folder / name):
         if candidate.is_dir() and (candidate.name != "adapter" or stage_of(folder) == side):
-            if problem := untrusted(candidate):
+            if problem := untrusted(candidate) or alone(candidate):
                 raise ConfigError(f"{side}: {folder}: {problem}")
             return candidate
     hint = "give a step-… folder inside checkpoints/, or wait until the run is finished"

@@ -45,7 +45,7 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and not paths.exists(source)
 
 
-def check_source(source: str, side: Side) -> str | None:
+def check_source(source: str, side: Side, variant: str | None = None) -> str | None:
     """What is wrong with a source of weights, or None. Reads small JSON files only and imports no torch."""
     if source == "tiny" or is_hub_id(source):
         return None
@@ -63,11 +63,11 @@ def check_source(source: str, side: Side) -> str | None:
         read_object(folder / "model_index.json")
     except (OSError, ValueError):
         return f"'{source}': model_index.json cannot be read; fetch or save the pipeline again"
-    problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, side))]
+    problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, variant))]
     return f"'{source}': {'; '.join(problems)}; give a Kandinsky 2.2 {side}, or fetch it again" if problems else None
 
 
-def _check_part(folder: Path, part: str, side: Side) -> str | None:
+def _check_part(folder: Path, part: str, variant: str | None) -> str | None:
     part_folder = folder / subfolder(folder, part)
     if not part_folder.is_dir():
         return f"subfolder '{part_folder.name}' is missing"
@@ -82,9 +82,9 @@ def _check_part(folder: Path, part: str, side: Side) -> str | None:
         return f"'{part_folder.name}/config.json' cannot be read"
     if found != expected:
         return f"'{part_folder.name}' holds a {found}, not a {expected}"
-    if not any(part_folder.glob("*.safetensors")):
-        return f"'{part_folder.name}' has no .safetensors file"
-    return weight_files.damaged(part_folder)
+    if problem := weight_files.lacking(part_folder, variant):
+        return f"'{part_folder.name}' {problem}"
+    return weight_files.damaged(part_folder, variant)
 
 
 def _class_name(config_file: Path) -> str:
