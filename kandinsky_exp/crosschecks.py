@@ -87,6 +87,9 @@ def _data(good: Values) -> Found:
         path = good.get(key)
         if target != "webdataset" and isinstance(path, str) and not is_there(path):
             yield key, f"there is no {kind} '{cut(path)}' here; check the path ({_here()} is the working directory)"
+    name = good.get("data.name")
+    if target == "hub" and isinstance(name, str) and paths.looks_local(name) and not paths.is_folder(name):
+        yield "data.name", f"there is no folder '{cut(name)}' here; check the path ({_here()} is the working directory)"
     if (path := good.get("data.class_path")) and paths.exists(path) and not paths.is_folder(path):
         yield "data.class_path", f"'{cut(path)}' is a file; give a folder"
 
@@ -132,7 +135,7 @@ def _weights(good: Values) -> Found:
         if not has_any:
             yield (
                 "weights.variant",
-                f"no part of the weights has files of the variant {variant}, such as *.{variant}.safetensors; remove it",
+                f"no part of the weights has files of this variant, such as *.{variant}.safetensors; remove it",
             )
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import mlflow_names, saved_config, store, tracking, workspace
-from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.parts import Side
+from kandinsky_exp import mlflow_names, paths, saved_config, store, tracking, workspace
+from kandinsky_exp.errors import ConfigError, cut
+from kandinsky_exp.parts import Side, is_hub_id
+from kandinsky_exp.recorded_paths import Move
 from kandinsky_exp.weight_files import alone, untrusted
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -74,10 +75,26 @@ def stage_of(run_folder: Path) -> str:
 
 
 def source_of(run_folder: Path, side: Side) -> str:
-    """The weights that a run started from."""
+    """The weights that a run started from, also where they have moved together with the run.
+
+    Raises:
+        ConfigError: none are recorded, or those were a folder, which is not there any more.
+    """
     source = saved_config.value(run_folder, f"weights.{side}")
     if source is None:
         raise ConfigError(f"{run_folder / 'config.yaml'} has no weights.{side}; mend it, or give other sources")
+    if source == "tiny" or (Path(source).is_absolute() and paths.exists(source)):
+        return source
+    is_job = (record := workspace.read_record(run_folder.parent)) is not None and record.stage == "sweep"
+    root = run_folder.absolute().parents[1 if is_job else 0]
+    place = Move.between(saved_config.value(run_folder, "output_root") or "", root)(source)
+    if place is not None and paths.exists(place):
+        return str(place)
+    if not is_hub_id(source) and not paths.exists(source):
+        raise ConfigError(
+            f"{side}: {run_folder} started from the weights in '{cut(source)}', which are not there any more; put them "
+            f"back, or write where they are now into {run_folder / 'config.yaml'} (weights.{side})"
+        )
     return source
 
 

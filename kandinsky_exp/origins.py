@@ -216,8 +216,8 @@ def _fetched(repo: str, key: str) -> Path:
         folder = Path(snapshot_download(repo, allow_patterns=list(adapter_files.NAMES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"{key}: '{repo}' could not be fetched from the hub ({first_line(error)}); check the id, your access and "
-            "the network, or give a local folder"
+            f"{key}: '{repo}' is no folder here, and could not be fetched from the hub ({first_line(error)}); check "
+            "the id, your access (hf auth login) and the network, or give a local folder"
         ) from error
     if not adapter_files.is_adapter(folder):
         raise ConfigError(f"{key}: '{repo}' on the hub has no {adapter_files.WEIGHTS_NAME}; check the id")

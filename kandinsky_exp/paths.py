@@ -12,6 +12,11 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def looks_local(path: str) -> bool:
+    """Whether a text can only be a path: `a/b` may be an id on the hub, `./a`, `/a`, `~/a` and `a/b/c` may not."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+
+
 def is_folder(path: str | Path) -> bool:
     return os.path.isdir(expanded(path))  # noqa: PTH112 - Path.is_dir raises for a name that is too long
 

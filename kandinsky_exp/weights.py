@@ -73,8 +73,9 @@ class Weights:
             return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ConfigError(
-                f"weights.{side}: '{repo}' could not be fetched from the hub ({first_line(error)}); check the id, "
-                "weights.*_revision, your access (hf auth login) and the network, or give a local folder"
+                f"weights.{side}: '{repo}' is no folder here, and could not be fetched from the hub "
+                f"({first_line(error)}); check the id, weights.*_revision, your access (hf auth login) and the "
+                "network, or give a local folder"
             ) from error
 
     def _tensors(self, name: str) -> list[str]:

@@ -92,7 +92,7 @@ def test_a_result_from_shards_of_a_variant_loads_as_any_other(sharded: Path, tmp
     (sharded / "movq" / "diffusion_pytorch_model.bf16.safetensors").write_bytes(b"of another variant")
     weights = load(sharded)
     pipelines.save_result(weights, "decoder", tmp_path / "pipeline", weights.load("unet").save_pretrained)
-    assert not [file for file in (tmp_path / "pipeline").rglob("*16*")]
+    assert not list((tmp_path / "pipeline").rglob("*16*"))
     loaded = AutoPipelineForText2Image.from_pretrained(tmp_path / "pipeline", local_files_only=True)
     for part, network in (("movq", loaded.movq), ("image_encoder", loaded.prior_image_encoder)):
         expected = weights.load(part).state_dict()
