@@ -116,7 +116,9 @@ def note(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) -> Non
     record = workspace.read_record(folder)
     if record is not None:
         outcome.run_id, outcome.score, outcome.token = record.run_id, record.best_loss, None
-    if outcome.score is None and answer.value is not None and math.isfinite(answer.value):
+        outcome.stage = record.stage
+    outcome.is_training = outcome.score is None and answer.value is not None and math.isfinite(answer.value)
+    if outcome.is_training:
         outcome.score = answer.value
 
 
