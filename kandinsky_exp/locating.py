@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import mlflow_names, paths, saved_config, store, tracking, workspace
+from kandinsky_exp import mlflow_names, paths, run_states, saved_config, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError, cut
 from kandinsky_exp.parts import Side, is_hub_id
 from kandinsky_exp.recorded_paths import Move
@@ -66,12 +66,16 @@ def trained_network(folder: Path, side: Side) -> Path:
             if problem := untrusted(candidate) or alone(candidate):
                 raise ConfigError(f"{side}: {folder}: {problem}")
             return candidate
-    hint = "give a step-… folder inside checkpoints/, or wait until the run is finished"
-    raise ConfigError(f"{side}: {folder} holds no trained {side}; {hint}")
+    if workspace.read_record(folder) is None:  # a checkpoint, or what else lies in a run
+        raise ConfigError(f"{side}: {folder} holds no trained {side}; give a run, or one of its checkpoints")
+    if (trained := stage_of(folder)) != side:
+        other = paths.setting(trained, folder)
+        raise ConfigError(f"{side}: {folder} holds no trained {side}, it is of the {trained}; give it as {other}")
+    raise ConfigError(f"{side}: {run_states.no_result(folder, side, name)}")
 
 
-def stage_of(run_folder: Path) -> str:
-    return "prior" if (saved_config.value(run_folder, "model._target_") or "").endswith("PriorStage") else "decoder"
+def stage_of(run_folder: Path) -> Side:
+    return "prior" if run_states.is_prior(run_folder) else "decoder"
 
 
 def source_of(run_folder: Path, side: Side) -> str:

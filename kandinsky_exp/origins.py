@@ -13,6 +13,7 @@ from kandinsky_exp import (
     adapter_files,
     adapters,
     architectures,
+    run_states,
     saved_config,
 )
 from kandinsky_exp.errors import ConfigError, cut, first_line
@@ -194,8 +195,11 @@ def _with_file(place: Path, key: str, source: str) -> Path:
     names = ("adapter", "unet_ema", "unet", "prior_ema", "prior")
     folder = next((one for one in (place, *(place / name for name in names)) if adapter_files.is_adapter(one)), None)
     if folder is None:
-        is_run = (place / "checkpoints").is_dir()
-        hint = "it trained all weights, or is not finished" if is_run else "there is no such run or folder"
+        if run_of(place) == place:
+            raise ConfigError(f"{key}: {run_states.no_adapter(place, key)}")
+        hint = "there is no such file" if place.is_dir() else "there is no such run or folder"
+        if run_of(place) is not None:
+            hint = "it is of a run that trained all weights"
         if found := [name for name in adapter_files.PICKLES if (place / name).is_file()]:
             hint = f"'{found[0]}' is a pickle, which can run code when it is loaded; convert it to .safetensors"
         raise ConfigError(

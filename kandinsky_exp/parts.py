@@ -55,8 +55,13 @@ def check_source(source: str, side: Side, variant: str | None = None) -> str | N
     folder = pipeline_folder(root)
     if folder == root and (root / "config.yaml").is_file():
         if (root / "adapter").is_dir():
-            return f"'{source}' has an adapter, no whole network; make one: kandinsky-exp export adapter={source}"
-        return f"'{source}' is a run without a pipeline/ to start from: it is not finished; give another folder"
+            how = f"kandinsky-exp export {paths.setting('adapter', root)}"
+            return f"'{source}' has an adapter, no whole network; make one: {how}"
+        fork = f", or begin at its last checkpoint with {paths.setting('checkpoint.resume', root)}"
+        hint = (
+            f"go on with it first{fork if any((root / 'checkpoints').glob('step-*')) else ', or give another folder'}"
+        )
+        return f"'{source}' is a run without a pipeline/ to start from ({_status(root)}); {hint}"
     if not (folder / "model_index.json").is_file():
         return f"'{source}' has no model_index.json; give the top folder of a diffusers pipeline or of an earlier run"
     try:
@@ -65,6 +70,13 @@ def check_source(source: str, side: Side, variant: str | None = None) -> str | N
         return f"'{source}': model_index.json cannot be read; fetch or save the pipeline again"
     problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, variant))]
     return f"'{source}': {'; '.join(problems)}; give a Kandinsky 2.2 {side}, or fetch it again" if problems else None
+
+
+def _status(run_folder: Path) -> str:
+    try:
+        return str(read_object(run_folder / "run.json")["status"])[:20]
+    except (OSError, ValueError, KeyError):
+        return "nothing is recorded of it"
 
 
 def _check_part(folder: Path, part: str, variant: str | None) -> str | None:

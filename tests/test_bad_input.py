@@ -713,7 +713,7 @@ TABLE["runs and checkpoints"] = [
         checkpoint(put("optimizer.pt", "a pickle")),
     ),
     Bad([*DRAW, "decoder={root}/done"], "decoder: "),
-    Bad([*DRAW, "decoder={root}/done/checkpoints/step-00000002"], "holds no trained decoder; give a step-"),
+    Bad([*DRAW, "decoder={root}/done/checkpoints/step-00000002"], "holds no trained decoder; give a run, or one"),
     Bad(
         [*DRAW, "prior=0123456789abcdef0123456789abcdef"],
         "has no run 0123456789abcdef0123456789abcdef; set tracker.uri",
