@@ -64,11 +64,14 @@ def cache_folder(cfg: DictConfig) -> Path:
     return Path(cfg.output_root).expanduser() / "cache"
 
 
-def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> None:
+def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[str]:
     """Have every part that the run will need on this machine, the result's included, before anything starts.
 
     Args:
         also: names of parts that are needed besides.
+
+    Returns:
+        What the user should know of them, a line each.
 
     Raises:
         ConfigError: a hub repository cannot be reached or has no such part, or the parts do not fit.
@@ -81,11 +84,12 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> None:
         needed |= set(PARTS)
     for part in sorted(needed):
         parts.folder(part)
-    architectures.check(parts, needed)
+    notes = architectures.check(parts, needed)
     if cfg.adapter.name != "none":
         check_adapter(cfg, architectures.without_data(cls.part, parts.folder(cls.part)))
     if "movq" in {*cls.encoders, *also}:
         architectures.check_resolution(parts, cfg.data.resolution)
+    return notes
 
 
 def check_adapter(cfg: DictConfig, network: torch.nn.Module) -> None:

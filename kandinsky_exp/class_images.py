@@ -36,7 +36,7 @@ def needed_parts(wanted: ClassImages | None, weights: Weights) -> set[str]:
         return set()
     sources: dict[Side, str] = {"prior": weights.prior, "decoder": weights.decoder}
     for side, source in sources.items():
-        if problem := check_source(source, side):
+        if problem := check_source(source, side, weights.variant):
             raise ConfigError(f"data.num_class_images: {_lack(wanted, len(missing))}: weights.{side}: {problem}")
     return set(PARTS)
 

@@ -8,7 +8,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, integrity, job_records, run_notes, store, sweep_jobs, tracking, workspace
+from kandinsky_exp import (
+    build,
+    config,
+    integrity,
+    job_records,
+    recorded_paths,
+    run_notes,
+    store,
+    sweep_jobs,
+    tracking,
+    workspace,
+)
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -125,16 +136,19 @@ def describe(
     for note in data.notes:
         logger.warning(note)
     side = PARTS[build.stage_class(cfg).part][0]
+    goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
+    before = config.flatten_saved(space.folder) if goes_on else {}
     if accelerator.is_main_process:
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
         space.record.revision = weights.revision(side)
     if isinstance(tracker, tracking.NullTracker):
         return
-    params, bookkeeping = run_notes.split(config.flatten(cfg))
-    tracker.log_params(params)
+    flat = config.flatten(cfg)
+    bookkeeping = run_notes.split(flat)[1]
+    tracker.log_params(run_notes.split(recorded_paths.news(flat, before))[0])
     revision = space.record.revision
     tags = {
-        "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
+        "weights": flat[f"weights.{side}"] + (f"@{revision}" if revision else ""),
         "data_fingerprint": data.train.fingerprint,
         "git_commit": tracking.git_commit() or "unknown",
     }

@@ -136,13 +136,14 @@ def prepare(
     if cfg.tracker.name == "mlflow":
         tracking.probe(records.tracker_uri(cfg))
     note = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
-    build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
+    notes = build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
     splits.kept = class_images.placed(splits.kept, weights, class_images.settings(cfg.seed, cfg.data.resolution))
     report = build.check_data(cfg, splits)
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
+    space.notes += notes
     compare(cfg, weights, splits, count, space)
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
