@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 EMOJI = Path(__file__).parents[1] / "tiny" / "assets" / "emoji"
-LISTS = (".csv", ".parquet", ".jsonl")
+LISTS = (".csv", ".parquet", ".jsonl", ".tsv")
 
 
 def folder(path: str | Path, image_column: str = "image", caption_column: str = "text") -> Splits:
@@ -80,7 +80,7 @@ def listing(
     caption_column: str = "text",
     validation_path: str | Path | None = None,
 ) -> Splits:
-    """A CSV, Parquet or JSON-lines file that lists paths of images, absolute or relative to it, with captions.
+    """A CSV (or TSV), Parquet or JSON-lines file that lists paths of images, absolute or relative to it, with captions.
 
     Raises:
         DataError: if there is no such file, or no line of it is a row.
