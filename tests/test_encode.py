@@ -608,7 +608,8 @@ def test_a_beginning_that_several_tables_have_removes_none(tmp_path, capsys):
         (tmp_path / "cache" / name / file).write_text(json.dumps({"images": 3, "stage": "prior", "source": "cats"}))
     before = {entry.name for entry in cache.entries(tmp_path / "cache")}
     for name, several in (("t", 4), ("t1", 3)):
-        with pytest.raises(ConfigError, match=rf"{name} fits {several} of the tables(.|\n)*t1aa \(3 images.*prior cats"):
+        listed = rf"{name} fits {several} of the tables(.|\n)*t1aa \(3 images.*prior cats"
+        with pytest.raises(ConfigError, match=listed):
             verb(tmp_path, f"remove=[t2,{name}]")
         assert {entry.name for entry in cache.entries(tmp_path / "cache")} == before
     capsys.readouterr()

@@ -118,9 +118,9 @@ LISTS = {
     "no regular file": ("file_name,text\n/dev/zero,x\n", "line 2: image /dev/zero: not a regular file"),
     "no table": ("\x00\x01\n\x02\n", "line 2: no image file in column"),
     "nothing": ("", "has no rows"),
-    "other names by semicolons": ("bild;titel\na.png;x\n", "no image file in column 'file_name' (columns: bild, titel)"),
-    "a semicolon too many": ("file_name;text\na.png;x; y\n", "line 2: fields do not match the header (file_name, text)"),
-    "one name twice": ("file_name,text,text\na.png,x,y\n", "line 1: 'text' heads more than one column"),
+    "other names by semicolons": ("bild;titel\na.png;x\n", "column 'file_name' (columns: bild, titel)"),
+    "a semicolon too many": ("file_name;text\na.png;x; y\n", "fields do not match the header (file_name, text)"),
+    "one name twice": ("file_name,text,text\na.png,x,y\n", "line 1: 'text' heads several columns"),
     "no rows of JSON": ("[1]\n7\n", "line 1: not a JSON object"),
 }
 

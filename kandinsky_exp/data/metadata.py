@@ -165,7 +165,7 @@ def _csv(path: Path, columns: Sequence[str]) -> Numbered:
         try:
             header = next(reader, [])
             if twice := [name for name in columns if header.count(name) > 1]:
-                raise DataError(f"{path}, line {before + 1}: '{twice[0]}' heads more than one column; rename the others")
+                raise DataError(f"{path}, line {before + 1}: '{twice[0]}' heads several columns; rename the others")
             for row in reader:
                 number = before + reader.line_num
                 if len(row) == len(header):
@@ -174,10 +174,8 @@ def _csv(path: Path, columns: Sequence[str]) -> Numbered:
                     names, mark = ", ".join(header), SEPARATORS.get(separator, separator)
                     yield number, f"fields do not match the header ({names}); put quotes around a text with a {mark}"
         except csv.Error as error:
-            raise DataError(
-                f"{path}, line {before + reader.line_num}: not CSV: {error}; put quotes around a text, and double those "
-                "in it"
-            ) from None
+            where = f"{path}, line {before + reader.line_num}"
+            raise DataError(f"{where}: not CSV: {error}; put quotes around a text, and double those in it") from None
 
 
 def _head(lines: Iterator[str], columns: Sequence[str]) -> tuple[int, str, str]:
