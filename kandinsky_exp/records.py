@@ -101,6 +101,7 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
 
 def note_data(space: workspace.Workspace, data: Readers) -> None:
     """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
+    logger.info("%s", data)
     before, fingerprint = space.record.data, data.train.fingerprint
     if space.is_resumed and space.record.step > 0 and before not in (None, fingerprint):
         logger.warning(

@@ -205,6 +205,22 @@ def test_what_is_held_out_follows_the_seed():
     assert (train.tolist(), validation.tolist()) == (list(range(9)), [])
 
 
+def test_rows_of_one_picture_stay_together():
+    rng = np.random.default_rng(3)
+    different = rng.integers(-(2**63), 2**63, (40, 2))
+    for fraction in (0.01, 0.05, 0.4, 1.0):  # where none repeats, nothing is divided in another way than ever
+        plain, grouped = (sources.held_out(40, fraction, 7, pictures) for pictures in (None, different))
+        assert [part.tolist() for part in plain] == [part.tolist() for part in grouped]
+    owners = rng.permutation(np.repeat(np.arange(8), 5))
+    train, held = sources.held_out(40, 0.25, 7, different[owners])
+    assert (len(set(owners[held])), len(held), len(train)) == (2, 10, 30)
+    assert not set(owners[held]) & set(owners[train])
+    for fraction, count in ((0.01, 1), (1.0, 7)):
+        assert len(set(owners[sources.held_out(40, fraction, 7, different[owners])[1]])) == count
+    with pytest.raises(DataError, match=r"validation\.fraction=0"):
+        sources.held_out(5, 0.5, 0, different[[1] * 5])
+
+
 def test_one_image_and_odd_fractions_are_not_divided():
     with pytest.raises(DataError, match=r"validation\.fraction=0"):
         sources.held_out(1, 0.05, 0)

@@ -212,18 +212,32 @@ def _draw(source: Source, count: int, seed: int) -> Source:
     return Subset(source.name, source, np.sort(order(seed, 0, len(source))[:count]))
 
 
-def held_out(rows: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def held_out(
+    rows: int, fraction: float, seed: int, pictures: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows that train and rows that are held out, both sorted: at least one of each; a fraction of 0 holds out none.
 
+    Args:
+        pictures: (rows, 2), equal where rows show the same picture: these stay together, and the fraction is one of
+            pictures. None = each row has its own.
+
     Raises:
-        DataError: if the fraction is not in [0, 1], or there is only one row to divide.
+        DataError: if the fraction is not in [0, 1], or there is only one picture to divide.
     """
     if not 0 <= fraction <= 1:
         raise DataError(f"validation.fraction: {fraction} is not between 0 and 1")
     if fraction == 0:
         return np.arange(rows), np.arange(0)
-    if rows < 2:
+    numbers = np.arange(rows) if pictures is None else _numbered(pictures)
+    different = len(np.unique(numbers))
+    if different < 2:
         raise DataError("validation.fraction: one image cannot be divided; add images or set validation.fraction=0")
-    count = min(max(1, round(rows * fraction)), rows - 1)
-    shuffled = order(seed, 0, rows)
-    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+    count = min(max(1, round(different * fraction)), different - 1)
+    held = np.isin(numbers, order(seed, 0, different)[:count])
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _numbered(pictures: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(rows,) numbers in the order of the first rows: where none repeats, those of the rows."""
+    _, first, same = np.unique(pictures, axis=0, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[same.reshape(-1)]
