@@ -107,7 +107,12 @@ def look_at_all(file):
         raise DataError(problem)
 
 
+IN_TEXT = "line 2: its image is no file name but the picture as text; write files, or Parquet"
 LISTS = {
+    "a data address": ("file_name,text\ndata:image/png;base64|iVBORw0KGgoAAAA,x\n", IN_TEXT),
+    "a picture in base64": ('{"file_name": "a.png", "text": "x"}\n{"image": "/9j/4AAQSkZJRg", "text": "x"}\n', IN_TEXT),
+    "a long name": ('{"file_name": "a.png", "text": "x"}\n{"image": "' + "A" * 300 + '", "text": "x"}\n', IN_TEXT),
+    "bytes in JSON": ('{"file_name": "a.png", "text": "x"}\n{"image": {"bytes": "iVBO"}, "text": "x"}\n', IN_TEXT),
     "missing file": ("file_name,text\na.png,x\nnowhere.png,x\n", "line 3: image nowhere.png: No such file"),
     "number": ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": 4}\n', "line 2: 'text' holds 4"),
     "half a letter": (
@@ -188,10 +193,10 @@ def test_texts_are_read_as_editors_save_them(tmp_path, code):
     assert run_settings.prompts(str(tmp_path / "prompts.txt")) == [caption, "a second file"]
 
 
-def test_parquet_that_holds_the_pictures_is_for_another_reader(tmp_path):
-    write_list(tmp_path / "list.parquet", [{"image": {"bytes": b"x", "path": "a.png"}, "text": "x"}])
-    with pytest.raises(DataError, match=r"column 'image' holds struct.*data=hub"):
-        sources.listing(tmp_path / "list.parquet")
+def test_a_folder_with_parquet_that_holds_the_pictures_is_for_another_reader(tmp_path):
+    write_list(tmp_path / "metadata.parquet", [{"image": {"bytes": b"x", "path": "a.png"}, "text": "x"}])
+    with pytest.raises(DataError, match=r"column 'image' holds struct.*data=list data.path=.*metadata.parquet"):
+        sources.folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "a/../../outside.png", ".."])

@@ -20,6 +20,7 @@ NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SHOWN = 5
 CHUNK = 4096
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}  # of a CSV file's columns
+NO_NAME = re.compile(r"^(data:|iVBORw0KGgo|/9j/4)|[^/]{256}")  # as base64; of a file, a name has 255 bytes at most
 MAX_LINE = 16 << 20  # bytes of JSON, characters of CSV
 MAX_CAPTION = 1 << 16  # characters; CLIP reads the first 77 tokens
 MAX_CAPTIONS = 1000  # of one image
@@ -82,6 +83,11 @@ def _lines(content: IO[AnyStr], file: Path) -> Iterator[AnyStr]:
         number += 1
 
 
+def is_no_name(text: str) -> bool:
+    """Whether a text where the name of a file should be is a picture written as text."""
+    return NO_NAME.search(text) is not None
+
+
 def caption_problem(texts: Sequence[str]) -> str:
     """Why the captions of one image are too many or too long, or nothing."""
     if len(texts) > MAX_CAPTIONS:
@@ -105,7 +111,10 @@ def read_plain(file: Path, image_columns: Sequence[str], caption_column: str) ->
         else:
             return None  # Arrow is more lenient than `csv`
         name = next(column for column in image_columns if column in table.column_names)
-        return _plain(table.column(name)), _plain(table.column(caption_column))
+        files = _plain(table.column(name))
+        if pc.any(pc.match_substring_regex(files, NO_NAME.pattern)).as_py():
+            raise ValueError("pictures as text")
+        return files, _plain(table.column(caption_column))
     except (OSError, ValueError, KeyError, StopIteration, pa.ArrowException):
         return None
 
@@ -220,6 +229,29 @@ def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
         ) from None
 
 
+def picture_column(file: Path, columns: Sequence[str]) -> str | None:
+    """The first of these columns in which a Parquet file holds pictures themselves; None where none does.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        with pq.ParquetFile(file) as content:
+            _refuse_too_many(file, content)
+            schema = content.schema_arrow
+    except (OSError, pa.ArrowException):
+        return None  # who reads it for its rows says why
+    return next((name for name in columns if name in schema.names and holds_pictures(schema.field(name).type)), None)
+
+
+def holds_pictures(kind: pa.DataType) -> bool:
+    """Whether values are the bytes of files, alone or beside a path, as `datasets` and pandas write pictures."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and holds_pictures(kind.field(place).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
 def _refuse_too_many(path: Path, content: pq.ParquetFile) -> None:
     """Equal values take no room in a file, however many they are; but every image has another name."""
     rows, size = content.metadata.num_rows, path.stat().st_size
@@ -235,4 +267,5 @@ def _refuse_pictures(path: Path, schema: pa.Schema, columns: Sequence[str]) -> N
     for name in columns:
         kind = schema.field(name).type
         if pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            raise DataError(f"{path}: column '{name}' holds {kind}, not text; pictures inside are read by data=hub")
+            cure = f"pictures inside are read by data=list data.path={path}"
+            raise DataError(f"{path}: column '{name}' holds {kind}, not text; {cure}")

@@ -13,8 +13,8 @@ from kandinsky_exp.data.checks import Report, check, find_bad, problem_of
 from kandinsky_exp.data.download import shown
 from kandinsky_exp.data.dreambooth import of_class, subject
 from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
-from kandinsky_exp.data.hub_rows import hub_rows, load
-from kandinsky_exp.data.rows import FileRows, read_listed
+from kandinsky_exp.data.hub_rows import hub_rows, load, parquet_rows
+from kandinsky_exp.data.rows import FileRows, image_columns, read_listed
 from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.shard_names import expand
 from kandinsky_exp.data.shards import Shards
@@ -82,6 +82,8 @@ def listing(
 ) -> Splits:
     """A CSV (or TSV), Parquet or JSON-lines file that lists paths of images, absolute or relative to it, with captions.
 
+    A Parquet file may hold the images' bytes themselves.
+
     Raises:
         DataError: if there is no such file, or no line of it is a row.
     """
@@ -91,11 +93,15 @@ def listing(
     return Splits(train, _read_list(validation_path, "data.validation_path", image_column, caption_column))
 
 
-def _read_list(path: str | Path, key: str, image_column: str, caption_column: str) -> FileRows:
+def _read_list(path: str | Path, key: str, image_column: str, caption_column: str) -> Indexed:
     file = expanded(path)
     if not is_file(file) or file.suffix.lower() not in LISTS:
         wrong = "has none of these endings" if is_file(file) else "is no file"
         raise DataError(f"{key}: {file} {wrong}; give a list of images as {', '.join(LISTS)}")
+    if file.suffix.lower() == ".parquet":
+        column = metadata.picture_column(file, image_columns(image_column))
+        if column is not None:
+            return parquet_rows(file, column, caption_column)
     return read_listed(file, image_column, caption_column, inside=False)
 
 
@@ -140,21 +146,26 @@ def hub(
     split: str = "train",
     validation_split: str | None = "validation",
     revision: str | None = None,
+    subset: str | None = None,
 ) -> Splits:
     """A data set of the hub, or a local folder that `datasets` reads: parquet, image folder, or saved to disk.
 
+    Args:
+        subset: which of its configurations, where it has several.
+
     Raises:
-        DataError: if it cannot be loaded or has no such split or image column.
+        DataError: if it cannot be loaded or has no such split, configuration or image column.
     """
-    loaded = load(name, split, revision)
+    loaded = load(name, split, revision, subset)
+    title = name if subset is None else f"{name}/{subset}"
     if split not in loaded:
         raise DataError(f"data.split: {name} has no split '{split}'; it has {', '.join(loaded)}")
-    train = hub_rows(name, split, loaded[split], image_column, caption_column)
+    train = hub_rows(title, split, loaded[split], image_column, caption_column)
     if validation_split is None or (validation_split == "validation" and validation_split not in loaded):
         return Splits(train, None)
     if validation_split not in loaded:
         raise DataError(f"data.validation_split: {name} has no split '{validation_split}'; it has {', '.join(loaded)}")
-    return Splits(train, hub_rows(name, validation_split, loaded[validation_split], image_column, caption_column))
+    return Splits(train, hub_rows(title, validation_split, loaded[validation_split], image_column, caption_column))
 
 
 def dreambooth(
