@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from kandinsky_exp import processes
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.checks import find_bad
+from kandinsky_exp.data.cut import cut_captions
 from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Indexed, Source
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
 from kandinsky_exp.data.loading import from_workers, leave_signals
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import prefetch
@@ -163,6 +164,7 @@ class Readers:
         source: fingerprint of the set as it was given, before anything was held out.
         notes: what a user should know of it, a line each.
         skipped: what was wrong with the examples that were left out.
+        cut: captions of which only the beginning is read, and up to where.
     """
 
     train: FeatureReader
@@ -170,6 +172,7 @@ class Readers:
     source: str
     notes: list[str]
     skipped: list[str]
+    cut: list[str]
 
     def __str__(self) -> str:
         return f"{len(self.train):,} images train, {len(self.held_out) if self.held_out else 'none'} held out"
@@ -192,9 +195,10 @@ def open_readers(
         kept = opener.open(splits.kept.source())
         content = together(train.fingerprint, kept.fingerprint)
         train = replace(train, kept=kept, kept_weight=splits.kept.weight, fingerprint=content)
-    about = (train.fingerprint, opener.notes, opener.skipped)
+    about = (train.fingerprint, opener.notes, opener.skipped, opener.cut)
     if splits.validation is not None:
         held_out = opener.open(splits.validation)
+        opener.notes += shared_pictures(train.dataset, held_out.dataset)
         return Readers(train, held_out if len(held_out) else None, *about)
     if not splits.dividable or settings.fraction == 0:
         return Readers(train, None, *about)
@@ -213,6 +217,7 @@ class _Opener:
         self.digests = FileDigests(settings.cache, log)
         self.notes: list[str] = []
         self.skipped: list[str] = []
+        self.cut: list[str] = []
 
     def open(self, source: Source) -> FeatureReader:
         """All usable rows of a source."""
@@ -231,7 +236,7 @@ class _Opener:
             )
         )
         table = opened_by_all(folder)
-        self._note(table.skipped, table.meta["truncated"], table.meta["text_length"])
+        self._note(table.skipped, table.meta["truncated"], table.meta.get("cut", []), table.meta["text_length"])
         return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
 
     def _online(self, source: Source) -> FeatureReader:
@@ -246,8 +251,9 @@ class _Opener:
         bad = processes.on_main_process(lambda: dict(find_bad(source, reads_captions)))
         if bad and not self.settings.how.skip_bad:
             raise DataError(first_few(list(bad.values())))
-        self._note(list(bad.values()), 0, 0)
         rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
+        cut = processes.on_main_process(lambda: cut_captions(source, rows, self.stage.preprocess))
+        self._note(list(bad.values()), len(cut), cut, self.stage.preprocess.tokenizer.model_max_length if cut else 0)
         dataset = OnlineExamples(
             source, self.stage.preprocess, self.settings.seed, rows, mirrored=self.settings.how.mirrored
         )
@@ -281,9 +287,11 @@ class _Opener:
         encode = None if isinstance(dataset, CachedFeatures) else self.stage
         return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, encode)
 
-    def _note(self, skipped: list[str], truncated: int, length: int) -> None:
+    def _note(self, skipped: list[str], truncated: int, cut: list[str], length: int) -> None:
         self.skipped += skipped
         if skipped:
             self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")
         if truncated:
-            self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut")
+            self.cut += cut
+            named = f":\n{first_few(cut, truncated)}" if cut else ""
+            self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut{named}")

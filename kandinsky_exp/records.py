@@ -8,7 +8,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, integrity, job_records, run_notes, store, sweep_jobs, tracking, workspace
+from kandinsky_exp import (
+    build,
+    config,
+    integrity,
+    job_records,
+    long_prompts,
+    run_notes,
+    run_settings,
+    store,
+    sweep_jobs,
+    tracking,
+    workspace,
+)
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -123,7 +135,8 @@ def describe(
     data: Readers,
 ) -> None:
     """Parameters, origins and the data set, for whoever compares this run later."""
-    for note in data.notes:
+    asked = run_settings.asked(cfg, "text_encoder" in build.stage_class(cfg).encoders)
+    for note in [*data.notes, *(long_prompts.notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)
     side = PARTS[build.stage_class(cfg).part][0]
     if accelerator.is_main_process:
@@ -144,6 +157,8 @@ def describe(
     tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
     if data.skipped:
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
+    if data.cut:
+        tracker.log_text("\n".join([*data.cut, ""]), "cut_captions.txt")
     for context, reader in (("training", data.train), ("class", data.train.kept), ("validation", data.held_out)):
         if reader is not None:
             name, origin = named(reader.source)

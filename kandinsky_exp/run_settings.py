@@ -19,6 +19,14 @@ def prompts(value: Any) -> list[str]:
     return [str(prompt) for prompt in value]
 
 
+def asked(cfg: DictConfig, reads_captions: bool) -> list[tuple[str, str]]:
+    """(setting, text) of all texts of a config that the text encoder reads."""
+    texts = [("validation.prompts", prompt) for prompt in prompts(cfg.validation.prompts)]
+    if reads_captions and "instance_prompt" in cfg.data:
+        texts.append(("data.instance_prompt", cfg.data.instance_prompt))
+    return texts
+
+
 def sample_settings(cfg: DictConfig) -> SampleSettings:
     """How validation images are drawn: at the training resolution."""
     return SampleSettings(

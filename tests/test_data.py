@@ -633,6 +633,12 @@ def test_a_long_caption_is_cut_at_77_tokens():
     assert tokens["input_ids"].shape == (77,)
     assert tokens["input_ids"][-1] == 49407
     assert tokens["text_mask"].all()
+    short, long = "a Cat, é", "é Cat 🐈 " * 60 + "the end"
+    (_, whole), (_, kept) = Preprocess(None, architecture.tokenizer(), None).tokenize([short, long])
+    assert whole is None
+    assert long.startswith(kept)
+    ids = architecture.tokenizer()([long, kept], truncation=True, max_length=77).input_ids
+    assert ids[0] == ids[1], "what is read up to there is all that is read"
 
 
 def test_the_fingerprint_of_preprocessing_follows_its_parts():

@@ -149,3 +149,12 @@ def test_a_run_goes_on_with_the_split_that_it_began_with(tmp_path, capfd):
     said = capfd.readouterr().err
     assert "17 images train, 1 held out" in said
     assert "training data has changed" not in said
+
+
+def test_a_validation_split_that_shares_pictures_is_told(tmp_path):
+    settings = copies(tmp_path)
+    for name in ("00.png", "00.txt"):
+        (tmp_path / "set" / "validation").mkdir(exist_ok=True)
+        (tmp_path / "set" / "validation" / name).write_bytes((tmp_path / "set" / name).read_bytes())
+    data = opened(tmp_path, *settings)
+    assert data.notes == ["1 of the 1 held-out images train, too: the validation loss is partly theirs"]

@@ -153,7 +153,7 @@ class Walk:
             chunk.counts.append(batch.counts[offset])
             chunk.pictures.append(example.picture)
             chunk.images.append([])
-            self.journal.progress.truncated += example.truncated
+            self.journal.progress.note_cut(example.id, example.cut)
         chunk.seen += len(batch.examples)
         for offsets, views in batch.groups:
             self._take_images([places[offset] for offset in offsets], views)

@@ -149,3 +149,14 @@ class Paired(Dataset[Features]):
 
     def _owner(self, index: int) -> tuple[CachedFeatures | OnlineExamples, int]:
         return (self.first, index) if index < len(self.first) else (self.second, index - len(self.first))
+
+
+def shared_pictures(train: CachedFeatures | OnlineExamples, held_out: CachedFeatures | OnlineExamples) -> list[str]:
+    """A note where a validation split of the user's shows pictures that train; of tables, where it costs nothing."""
+    tables = [part.table.pictures() for part in (train, held_out) if isinstance(part, CachedFeatures)]
+    if len(tables) < 2 or tables[0] is None or tables[1] is None:
+        return []
+    trained = set(map(bytes, tables[0]))
+    count = sum(bytes(picture) in trained for picture in tables[1])
+    note = f"{count:,} of the {len(tables[1]):,} held-out images train, too: the validation loss is partly theirs"
+    return [note] if count else []

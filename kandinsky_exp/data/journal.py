@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kandinsky_exp.data.cache import writing
+from kandinsky_exp.data.cut import cut_caption
 from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, PROGRESS
 from kandinsky_exp.data.progress import Log
 from kandinsky_exp.data.table import FORMAT, NO_FEATURES, Columns, ColumnWriter, head_checksum
+
+NAMED = 1000  # captions that were cut, so that a table of millions stays readable
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Progress:
         source_rows: examples of the source that are done, the skipped ones among them.
         images, captions: encoded images (not counting mirrors) and captions.
         truncated: captions that were cut.
+        cut: the first of them, and where.
         skipped: what was wrong with the examples that were left out.
         bytes: size of each file.
     """
@@ -32,8 +37,16 @@ class Progress:
     images: int = 0
     captions: int = 0
     truncated: int = 0
+    cut: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
+
+    def note_cut(self, name: str, kept: Iterable[str]) -> None:
+        """Note the captions of an example of which only the beginning is read."""
+        for text in kept:
+            self.truncated += 1
+            if len(self.cut) < NAMED:
+                self.cut.append(cut_caption(name, text))
 
 
 class Journal:

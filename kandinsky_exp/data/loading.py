@@ -28,7 +28,7 @@ class Loaded:
     Args:
         images: tensors of the image, and of its mirror where mirrors are wanted.
         captions: tensors of each caption; none where captions are not encoded.
-        truncated: how many captions were cut.
+        cut: what is read of those captions that are too long.
         problem: why it cannot be used; then there is nothing else.
         picture: (2,) of the image file's content, equal where it is the same.
     """
@@ -36,7 +36,7 @@ class Loaded:
     id: str
     images: tuple[Features, ...] = ()
     captions: tuple[Features, ...] = ()
-    truncated: int = 0
+    cut: tuple[str, ...] = ()
     problem: str = ""
     picture: NDArray[np.int64] | None = None
 
@@ -93,7 +93,7 @@ class Loader(Dataset[Loaded]):
             example.id,
             tuple(self.preprocess(view, None) for view in views),
             tuple(tensors for tensors, _ in captions),
-            sum(cut for _, cut in captions),
+            tuple(kept for _, kept in captions if kept is not None),
             picture=of_content(example.read()),
         )
 
