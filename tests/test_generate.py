@@ -56,12 +56,7 @@ def test_prompts_that_are_too_long_are_named(root: Path, capfd: pytest.CaptureFi
     said = [
         line for line in capfd.readouterr().err.splitlines() if " is longer than 77 tokens: it is read up to" in line
     ]
-    assert [
-        line.partition(" is longer than 77 tokens: it is read up to '…")[0][:25] for line in said if "77" in line
-    ] == [
-        "prompts: 'a cat and a dog",
-        "negative_prompt: 'blurry ",
-    ]
+    assert [line[:25] for line in said] == ["prompts: 'a cat and a dog", "negative_prompt: 'blurry "]
 
 
 def test_same_seed_same_images(root: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 from PIL import Image
 from running import client, composed, prepare, runs, train
 
@@ -12,6 +11,7 @@ from kandinsky_exp import build
 from kandinsky_exp.readers import open_readers
 
 LONG = "a cat and a dog " * 30
+CUT = r"is longer than 77 tokens: it is read up to '…"
 READ = r"read up to '….*a(nd a)? (cat|dog)?.*'"
 
 
@@ -36,9 +36,7 @@ def test_a_run_names_captions_and_prompts_that_were_cut(tmp_path, capfd):
         assert "4.png: read up to" in said
         assert "… and 2 more" in said
         assert "5.png" not in said
-        assert (
-            len(re.findall(rf"validation\.prompts: 'a cat.*' is longer than 77 tokens: it is {READ}, and", said)) == 1
-        )
+        assert len(re.findall(rf"validation\.prompts: 'a cat.*' {CUT}", said)) == 1
     (recorded,) = runs(tmp_path)
     file = client(tmp_path).download_artifacts(recorded.info.run_id, "cut_captions.txt", str(tmp_path))
     assert [line.split(":")[0] for line in Path(file).read_text().splitlines()] == [f"{n}.png" for n in range(7)]
@@ -74,6 +72,4 @@ def test_the_prompts_of_dreambooth(tmp_path, capfd):
     )
     said = capfd.readouterr().err
     for key in ("instance", "class"):
-        assert re.search(
-            rf"data\.{key}_prompt: 'a cat.*' is longer than 77 tokens: it is {READ}, and what follows", said
-        )
+        assert re.search(rf"data\.{key}_prompt: 'a cat.*' {CUT}", said)
