@@ -251,8 +251,8 @@ def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device:
     return made
 
 
-def read_settings(cfg: DictConfig, device: torch.device) -> ReadSettings:
-    """How the data set of a run becomes batches."""
+def read_settings(cfg: DictConfig, device: torch.device, by_row: bool = False) -> ReadSettings:
+    """How the data set of a run becomes batches; for `by_row` see there."""
     return ReadSettings(
         cache=cache_folder(cfg),
         cached=cfg.data.cache,
@@ -262,6 +262,7 @@ def read_settings(cfg: DictConfig, device: torch.device) -> ReadSettings:
         workers=cfg.data.num_workers,
         batch_size=cfg.trainer.batch_size,
         grad_accumulation=cfg.trainer.grad_accumulation,
+        by_row=by_row,
     )
 
 

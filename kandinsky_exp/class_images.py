@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kandinsky_exp import architectures, pipelines, workspace
+from kandinsky_exp import architectures, long_prompts, pipelines, workspace
 from kandinsky_exp.data.dreambooth import ClassImages, drawn_name
 from kandinsky_exp.data.progress import EVERY_SECONDS
 from kandinsky_exp.errors import ConfigError, DataError
@@ -87,6 +87,8 @@ def draw(
 ) -> None:
     """Pictures of these numbers into a folder, each complete or not there at all."""
     logger.info("drawing %d class images into %s (%s)", len(numbers), folder, prompt)
+    for note in long_prompts.notes(weights.load("tokenizer"), [("data.class_prompt", prompt)]):
+        logger.warning(note)
     with weights.lent(("image_encoder",), device):
         null = pipelines.zero_embed(weights.load("image_encoder"))
     with weights.lent(("prior", "text_encoder"), device):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp import architectures, parts, paths, targets, weight_files
+from kandinsky_exp import architectures, parts, paths, targets, texts, weight_files
 from kandinsky_exp.errors import cut
 
 Values = dict[str, Any]
@@ -106,7 +106,7 @@ def _prompts(key: str, prompts: Any) -> str | None:
         text = cut(prompts)
         return f"there is no text file '{text}'; a list of prompts is written '{key}=[\"{text}\"]'"
     try:
-        is_empty = not paths.expanded(prompts).read_text("utf-8").strip()
+        is_empty = not texts.lines(paths.expanded(prompts))
     except (OSError, UnicodeDecodeError):
         return f"'{prompts}' is not a text file in UTF-8; save it as UTF-8"
     return f"'{prompts}' is empty; write one prompt per line" if is_empty else None

@@ -17,7 +17,7 @@ from kandinsky_exp.data.table import DTYPES
 from kandinsky_exp.rehearsal import Rehearsal
 
 LOOKED_AT = 1000  # rows whose captions are counted and tokenized
-OF_A_ROW = 60  # bytes of an image beside its features: id, row, captions, checksum
+OF_A_ROW = 76  # bytes of an image beside its features: id, row, captions, digest, checksum
 OF_A_CAPTION = 30
 
 

@@ -32,7 +32,8 @@ def _show(cfg: DictConfig) -> None:
     folder = Path(cfg.output_root).expanduser() / "cache"
     if cfg.remove:
         names = [cfg.remove] if isinstance(cfg.remove, str) else list(cfg.remove)
-        print(f"{cache.remove(folder, names) / 1e6:,.1f} MB removed")
+        removed, freed = cache.remove(folder, names)
+        print("\n".join([*(f"removed {entry}" for entry in removed), f"{freed / 1e6:,.1f} MB removed"]))
     print(cache.listing(folder))
 
 

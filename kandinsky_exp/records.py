@@ -13,8 +13,10 @@ from kandinsky_exp import (
     config,
     integrity,
     job_records,
+    long_prompts,
     recorded_paths,
     run_notes,
+    run_settings,
     store,
     sweep_jobs,
     tracking,
@@ -112,6 +114,7 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
 
 def note_data(space: workspace.Workspace, data: Readers) -> None:
     """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
+    logger.info("%s", data)
     before, fingerprint = space.record.data, data.train.fingerprint
     if space.is_resumed and space.record.step > 0 and before not in (None, fingerprint):
         logger.warning(
@@ -133,7 +136,8 @@ def describe(
     data: Readers,
 ) -> None:
     """Parameters, origins and the data set, for whoever compares this run later."""
-    for note in data.notes:
+    asked = run_settings.asked(cfg, "text_encoder" in build.stage_class(cfg).encoders)
+    for note in [*data.notes, *(long_prompts.notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)
     side = PARTS[build.stage_class(cfg).part][0]
     goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
@@ -157,6 +161,8 @@ def describe(
     tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
     if data.skipped:
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
+    if data.cut:
+        tracker.log_text("\n".join([*data.cut, ""]), "cut_captions.txt")
     for context, reader in (("training", data.train), ("class", data.train.kept), ("validation", data.held_out)):
         if reader is not None:
             name, origin = named(reader.source)

@@ -85,7 +85,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 )
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
-                settings = build.read_settings(cfg, accelerator.device)
+                settings = build.read_settings(cfg, accelerator.device, by_row=space.record.split is None)
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
                 if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
@@ -145,6 +145,8 @@ def prepare(
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
     space.notes += notes
     compare(cfg, weights, splits, count, space)
+    if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
+        space.record.split = "picture"
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit

@@ -464,7 +464,7 @@ TABLE["data folders"] = [
     Bad(ON_FOLDER, "metadata.jsonl, line 1: not JSON", data("{\n}")),
     Bad(ON_FOLDER, "not JSON", data("[" * 100_000)),
     Bad(ON_FOLDER, "not a JSON object; write", data("[1]\n")),
-    Bad(ON_FOLDER, "line 1: not UTF-8 text; save the file as UTF-8", data(b"\xff\xfe{\x00")),
+    Bad(ON_FOLDER, "line 1: not UTF-8 text; save the file as UTF-8", data(b"\xff{\x00")),
     Bad(
         ON_FOLDER,
         "no column 'text' among file_name, caption; set data.caption_column",

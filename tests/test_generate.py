@@ -56,6 +56,15 @@ def test_tiny_pair(root: Path) -> None:
     assert (folder / "grid.png").is_file()
 
 
+def test_prompts_that_are_too_long_are_named(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words, more = "a cat and a dog " * 30, "blurry and dark " * 30
+    drawn(root, "long", "weights=tiny", f"prompts=[{words}the end, short]", f"negative_prompt={more}", "num_images=2")
+    said = [
+        line for line in capfd.readouterr().err.splitlines() if " is longer than 77 tokens: it is read up to" in line
+    ]
+    assert [line[:25] for line in said] == ["prompts: 'a cat and a dog", "negative_prompt: 'blurry "]
+
+
 def test_same_seed_same_images(root: Path) -> None:
     first, second, third = (
         drawn(root, name, "weights=tiny", f"seed={seed}") for name, seed in (("s0", 1), ("s1", 1), ("s2", 2))

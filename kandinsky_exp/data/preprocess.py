@@ -156,15 +156,18 @@ class Preprocess:
     def mirror(image: Image.Image) -> Image.Image:
         return ImageOps.mirror(image)
 
-    def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], bool]]:
-        """The tensors of each caption, and whether it was cut."""
+    def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], str | None]]:
+        """The tensors of each caption, and the beginning of it that they stand for, None where that is all of it."""
         assert self.tokenizer is not None  # nosec B101 # narrows the type
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        rows = zip(tokens.input_ids, tokens.attention_mask.bool(), tokens.encodings, strict=True)
-        return [({"input_ids": ids, "text_mask": mask}, bool(text.overflowing)) for ids, mask, text in rows]
+        rows = zip(captions, tokens.input_ids, tokens.attention_mask.bool(), tokens.encodings, strict=True)
+        return [
+            ({"input_ids": ids, "text_mask": mask}, caption[: max(text.offsets)[1]] if text.overflowing else None)
+            for caption, ids, mask, text in rows
+        ]
 
     def fingerprint(self) -> str:
         """Equal for two objects that make equal tensors of equal examples."""
