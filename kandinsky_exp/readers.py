@@ -253,7 +253,7 @@ class _Opener:
             raise DataError(first_few(list(bad.values())))
         rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
         cut = processes.on_main_process(lambda: cut_captions(source, rows, self.stage.preprocess))
-        self._note(list(bad.values()), len(cut), cut, self.stage.preprocess.tokenizer.model_max_length if cut else 0)
+        self._note(list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
         dataset = OnlineExamples(
             source, self.stage.preprocess, self.settings.seed, rows, mirrored=self.settings.how.mirrored
         )

@@ -22,7 +22,7 @@ class Progress:
 
     Args:
         batch_size: images per batch of the encoders; another one would not give the same bits.
-        columns: of `images.arrow` beside the features; what was begun with others is begun anew.
+        columns: of `images.arrow` beside the features; what was begun with fewer is begun anew.
         source_rows: examples of the source that are done, the skipped ones among them.
         images, captions: encoded images (not counting mirrors) and captions.
         truncated: captions that were cut.
@@ -32,7 +32,7 @@ class Progress:
     """
 
     batch_size: int
-    columns: list[str]
+    columns: int
     source_rows: int = 0
     images: int = 0
     captions: int = 0
@@ -109,10 +109,10 @@ class Journal:
 def _begun(folder: Path, batch_size: int, log: Log, fixed_batch: bool) -> Progress:
     found = _read(folder)
     if found is None:
-        return Progress(batch_size, list(NO_FEATURES))
+        return Progress(batch_size, len(NO_FEATURES))
     if fixed_batch and found.batch_size != batch_size:
         log(f"{folder} was begun with batches of {found.batch_size}: encoding again")
-        return Progress(batch_size, list(NO_FEATURES))
+        return Progress(batch_size, len(NO_FEATURES))
     return found
 
 
@@ -121,7 +121,7 @@ def _read(folder: Path) -> Progress | None:
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text("utf-8")))
         whole = all((folder / name).stat().st_size >= size for name, size in progress.bytes.items())
-        same = progress.columns == list(NO_FEATURES)
+        same = progress.columns == len(NO_FEATURES)
         return progress if whole and same and progress.batch_size >= 1 else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None

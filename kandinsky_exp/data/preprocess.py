@@ -147,6 +147,11 @@ class Preprocess:
             tensors |= self.tokenize([caption])[0][0]
         return tensors
 
+    @property
+    def text_length(self) -> int:
+        """Tokens of a caption that are read; 0 where none is."""
+        return self.tokenizer.model_max_length if self.tokenizer is not None else 0
+
     def size(self, image: Image.Image) -> Size:
         """(width, height) of an image's `pixels`."""
         assert self.resolution is not None  # nosec B101 # narrows the type
