@@ -7,6 +7,8 @@ from pathlib import Path
 IMAGES, CAPTIONS = "images.arrow", "captions.arrow"
 META = "table.json"  # of a complete table
 PROGRESS = "progress.json"  # of one in the making
+# How files become pixels, and names examples; 1 knew no colour profiles. Tables of other rules are not used any more.
+PICTURE_RULES = 2
 DEFAULT_ROOT = Path("outputs")
 
 

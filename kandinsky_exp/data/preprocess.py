@@ -1,9 +1,11 @@
 """From pictures and captions to the tensors that the frozen encoders read."""
 
 import hashlib
+import io
 import json
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import IO, Any
@@ -14,12 +16,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from kandinsky_exp.data.buckets import Size, nearest_bucket
+from kandinsky_exp.data.colour import NOTE, WIDE, as_srgb, eight_bits, opacity
+from kandinsky_exp.data.layout import PICTURE_RULES
 
-WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 MIN_SIDE = 8  # pixels
 MAX_SHAPE = 50  # long sides per short side: CLIP scales the short side to 224, and the long one with it
 # Not all that Pillow can open: of EPS, for one, it has another program run the code.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXTS, PROFILE = (b"tEXt", b"zTXt", b"iTXt"), (b"iCCP",)
+TOO_MUCH_TEXT = "MAX_TEXT"  # in what Pillow says of more than 1 MB of text or profile, or 64 MB in all
 MAX_PIXELS = 178_956_970  # where Pillow suspects an attack; one channel of 32 bits would be 716 MB
 
 # Pillow warns from here on and refuses twice as much, both before the picture can be asked for its size.
@@ -33,6 +39,35 @@ def open_rgb(file: IO[bytes]) -> Image.Image:
         ValueError: if it is no picture that Pillow can read, too small, too large, or has no one meaning as RGB.
         OSError: if it is damaged.
     """
+    try:
+        return _decoded(file)
+    except ValueError as error:
+        if TOO_MUCH_TEXT not in str(error):
+            raise
+    file.seek(0)
+    file = io.BytesIO(_without_chunks(file.read(), TEXTS))
+    try:
+        return _decoded(file)
+    except ValueError as error:
+        if TOO_MUCH_TEXT not in str(error):
+            raise
+    image = _decoded(io.BytesIO(_without_chunks(file.getvalue(), PROFILE)))
+    image.info[NOTE] = "its colour profile is larger than 1 MB; the colours were taken as sRGB"
+    return image
+
+
+def _without_chunks(png: bytes, kinds: Collection[bytes]) -> bytes:
+    """A PNG without chunks that are no pixels. Pillow refuses a picture for too much text in it."""
+    kept, start = [png[: len(PNG)]], len(PNG)
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+        if png[start + 4 : start + 8] not in kinds:
+            kept.append(png[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _decoded(file: IO[bytes]) -> Image.Image:
     try:
         with Image.open(file, formats=_formats()) as image:
             _check_size(*image.size)
@@ -65,29 +100,38 @@ def _too_large(size: str) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB the way a viewer shows it: upright, transparency over white, 16 bits scaled to 8.
+    """Any picture as 8-bit sRGB the way a viewer shows it: upright, transparency over white, 16 bits scaled to 8.
+
+    What of the file could not be used is said in `info[colour.NOTE]` of the result.
 
     Raises:
         ValueError: for a pixel format that has no one meaning as RGB (floating point, 32-bit integers).
     """
-    image = ImageOps.exif_transpose(image)
+    tile = getattr(image, "tile", None)  # gone once the pixels are loaded
+    stored = tile[0][3] if tile and isinstance(tile[0][3], str) else image.mode
+    image, damaged = _upright(image)
+    profile = image.info.get("icc_profile")
+    alpha = opacity(image, stored)
     if image.mode in WIDE:
-        image = _eight_bits(image)
+        image = eight_bits(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits per channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image, passed_over = as_srgb(image, profile)
+    if alpha is not None:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    notes = [note for note in (damaged, passed_over) if note]
+    image.info = {NOTE: "; ".join(notes)} if notes else {}  # a profile would be wrong from now on
+    return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey: Pillow's own conversion clips everything above 255 to white."""
-    pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("32-bit pixels; save it with 8 or 16 bits per channel")
-    return Image.fromarray((pixels / 257).round().astype(np.uint8))
+def _upright(image: Image.Image) -> tuple[Image.Image, str]:
+    """Turned as its EXIF data says, or as it is if these are damaged: they are no pixels."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image), ""
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error) as error:
+        return image, f"its EXIF data cannot be read ({error}); it was not turned"
 
 
 def center_crop_resize(image: Image.Image, resolution: int) -> Tensor:
@@ -186,5 +230,7 @@ class Preprocess:
             rules = self.tokenizer.backend_tokenizer.to_str()  # normaliser, vocabulary, merges and all
             rules = rules[rules.index('"added_tokens"') :]  # before these: truncation and padding of the last call
             tokenizer = [rules, self.tokenizer.model_max_length, self.tokenizer.pad_token_id]
-        parts = json.dumps([processor, tokenizer, self.resolution, self.buckets], sort_keys=True, default=str)
+        parts = json.dumps(
+            [PICTURE_RULES, processor, tokenizer, self.resolution, self.buckets], sort_keys=True, default=str
+        )
         return hashlib.sha256(parts.encode()).hexdigest()
