@@ -49,7 +49,7 @@ def _encode(cfg: DictConfig) -> None:
         splits = build.data(cfg)
         if accelerator.is_main_process and not folder.is_dir():  # one on a read-only disk may hold all that is needed
             workspace.make_root(folder)
-        build.check_data(cfg, splits)
+        report = build.check_data(cfg, splits)
         encoders, how = set(build.stage_class(cfg).encoders), class_images.settings(cfg.seed, cfg.data.resolution)
         notes = processes.on_main_process(
             lambda: architectures.check(weights, encoders | class_images.needed_parts(splits.kept, weights))
@@ -66,6 +66,8 @@ def _encode(cfg: DictConfig) -> None:
             grad_accumulation=1,
         )
         with workspace.logging_to(None, accelerator.is_main_process):
+            for note in report.left_out:
+                logger.warning(note)
             splits.kept = processes.on_main_process(
                 lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
             )

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import unicodedata
 from pathlib import Path
 
 
@@ -37,3 +38,30 @@ def is_file(path: str | Path) -> bool:
 
 def exists(path: str | Path) -> bool:
     return os.path.exists(expanded(path))  # noqa: PTH110
+
+
+def on_disk(path: str) -> str:
+    """The path of a file whose name looks the same; the path as it is where there is none.
+
+    Some systems and archives write é as one letter, others as two: what a list says and what lies there may differ.
+    """
+    if path.isascii():
+        return path
+    found = "/" if path.startswith("/") else ""
+    for part in path.strip("/").split("/"):
+        there = os.path.join(found, part)  # noqa: PTH118
+        if not os.path.lexists(there):
+            same = _same_name(found or ".", part)
+            if same is None:
+                return path
+            there = os.path.join(found, same)  # noqa: PTH118
+        found = there
+    return found
+
+
+def _same_name(folder: str, name: str) -> str | None:
+    wanted = unicodedata.normalize("NFC", name)
+    try:
+        return next((other for other in os.listdir(folder) if unicodedata.normalize("NFC", other) == wanted), None)  # noqa: PTH208
+    except (OSError, ValueError):
+        return None

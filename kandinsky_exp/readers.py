@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kandinsky_exp import processes
-from kandinsky_exp.data import sources
+from kandinsky_exp.data import sources, tally
 from kandinsky_exp.data.checks import find_bad
 from kandinsky_exp.data.cut import cut_captions
 from kandinsky_exp.data.digests import FileDigests
@@ -25,6 +25,7 @@ from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
 from kandinsky_exp.data.splits import Splits, together
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.encoded import encode_here, opened_by_all
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.null_condition import null_condition
@@ -236,7 +237,8 @@ class _Opener:
             )
         )
         table = opened_by_all(folder)
-        self._note(table.skipped, table.meta["truncated"], table.meta.get("cut", []), table.meta["text_length"])
+        meta = table.meta
+        self._note(source, table.noted, table.skipped, meta["truncated"], meta.get("cut", []), meta["text_length"])
         return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
 
     def _online(self, source: Source) -> FeatureReader:
@@ -248,12 +250,13 @@ class _Opener:
         for part in self.stage.encoders:
             self.stage.weights.load(part).to(self.accelerator.device)
         reads_captions = self.stage.preprocess.tokenizer is not None
-        bad = processes.on_main_process(lambda: dict(find_bad(source, reads_captions)))
+        noted: Tally = {}
+        bad, noted = processes.on_main_process(lambda: (dict(find_bad(source, reads_captions, noted)), noted))
         if bad and not self.settings.how.skip_bad:
             raise DataError(first_few(list(bad.values())))
         rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
         cut = processes.on_main_process(lambda: cut_captions(source, rows, self.stage.preprocess))
-        self._note(list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
+        self._note(source, noted, list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
         dataset = OnlineExamples(
             source, self.stage.preprocess, self.settings.seed, rows, mirrored=self.settings.how.mirrored
         )
@@ -287,7 +290,12 @@ class _Opener:
         encode = None if isinstance(dataset, CachedFeatures) else self.stage
         return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, encode)
 
-    def _note(self, skipped: list[str], truncated: int, cut: list[str], length: int) -> None:
+    def _note(
+        self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
+    ) -> None:
+        self.notes += tally.lines(noted)
+        unused = {} if source.streamed else source.left_out()  # this was said before
+        self.skipped += [*tally.lines(unused), *tally.lines(noted)]
         self.skipped += skipped
         if skipped:
             self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")

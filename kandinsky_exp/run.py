@@ -147,6 +147,7 @@ def prepare(
     compare(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
         space.record.split = "picture"
+    space.notes += report.left_out
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit

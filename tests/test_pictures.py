@@ -1,7 +1,6 @@
 """Pictures as their files have them: colour profiles, transparency, text, names; what is used of a folder or a tar."""
 
 import io
-import os
 import struct
 import tarfile
 import unicodedata
@@ -15,7 +14,6 @@ from PIL import Image, ImageCms
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.colour import NOTE
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.data.examples import Example, given
 from kandinsky_exp.data.preprocess import open_rgb
 from kandinsky_exp.errors import DataError
 
@@ -284,3 +282,231 @@ def test_damaged_exif_data_are_no_pixels() -> None:
     image = open_rgb(io.BytesIO(saved(quarters(FOUR), exif=b"Exif\0\0garbage")))
     assert image.getpixel((8, 8)) == FOUR[0]
     assert "EXIF" in image.info[NOTE]
+
+
+# --- what is used of a folder
+
+RED = saved(Image.new("RGB", (16, 16), "red"))
+CAPTION = '{{"file_name": "{}", "text": "x"}}\n'
+
+
+def write(folder: Path, **files: bytes | str | None) -> Path:
+    """Files by name; None stands for a picture."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = RED if content is None else content
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def ids(source: object) -> list[str]:
+    return [example.id for example in source.examples()]  # type: ignore[attr-defined]
+
+
+def left_out(splits: sources.Splits) -> list[str]:
+    return list(sources.check(splits, requires_captions=False).left_out)
+
+
+def jpeg2000() -> bytes:
+    return saved(Image.new("RGB", (16, 16), "red"), "JPEG2000")
+
+
+JPEG = saved(Image.new("RGB", (16, 16), "red"), "JPEG")
+CLUTTER = {
+    ".hidden.png": b"",
+    "._a.png": b"",
+    "Thumbs.db": JPEG,
+    "desktop.ini": b"",
+    ".DS_Store": b"",
+    "@eaDir/a.png/SYNOPHOTO_THUMB.jpg": JPEG,
+    "__MACOSX/._a.png": b"",
+    ".git/b.png": b"",
+}
+
+
+def test_what_can_be_decoded_is_used_whatever_its_name(tmp_path: Path) -> None:
+    named = {"a.JPG": JPEG, "b.jfif": JPEG, "c.jpe": JPEG, "d.heic": None, "e.png": None, "f.bin": JPEG, "g": None}
+    write(tmp_path, **named, **CLUTTER, **{"h.jp2": jpeg2000(), "notes.md": "no picture"})
+    splits = sources.dreambooth(tmp_path, "a thing")
+    assert ids(splits.train) == sorted([*named, "h.jp2"])
+    assert sources.find_bad(splits.train, True) == []  # type: ignore[arg-type]
+    assert left_out(splits) == ["not used, files that are no pictures: 1 (notes.md)"]
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.svg", "a.CR2", "a.psd", "a.unknown", "a"])
+def test_what_claims_to_be_a_picture_and_is_none_is_an_error(tmp_path: Path, name: str) -> None:
+    broken = b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(16) if "." not in name or "unknown" in name else b"none"
+    write(tmp_path, **{name: broken, "b.png": None, "b.txt": "x", f"{Path(name).stem}.txt": "x"})
+    for splits in (sources.dreambooth(tmp_path, "a thing"), sources.folder(tmp_path)):
+        ((_, problem),) = sources.find_bad(splits.train, True)  # type: ignore[arg-type]
+        assert f"image {name}: not an image that Pillow can read" in problem
+
+
+def test_what_a_folder_with_metadata_does_not_list_is_counted(tmp_path: Path) -> None:
+    rows = "".join(CAPTION.format(name) for name in ("a.png", "./in/b.png"))
+    pictures = {f"more{number}.png": None for number in range(7)}
+    write(tmp_path, **{"a.png": None, "in/b.png": None, "in/c.jfif": JPEG, "LICENSE": "free", "metadata.jsonl": rows})
+    write(tmp_path, **pictures, **CLUTTER)
+    splits = sources.folder(tmp_path)
+    assert ids(splits.train) == ["a.png", "./in/b.png"]
+    assert left_out(splits) == [
+        "not used, files that are no pictures: 1 (LICENSE)",
+        "not used, pictures that metadata.jsonl does not list: 8 "
+        "(more0.png, more1.png, more2.png, more3.png, more4.png, …)",
+    ]
+
+
+def test_what_lies_beside_the_parts_of_a_folder_is_counted(tmp_path: Path) -> None:
+    write(tmp_path, **{"train/a.png": None, "train/a.txt": "x", "validation/b.png": None, "validation/b.txt": "x"})
+    write(tmp_path, **{"test/c.png": None, "README.md": "x", "train/a.json": "{}"})
+    assert left_out(sources.folder(tmp_path)) == [
+        "not used, files that are no pictures: 2 (a.json, README.md)",
+        "not used, pictures beside train/ and validation/: 1 (test/c.png)",
+    ]
+
+
+def test_what_lies_beside_class_images_is_counted(tmp_path: Path) -> None:
+    write(tmp_path, **{"dog/a.png": None, "class/b.jpe": JPEG, "class/c.png": None, "class/d.txt": "x"})
+    splits = sources.dreambooth(tmp_path / "dog", "my dog", tmp_path / "class", "a dog", num_class_images=1)
+    assert splits.kept is not None
+    assert ids(splits.kept.source()) == ["b.jpe"]
+    assert left_out(splits) == [
+        "not used, files that are no pictures: 1 (d.txt)",
+        "not used, class images beyond data.num_class_images=1: 1 (c.png)",
+    ]
+
+
+def test_the_emoji_of_the_package_are_all_used() -> None:
+    assert left_out(sources.emoji()) == []
+
+
+# --- links to folders
+
+
+def test_a_link_to_a_folder_is_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "away", **{"b.png": None, "b.txt": "two", "in/c.png": None, "in/c.txt": "three"})
+    home = write(tmp_path / "home", **{"a.png": None, "a.txt": "one", "real/d.png": None, "real/d.txt": "four"})
+    (home / "linked").symlink_to(tmp_path / "away")
+    (tmp_path / "away" / "back").symlink_to(home)
+    (home / "again").symlink_to(home / "real")
+    (home / "twice").symlink_to(tmp_path / "away" / "in")
+    (home / "up").symlink_to(tmp_path)
+    (home / "gone").symlink_to(tmp_path / "nowhere")
+    names = ["a.png", "linked/b.png", "linked/in/c.png", "real/d.png"]
+    for splits in (sources.folder(home), sources.dreambooth(home, "a thing")):
+        assert ids(splits.train) == names
+        assert sources.find_bad(splits.train, True) == []  # type: ignore[arg-type]
+        assert any(
+            line == "not used, links to folders that are read anyway: 4 (again, twice, up, linked/back)"
+            for line in left_out(splits)
+        )
+    (home / "metadata.jsonl").write_text("".join(map(CAPTION.format, ["a.png", "linked/b.png"])))
+    lines = left_out(sources.folder(home))
+    assert "not used, pictures that metadata.jsonl does not list: 2 (linked/in/c.png, real/d.png)" in lines
+
+
+# --- names that look the same
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café/åé") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(("listed", "stored"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_accents_may_be_written_either_way(tmp_path: Path, listed: str, stored: str) -> None:
+    row = CAPTION.format(f"{listed}.png")
+    write(tmp_path / "set", **{f"{stored}.png": None, "metadata.jsonl": row, "b.png": None})
+    write(tmp_path, **{"list.jsonl": row.replace("café", "set/café").replace("cafe", "set/cafe")})
+    for splits in (sources.folder(tmp_path / "set"), sources.listing(tmp_path / "list.jsonl", "file_name")):
+        assert splits.train[0].image().getpixel((3, 3)) == (255, 0, 0)
+        before = splits.train.fingerprint(FileDigests(None))
+        write(tmp_path / "set", **{f"{stored}.png": JPEG})
+        assert splits.train.fingerprint(FileDigests(None)) != before
+        write(tmp_path / "set", **{f"{stored}.png": None})
+    assert left_out(sources.folder(tmp_path / "set")) == [
+        "not used, pictures that metadata.jsonl does not list: 1 (b.png)"
+    ]
+
+
+def test_a_text_beside_an_image_may_write_accents_either_way(tmp_path: Path) -> None:
+    write(tmp_path, **{f"{COMPOSED}.png": None, f"{COMPOSED[:5]}{DECOMPOSED[6:]}.txt": "x"})
+    assert [example.captions for example in sources.folder(tmp_path).train.examples()] == [("x",)]
+
+
+def test_a_text_is_named_with_its_folder(tmp_path: Path) -> None:
+    bad = {"in/b.txt": "", "in/c.txt": b"caf\xe9", "in/d.txt": "x" * 70_000}
+    write(tmp_path, **{"a.png": None, "a.txt": "x", **{name.replace("txt", "png"): None for name in bad}, **bad})
+    with pytest.raises(DataError) as caught:
+        sources.check(sources.folder(tmp_path), True)
+    assert all(f": {name}" in str(caught.value) for name in bad)
+
+
+# --- names in a tar
+
+
+def tar(path: Path, *members: str) -> Path:
+    """An archive of these members: pictures and texts by their endings."""
+    with tarfile.open(path, "w") as archive:
+        for name in members:
+            content = name.encode() if name.endswith((".txt", ".json", ".cls", "README")) else RED
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def read(path: Path, **options: str) -> tuple[list[str], list[tuple[str, ...]], sources.Source]:
+    train = sources.webdataset(path, **options).train
+    examples = list(train.examples())
+    assert train.count == len(examples)
+    for row, example in enumerate(examples):  # the walk may begin anywhere
+        assert example.problem or next(iter(train.examples(row))).read() == example.read()
+    list(train.examples())
+    return [example.id.partition("/")[2] for example in examples], [example.captions for example in examples], train
+
+
+DOTTED = ["000", "001", "shot v1.0", "shot v1.1", "IMG_2024.05.01"]
+
+
+def test_names_with_dots_in_a_tar(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", *(f"{name}.{ending}" for name in DOTTED for ending in ("png", "txt")))
+    names, captions, train = read(path)
+    assert names == [f"{name}.png" for name in DOTTED]
+    assert captions == [(f"{name}.txt",) for name in DOTTED]
+    assert train.left_out() == {}
+    many = [f"IMG.{number:04}" for number in range(40)]
+    path = tar(tmp_path / "b.tar", *(f"{name}.{ending}" for name in many for ending in ("png", "txt")))
+    assert read(path)[0] == [f"{name}.png" for name in many]
+    path = tar(tmp_path / "c.tar", *(f"{name}.png" for name in many), "IMG.txt")
+    assert sorted(read(path)[0]) == ["IMG", *(f"{name}.png" for name in many)]  # the text alone is an error
+
+
+def test_dots_as_webdataset_means_them(tmp_path: Path) -> None:
+    members = ["a.cls", "a.alt.txt", "a.depth.png", "a.jpg", "a.seg.png", "a.txt", "b.jpg", "b.txt", "b.webp", "README"]
+    names, captions, train = read(tar(tmp_path / "a.tar", *members))
+    assert (names, captions) == (["a.jpg", "b.jpg"], [("a.txt",), ("b.txt",)])
+    assert train.left_out() == {
+        "not used, members of other endings": [2, "a.cls", "README"],
+        "not used, members beside the picture of an example": [3, "a.seg.png", "a.depth.png", "b.webp"],
+        "not used, texts without a picture of their name": [1, "a.alt.txt"],
+    }
+    assert read(tmp_path / "a.tar", image_column="seg.png")[0] == ["a.seg.png", "b"]
+
+
+def test_one_of_several_pictures_has_to_be_chosen(tmp_path: Path) -> None:
+    for marker in ("a.txt", "a.cls"):
+        path = tar(tmp_path / "a.tar", "a.input.jpg", "a.target.jpg", marker)
+        (example,) = sources.webdataset(path).train.examples()
+        assert example.problem.endswith("there are input.jpg, target.jpg; set data.image_column")
+        assert read(path, image_column="target.jpg")[0] == ["a.target.jpg"]
+
+
+def test_pictures_of_all_endings_in_a_tar(tmp_path: Path) -> None:
+    path = tar(
+        tmp_path / "a.tar", "a.jfif", "a.txt", "b.heic", "b.txt", "c.bin", "c.txt", "__MACOSX/d.png", "Thumbs.db"
+    )
+    names, captions, train = read(path)
+    assert (names, captions) == (["a.jfif", "b.heic", "c.bin"], [("a.txt",), ("b.txt",), ("c.txt",)])
+    assert [example.image().size for example in train.examples()] == [(16, 16)] * 3
+    assert train.left_out() == {}
+    (example, *_) = sources.webdataset(path, image_column="jpg").train.examples()
+    assert "no image (jpg) has this name" in example.problem

@@ -1,16 +1,19 @@
 """Images with their captions beside them: `cat.png` and `cat.txt`."""
 
-import os
-from collections.abc import Collection, Iterator
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import read_file
+from kandinsky_exp.data.folders import NO_PICTURES, is_picture, is_unicode, suffix, walk
 from kandinsky_exp.data.metadata import caption_problem
 from kandinsky_exp.data.rows import FileRow, FileRows, gather
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.texts import decode
 
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 TEXT = ".txt"
 MAX_TEXT = 1 << 20  # bytes
 
@@ -26,68 +29,61 @@ def read_beside(home: Path, skip: Path) -> FileRows:
     Raises:
         DataError: if no image has a text.
     """
-    source = gather(str(home), home, home, "", _rows(home, skip)) if _holds_text(home, skip) else None
+    unused: Tally = {}
+    source = gather(str(home), home, home, "", _rows(home, skip, unused)) if _holds_text(home, skip) else None
     if source is None or not source.caption_counts().any():
         raise DataError(
             f"data.path: {home} holds neither metadata.jsonl nor .csv nor .parquet, and no image with a .txt beside "
             'it; write one row per image, such as {"file_name": "1.png", "text": "a caption"}'
         )
-    return source
-
-
-def walk(home: Path, skip: Collection[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and those in it with their files, in alphabetical order; without those of `skip` and what is hidden."""
-    for folder, inside, files in os.walk(home):
-        inside[:] = sorted(name for name in inside if not name.startswith(".") and Path(folder, name) not in skip)
-        yield Path(folder), sorted(name for name in files if not name.startswith("."))
+    return replace(source, unused=unused)
 
 
 def _holds_text(home: Path, skip: Path) -> bool:
-    return any(_suffix(name) == TEXT for _, files in walk(home, [skip]) for name in files)
+    return any(suffix(name) == TEXT for _, _, files in walk(home, [skip]) for name in files)
 
 
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
-
-
-def is_picture(name: str) -> bool:
-    return _suffix(name) in IMAGES
-
-
-def is_unicode(name: str) -> bool:
-    return name.isascii() or name.encode(errors="replace").decode() == name
-
-
-def _rows(home: Path, skip: Path) -> Iterator[FileRow]:
+def _rows(home: Path, skip: Path, unused: Tally) -> Iterator[FileRow]:
     number = 0
-    for folder, files in walk(home, [skip]):
-        inside = "" if folder == home else f"{folder.relative_to(home).as_posix()}/"
-        texts = {Path(name).stem: folder / name for name in files if _suffix(name) == TEXT}
-        pictured = {Path(name).stem for name in files if is_picture(name)}
+    for folder, inside, files in walk(home, [skip], unused):
+        texts = {_stem(name): name for name in files if suffix(name) == TEXT}
+        pictures = {name for name in files if is_picture(folder / name)}
+        pictured = set(map(_stem, pictures))
         for name in files:
             if not is_unicode(inside + name):
                 yield FileRow(number, None, (), (f"{inside + name!a} is not UTF-8; give it another name", ""))
-            elif is_picture(name):
-                yield _picture(number, inside + name, texts.get(Path(name).stem))
-            elif _suffix(name) == TEXT and Path(name).stem not in pictured:
+            elif name in pictures:
+                yield _picture(number, home, inside + name, inside + texts.get(_stem(name), ""))
+            elif suffix(name) == TEXT and _stem(name) not in pictured:
                 problem = f"{inside}{name} has no image beside it; add one or remove it"
                 yield FileRow(number, None, (), (problem, ""))
             else:
+                if suffix(name) != TEXT:
+                    tally.count(unused, NO_PICTURES, inside + name)
                 continue
             number += 1
 
 
-def _picture(number: int, name: str, text: Path | None) -> FileRow:
-    if text is None:
+def _stem(name: str) -> str:
+    """Equal for names that look the same: some systems take accents apart."""
+    return unicodedata.normalize("NFC", Path(name).stem)
+
+
+def _picture(number: int, home: Path, name: str, text: str) -> FileRow:
+    """
+    Args:
+        name, text: with the folders inside `home`; a text that ends with one is none.
+    """
+    if not text or text.endswith("/"):
         return FileRow(number, name, (), ("", f"{name} has no {TEXT} of its name beside it; write one"))
     try:
-        caption = decode(read_file(str(text), MAX_TEXT)).strip()
+        caption = decode(read_file(str(home / text), MAX_TEXT)).strip()
     except UnicodeDecodeError:
-        return FileRow(number, name, (), ("", f"{text.name}: not UTF-8 text; save it as UTF-8"))
+        return FileRow(number, name, (), ("", f"{text}: not UTF-8 text; save it as UTF-8"))
     except OSError as error:
-        return FileRow(number, name, (), ("", f"{text.name} cannot be read: {error.strerror}"))
+        return FileRow(number, name, (), ("", f"{text} cannot be read: {error.strerror}"))
     if not caption:
-        return FileRow(number, name, (), ("", f"{text.name} is empty; write a caption or take the image out"))
+        return FileRow(number, name, (), ("", f"{text} is empty; write a caption or take the image out"))
     if problem := caption_problem([caption]):
-        return FileRow(number, name, (), ("", f"{text.name}: {problem}"))
+        return FileRow(number, name, (), ("", f"{text}: {problem}"))
     return FileRow(number, name, (caption,))

@@ -4,19 +4,27 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
+from kandinsky_exp.data import tally
+from kandinsky_exp.data.colour import NOTE
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.splits import Splits
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
 
 
 @dataclass(frozen=True)
 class Report:
-    """Counts over both splits; None for what is only known once a stream has been read."""
+    """Counts over both splits; None for what is only known once a stream has been read.
+
+    Args:
+        left_out: what lies where the pictures do and is not used, a line for each reason.
+    """
 
     images: int | None
     validation_images: int | None
     captions: int | None
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.images is None:
@@ -42,7 +50,13 @@ def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Rep
     known = [source for source in splits.both if isinstance(source, Indexed)]
     captions = sum(int(source.caption_counts().sum()) for source in known)
     held_out = _count(splits.validation) if splits.validation is not None else 0
-    return Report(_count(splits.train), held_out, captions if len(known) == len(splits.both) else None)
+    unused: Tally = {}
+    for part in known:
+        tally.add(unused, part.left_out())
+    if splits.kept is not None:
+        tally.add(unused, splits.kept.left_out())
+    captions_known = captions if len(known) == len(splits.both) else None
+    return Report(_count(splits.train), held_out, captions_known, tuple(tally.lines(unused)))
 
 
 def _count(source: Source) -> int | None:
@@ -74,16 +88,27 @@ def problem_of(example: Example, requires_captions: bool) -> str | None:
     return f"{example.where}: {reason}" if reason else None
 
 
-def find_bad(source: Indexed, requires_captions: bool) -> list[tuple[int, str]]:
-    """Decode every image, several at a time: (row, problem) of every row that cannot be used."""
-    problems = in_threads(partial(_decoding_problem, source, requires_captions), len(source))
-    return [(row, problem) for row, problem in enumerate(problems) if problem]
+def find_bad(source: Indexed, requires_captions: bool, noted: Tally | None = None) -> list[tuple[int, str]]:
+    """Decode every image, several at a time: (row, problem) of every row that cannot be used.
+
+    Args:
+        noted: gets what of the others' files was not used.
+    """
+    bad = []
+    for row, (problem, note) in enumerate(
+        in_threads(partial(_decoding_problem, source, requires_captions), len(source))
+    ):
+        if problem:
+            bad.append((row, problem))
+        elif note and noted is not None:
+            tally.count(noted, note, source[row].id)
+    return bad
 
 
-def _decoding_problem(source: Indexed, requires_captions: bool, row: int) -> str | None:
+def _decoding_problem(source: Indexed, requires_captions: bool, row: int) -> tuple[str | None, str]:
     example = source[row]
     try:
-        example.image()
+        note = example.image().info.get(NOTE, "")
     except DataError as error:
-        return str(error)
-    return problem_of(example, requires_captions)
+        return str(error), ""
+    return problem_of(example, requires_captions), note

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kandinsky_exp.data.progress import Log
 from kandinsky_exp.errors import DataError
+from kandinsky_exp.paths import exists, on_disk
 
 MISSING = bytes(32)  # stands for a file that cannot be read
 CHUNK = 4096
@@ -203,7 +204,10 @@ def _stat(paths: pa.Array) -> tuple[Integers, Integers]:
     sizes, times = np.full(len(paths), -1), np.full(len(paths), -1)
     for row, path in enumerate(_strings(paths)):
         try:
-            status = os.stat(path)  # noqa: PTH116 - a hundred thousand Path objects take as long as the calls
+            try:
+                status = os.stat(path)  # noqa: PTH116 - a hundred thousand Path objects take as long as the calls
+            except FileNotFoundError:
+                status = os.stat(on_disk(path))  # noqa: PTH116
         except (OSError, ValueError):
             continue
         if stat.S_ISREG(status.st_mode):
@@ -224,7 +228,7 @@ def _hash_files(paths: list[str]) -> Bytes:
 
 def _hash_file(path: str) -> bytes:
     try:
-        with Path(path).open("rb") as file:
+        with Path(path if exists(path) else on_disk(path)).open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError:
         return MISSING

@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kandinsky_exp.data.beside import is_picture, is_unicode, walk
+from kandinsky_exp.data import tally
+from kandinsky_exp.data.folders import NO_PICTURES, is_picture, is_unicode, walk
 from kandinsky_exp.data.metadata import caption_problem
 from kandinsky_exp.data.rows import FileRow, FileRows, gather
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.paths import expanded, is_folder
 
+MADE = "drawn.json"  # beside drawn pictures: what they follow from
 DRAWN = re.compile(r"drawn-\d{5,}\.png")
 
 
@@ -38,10 +41,20 @@ class ClassImages:
         """The pictures that are there."""
         assert self.folder is not None  # nosec B101 # narrows the type
         own, drawn = self._found()
-        return captioned(self.folder, [*own, *drawn][: self.count], self.prompt)
+        rows = captioned(self.folder, [*own, *drawn][: self.count], self.prompt)
+        return replace(rows, unused=self.left_out())
 
-    def _found(self) -> tuple[list[str], list[str]]:
-        names = [] if self.folder is None else list(pictures(self.folder))
+    def left_out(self) -> Tally:
+        """What lies in the folder and does not train."""
+        unused: Tally = {}
+        own, drawn = self._found(unused)
+        for name in [*own, *drawn][self.count :]:
+            tally.count(unused, f"not used, class images beyond data.num_class_images={self.count}", name)
+        return unused
+
+    def _found(self, unused: Tally | None = None) -> tuple[list[str], list[str]]:
+        is_there = self.folder is not None and self.folder.is_dir()
+        names = list(pictures(self.folder, (), unused)) if is_there and self.folder is not None else []
         own = [name for name in names if not DRAWN.fullmatch(name)]
         return own, sorted(set(names) - set(own), key=lambda name: (len(name), name))
 
@@ -74,10 +87,11 @@ def subject(key: str, path: str | Path, prompt: str, skip: Collection[Path] = ()
     if not is_folder(folder):
         raise DataError(f"{key}: {folder} is not a folder; give the folder that holds the pictures of your subject")
     _refuse("data.instance_prompt", prompt)
-    names = list(pictures(folder, skip))
+    unused: Tally = {}
+    names = list(pictures(folder, skip, unused))
     if not names:
         raise DataError(f"{key}: there is no picture in {folder}; put some of your subject there, five are a start")
-    return captioned(folder, names, prompt)
+    return replace(captioned(folder, names, prompt), unused=unused)
 
 
 def _refuse(key: str, prompt: str) -> None:
@@ -85,11 +99,15 @@ def _refuse(key: str, prompt: str) -> None:
         raise DataError(f"{key}: {problem}")
 
 
-def pictures(folder: Path, skip: Collection[Path] = ()) -> Iterator[str]:
-    """Names of pictures, relative to the folder."""
-    for inner, files in walk(folder, skip):
-        inside = "" if inner == folder else f"{inner.relative_to(folder).as_posix()}/"
-        yield from (inside + name for name in files if is_picture(name))
+def pictures(folder: Path, skip: Collection[Path] = (), unused: Tally | None = None) -> Iterator[str]:
+    """Names of pictures, relative to the folder; the others are counted in `unused`."""
+    unused = {} if unused is None else unused
+    for inner, inside, files in walk(folder, skip, unused):
+        for name in files:
+            if is_picture(inner / name):
+                yield inside + name
+            elif name != MADE:
+                tally.count(unused, NO_PICTURES, inside + name)
 
 
 def captioned(folder: Path, names: list[str], prompt: str) -> FileRows:

@@ -12,7 +12,7 @@ from kandinsky_exp.data import cache
 from kandinsky_exp.data.encoding import Encoder, EncodeSettings, Walk
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.journal import Journal
-from kandinsky_exp.data.layout import removal
+from kandinsky_exp.data.layout import PICTURE_RULES, removal
 from kandinsky_exp.data.metadata import SHOWN, first_few
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.progress import Log
@@ -106,5 +106,6 @@ def _encode(
             "text_length": stage.preprocess.text_length,
             "dtype": how.dtype,
             "buckets": bool(stage.preprocess.buckets),
+            "rules": PICTURE_RULES,
         }
         journal.finish({**facts, **about}, folder)

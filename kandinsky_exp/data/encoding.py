@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky_exp.data import cache
+from kandinsky_exp.data import cache, tally
 from kandinsky_exp.data.chunk import Chunk
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.journal import Journal
@@ -112,6 +112,8 @@ class Walk:
             if self.chunk.seen >= chunk_rows:
                 self._commit()
             before = time.monotonic()  # the first batch takes longer than the others: it is not counted
+        if self.source.streamed:  # of others it was said before
+            tally.add(self.journal.progress.noted, self.source.left_out())
         self._commit()
 
     def _memory_is_short(self, error: torch.OutOfMemoryError) -> DataError:
@@ -154,6 +156,8 @@ class Walk:
             chunk.pictures.append(example.picture)
             chunk.images.append([])
             self.journal.progress.note_cut(example.id, example.cut)
+            if example.note:
+                tally.count(self.journal.progress.noted, example.note, example.id)
         chunk.seen += len(batch.examples)
         for offsets, views in batch.groups:
             self._take_images([places[offset] for offset in offsets], views)

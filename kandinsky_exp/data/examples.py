@@ -17,7 +17,9 @@ from PIL import Image
 
 from kandinsky_exp.data.digests import FileDigests, of_content
 from kandinsky_exp.data.preprocess import open_rgb
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
+from kandinsky_exp.paths import on_disk
 
 MAX_BYTES = 256 << 20  # of one image's file
 
@@ -62,7 +64,11 @@ class Example:
 def read_file(path: str, limit: int = MAX_BYTES) -> bytes:
     """Content of a file; one of more than `limit` bytes, or a device or pipe that might never end, is refused."""
     file = Path(path)
-    mode = file.stat().st_mode
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        file = Path(on_disk(path))
+        mode = file.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(0, "not a regular file")
     with file.open("rb") as content:
@@ -103,6 +109,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self, digests: FileDigests) -> str:
         """64 hex digits that follow ids, captions and image bytes in order, not the folder they lie in."""
+
+    def left_out(self) -> Tally:
+        """What lies where the examples do and is none; of a stream, what its last walk saw."""
+        return {}
 
 
 class Indexed(Source):
@@ -149,6 +159,9 @@ class Subset(Indexed):
 
     def suspects(self, captions: bool) -> NDArray[np.int64]:
         return np.flatnonzero(np.isin(self.indices, self.parent.suspects(captions)))
+
+    def left_out(self) -> Tally:
+        return self.parent.left_out()
 
     def fingerprint(self, digests: FileDigests) -> str:
         total = hashlib.sha256(f"subset {self.parent.fingerprint(digests)}".encode())

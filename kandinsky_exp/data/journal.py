@@ -12,6 +12,7 @@ from kandinsky_exp.data.cut import cut_caption
 from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, PROGRESS
 from kandinsky_exp.data.progress import Log
 from kandinsky_exp.data.table import FORMAT, NO_FEATURES, Columns, ColumnWriter, head_checksum
+from kandinsky_exp.data.tally import Tally
 
 NAMED = 1000  # captions that were cut, so that a table of millions stays readable
 
@@ -28,6 +29,7 @@ class Progress:
         truncated: captions that were cut.
         cut: the first of them, and where.
         skipped: what was wrong with the examples that were left out.
+        noted: what else was not used: parts of files, or members of a stream that are no examples.
         bytes: size of each file.
     """
 
@@ -39,6 +41,7 @@ class Progress:
     truncated: int = 0
     cut: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    noted: Tally = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
 
     def note_cut(self, name: str, kept: Iterable[str]) -> None:

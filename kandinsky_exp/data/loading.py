@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kandinsky_exp.data.colour import NOTE
 from kandinsky_exp.data.digests import of_content
 from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.preprocess import Preprocess
@@ -31,6 +32,7 @@ class Loaded:
         cut: what is read of those captions that are too long.
         problem: why it cannot be used; then there is nothing else.
         picture: (2,) of the image file's content, equal where it is the same.
+        note: what of the image's file was not used, though the image was.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Loaded:
     cut: tuple[str, ...] = ()
     problem: str = ""
     picture: NDArray[np.int64] | None = None
+    note: str = ""
 
 
 @dataclass
@@ -95,6 +98,7 @@ class Loader(Dataset[Loaded]):
             tuple(tensors for tensors, _ in captions),
             tuple(kept for _, kept in captions if kept is not None),
             picture=of_content(example.read()),
+            note=image.info.get(NOTE, ""),
         )
 
     def batches(self, examples: Iterator[Example], batch_size: int, workers: int) -> Iterator[Batch]:

@@ -18,6 +18,7 @@ from kandinsky_exp.data import metadata
 from kandinsky_exp.data.digests import FileDigests, release, update
 from kandinsky_exp.data.examples import Example, Indexed, nothing, read_file
 from kandinsky_exp.data.metadata import CHUNK, Row
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
 
 SCHEMA = pa.schema(
@@ -54,6 +55,7 @@ class FileRows(Indexed):
         unit: what `number` counts there, "line" or "row"; empty where no file lists them.
         columns: of `SCHEMA`.
         problems: that `columns.problems` points at; the first is none.
+        unused: what lies in the folder and is no example.
     """
 
     name: str
@@ -62,6 +64,7 @@ class FileRows(Indexed):
     unit: str
     columns: pa.RecordBatch
     problems: tuple[Problems, ...]
+    unused: Tally = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.columns.num_rows)
@@ -73,6 +76,9 @@ class FileRows(Indexed):
         where = f"{self.origin}, {place}" if self.unit else self.origin
         read = nothing if file is None else partial(read_file, os.path.join(self.home, file))  # noqa: PTH118 - NUL
         return Example(file or place, tuple(captions), read, where, caption_problem, problem)
+
+    def left_out(self) -> Tally:
+        return self.unused
 
     def caption_counts(self) -> NDArray[np.int64]:
         counts: NDArray[np.int64] = pc.list_value_length(self.columns.column("captions")).to_numpy()

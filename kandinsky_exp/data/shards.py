@@ -19,10 +19,13 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Self
 
-from kandinsky_exp.data import download
+from kandinsky_exp.data import download, tally
 from kandinsky_exp.data.digests import FileDigests, update
 from kandinsky_exp.data.examples import MAX_BYTES, Example, Source, given, nothing
+from kandinsky_exp.data.folders import HEAD
+from kandinsky_exp.data.members import BESIDE, MANY, Group, Grouping, Member
 from kandinsky_exp.data.rows import Captions, parse_captions
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.texts import decode
 
@@ -54,15 +57,6 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged or cut off ({error})") from None
 
 
-@dataclass
-class _Group:
-    """The members of one example by extension, and why some were not taken."""
-
-    base: str
-    members: dict[str, bytes] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Shards(Source):
     """Examples of tar files, local or by URL.
@@ -73,6 +67,8 @@ class Shards(Source):
         image_keys: extensions of images, the preferred one first.
         caption_key: extension of the caption's text, or `json.<key>` for a key of the object in a `.json`.
         limit: take the first so many examples.
+        any_picture: whether pictures of other endings than these are examples, too.
+        unused: the members that are in no example, as far as the last walk came.
     """
 
     name: str
@@ -80,6 +76,8 @@ class Shards(Source):
     image_keys: tuple[str, ...]
     caption_key: str
     limit: int | None = None
+    any_picture: bool = False
+    unused: Tally = field(default_factory=dict, compare=False)
 
     streamed = True
 
@@ -96,13 +94,17 @@ class Shards(Source):
         Raises:
             DataError: for a shard that is missing, damaged, cut off or without images.
         """
-        for shard, group in islice(self._groups(start), start, self.limit):
+        self.unused.clear()
+        for shard, group in islice(self._groups(start, self.unused), start, self.limit):
             yield self._example(shard, group)
 
     def __getitem__(self, row: int) -> Example:
         for example in self.examples(row):
             return example
         raise IndexError(f"row {row} of {self.name}")
+
+    def left_out(self) -> Tally:
+        return self.unused
 
     def fingerprint(self, digests: FileDigests) -> str:
         """Local shards count by content, the others by what their server says of them."""
@@ -115,53 +117,54 @@ class Shards(Source):
                 total.update(identity.encode())
         return total.hexdigest()
 
-    def _groups(self, start: int) -> Iterator[tuple[str, _Group]]:
+    def _groups(self, start: int, unused: Tally | None = None) -> Iterator[tuple[str, Group]]:
         """(shard, group) of every example; those before row `start` come without their contents."""
         row = 0
         for shard in self.shards:
             before = row
             with _reading(shard) as (archive, end):
-                for group in self._walk(archive, end, start - row):
+                for group in self._walk(archive, end, start - row, {} if unused is None else unused):
                     row += 1
                     yield shard, group
             if row == before:
                 raise DataError(f"{download.shown(shard)} holds no images ({', '.join(self.image_keys)})")
 
-    def _walk(self, archive: tarfile.TarFile, end: int | None, start: int) -> Iterator[_Group]:
-        wanted = {*self.image_keys, "json" if self.caption_key.startswith("json.") else self.caption_key}
-        number, group = 0, _Group("")
+    def _walk(self, archive: tarfile.TarFile, end: int | None, start: int, unused: Tally) -> Iterator[Group]:
+        grouping, number = Grouping(self.image_keys, self._text_key, self.any_picture, unused), 0
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # kept for random access, a header for each image
             _refuse_bomb(member, end)
-            base, key = _split(member.name)
-            if key not in wanted:
-                continue
-            if group.base != base or key in group.members or key in group.refused:
-                if group.base:
-                    yield group
-                    number += 1
-                group = _Group(base)
-            if problem := _problem(member, MAX_BYTES if key in self.image_keys else MAX_TEXT):
-                group.refused[key] = problem
-            else:
-                group.members[key] = _content(archive, member) if number >= start else b""
-        if group.base:
-            yield group
+            limit = MAX_TEXT if member.name.lower().endswith(f".{self._text_key}") else MAX_BYTES
+            is_needed = number + MANY >= start  # it is known later which row it belongs to
+            for group in grouping.take(_Content(archive, member, is_needed).as_member(_problem(member, limit))):
+                yield group
+                number += 1
+        yield from grouping.finish()
 
-    def _example(self, shard: str, group: _Group) -> Example:
+    def _example(self, shard: str, group: Group) -> Example:
         where = f"{download.shown(shard)}, {group.base}"
         captions, wordless = self._captions(group)
-        key = next((key for key in self.image_keys if key in group.members), None)
-        if key is None:
-            problem = next((group.refused[key] for key in self.image_keys if key in group.refused), "")
-            problem = problem or f"no image ({', '.join(self.image_keys)}) has this name; set data.image_column"
+        found = {**group.refused, **group.members}
+        others = sorted(found.keys() - {self._text_key}) if self.any_picture else []
+        key = next((key for key in (*self.image_keys, *others) if key in found), None)
+        if key not in group.members:
+            problem = group.refused[key] if key is not None else self._no_image(group)
             return Example(f"{_file_name(shard)}/{group.base}", captions, nothing, where, wordless, problem)
+        for other in found.keys() - {key, self._text_key}:
+            tally.count(self.unused, BESIDE, f"{group.base}.{other}")
         name = f"{_file_name(shard)}/{group.base}.{key}"
         return Example(name, captions, partial(given, group.members[key]), where, wordless)
 
-    def _captions(self, group: _Group) -> Captions:
-        is_json = self.caption_key.startswith("json.")
-        key = "json" if is_json else self.caption_key
+    @property
+    def _text_key(self) -> str:
+        return "json" if self.caption_key.startswith("json.") else self.caption_key
+
+    def _no_image(self, group: Group) -> str:
+        there = f"; there are {', '.join(group.beside)}" if group.beside else ""
+        return f"no image ({', '.join(self.image_keys)}) has this name{there}; set data.image_column"
+
+    def _captions(self, group: Group) -> Captions:
+        key, is_json = self._text_key, self.caption_key.startswith("json.")
         if key not in group.members:
             return (), group.refused.get(key, f"no .{key} has this name; set data.caption_column")
         try:
@@ -214,13 +217,6 @@ def _is_compressed(shard: str) -> bool:
         return False  # what is wrong with it is said when it is read
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Base name with its folder, and extension: all from the first dot on. Both are empty for other files."""
-    folder, file = posixpath.split(name.encode(errors="surrogateescape").decode(errors="replace"))
-    base, _, key = file.partition(".")
-    return (posixpath.join(folder, base), key.lower()) if base and key else ("", "")
-
-
 def _problem(member: tarfile.TarInfo, limit: int) -> str:
     if not member.isreg():
         return f"{member.name} is a link or no file; store the content"
@@ -231,10 +227,28 @@ def _problem(member: tarfile.TarInfo, limit: int) -> str:
     return ""
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None  # a regular file  # nosec B101
-    return file.read()
+class _Content:
+    """A member's bytes, read in order, as a stream gives them."""
+
+    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo, is_needed: bool) -> None:
+        self.archive, self.member, self.is_needed = archive, member, is_needed
+        self.begun: bytes | None = None
+
+    def as_member(self, problem: str) -> Member:
+        return Member(self.member.name, problem, self.head, self.all)
+
+    def head(self) -> bytes:
+        self.file = self.archive.extractfile(self.member)
+        assert self.file is not None  # a regular file  # nosec B101
+        self.begun = self.file.read(HEAD)
+        return self.begun
+
+    def all(self) -> bytes:
+        if not self.is_needed:
+            return b""
+        begun = self.head() if self.begun is None else self.begun
+        assert self.file is not None  # nosec B101
+        return begun + self.file.read()
 
 
 def _file_name(shard: str) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kandinsky_exp.data import metadata
+from kandinsky_exp.data import metadata, tally
 from kandinsky_exp.data.beside import read_beside
 from kandinsky_exp.data.checks import Report, check, find_bad, problem_of
 from kandinsky_exp.data.download import shown
 from kandinsky_exp.data.dreambooth import of_class, subject
 from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
+from kandinsky_exp.data.folders import outside, unlisted
 from kandinsky_exp.data.hub_rows import hub_rows, load, parquet_rows
 from kandinsky_exp.data.rows import FileRows, image_columns, read_listed
 from kandinsky_exp.data.sampler import order
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 EMOJI = Path(__file__).parents[1] / "tiny" / "assets" / "emoji"
+IMAGE_KEYS = "jpg;png;webp;jpeg"
 LISTS = (".csv", ".parquet", ".jsonl", ".tsv")
 
 
@@ -64,6 +66,8 @@ def folder(path: str | Path, image_column: str = "image", caption_column: str = 
         raise DataError(f"data.path: both {root} and its train/ hold metadata; keep one, or give {root / 'train'}")
     validation = root / "validation"
     train = _read_folder(home, validation, image_column, caption_column)
+    if home != root:
+        tally.add(train.unused, outside(root, [home, validation]))
     if not validation.is_dir() or (listed and metadata.find(validation) is None):
         return Splits(train, None)
     return Splits(train, _read_folder(validation, validation / "validation", image_column, caption_column))
@@ -71,7 +75,10 @@ def folder(path: str | Path, image_column: str = "image", caption_column: str = 
 
 def _read_folder(home: Path, skip: Path, image_column: str, caption_column: str) -> FileRows:
     file = metadata.find(home)
-    return read_beside(home, skip) if file is None else read_listed(file, image_column, caption_column, inside=True)
+    if file is None:
+        return read_beside(home, skip)
+    rows = read_listed(file, image_column, caption_column, inside=True)
+    return replace(rows, unused=unlisted(home, [skip], rows.columns.column("file"), file.name))
 
 
 def listing(
@@ -107,7 +114,7 @@ def _read_list(path: str | Path, key: str, image_column: str, caption_column: st
 
 def webdataset(
     path: str | Path | Sequence[str],
-    image_column: str = "jpg;png;webp;jpeg",
+    image_column: str = IMAGE_KEYS,
     caption_column: str = "txt",
     validation_path: str | Path | Sequence[str] | None = None,
 ) -> Splits:
@@ -115,7 +122,7 @@ def webdataset(
 
     Args:
         path: files, globs, folders or URLs, with `{000..007}` or `{a,b}` for several.
-        image_column: extensions of the images' members, the preferred one first.
+        image_column: extensions of the images' members, the preferred one first; as it is, those of all pictures.
         caption_column: extension of the captions' members, or `json.<key>`.
 
     Raises:
@@ -128,7 +135,8 @@ def webdataset(
     def shards(paths: str | Path | Sequence[str], key: str) -> Shards:
         names = expand(paths, key)
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        return Shards(f"{shown(names[0])}{more}", names, keys, caption_column.lstrip("."))
+        plain = keys == tuple(IMAGE_KEYS.split(";"))  # what can be decoded is used, unless only some of it is asked for
+        return Shards(f"{shown(names[0])}{more}", names, keys, caption_column.lstrip("."), any_picture=plain)
 
     held_out = shards(validation_path, "data.validation_path") if validation_path is not None else None
     return Splits(shards(path, "data.path"), held_out)
@@ -136,7 +144,9 @@ def webdataset(
 
 def emoji() -> Splits:
     """The 64 + 16 captioned emoji, 64 px, that ship with the package."""
-    return folder(EMOJI)
+    splits = folder(EMOJI)
+    splits.train.left_out().clear()  # the licence
+    return splits
 
 
 def hub(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, removal
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
 
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
@@ -222,6 +223,12 @@ class FeatureTable:
     def skipped(self) -> list[str]:
         """What was wrong with the examples that were left out."""
         return [str(problem) for problem in self.meta["skipped"]]
+
+    @property
+    def noted(self) -> Tally:
+        """What else was not used; tables of before did not count it."""
+        noted: Tally = self.meta.get("noted", {})
+        return noted
 
     @property
     def ids(self) -> list[str]:
