@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kandinsky_exp import adapters, architectures, averaging, host_memory, run_settings, targets, trust
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.buckets import bucket_sizes
+from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.errors import ConfigError, UserError
 from kandinsky_exp.loop import Training
@@ -146,7 +146,9 @@ def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.Report:
         DataError: with the first rows that cannot be used, unless these are to be skipped.
     """
     reads_captions = "text_encoder" in stage_class(cfg).encoders
-    return sources.check(splits, reads_captions, skip=cfg.data.on_error == "skip")
+    report = sources.check(splits, reads_captions, skip=cfg.data.on_error == "skip")
+    sizes = note_on_sizes(cfg.data.resolution) if cfg.data.buckets and "movq" in stage_class(cfg).encoders else ""
+    return replace(report, notes=(*report.notes, sizes)) if sizes else report
 
 
 def stage_class(cfg: DictConfig) -> type[DiffusionStage]:

@@ -1,20 +1,22 @@
 """Pictures of a class that are missing: drawn once by the base prior and decoder, and kept."""
 
 import hashlib
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kandinsky_exp import architectures, long_prompts, pipelines, workspace
-from kandinsky_exp.data.dreambooth import ClassImages, drawn_name
+from kandinsky_exp.data.dreambooth import MADE, ClassImages, drawn_name
 from kandinsky_exp.data.progress import EVERY_SECONDS
 from kandinsky_exp.errors import ConfigError, DataError
-from kandinsky_exp.parts import PARTS, Side, check_source
+from kandinsky_exp.parts import PARTS, Side, check_source, is_hub_id, side_parts
 from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.weights import Weights
 
@@ -34,8 +36,7 @@ def needed_parts(wanted: ClassImages | None, weights: Weights) -> set[str]:
     """
     if wanted is None or not (missing := wanted.missing()):
         return set()
-    sources: dict[Side, str] = {"prior": weights.prior, "decoder": weights.decoder}
-    for side, source in sources.items():
+    for side, source in _sources(weights).items():
         if problem := check_source(source, side, weights.variant):
             raise ConfigError(f"data.num_class_images: {_lack(wanted, len(missing))}: weights.{side}: {problem}")
     return set(PARTS)
@@ -60,6 +61,89 @@ def placed(wanted: ClassImages | None, weights: Weights, how: SampleSettings) ->
     return replace(wanted, folder=weights.cache_folder.absolute() / folder)
 
 
+def refuse_others(
+    wanted: ClassImages | None, weights: Weights, how: SampleSettings, is_known: Callable[[], bool] = lambda: False
+) -> None:
+    """Have nobody train on pictures that were drawn for something else.
+
+    Args:
+        is_known: whether a run goes on that has trained on these very pictures; asked where nothing else tells.
+
+    Raises:
+        DataError: what was drawn into the folder follows from something else, or nobody knows from what.
+    """
+    if wanted is None or wanted.folder is None or not wanted.drawn():
+        return
+    recorded = _recorded(wanted.folder)
+    if recorded is None:
+        if _is_named_by_content(wanted, weights, how) or is_known():
+            return
+        problem = f"nothing says what the {len(wanted.drawn())} drawn pictures there were drawn for"
+    elif different := _differences(recorded, wanted, weights, how):
+        problem = f"the pictures there were drawn otherwise ({'; '.join(different)})"
+    else:
+        return
+    raise DataError(
+        f"data.class_path: {wanted.folder}: {problem}; give another folder, remove drawn-*.png and {MADE} to have them "
+        "drawn anew, or give the pictures other names to keep them as your own"
+    )
+
+
+def _settings(prompt: str, how: SampleSettings) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        **{key: value for key, value in asdict(how).items() if key not in ("batch_size", "first")},
+    }
+
+
+def _differences(recorded: dict[str, Any], wanted: ClassImages, weights: Weights, how: SampleSettings) -> list[str]:
+    now = _settings(wanted.prompt, how)
+    found = [
+        f"{key} was {recorded.get(key)!r}, is {value!r}" for key, value in now.items() if recorded.get(key) != value
+    ]
+    for side, source in _sources(weights).items():
+        if is_hub_id(source) and not wanted.missing():  # it may not be on this machine, and need not
+            was = str(recorded.get(f"{side}_source"))
+            same = not is_hub_id(was) or was == source
+        else:
+            same = check_source(source, side, weights.variant) is not None or recorded.get(side) == weights.content(
+                side_parts(side)
+            )
+        found += [] if same else [f"weights.{side} was another"]
+    return found
+
+
+def _note_origin(wanted: ClassImages, weights: Weights, how: SampleSettings) -> None:
+    """Write what the pictures follow from that are about to be drawn into a folder without any."""
+    if wanted.folder is None or (wanted.drawn() and not _is_named_by_content(wanted, weights, how)):
+        return
+    sources = _sources(weights)
+    base = {side: weights.content(side_parts(side)) for side in sources}
+    facts = _settings(wanted.prompt, how) | base | {f"{side}_source": source for side, source in sources.items()}
+    workspace.write_atomically(wanted.folder / MADE, json.dumps(facts, indent=2) + "\n")
+
+
+def _sources(weights: Weights) -> dict[Side, str]:
+    return {"prior": weights.prior, "decoder": weights.decoder}
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    try:
+        recorded = json.loads((folder / MADE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return recorded if isinstance(recorded, dict) else None
+
+
+def _is_named_by_content(wanted: ClassImages, weights: Weights, how: SampleSettings) -> bool:
+    """Whether the folder is the cache's own, whose name follows from all that counts."""
+    assert wanted.folder is not None  # nosec B101 # narrows the type
+    if not wanted.folder.name.startswith("class-"):
+        return False
+    place = placed(replace(wanted, folder=None), weights, how)
+    return place is not None and place.folder is not None and place.folder.name == wanted.folder.name
+
+
 def complete(
     wanted: ClassImages | None, weights: Weights, how: SampleSettings, device: torch.device
 ) -> ClassImages | None:
@@ -76,7 +160,9 @@ def complete(
         return wanted
     architectures.check_resolution(weights, how.height)  # the verb `encode` draws for the prior, too
     with writing(wanted.folder), workspace.locked(wanted.folder / ".lock"):
-        if missing := wanted.missing():  # another process may have drawn them meanwhile
+        refuse_others(wanted, weights, how, lambda: True)  # another process may have drawn meanwhile
+        if missing := wanted.missing():
+            _note_origin(wanted, weights, how)
             draw(wanted.prompt, missing, wanted.folder, weights, how, device)
     return wanted
 

@@ -54,6 +54,9 @@ def _encode(cfg: DictConfig) -> None:
         notes = processes.on_main_process(
             lambda: architectures.check(weights, encoders | class_images.needed_parts(splits.kept, weights))
         )
+        processes.on_main_process(
+            lambda: class_images.refuse_others(class_images.placed(splits.kept, weights, how), weights, how)
+        )
         stage = build.bare_stage(cfg, weights)
         settings = ReadSettings(
             cache=folder,
@@ -66,7 +69,7 @@ def _encode(cfg: DictConfig) -> None:
             grad_accumulation=1,
         )
         with workspace.logging_to(None, accelerator.is_main_process):
-            for note in report.left_out:
+            for note in report.notes:
                 logger.warning(note)
             splits.kept = processes.on_main_process(
                 lambda: class_images.complete(splits.kept, weights, how, accelerator.device)

@@ -23,11 +23,13 @@ from kandinsky_exp import (
     workspace,
 )
 from kandinsky_exp.data import download
+from kandinsky_exp.data.buckets import notes_on_rare
 from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.features import CachedFeatures
 from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.mlflow_names import masked
 from kandinsky_exp.parts import PARTS
-from kandinsky_exp.readers import Readers
+from kandinsky_exp.readers import FeatureReader, Readers
 from kandinsky_exp.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -125,6 +127,15 @@ def note_data(space: workspace.Workspace, data: Readers) -> None:
             fingerprint[:12],
         )
     space.record.data, space.record.source = fingerprint, data.source
+
+
+def notes_on_shapes(reader: FeatureReader, steps: int, processes: int) -> list[str]:
+    """What a user should know of batches of one shape each, for a run of so many optimizer steps."""
+    dataset, shape = reader.dataset, reader.settings
+    if not isinstance(dataset, CachedFeatures) or not dataset.table.meta["buckets"]:
+        return []
+    per_step = shape.batch_size * shape.grad_accumulation * processes
+    return notes_on_rare(dataset.shapes()[:, 1:], per_step, steps)
 
 
 def describe(

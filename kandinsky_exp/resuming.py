@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kandinsky_exp import integrity, recorded_paths
+from kandinsky_exp.data.layout import PICTURE_RULES
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.workspace import Workspace
 
@@ -32,6 +33,10 @@ NEUTRAL = (
     "data.encode_workers",
     "data.on_error",
     "weights",
+)
+MORE_IS_READ = (
+    "; more counts as a picture than when it began (.jfif, .jp2 and others, folders that are links): move what was not "
+    "used then out of the folder"
 )
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")  # neutral to a schedule that does not look at it
 
@@ -76,7 +81,7 @@ def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
         (facts.encoders, space.record.encoders, "weights: not the encoders that it trains with"),
     ):
         if None not in (found, recorded) and found != recorded:
-            problems.append(what)
+            problems.append(what + (MORE_IS_READ if what.startswith("data") and is_of_old_rules(space) else ""))
     if state["total_batch"] != facts.total_batch:
         problems.append(
             f"trainer.batch_size × trainer.grad_accumulation × processes: was {state['total_batch']}, is "
@@ -90,6 +95,22 @@ def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
         )
     space.changed = different
     space.notes += _notes(different, state["processes"], facts.processes)
+
+
+def is_of_old_rules(space: Workspace) -> bool:
+    """Whether a run began when pictures were read by other rules."""
+    return space.is_resumed and space.start is not None and space.record.rules != PICTURE_RULES
+
+
+def notes_on_rules(space: Workspace) -> list[str]:
+    """What is to be known of a run that goes on with pictures that are read by other rules than before."""
+    if not is_of_old_rules(space):
+        return []
+    return [
+        "since this run began, colour profiles of pictures count, and transparent colours of 16-bit pictures: all "
+        "are encoded anew. Losses from before and from now on compare if the pictures have none of these; if they have "
+        f"some, start anew under another name, with checkpoint.resume={space.folder} from the weights of this run"
+    ]
 
 
 def _notes(different: dict[str, tuple[Any, Any]], processes_before: int, processes: int) -> list[str]:

@@ -36,6 +36,7 @@ from kandinsky_exp import (
 )
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
+from kandinsky_exp.data.layout import PICTURE_RULES
 from kandinsky_exp.errors import Interrupted, Pruned, RunFailure, UserError
 from kandinsky_exp.events import Events
 from kandinsky_exp.parts import PARTS
@@ -91,6 +92,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                     weights.release(stage.encoders)
                 steps = run_settings.total_steps(cfg, len(data.train), count)
                 space.record.rows = len(data.train)
+                data.notes.extend(records.notes_on_shapes(data.train, steps, count))
                 with memory_advice.given(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
                     judge = pruning.judge(cfg, steps)
@@ -137,7 +139,9 @@ def prepare(
         tracking.probe(records.tracker_uri(cfg))
     note = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
     notes = build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
-    splits.kept = class_images.placed(splits.kept, weights, class_images.settings(cfg.seed, cfg.data.resolution))
+    how = class_images.settings(cfg.seed, cfg.data.resolution)
+    splits.kept = class_images.placed(splits.kept, weights, how)
+    class_images.refuse_others(splits.kept, weights, how, lambda: has_trained_on(cfg, splits))
     report = build.check_data(cfg, splits)
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
@@ -147,7 +151,7 @@ def prepare(
     compare(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
         space.record.split = "picture"
-    space.notes += report.left_out
+    space.notes += report.notes
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
@@ -157,6 +161,15 @@ def prepare(
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
     print(f"{space.folder}\n{report}", file=sys.stderr)
     return space
+
+
+def has_trained_on(cfg: DictConfig, splits: sources.Splits) -> bool:
+    """Whether an earlier start of this very run had this data set, as far as all of it is there."""
+    root, name = place(cfg)
+    record = workspace.read_record(root / name) if name is not None else None
+    if record is None or record.source is None:
+        return False
+    return splits.fingerprint(FileDigests(build.cache_folder(cfg))) in (None, record.source)
 
 
 def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: workspace.Workspace) -> None:
@@ -173,7 +186,10 @@ def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: in
     before = config.flatten_saved(space.folder) if space.is_resumed else {}
     resuming.check(space, before, now := config.flatten(cfg), facts)
     space.repeats = resuming.repeats(space, now, facts)
+    space.notes += resuming.notes_on_rules(space) if reads else []
     space.record.encoders = encoders
+    if reads or not space.is_resumed:
+        space.record.rules = PICTURE_RULES
 
 
 def place(cfg: DictConfig) -> tuple[Path, str | None]:

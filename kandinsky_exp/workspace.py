@@ -42,6 +42,7 @@ class Record:
         source, encoders: fingerprints of the data set as it was given, and of the frozen encoders' files.
         split: `picture` where held-out rows share none with those that train; None of a run that has held out rows.
         revision: the commit that the trained network's base on the hub resolved to.
+        rules: by which its pictures were read, `PICTURE_RULES`; None for the first ones.
     """
 
     run_id: str | None = None
@@ -57,6 +58,7 @@ class Record:
     encoders: str | None = None
     revision: str | None = None
     split: str | None = None
+    rules: int | None = None
 
 
 @dataclass

@@ -305,7 +305,7 @@ def ids(source: object) -> list[str]:
 
 
 def left_out(splits: sources.Splits) -> list[str]:
-    return list(sources.check(splits, requires_captions=False).left_out)
+    return list(sources.check(splits, requires_captions=False).notes)
 
 
 def jpeg2000() -> bytes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from kandinsky_exp.data.layout import IMAGES, META, PROGRESS
+from kandinsky_exp.data.layout import IMAGES, META, PICTURE_RULES, PROGRESS
 from kandinsky_exp.data.progress import Log
 from kandinsky_exp.errors import ConfigError, DataError
 
@@ -189,6 +189,8 @@ def _entry(folder: Path) -> Entry | None:
     except (OSError, ValueError, KeyError, TypeError):
         about = "not complete" if folder.name.endswith(PARTIAL) else "damaged"
         return Entry(folder.name, about, 0, size, used)
+    if facts.get("rules") != PICTURE_RULES:
+        about += ", of an older version that read pictures otherwise: no longer used"
     return Entry(folder.name, about if file.name == META else "not complete", images, size, used)
 
 

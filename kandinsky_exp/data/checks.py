@@ -18,13 +18,13 @@ class Report:
     """Counts over both splits; None for what is only known once a stream has been read.
 
     Args:
-        left_out: what lies where the pictures do and is not used, a line for each reason.
+        notes: what a user should know, a line each, such as what lies where the pictures do and is not used.
     """
 
     images: int | None
     validation_images: int | None
     captions: int | None
-    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.images is None:

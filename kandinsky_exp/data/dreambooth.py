@@ -37,6 +37,10 @@ class ClassImages:
         own, drawn = self._found()
         return [number for number in range(self.count - len(own)) if drawn_name(number) not in drawn]
 
+    def drawn(self) -> list[str]:
+        """Names of the pictures that were drawn, whatever for."""
+        return self._found()[1]
+
     def source(self) -> FileRows:
         """The pictures that are there."""
         assert self.folder is not None  # nosec B101 # narrows the type

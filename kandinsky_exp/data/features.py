@@ -47,8 +47,7 @@ class CachedFeatures(Dataset[Features]):
 
     def groups(self) -> Rows:
         """A number for each row, equal where latents have the same shape."""
-        shapes = self.table.shapes()
-        found: Rows = np.unique(shapes if self.rows is None else shapes[self.rows], axis=0, return_inverse=True)[1]
+        found: Rows = np.unique(self.shapes(), axis=0, return_inverse=True)[1]
         return found.reshape(-1)
 
     def pictures(self, source: Source) -> Rows | None:
@@ -58,6 +57,11 @@ class CachedFeatures(Dataset[Features]):
             rows = np.array([self.source_row(index) for index in range(len(self))])
             return picture_digests(source, rows) if isinstance(source, Indexed) else None
         return stored if self.rows is None else stored[self.rows]
+
+    def shapes(self) -> Rows:
+        """Of the latents of each row, (n, 3); of use where they differ."""
+        shapes: Rows = self.table.shapes()
+        return shapes if self.rows is None else shapes[self.rows]
 
     def id(self, index: int) -> str:
         return self.table.id(self.row(index))
