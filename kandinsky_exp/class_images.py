@@ -152,10 +152,11 @@ def complete(
     Picture i starts from the noise of (seed, i): one that was killed is gone on with.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or holds pictures that were drawn for something else.
         ConfigError: the parts cannot be loaded, or cannot draw at this resolution.
     """
     wanted = placed(wanted, weights, how)
+    refuse_others(wanted, weights, how, lambda: True)
     if wanted is None or wanted.folder is None or not wanted.missing():
         return wanted
     architectures.check_resolution(weights, how.height)  # the verb `encode` draws for the prior, too

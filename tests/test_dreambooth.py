@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import dreambooth
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 from kandinsky_exp import class_images, config
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.dreambooth import ClassImages
+from kandinsky_exp.data.dreambooth import MADE, ClassImages
 from kandinsky_exp.data.features import Paired
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
 from kandinsky_exp.encode import encode
@@ -311,6 +313,59 @@ def test_the_verb_encode_draws_them_too(root: Path) -> None:
     encode(composed(root, "model=prior", "weights=tiny", *typed, verb="encode", small=[]))
     assert len(times(root / "class")) == DRAWN
     assert len(list((root / "cache").glob("*/images.arrow"))) == 2
+
+
+OTHERS = {
+    "prompt": ("a dog", HOW, "prompt was 'a 3d emoji of animal', is 'a dog'"),
+    "size": (CLASS, replace(HOW, height=64, width=64), "height was 32, is 64; width was 32, is 64"),
+    "seed": (CLASS, class_images.settings(1, 32), "seed was 0, is 1"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_pictures_that_were_drawn_for_something_else_are_refused(case: str, base: Path) -> None:
+    prompt, how, message = OTHERS[case]
+    others = ClassImages(base / "class", prompt, DRAWN, 1.0)
+    before = times(base / "class")
+    for count in (DRAWN, DRAWN + 1):
+        with pytest.raises(DataError, match=re.escape(message)):
+            class_images.complete(replace(others, count=count), tiny(base), how, CPU)
+    assert times(base / "class") == before
+    class_images.refuse_others(ClassImages(base / "class", CLASS, DRAWN, 1.0), tiny(base), HOW)
+
+
+def test_pictures_of_another_base_are_refused(base: Path) -> None:
+    tiny(base).folder("unet")  # makes the files of the tiny weights
+    (made,) = {file.parents[1] for file in base.glob("cache/**/unet/config.json")}
+    other = Weights("tiny", str(shutil.copytree(made, base / "other", dirs_exist_ok=True)), cache_folder=base / "cache")
+    wanted = ClassImages(base / "class", CLASS, DRAWN, 1.0)
+    class_images.refuse_others(wanted, other, HOW)  # a copy is the same base
+    scheduler = next((base / "other").glob("scheduler/*.json"))
+    scheduler.write_text(scheduler.read_text().replace("0.012", "0.013"))
+    with pytest.raises(DataError, match=r"drawn otherwise \(weights\.decoder was another\); give another folder"):
+        class_images.refuse_others(wanted, other, HOW)
+
+
+def test_own_pictures_are_nobodys_drawings(base: Path, tmp_path: Path) -> None:
+    for number, file in enumerate((base / "class").glob("drawn-*.png")):
+        shutil.copy(file, tmp_path / f"own{number}.png")
+    wanted = ClassImages(tmp_path, "anything", DRAWN, 1.0)
+    assert class_images.complete(wanted, tiny(base), class_images.settings(7, 64), CPU) == wanted
+
+
+def test_drawn_pictures_of_before_count_for_the_run_that_trained_on_them(root: Path) -> None:
+    train(root, "model=prior", *settings(root, "trainer.max_steps=1"), "name=one")
+    (root / "class" / MADE).unlink()
+    before = times(root / "class")
+    train(root, "model=prior", *settings(root), "name=one")
+    with pytest.raises(DataError, match="nothing says what the 3 drawn pictures there were drawn for; give another"):
+        train(root, "model=prior", *settings(root), "name=two")
+    assert not (root / "two").exists()
+    write_pictures(root / "more", 20, 1)
+    shutil.copy(root / "more" / "20.png", root / "class" / "drawn-00001.png")
+    with pytest.raises(DataError, match="nothing says what"):
+        train(root, "model=prior", *settings(root, "trainer.max_steps=3"), "name=one")
+    assert times(root / "class").keys() == before.keys()
 
 
 def test_class_images_that_are_all_there_need_no_decoder(root: Path) -> None:
