@@ -24,6 +24,7 @@ from kandinsky_exp.data.loading import from_workers, leave_signals
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
+from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.encoded import encode_here, opened_by_all
@@ -294,7 +295,7 @@ class _Opener:
         self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
     ) -> None:
         self.notes += tally.lines(noted)
-        unused = {} if source.streamed else source.left_out()  # this was said before
+        unused = source.beside if isinstance(source, Shards) else source.left_out()  # this was said before
         self.skipped += [*tally.lines(unused), *tally.lines(noted)]
         self.skipped += skipped
         if skipped:

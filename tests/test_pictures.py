@@ -373,6 +373,13 @@ def test_what_lies_beside_the_parts_of_a_folder_is_counted(tmp_path: Path) -> No
     ]
 
 
+def test_a_folder_named_validation_without_rows_of_its_own_is_counted(tmp_path: Path) -> None:
+    write(tmp_path, **{"a.png": None, "validation/b.png": None, "metadata.jsonl": CAPTION.format("a.png")})
+    splits = sources.folder(tmp_path)
+    assert splits.validation is None
+    assert left_out(splits) == ["not used, pictures that metadata.jsonl does not list: 1 (validation/b.png)"]
+
+
 def test_what_lies_beside_class_images_is_counted(tmp_path: Path) -> None:
     write(tmp_path, **{"dog/a.png": None, "class/b.jpe": JPEG, "class/c.png": None, "class/d.txt": "x"})
     splits = sources.dreambooth(tmp_path / "dog", "my dog", tmp_path / "class", "a dog", num_class_images=1)
@@ -505,6 +512,14 @@ def test_one_of_several_pictures_has_to_be_chosen(tmp_path: Path) -> None:
         (example,) = sources.webdataset(path).train.examples()
         assert example.problem.endswith("there are input.jpg, target.jpg; set data.image_column")
         assert read(path, image_column="target.jpg")[0] == ["a.target.jpg"]
+
+
+def test_what_lies_beside_shards_is_counted(tmp_path: Path) -> None:
+    tar(tmp_path / "B.TAR", "a.png", "a.txt")
+    write(tmp_path, **{"index.json": "{}", "c.tar.part": b"", **CLUTTER})
+    splits = sources.webdataset(tmp_path)
+    assert [example.id for example in splits.train.examples()] == ["B.TAR/a.png"]
+    assert left_out(splits) == ["not used, beside the .tar files: 2 (c.tar.part, index.json)"]
 
 
 def test_pictures_of_all_endings_in_a_tar(tmp_path: Path) -> None:

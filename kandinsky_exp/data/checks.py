@@ -8,6 +8,7 @@ from kandinsky_exp.data import tally
 from kandinsky_exp.data.colour import NOTE
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
 from kandinsky_exp.data.metadata import first_few
+from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
@@ -51,8 +52,8 @@ def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Rep
     captions = sum(int(source.caption_counts().sum()) for source in known)
     held_out = _count(splits.validation) if splits.validation is not None else 0
     unused: Tally = {}
-    for part in known:
-        tally.add(unused, part.left_out())
+    for source in splits.both:
+        tally.add(unused, source.beside if isinstance(source, Shards) else source.left_out())
     if splits.kept is not None:
         tally.add(unused, splits.kept.left_out())
     captions_known = captions if len(known) == len(splits.both) else None

@@ -7,7 +7,10 @@ from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from kandinsky_exp.data import tally
 from kandinsky_exp.data.download import is_url, shown
+from kandinsky_exp.data.folders import is_systems
+from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError, cut
 from kandinsky_exp.paths import exists, expanded, is_file, is_folder
 
@@ -31,6 +34,21 @@ def expand(path: str | Path | Sequence[str], key: str) -> tuple[str, ...]:
     if not shards:
         raise DataError(f"{key}: no shards; give tar files, such as 'shards/{{000..007}}.tar'")
     return shards
+
+
+def files_beside(path: str | Path | Sequence[str]) -> Tally:
+    """What folders of shards hold besides."""
+    unused: Tally = {}
+    for item in [path] if isinstance(path, (str, Path)) else path:
+        folder = expanded(item)
+        for file in sorted(folder.iterdir()) if not is_url(str(item)) and is_folder(folder) else ():
+            if not _is_shard(file) and not is_systems(file.name):
+                tally.count(unused, f"not used, beside the {ENDINGS[0]} files", file.name)
+    return unused
+
+
+def _is_shard(file: Path) -> bool:
+    return file.name.lower().endswith(ENDINGS) and not is_systems(file.name)
 
 
 def _braces(path: str, key: str) -> list[str]:
@@ -63,7 +81,7 @@ def _found(name: str, key: str) -> list[str]:
         return [_checked(name, key)]
     path = expanded(name)
     if is_folder(path):
-        found = sorted(str(file) for file in path.iterdir() if file.name.endswith(ENDINGS))
+        found = sorted(str(file) for file in path.iterdir() if _is_shard(file))
         problem = f"{path} holds no {' or '.join(ENDINGS[:2])}"
     elif exists(path) or not has_magic(name):
         found = [str(path)] if is_file(path) else []

@@ -68,6 +68,7 @@ class Shards(Source):
         caption_key: extension of the caption's text, or `json.<key>` for a key of the object in a `.json`.
         limit: take the first so many examples.
         any_picture: whether pictures of other endings than these are examples, too.
+        beside: files of the shards' folder that are no shards.
         unused: the members that are in no example, as far as the last walk came.
     """
 
@@ -77,6 +78,7 @@ class Shards(Source):
     caption_key: str
     limit: int | None = None
     any_picture: bool = False
+    beside: Tally = field(default_factory=dict)
     unused: Tally = field(default_factory=dict, compare=False)
 
     streamed = True

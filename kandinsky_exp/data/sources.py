@@ -1,6 +1,6 @@
 """Where images and captions come from: folders, lists, hub data sets, tar shards, or the emoji of the package."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from kandinsky_exp.data.folders import outside, unlisted
 from kandinsky_exp.data.hub_rows import hub_rows, load, parquet_rows
 from kandinsky_exp.data.rows import FileRows, image_columns, read_listed
 from kandinsky_exp.data.sampler import order
-from kandinsky_exp.data.shard_names import expand
+from kandinsky_exp.data.shard_names import expand, files_beside
 from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError
@@ -65,20 +65,23 @@ def folder(path: str | Path, image_column: str = "image", caption_column: str = 
     if listed and metadata.find(root / "train") is not None:
         raise DataError(f"data.path: both {root} and its train/ hold metadata; keep one, or give {root / 'train'}")
     validation = root / "validation"
-    train = _read_folder(home, validation, image_column, caption_column)
+    has_split = validation.is_dir() and not (listed and metadata.find(validation) is None)
+    train = _read_folder(home, validation, image_column, caption_column, skip=[validation] if has_split else [])
     if home != root:
         tally.add(train.unused, outside(root, [home, validation]))
-    if not validation.is_dir() or (listed and metadata.find(validation) is None):
+    if not has_split:
         return Splits(train, None)
     return Splits(train, _read_folder(validation, validation / "validation", image_column, caption_column))
 
 
-def _read_folder(home: Path, skip: Path, image_column: str, caption_column: str) -> FileRows:
+def _read_folder(
+    home: Path, validation: Path, image_column: str, caption_column: str, skip: Collection[Path] = ()
+) -> FileRows:
     file = metadata.find(home)
     if file is None:
-        return read_beside(home, skip)
+        return read_beside(home, validation)
     rows = read_listed(file, image_column, caption_column, inside=True)
-    return replace(rows, unused=unlisted(home, [skip], rows.columns.column("file"), file.name))
+    return replace(rows, unused=unlisted(home, skip, rows.columns.column("file"), file.name))
 
 
 def listing(
@@ -136,7 +139,8 @@ def webdataset(
         names = expand(paths, key)
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
         plain = keys == tuple(IMAGE_KEYS.split(";"))  # what can be decoded is used, unless only some of it is asked for
-        return Shards(f"{shown(names[0])}{more}", names, keys, caption_column.lstrip("."), any_picture=plain)
+        title, beside = f"{shown(names[0])}{more}", files_beside(paths)
+        return Shards(title, names, keys, caption_column.lstrip("."), any_picture=plain, beside=beside)
 
     held_out = shards(validation_path, "data.validation_path") if validation_path is not None else None
     return Splits(shards(path, "data.path"), held_out)
