@@ -107,9 +107,10 @@ def notes_on_rules(space: Workspace) -> list[str]:
     if not is_of_old_rules(space):
         return []
     return [
-        "since this run began, colour profiles of pictures count, and transparent colours of 16-bit pictures: all "
-        "are encoded anew. Losses from before and from now on compare if the pictures have none of these; if they have "
-        f"some, start anew under another name, with checkpoint.resume={space.folder} from the weights of this run"
+        "since this run began, colour profiles of pictures count, and so do transparent colours of 16-bit pictures and "
+        "names with dots in shards: all are encoded anew. Losses from before and from now on compare if there are "
+        f"none of these; if there are, start anew under another name, with checkpoint.resume={space.folder} from the "
+        "weights of this run"
     ]
 
 
