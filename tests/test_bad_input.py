@@ -521,6 +521,12 @@ TABLE["dreambooth"] = [
     Bad([*SUBJECT, "data.instance_path=nowhere"], "data.instance_path: there is no folder 'nowhere' here"),
     Bad(SUBJECT, "data.instance_path: there is no picture in {tmp}/data; put some", data(None, 0)),
     Bad(SUBJECT, "data.instance_path: there is no picture in {tmp}/data; put some", data(None, 0, **{"1_txt": b"a"})),
+    Bad(SUBJECT, "image 1.heic: not an image that Pillow", data(None, 1, **{"1_heic": b"a"}), late=True),
+    Bad(
+        [*SUBJECT, "data.class_prompt=a dog", "data.class_path={tmp}/dogs"],
+        "data.class_path: {tmp}/dogs: nothing says what the 1 drawn pictures there were drawn for; give another folder",
+        lambda tmp: (data(None, 1)(tmp), write(tmp / "dogs" / "drawn-00000.png", picture())),
+    ),
     Bad(
         [*SUBJECT, "data.class_prompt=a dog", "data.class_path={tmp}/dogs", "weights.decoder=nowhere"],
         "data.num_class_images: 1 of 100 class images are in {tmp}/dogs, and the other 99 cannot be drawn; give more, ",

@@ -332,6 +332,8 @@ def test_pictures_that_were_drawn_for_something_else_are_refused(case: str, base
             class_images.complete(replace(others, count=count), tiny(base), how, CPU)
     assert times(base / "class") == before
     class_images.refuse_others(ClassImages(base / "class", CLASS, DRAWN, 1.0), tiny(base), HOW)
+    made = json.loads((base / "class" / MADE).read_text())
+    assert (made["prompt"], made["width"], made["seed"], made["decoder_source"]) == (CLASS, 32, 0, "tiny")
 
 
 def test_pictures_of_another_base_are_refused(base: Path) -> None:
