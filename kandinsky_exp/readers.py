@@ -225,17 +225,9 @@ class _Opener:
         """All usable rows of a source."""
         if not self.settings.cached:
             return self._online(source)
+        where = (self.digests, self.settings.cache, self.settings.how, self.log)
         fingerprint, folder = processes.on_main_process(
-            lambda: encode_here(
-                source,
-                self.stage,
-                self.digests,
-                self.settings.cache,
-                self.settings.how,
-                self.log,
-                encoders=self.encoders,
-                device=self.accelerator.device,
-            )
+            lambda: encode_here(source, self.stage, *where, encoders=self.encoders, device=self.accelerator.device)
         )
         table = opened_by_all(folder)
         meta = table.meta
@@ -296,8 +288,7 @@ class _Opener:
     ) -> None:
         self.notes += tally.lines(noted)
         unused = source.beside if isinstance(source, Shards) else source.left_out()  # this was said before
-        self.skipped += [*tally.lines(unused), *tally.lines(noted)]
-        self.skipped += skipped
+        self.skipped += [*tally.lines(unused), *tally.lines(noted), *skipped]
         if skipped:
             self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")
         if truncated:
