@@ -116,7 +116,7 @@ def _settings_problem(found: Mapping[str, Any]) -> str | None:
     except (re.error, TypeError):
         return "has settings with an alpha_pattern that is no table of patterns"
     alphas = [found.get("lora_alpha") or 0, *(patterns.values() if isinstance(patterns, dict) else [patterns])]
-    odd = [value for value in alphas if not isinstance(value, int | float)]
+    odd = [value for value in alphas if not isinstance(value, int | float) or not math.isfinite(value)]
     return f"has settings that are no numbers, such as {odd[0]!r:.60} for an alpha" if odd else None
 
 
@@ -135,7 +135,9 @@ def _names_problem(shapes: Shapes) -> str | None:
         return "holds the same tensor under two names"
     if broken := sorted(module for module, found in kinds.items() if not {"lora_A", "lora_B"} <= found):
         return f"lacks a factor of '{broken[0]}', of which it has {', '.join(sorted(kinds[broken[0]]))}"
-    sideways = [name for name, shape in shapes.items() if name.endswith("dora_scale") and shape[0] == 1 < len(shape)]
+    if flat := [name for name, own in names.items() if FACTOR.fullmatch(own or "") and len(shapes[name]) < 2]:
+        return f"has a factor that is no matrix, '{flat[0]}'"
+    sideways = [name for name, shape in shapes.items() if name.endswith("dora_scale") and len(shape) > 1 == shape[0]]
     return (
         f"is a DoRA with a magnitude for each input ('{sideways[0]}'); only one per output is one" if sideways else None
     )
@@ -190,6 +192,8 @@ def misfit(shapes: Shapes, network: Shapes) -> str | None:
         if module is None:
             return f"it changes {found['module']}, which the base has not: it was trained on another base"
         base = network[f"{module}.weight"]
+        if len(base) < 2:
+            return f"it changes {module}, which is no layer that an adapter can change"
         # A is (rank, inputs, …), B is (outputs, rank, …): what is not the rank is the layer's own.
         ours, theirs = (shape[1], base[1]) if found["factor"] == "A" else (shape[0], base[0])
         if ours != theirs:

@@ -49,7 +49,8 @@ def export(cfg: DictConfig) -> None:
         check_together(cfg, found)
         root = Path(cfg.output_root).expanduser().absolute() / "export"
         workspace.make_root(root.parent)
-        name = cfg.name or (found[0].run_folder or found[0].folder.with_suffix("")).absolute().name
+        place = (found[0].run_folder or found[0].folder).absolute()
+        name = cfg.name or (place.stem if place.is_file() else place.name)
         if cfg.merge:
             merged(cfg, found, root, name)
         else:

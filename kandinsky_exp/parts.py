@@ -42,7 +42,7 @@ def side_parts(side: Side) -> list[str]:
 
 
 def is_hub_id(source: str) -> bool:
-    return HUB_ID.fullmatch(source) is not None and not paths.exists(source)
+    return HUB_ID.fullmatch(source) is not None and not source.endswith(".safetensors") and not paths.exists(source)
 
 
 def check_source(source: str, side: Side, variant: str | None = None) -> str | None:

@@ -245,6 +245,7 @@ TRUTHS = {
     "another method": ({"mid_block.to_q.hada_w1_a": (4, 8)}, r"holds 1 tensors, such as 'mid_block\.to_q\.hada_w1_a'"),
     "one factor": ({"mid_block.to_q.lora_A.weight": (4, 8)}, r"lacks a factor of 'mid_block\.to_q', .* has lora_A"),
     "twice": ({"unet.down_blocks.0.to_q.lora_A.weight": (4, 8)}, "the same tensor under two names"),
+    "no matrix": ({"down_blocks.1.to_q.lora_A.weight": (4,), "down_blocks.1.to_q.lora_B.weight": (8, 4)}, "no matrix"),
     "sideways": ({"down_blocks.0.to_q.dora_scale": (1, 8)}, "a magnitude for each input"),
 }
 
@@ -266,6 +267,7 @@ def test_what_cannot_be_read_is_said_truthfully(name, tmp_path):
         ({"peft_type": "LOHA"}, "is of the type LOHA"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, which changed its base"),
         ({"lora_alpha": "much"}, "no numbers, such as 'much'"),
+        ({"lora_alpha": float("nan")}, "no numbers, such as nan"),
         ({"alpha_pattern": {"(": 3}}, "an alpha_pattern that is no table of patterns"),
         ([1], "damaged or cut off .*no table"),
     ],
@@ -299,6 +301,8 @@ def test_the_file_tells_whose_it_is_and_whom_it_fits(weights, tmp_path):
         assert adapter_files.misfit(shapes, network) is None
         wider = {name: (shape[0], *(size + 1 for size in shape[1:])) for name, shape in network.items()}
         assert "inputs, the base's has" in str(adapter_files.misfit(shapes, wider))
+        flat = {name: shape[:1] for name, shape in network.items()}
+        assert "no layer that an adapter can change" in str(adapter_files.misfit(shapes, flat))
         fewer = {name: shape for name, shape in network.items() if "to_q" not in name}
         assert "which the base has not" in str(adapter_files.misfit(shapes, fewer))
     (tmp_path / "unet" / adapters.WEIGHTS_NAME).write_bytes(b"\x10" + bytes(20))

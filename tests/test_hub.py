@@ -176,7 +176,7 @@ def test_an_upload_that_breaks_off_is_repeated_by_the_command_that_it_names(
     hub.takes = None
     assert read_record(folder).status == "FINISHED"
     before, log = state(folder), capfd.readouterr().err
-    typed = f"""kandinsky-exp push 'run='"'"'{folder}'"'"'' hub.repo_id=me/x"""
+    typed = f"""kandinsky-exp push 'run="{folder}"' hub.repo_id=me/x"""
     assert "was not uploaded to me/x: Error while uploading" in log
     assert "storage is full" in log
     assert typed in log

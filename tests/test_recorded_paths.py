@@ -124,6 +124,13 @@ def test_what_can_only_be_a_path_is_not_asked_for_on_a_hub(name: str, tmp_path: 
     assert [text for text in found if text.startswith("weights.prior: there is no folder")]
 
 
+def test_a_file_that_is_not_there_is_no_id_on_a_hub(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'loras/mine\.safetensors' holds no .*there is no such run or folder"):
+        find_origins(
+            composed(tmp_path, "prior_adapter=loras/mine.safetensors", "weights=tiny", verb="generate", small=[])
+        )
+
+
 def test_only_what_is_a_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("here", "auto", "tiny", "linear"):
