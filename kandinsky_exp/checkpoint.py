@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from kandinsky_exp import adapters, averaging, state_file
 from kandinsky_exp.adapters import NetworkFiles
-from kandinsky_exp.errors import CheckpointError
+from kandinsky_exp.errors import CheckpointError, is_out_of_memory
 from kandinsky_exp.integrity import flush_to_disk, read_state, seal
 from kandinsky_exp.loop import Training
 from kandinsky_exp.state_file import mapped
@@ -160,6 +160,8 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if is_out_of_memory(error):  # it does fit this run
+            raise
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint.resume: {folder} does not fit this run ({reason}); use the settings it was made with, start "

@@ -1,7 +1,9 @@
 """The training loop: Accelerate's mechanics and nothing of diffusion."""
 
+import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +22,8 @@ from kandinsky_exp.meter import Meter, StepResult
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.stages.base import Features, Stage
 from kandinsky_exp.tracking import Tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -149,7 +153,8 @@ def train(
             stopping = stop_agreed(stop, accelerator, step, settings.log_every)
             with meter.paused():
                 if validate and stopping is None:
-                    stopping = validated_or_stopped(events, step, stop, accelerator)
+                    with kept(save, events):
+                        stopping = validated_or_stopped(events, step, stop, accelerator)
                 if saves or (stopping is not None and saved != step):
                     save()
             if stopping is not None:
@@ -177,6 +182,21 @@ def failing(training: Training) -> Iterator[None]:
     except UserError as error:
         advice = "once that is put right, the same command goes on from there"
         raise RunFailure(f"{error}\n(training stopped after step {training.step}; {advice})") from error
+
+
+@contextmanager
+def kept(save: Callable[[], None], events: Events) -> Iterator[None]:
+    """What was trained up to here is saved although what is done inside fails, for want of memory for example."""
+    try:
+        yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # what they hold on the device would be in the way
+        try:
+            save()
+            events.wait()  # a launcher ends all processes as soon as one is gone
+        except Exception as second:  # the first is what the run fails of
+            logger.error("%s", second)
+        raise
 
 
 def due(step: int, every: int, last: bool) -> bool:

@@ -49,6 +49,23 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     return result
 
 
+def on_all_processes(action: Callable[[], Result]) -> Result:
+    """What each process makes of it; where it fails on one, it fails on all, so that none waits for one that is gone.
+
+    The action itself must wait for no other process.
+    """
+    if PartialState().num_processes == 1:
+        return action()
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if on_any_process(failure is not None):
+        raise failure or RunFailure("another process of the run failed; what it says is the reason")
+    return result
+
+
 def on_any_process(flag: bool) -> bool:
     """Whether it is so on one of the processes at least; the same answer on all."""
     return any(gather_object([flag]))

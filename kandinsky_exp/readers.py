@@ -16,7 +16,7 @@ from kandinsky_exp import processes
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.checks import find_bad
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.data.encode import cache_key, encode_table
+from kandinsky_exp.data.encode import cache_key, encode_table, memory_told
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate
@@ -180,8 +180,7 @@ def open_readers(
         DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
     """
     encoders = processes.on_main_process(lambda: stage.weights.fingerprint(stage.encoders))
-    null = processes.on_main_process(lambda: null_condition(stage, settings.cache, encoders, accelerator.device))
-    stage.use_null_condition(null)
+    stage.use_null_condition(processes.on_main_process(lambda: _null(stage, settings, encoders, accelerator.device)))
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
     if splits.kept is not None:
@@ -196,6 +195,11 @@ def open_readers(
     if not len(held):
         return Readers(train, None, *about)
     return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), *about)
+
+
+def _null(stage: DiffusionStage, settings: ReadSettings, encoders: str, device: torch.device) -> Features:
+    with memory_told():
+        return null_condition(stage, settings.cache, encoders, device)
 
 
 class _Opener:
@@ -240,8 +244,7 @@ class _Opener:
                 f"data.cache: {source.name} is read in one sweep, and training visits images in random order; set "
                 "data.cache=true"
             )
-        for part in self.stage.encoders:
-            self.stage.weights.load(part).to(self.accelerator.device)
+        processes.on_all_processes(self._place)
         reads_captions = self.stage.preprocess.tokenizer is not None
         bad = processes.on_main_process(lambda: dict(find_bad(source, reads_captions)))
         if bad and not self.settings.how.skip_bad:
@@ -252,6 +255,11 @@ class _Opener:
             source, self.stage.preprocess, self.settings.seed, rows, mirrored=self.settings.how.mirrored
         )
         return self._reader(dataset, source, processes.on_main_process(lambda: source.fingerprint(self.digests)))
+
+    def _place(self) -> None:
+        with memory_told("data.cache=true or "):
+            for part in self.stage.encoders:
+                self.stage.weights.load(part).to(self.accelerator.device)
 
     def part(self, whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
         """Some rows of a source that was opened."""
