@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from kandinsky_exp import adapters, averaging, state_file
+from kandinsky_exp import adapters, averaging, read_back, state_file
 from kandinsky_exp.adapters import NetworkFiles
 from kandinsky_exp.errors import CheckpointError, is_out_of_memory
 from kandinsky_exp.integrity import flush_to_disk, read_state, seal
@@ -62,6 +62,7 @@ class Snapshot:
         try:
             for name, files in self.networks.items():
                 files.write(aside / name)
+                read_back.check(read_back.written(aside / name), files.tensors, folder / name)
             state_file.write(self.tensors, aside / state_file.NAME)
             seal(aside, self.state)
         except BaseException:
@@ -90,9 +91,14 @@ def snapshot(
         validated: whether this very step was validated, with or without a loss.
         validation_loss: the fixed-noise loss at this very step, None where it was not measured.
         total_batch: samples per optimizer step, over all processes.
+
+    Raises:
+        RunFailure: its tensors would not have the names of the bare network.
     """
     network = accelerator.unwrap_model(training.network)
     networks = {part: training.stage.snapshot(network, {})}
+    bare = training.stage.snapshot(training.stage.network, {})
+    read_back.check(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
     state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
     state["optimizer"] = type(averaging.bare(training.optimizer)).__name__
     state |= {"total_batch": total_batch, "processes": accelerator.num_processes}

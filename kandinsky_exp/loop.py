@@ -34,6 +34,7 @@ class Training:
         network: the stage's network as Accelerate prepared it.
         scheduler: the learning-rate schedule, stepped once per optimizer step.
         step: optimizer steps done.
+        used: the schedule's rate in the last of them, and Prodigy's factor on it, `d`.
         unread: of the meter, at the last checkpoint: what was measured and not reported yet.
     """
 
@@ -43,11 +44,16 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
     step: int = 0
+    used: tuple[float, Any] = (0.0, 1.0)
     unread: dict[str, Any] = field(default_factory=dict)
 
+    def note_rate(self) -> None:
+        """Before a step: optimizer and schedule both move on in it."""
+        self.used = (self.scheduler.get_last_lr()[0], self.optimizer.param_groups[0].get("d", 1.0))
+
     def rate(self) -> float:
-        """The schedule's rate; Prodigy takes it as a factor on the one that it finds, `d`."""
-        return float(self.scheduler.get_last_lr()[0] * self.optimizer.param_groups[0].get("d", 1.0))
+        """The rate that the last step trained with."""
+        return float(self.used[0] * self.used[1])
 
     @cached_property
     def trainable(self) -> list[nn.Parameter]:
@@ -227,6 +233,7 @@ def optimizer_step(
         losses.append(result.loss.detach())
         samples.append((result.per_sample, result.timesteps))
     # Accelerate's own `step` looks for a package on the disk whenever it is called; only a loss scaler needs it.
+    training.note_rate()
     optimizer = training.optimizer.optimizer if accelerator.scaler is None else training.optimizer
     optimizer.step()
     optimizer.zero_grad()

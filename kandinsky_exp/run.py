@@ -27,6 +27,7 @@ from kandinsky_exp import (
     pipelines,
     processes,
     pruning,
+    read_back,
     records,
     registry,
     resuming,
@@ -242,13 +243,18 @@ def save_result(
     if accelerator.is_main_process:
         network = accelerator.unwrap_model(training.network)
         with averaging.averaged_weights(training):
+            bare = training.stage.snapshot(training.stage.network, {}).tensors
+
+            def save(folder: Path) -> None:
+                training.stage.save(network, folder)
+                read_back.check(read_back.written(folder), bare, folder)
+
             if adapters.has_adapter(network):
                 result = space.folder / "adapter"
-                training.stage.save(network, result)
+                save(result)
             else:
                 result = space.folder / "pipeline"
-                side = PARTS[training.stage.part][0]
-                pipelines.save_result(weights, side, result, lambda folder: training.stage.save(network, folder))
+                pipelines.save_result(weights, PARTS[training.stage.part][0], result, save)
         logger.info("result: %s", result)
     accelerator.wait_for_everyone()
 

@@ -1,4 +1,4 @@
-"""Memory that runs out, wherever it does: less is tried where that helps, nothing trained is lost, a message says so."""
+"""Memory that runs out: less is tried where that helps, nothing trained is lost, a message says what to do."""
 
 import contextlib
 import errno
@@ -227,9 +227,7 @@ def test_encoders_that_find_no_room_on_the_device(prior: Any, tmp_path: Path) ->
     (folder / "metadata.csv").write_text("file_name,text\n0.png,a\n")
     source = sources.folder(folder).train
     moving = Failing(torch.AcceleratorError("CUDA error: out of memory"))
-    with pytest.raises(
-        DataError, match=r"^the encoders ran out of memory \(CUDA error: out of memory\); set data\.enc"
-    ):
+    with pytest.raises(DataError, match=r"^the encoders ran out of memory \(CUDA error: out of memory\); set data"):
         encode_table(source, prior, tmp_path / "key", EncodeSettings(), print, encoders=moving)
 
 
