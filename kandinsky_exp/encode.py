@@ -38,7 +38,7 @@ def _show(cfg: DictConfig) -> None:
 
 def _encode(cfg: DictConfig) -> None:
     # Here, because they import torch: `_show` is done in a second.
-    from kandinsky_exp import architectures, build, class_images, processes, workspace
+    from kandinsky_exp import architectures, build, class_images, processes, run_log, workspace
     from kandinsky_exp.readers import ReadSettings, open_readers
 
     folder = build.cache_folder(cfg)
@@ -64,7 +64,7 @@ def _encode(cfg: DictConfig) -> None:
             batch_size=1,
             grad_accumulation=1,
         )
-        with workspace.logging_to(None, accelerator.is_main_process):
+        with run_log.logging_to(None, accelerator.is_main_process):
             splits.kept = processes.on_main_process(
                 lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
             )

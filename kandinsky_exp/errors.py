@@ -88,6 +88,14 @@ class Pruned(BaseException):
         return f"pruned at step {self.step}: validation loss {self.loss:.5g} is worse than that of other jobs by then"
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a run failed, for its records: what the user was told, or what a library's exception is."""
+    text = str(error).strip()
+    if isinstance(error, (UserError, RunFailure)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a library says that the device, or the host, has no memory left: few have an exception of its own."""
     if isinstance(error, (UserError, RunFailure)):

@@ -31,13 +31,15 @@ from kandinsky_exp import (
     records,
     registry,
     resuming,
+    run_log,
     run_settings,
+    terminal,
     tracking,
     workspace,
 )
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.errors import Interrupted, Pruned, RunFailure, UserError
+from kandinsky_exp.errors import Interrupted, Pruned, RunFailure, UserError, reason_of
 from kandinsky_exp.events import Events
 from kandinsky_exp.parts import PARTS
 from kandinsky_exp.randomness import NoiseSource
@@ -64,6 +66,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     config.validate(cfg, trusted_modules)
     processes.quiet_libraries()
     with (
+        terminal.lasting(),
         processes.stop_signals() as stop,
         stop.after(cfg.trainer.max_minutes),
         processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
@@ -74,7 +77,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         splits = build.data(cfg)
         count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
         space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, held))
-        with workspace.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
+        with run_log.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
             for note in space.notes:
                 logger.warning("%s", note)
             if is_finished(cfg, count, space):
@@ -203,12 +206,14 @@ def recorded(
     except (Interrupted, Pruned, KeyboardInterrupt):
         space.record.status = "KILLED"
         raise
-    except UserError:  # nothing was trained: what the run was before, it still is
-        space.record.status = before if space.is_resumed and before != "RUNNING" else "FAILED"
-        tracker.finish(space.record.status)
-        raise
-    except BaseException:
+    except BaseException as error:
         space.record.status = "FAILED"
+        if isinstance(error, UserError) and space.is_resumed and before != "RUNNING":
+            space.record.status = before  # nothing was trained: what the run was before, it still is
+        if space.record.status == "FAILED":
+            tracker.set_tags({"error": reason_of(error)})
+        if isinstance(error, UserError):
+            tracker.finish(space.record.status)
         raise
     finally:
         if accelerator.is_main_process:

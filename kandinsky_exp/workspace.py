@@ -4,9 +4,7 @@
 """
 
 import json
-import logging
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,9 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
-from tqdm import tqdm
 
-from kandinsky_exp import integrity, redaction
+from kandinsky_exp import integrity
 from kandinsky_exp.errors import CheckpointError, ConfigError
 
 RECORD = "run.json"
@@ -259,36 +256,3 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-
-
-class _Terminal(logging.Handler):
-    """Lines on stderr that leave a progress bar whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-@contextmanager
-def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
-    """Our own log records, in a file such as `train.log` and on stderr, from the main process only."""
-    root = logging.getLogger("kandinsky_exp")
-    level, propagate = root.level, root.propagate
-    root.setLevel(logging.INFO if is_main else logging.ERROR)
-    root.propagate = False
-    handlers: list[logging.Handler] = []
-    if is_main:
-        handlers = [_Terminal()]
-        handlers[0].setFormatter(redaction.Formatter("%(message)s"))
-    if is_main and file is not None:
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        handlers[1].setFormatter(redaction.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for handler in handlers:
-        root.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()
-        root.setLevel(level)
-        root.propagate = propagate

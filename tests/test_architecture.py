@@ -70,7 +70,11 @@ OWN_IMPORTS = {
     "report": {"album", "comparison", "mlflow_names", "report_html", "report_png", "store", "workspace"},
     "integrity": {"errors"},
     "state_file": set(),
-    "cli": {"command_line", "config", "errors", "job_process", "launching", "redaction", "trust"},
+    "cli": {"command_line", "config", "errors", "job_process", "launching", "redaction", "terminal", "trust"},
+    "terminal": set(),
+    "run_log": {"errors", "redaction", "terminal"},
+    "read_back": {"errors", "weight_files"},
+    "halving": {"errors"},
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
