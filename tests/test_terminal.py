@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ def piped() -> None:
 def in_a_window() -> None:
     """A terminal, with a progress bar, that is closed."""
     reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 80))
     shown_on(writer)
     read_until(b"0/4", reader)
 
