@@ -85,10 +85,11 @@ class Stop:
         self.signal_number: int | None = None
         self.last_words: list[Callable[[], object]] = []  # before a process is left at once: quick, and on disk alone
         self._handled = handled
-        self._deferred = False
+        self._deferred = self._trains = False
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
+        self._trains = True
         with self._set(True):
             yield
 
@@ -122,7 +123,8 @@ class Stop:
             timer.cancel()
 
     def _expire(self) -> None:
-        logger.warning("trainer.max_minutes is over: stopping as for SIGTERM")
+        early = "" if self._trains else " before the first step: nothing was trained, set more (what was encoded stays)"
+        logger.warning("trainer.max_minutes is over%s: stopping as for SIGTERM", early)
         if self._handled:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         else:

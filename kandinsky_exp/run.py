@@ -20,6 +20,7 @@ from kandinsky_exp import (
     checkpoint,
     class_images,
     config,
+    forking,
     hub,
     loop,
     memory_advice,
@@ -72,11 +73,11 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
-        build.try_optimizer(cfg, accelerator.device)
+        optimizer = build.try_optimizer(cfg, accelerator.device)
         weights = build.weights(cfg)
         splits = build.data(cfg)
         count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
-        space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, held))
+        space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, optimizer, held))
         with run_log.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
             for note in space.notes:
                 logger.warning("%s", note)
@@ -95,6 +96,8 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                     weights.release(stage.encoders)
                 steps = run_settings.total_steps(cfg, len(data.train), count)
                 space.record.rows = len(data.train)
+                if space.start is not None and space.is_fork:  # once more, for now epochs are steps
+                    forking.check_length(space.start, steps)
                 with memory_advice.given(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
                     judge = pruning.judge(cfg, steps)
@@ -128,12 +131,13 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
 
 
 def prepare(
-    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, held: contextlib.ExitStack
+    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, optimizer: str, held: contextlib.ExitStack
 ) -> workspace.Workspace:
     """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only.
 
     Args:
         count: processes of the run.
+        optimizer: name of the class that trains.
         held: keeps the folder to this run.
     """
     workspace.make_root(Path(cfg.output_root).expanduser())
@@ -147,7 +151,11 @@ def prepare(
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
-    compare(cfg, weights, splits, count, space)
+    with workspace.given_back(space):
+        if space.start is not None and space.is_fork:
+            forking.check(cfg, weights, space.start, optimizer)
+            forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
+        compare(cfg, weights, splits, count, space)
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit

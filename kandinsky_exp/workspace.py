@@ -17,7 +17,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from kandinsky_exp import integrity
-from kandinsky_exp.errors import CheckpointError, ConfigError
+from kandinsky_exp.errors import CheckpointError, ConfigError, UserError
 
 RECORD = "run.json"
 LOG = "train.log"
@@ -153,6 +153,17 @@ def _look(folder: Path, stage: str, resume: str) -> Record | None:
             "checkpoint.resume=auto"
         )
     return record
+
+
+@contextmanager
+def given_back(space: Workspace) -> Iterator[None]:
+    """A new run's folder is taken back where what is asked for turns out to be impossible."""
+    try:
+        yield
+    except UserError:
+        if not space.is_resumed:
+            _give_up(space.folder)
+        raise
 
 
 def _give_up(folder: Path) -> None:
