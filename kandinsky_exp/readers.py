@@ -180,7 +180,8 @@ def open_readers(
         DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
     """
     encoders = processes.on_main_process(lambda: stage.weights.fingerprint(stage.encoders))
-    stage.use_null_condition(processes.on_main_process(lambda: _null(stage, settings, encoders, accelerator.device)))
+    null = processes.on_main_process(lambda: null_condition(stage, settings.cache, encoders, accelerator.device))
+    stage.use_null_condition(null)
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
     if splits.kept is not None:
@@ -195,11 +196,6 @@ def open_readers(
     if not len(held):
         return Readers(train, None, *about)
     return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), *about)
-
-
-def _null(stage: DiffusionStage, settings: ReadSettings, encoders: str, device: torch.device) -> Features:
-    with memory_told():
-        return null_condition(stage, settings.cache, encoders, device)
 
 
 class _Opener:
