@@ -44,7 +44,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
     step: int = 0
-    used: tuple[float, Any] = (0.0, 1.0)
+    used: tuple[Any, Any] = (0.0, 1.0)
     unread: dict[str, Any] = field(default_factory=dict)
 
     def note_rate(self) -> None:

@@ -70,7 +70,7 @@ def lasting() -> Iterator[None]:
     """While it is open, what is printed ends nothing."""
     before = sys.stdout, sys.stderr
     fresh = [stream if isinstance(stream, Lasting) else Lasting(stream) for stream in before]
-    sys.stdout, sys.stderr = fresh  # type: ignore[assignment]  # as good as text streams
+    sys.stdout, sys.stderr = fresh
     try:
         yield
     finally:
