@@ -97,8 +97,9 @@ def snapshot(
     """
     network = accelerator.unwrap_model(training.network)
     networks = {part: training.stage.snapshot(network, {})}
-    bare = training.stage.snapshot(training.stage.network, {})
-    read_back.check(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
+    if network is not training.stage.network:  # something that nobody unwraps is around it
+        bare = training.stage.snapshot(training.stage.network, {})
+        read_back.check(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
     state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
     state["optimizer"] = type(averaging.bare(training.optimizer)).__name__
     state |= {"total_batch": total_batch, "processes": accelerator.num_processes}
@@ -115,6 +116,8 @@ def snapshot(
 
 
 def _on_host(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    # Not pinned: as much memory as a checkpoint takes would be locked for good, or be locked anew each time, which
+    # takes as long as it saves.
     if id(value) not in copies:
         copies[id(value)] = value.detach().to("cpu", copy=True)
     return copies[id(value)]

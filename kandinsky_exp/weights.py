@@ -130,9 +130,12 @@ class Weights:
         try:
             return self._made(part, folder, dtype, bits)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            if is_out_of_memory(error):  # the files are as they should be
-                raise
             side, _ = PARTS[part]
+            if is_out_of_memory(error):
+                raise ConfigError(
+                    f"weights.{side}: '{part}' does not fit into memory ({first_line(error)}); set precision=bf16, or "
+                    "end what else is in memory"
+                ) from error
             reason = f"{folder} cannot be loaded as '{part}': {first_line(error)}"
             raise ConfigError(f"weights.{side}: {reason}; fetch or copy it again") from error
 

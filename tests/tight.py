@@ -27,6 +27,19 @@ class TightPrior(PriorStage):
         return super().sample(network, prompts, settings)
 
 
+class SpentPrior(PriorStage):
+    """Has memory for some training steps only."""
+
+    steps = 0
+
+    def loss(self, network: Any, features: Any, generator: Any, timesteps: Any = None) -> StageLoss:
+        if network.training:
+            SpentPrior.steps -= 1
+            if SpentPrior.steps < 0:
+                torch.empty(ABSURD, dtype=torch.uint8)
+        return super().loss(network, features, generator, timesteps)
+
+
 @dataclass
 class Failing:
     """Enters nothing: as encoders do that find no room on their device."""
