@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,29 +26,27 @@ class Lasting:
         self._is_gone = stream is None
 
     def write(self, text: str) -> int:
-        if not self._is_gone:
-            try:
-                self._stream.write(text)
-            except UnicodeEncodeError as error:  # a path, say, in an encoding that lacks its letters
-                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
-            except BlockingIOError:  # a reader that is slow: later there is room again
-                pass
-            except (OSError, ValueError) as error:  # ValueError: it is closed
-                self._lose(error)
+        self._bear(lambda: self._stream.write(text))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        if not self._is_gone:
-            try:
-                self._stream.flush()
-            except BlockingIOError:
-                pass
-            except (OSError, ValueError) as error:
-                self._lose(error)
+        self._bear(lambda: self._stream.flush())
+
+    def _bear(self, action: Callable[[], object]) -> None:
+        if self._is_gone:
+            return
+        try:
+            action()
+        except UnicodeEncodeError as error:  # a path, say, in an encoding that lacks its letters
+            self.write(error.object.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except BlockingIOError:  # a reader that is slow: later there is room again
+            pass
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            self._lose(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
