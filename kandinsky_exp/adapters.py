@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kandinsky_exp import adapter_tensors
 from kandinsky_exp.adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
 from kandinsky_exp.errors import ConfigError
 
@@ -237,7 +238,7 @@ def _first_half(key: str, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
-    """Put adapters that `save` wrote onto a network.
+    """Put adapters that `save` or another trainer wrote onto a network.
 
     Args:
         found: folders, and what each adapter's own scale is multiplied by; with 0 the network is what it was. Of a DoRA
@@ -248,12 +249,13 @@ def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
     """
     from peft.tuners.lora import LoraLayer
 
-    scales = {}
+    scales, layers = {}, adapter_tensors.layers(network)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
         for index, (folder, scale) in enumerate(found):
             scales[name := f"adapter_{index}"] = scale
-            network.load_lora_adapter(folder, weight_name=WEIGHTS_NAME, prefix=None, adapter_name=name)
+            tensors, settings = adapter_tensors.read(folder, layers)
+            network.load_lora_adapter(tensors, prefix=None, adapter_name=name, metadata=settings)
     for module in network.modules():
         if isinstance(module, LoraLayer):
             module.set_adapter(list(scales))

@@ -77,13 +77,16 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def check(
     weights: Weights, parts: set[str], network: Mapping[str, Path] | None = None, keys: str = "weights.{side}"
-) -> None:
+) -> list[str]:
     """Refuse parts that do not fit; nothing is loaded. What ships with the package is not looked at alone.
 
     Args:
         parts: names of those that will be used.
         network: folders of trained networks that go in, in place of the source's own, by part.
         keys: what the settings of the sides are called, for messages.
+
+    Returns:
+        What the user should know of them, a line each.
 
     Raises:
         ConfigError: they do not fit each other, or the weights not their config.
@@ -99,6 +102,7 @@ def check(
         raise ConfigError(found)
     for part in parts & {"prior_scheduler", "decoder_scheduler"}:  # they are small, and their classes many
         weights.load(part)
+    return weight_files.passed_over(weights.folder(part) for part in parts)
 
 
 def check_resolution(weights: Weights, resolution: int) -> None:
@@ -117,6 +121,8 @@ def misfit(part: str, folder: Path, variant: str | None) -> str | None:
         expected = described(part, folder)
     except Exception as error:  # a value that the class can make nothing of raises whatever it happens to raise
         return f"cannot become a {MODELS[part]}: {first_line(error)}; its config.json is not that of these weights"
+    if problem := weight_files.lacking(folder, variant):
+        return problem
     found: dict[str, tuple[int, ...]] = {}
     try:
         for file in weight_files.opened(folder, True, variant):

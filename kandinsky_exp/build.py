@@ -64,11 +64,14 @@ def cache_folder(cfg: DictConfig) -> Path:
     return Path(cfg.output_root).expanduser() / "cache"
 
 
-def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> None:
+def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[str]:
     """Have every part that the run will need on this machine, the result's included, before anything starts.
 
     Args:
         also: names of parts that are needed besides.
+
+    Returns:
+        What the user should know of them, a line each.
 
     Raises:
         ConfigError: a hub repository cannot be reached or has no such part, or the parts do not fit.
@@ -81,11 +84,12 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> None:
         needed |= set(PARTS)
     for part in sorted(needed):
         parts.folder(part)
-    architectures.check(parts, needed)
+    notes = architectures.check(parts, needed)
     if cfg.adapter.name != "none":
         check_adapter(cfg, architectures.without_data(cls.part, parts.folder(cls.part)))
     if "movq" in {*cls.encoders, *also}:
         architectures.check_resolution(parts, cfg.data.resolution)
+    return notes
 
 
 def check_adapter(cfg: DictConfig, network: torch.nn.Module) -> None:
@@ -256,8 +260,8 @@ def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device:
     return made
 
 
-def read_settings(cfg: DictConfig, device: torch.device) -> ReadSettings:
-    """How the data set of a run becomes batches."""
+def read_settings(cfg: DictConfig, device: torch.device, by_row: bool = False) -> ReadSettings:
+    """How the data set of a run becomes batches; for `by_row` see there."""
     return ReadSettings(
         cache=cache_folder(cfg),
         cached=cfg.data.cache,
@@ -267,6 +271,7 @@ def read_settings(cfg: DictConfig, device: torch.device) -> ReadSettings:
         workers=cfg.data.num_workers,
         batch_size=cfg.trainer.batch_size,
         grad_accumulation=cfg.trainer.grad_accumulation,
+        by_row=by_row,
     )
 
 

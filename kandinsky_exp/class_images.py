@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kandinsky_exp import architectures, pipelines, workspace
+from kandinsky_exp import architectures, long_prompts, pipelines, workspace
 from kandinsky_exp.data.dreambooth import ClassImages, drawn_name
 from kandinsky_exp.data.progress import EVERY_SECONDS
 from kandinsky_exp.errors import ConfigError, DataError, first_line, is_out_of_memory
@@ -36,7 +36,7 @@ def needed_parts(wanted: ClassImages | None, weights: Weights) -> set[str]:
         return set()
     sources: dict[Side, str] = {"prior": weights.prior, "decoder": weights.decoder}
     for side, source in sources.items():
-        if problem := check_source(source, side):
+        if problem := check_source(source, side, weights.variant):
             raise ConfigError(f"data.num_class_images: {_lack(wanted, len(missing))}: weights.{side}: {problem}")
     return set(PARTS)
 
@@ -87,6 +87,8 @@ def draw(
 ) -> None:
     """Pictures of these numbers into a folder, each complete or not there at all."""
     logger.info("drawing %d class images into %s (%s)", len(numbers), folder, prompt)
+    for note in long_prompts.notes(weights.load("tokenizer"), [("data.class_prompt", prompt)]):
+        logger.warning(note)
     with weights.lent(("image_encoder",), device):
         null = pipelines.zero_embed(weights.load("image_encoder"))
     with weights.lent(("prior", "text_encoder"), device):

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp import crosschecks, redaction, saved_config, targets, trust
+from kandinsky_exp import crosschecks, recorded_paths, redaction, saved_config, targets, trust
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.fitting import misfit
 from kandinsky_exp.roots import ROOTS
@@ -70,8 +70,8 @@ def validate(cfg: DictConfig, trusted: Collection[str] = ()) -> None:
 
 
 def flatten(cfg: DictConfig) -> Values:
-    """The resolved config as {dotted key: value}, secrets aside. Lists and empty mappings stay values."""
-    return dict(_leaves(redaction.redacted(_resolved(cfg))))
+    """The resolved config as {dotted key: value}, secrets aside, paths absolute. Lists, empty mappings stay values."""
+    return dict(_leaves(redaction.redacted(recorded_paths.absolute(_resolved(cfg)))))
 
 
 def flatten_saved(run_folder: Path) -> Values:
@@ -84,8 +84,8 @@ def flatten_saved(run_folder: Path) -> Values:
 
 
 def to_yaml(cfg: DictConfig) -> str:
-    """The resolved config as yaml, secrets aside."""
-    return OmegaConf.to_yaml(OmegaConf.create(redaction.redacted(_resolved(cfg))))
+    """The resolved config as yaml, secrets aside, paths absolute."""
+    return OmegaConf.to_yaml(OmegaConf.create(redaction.redacted(recorded_paths.absolute(_resolved(cfg)))))
 
 
 def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = False) -> list[str]:

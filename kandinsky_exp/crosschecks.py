@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp import architectures, parts, paths, targets, weight_files
+from kandinsky_exp import architectures, parts, paths, targets, texts, weight_files
 from kandinsky_exp.errors import cut
 
 Values = dict[str, Any]
@@ -87,6 +87,9 @@ def _data(good: Values) -> Found:
         path = good.get(key)
         if target != "webdataset" and isinstance(path, str) and not is_there(path):
             yield key, f"there is no {kind} '{cut(path)}' here; check the path ({_here()} is the working directory)"
+    name = good.get("data.name")
+    if target == "hub" and isinstance(name, str) and paths.looks_local(name) and not paths.is_folder(name):
+        yield "data.name", f"there is no folder '{cut(name)}' here; check the path ({_here()} is the working directory)"
     if (path := good.get("data.class_path")) and paths.exists(path) and not paths.is_folder(path):
         yield "data.class_path", f"'{cut(path)}' is a file; give a folder"
 
@@ -103,7 +106,7 @@ def _prompts(key: str, prompts: Any) -> str | None:
         text = cut(prompts)
         return f"there is no text file '{text}'; a list of prompts is written '{key}=[\"{text}\"]'"
     try:
-        is_empty = not paths.expanded(prompts).read_text("utf-8").strip()
+        is_empty = not texts.lines(paths.expanded(prompts))
     except (OSError, UnicodeDecodeError):
         return f"'{prompts}' is not a text file in UTF-8; save it as UTF-8"
     return f"'{prompts}' is empty; write one prompt per line" if is_empty else None
@@ -114,7 +117,9 @@ def _weights(good: Values) -> Found:
     if good["model._target_"].endswith(".PriorStage") and not good.get("validation.prompts"):
         sides = ("prior",)  # nothing will be drawn: the decoder is never opened
     sources: dict[parts.Side, str] = {side: good[f"weights.{side}"] for side in sides if f"weights.{side}" in good}
-    wrong = {side: problem for side, source in sources.items() if (problem := parts.check_source(source, side))}
+    variant = good.get("weights.variant")
+    found = {side: parts.check_source(source, side, variant) for side, source in sources.items()}
+    wrong = {side: problem for side, problem in found.items() if problem is not None}
     for side, problem in wrong.items():
         yield f"weights.{side}", problem
     local = {side: source for side, source in sources.items() if side not in wrong and architectures.is_local(source)}
@@ -125,11 +130,13 @@ def _weights(good: Values) -> Found:
         revision = good.get(f"weights.{side}_revision")
         if revision is not None and not parts.is_hub_id(source):
             yield f"weights.{side}_revision", f"is set, but weights.{side} is no hub id: only those have one; remove it"
-    variant = good.get("weights.variant")
     if variant is not None and folders and len(local) == len(sources):
         has_any = any(weight_files.has_variant(folder, variant) for folder in folders.values())
         if not has_any:
-            yield "weights.variant", f"no part of the weights has files named *.{variant}.safetensors; remove it"
+            yield (
+                "weights.variant",
+                f"no part of the weights has files of this variant, such as *.{variant}.safetensors; remove it",
+            )
 
 
 def together(good: Values) -> Found:

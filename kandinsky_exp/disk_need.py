@@ -17,8 +17,9 @@ from kandinsky_exp.data.table import DTYPES
 from kandinsky_exp.rehearsal import Rehearsal
 
 LOOKED_AT = 1000  # rows whose captions are counted and tokenized
-OF_A_ROW = 60  # bytes of an image beside its features: id, row, captions, checksum
+OF_A_ROW = 76  # bytes of an image beside its features: id, row, captions, digest, checksum
 OF_A_CAPTION = 30
+OF_A_TABLE = 2_000  # bytes of its schemas and facts
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        return 0 if self.is_there else int((self.images or 0) * self.each)
+        return 0 if self.is_there else int(OF_A_TABLE + (self.images or 0) * self.each)
 
 
 def of_caches(cfg: DictConfig, made: Rehearsal, splits: Splits) -> Iterator[Cache]:

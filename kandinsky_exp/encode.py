@@ -32,7 +32,8 @@ def _show(cfg: DictConfig) -> None:
     folder = Path(cfg.output_root).expanduser() / "cache"
     if cfg.remove:
         names = [cfg.remove] if isinstance(cfg.remove, str) else list(cfg.remove)
-        print(f"{cache.remove(folder, names) / 1e6:,.1f} MB removed")
+        removed, freed = cache.remove(folder, names)
+        print("\n".join([*(f"removed {entry}" for entry in removed), f"{freed / 1e6:,.1f} MB removed"]))
     print(cache.listing(folder))
 
 
@@ -50,7 +51,7 @@ def _encode(cfg: DictConfig) -> None:
             workspace.make_root(folder)
         build.check_data(cfg, splits)
         encoders, how = set(build.stage_class(cfg).encoders), class_images.settings(cfg.seed, cfg.data.resolution)
-        processes.on_main_process(
+        notes = processes.on_main_process(
             lambda: architectures.check(weights, encoders | class_images.needed_parts(splits.kept, weights))
         )
         stage = build.bare_stage(cfg, weights)
@@ -69,7 +70,7 @@ def _encode(cfg: DictConfig) -> None:
                 lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
             )
             readers = open_readers(splits, stage, settings, accelerator, logger.info)
-            for note in readers.notes:
+            for note in [*notes, *readers.notes]:
                 logger.warning(note)
         if accelerator.is_main_process:
             print(cache.listing(folder))

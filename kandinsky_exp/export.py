@@ -5,8 +5,19 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import save_file
 
-from kandinsky_exp import adapter_files, adapters, build, config, pipelines, processes, workspace
+from kandinsky_exp import (
+    adapter_files,
+    adapter_tensors,
+    adapters,
+    architectures,
+    build,
+    config,
+    pipelines,
+    processes,
+    workspace,
+)
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.locating import NETWORK
 from kandinsky_exp.origins import (
@@ -38,15 +49,11 @@ def export(cfg: DictConfig) -> None:
         check_together(cfg, found)
         root = Path(cfg.output_root).expanduser().absolute() / "export"
         workspace.make_root(root.parent)
-        name = cfg.name or (found[0].run_folder or found[0].folder).absolute().name
+        name = cfg.name or (found[0].run_folder or found[0].folder.with_suffix("")).absolute().name
         if cfg.merge:
             merged(cfg, found, root, name)
         else:
-            folder = workspace.fresh_folder(root, name)
-            (folder / "adapter").mkdir()
-            source = found[0].folder / adapter_files.WEIGHTS_NAME
-            shutil.copyfile(source, folder / "adapter" / source.name)
-            print(folder)
+            alone(cfg, found[0], root, name)
 
 
 def check_together(cfg: DictConfig, found: list[Adapter]) -> None:
@@ -62,6 +69,25 @@ def check_together(cfg: DictConfig, found: list[Adapter]) -> None:
             f"adapter: {has_magnitudes[0].folder} is a DoRA, whose magnitudes are of the base alone: with others it "
             "draws what no merged network draws; export it alone"
         )
+
+
+def alone(cfg: DictConfig, adapter: Adapter, root: Path, name: str) -> None:
+    """The adapter's own file; that of another trainer as diffusers' models write it."""
+    source, tensors = adapter_files.weights_file(adapter.folder), None
+    if not adapter_tensors.is_plain(adapter.folder):
+        weights, origins = build.weights(cfg), find_sides(cfg, [adapter])
+        use(weights, origins)
+        check_networks(weights, origins, keys="adapter")
+        part = NETWORK[adapter.side]
+        network = architectures.without_data(part, origins[adapter.side].network or weights.folder(part))
+        tensors, _ = adapter_tensors.read(adapter.folder, adapter_tensors.layers(network))
+    folder = workspace.fresh_folder(root, name)
+    (target := folder / "adapter" / adapter_files.WEIGHTS_NAME).parent.mkdir()
+    if tensors is None:
+        shutil.copyfile(source, target)
+    else:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, target, metadata={"format": "pt"})
+    print(folder)
 
 
 def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None:

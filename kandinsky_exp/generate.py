@@ -1,5 +1,6 @@
 """`kandinsky-exp generate`: images from prompts, through any pair of a prior and a decoder."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from kandinsky_exp import build, config, pipelines, processes, run_settings, store, tracking, workspace
+from kandinsky_exp import build, config, long_prompts, pipelines, processes, run_settings, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError, OutOfMemory, first_line, is_out_of_memory
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.halving import Halving
@@ -67,6 +68,9 @@ def draw(cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts
     ]
     if wrong:
         raise ConfigError(wrong)
+    asked = [("prompts", prompt) for prompt in prompts] + [("negative_prompt", cfg.negative_prompt or "")]
+    for note in long_prompts.notes(weights.load("tokenizer"), asked):
+        print(note, file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prior = pipelines.SampleSettings(
         inference_steps=cfg.prior_inference_steps, guidance_scale=cfg.prior_guidance_scale, seed=cfg.seed

@@ -2,14 +2,13 @@
 
 import json
 import logging
-import re
 import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kandinsky_exp import config, workspace
+from kandinsky_exp import config, paths, run_states, workspace
 from kandinsky_exp.errors import ConfigError, RunFailure, first_line
 from kandinsky_exp.model_card import Result, model_card
 from kandinsky_exp.parts import COMBINED, read_object
@@ -143,17 +142,8 @@ def push(run_folder: Path, repo: str, private: bool) -> None:
 
 def command(run_folder: Path, repo: str, private: bool) -> str:
     """What to type to upload a result, for a shell."""
-    folder = str(run_folder)
-    if not re.fullmatch(r"[\w./-]+", folder):  # Hydra's grammar: a job of a sweep has = and , in its name
-        folder = "'{}'".format(folder.replace("'", "\\'"))
-    typed = [
-        "kandinsky-exp",
-        "push",
-        f"run={folder}",
-        f"hub.repo_id={repo}",
-        *([] if private else ["hub.private=false"]),
-    ]
-    return shlex.join(typed)
+    further = shlex.join([f"hub.repo_id={repo}", *([] if private else ["hub.private=false"])])
+    return f"kandinsky-exp push {paths.setting('run', run_folder)} {further}"
 
 
 def read_result(run_folder: Path) -> Result:
@@ -169,7 +159,7 @@ def read_result(run_folder: Path) -> Result:
         raise ConfigError(f"run: {run_folder} is a sweep; give the folder of one of its jobs")
     is_adapter = (run_folder / "adapter").is_dir()
     if record.status != "FINISHED" or not (is_adapter or (run_folder / "pipeline").is_dir()):
-        raise ConfigError(f"run: {run_folder} is not finished ({record.status}); go on with it first")
+        raise ConfigError(f"run: {run_states.no_result(run_folder, None, '')}")
     return Result(config.flatten_saved(run_folder), record, is_adapter)
 
 

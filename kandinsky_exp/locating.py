@@ -5,10 +5,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import mlflow_names, saved_config, store, tracking, workspace
-from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.parts import Side
-from kandinsky_exp.weight_files import untrusted
+from kandinsky_exp import mlflow_names, paths, run_states, saved_config, store, tracking, workspace
+from kandinsky_exp.errors import ConfigError, cut
+from kandinsky_exp.parts import Side, is_hub_id
+from kandinsky_exp.recorded_paths import Move
+from kandinsky_exp.weight_files import alone, untrusted
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 NETWORK: dict[Side, str] = {"prior": "prior", "decoder": "unet"}
@@ -62,22 +63,42 @@ def trained_network(folder: Path, side: Side) -> Path:
     # A checkpoint's averaged weights are what its run validates with and would leave behind.
     for candidate in (folder / "adapter", folder / f"{name}_ema", folder / name):
         if candidate.is_dir() and (candidate.name != "adapter" or stage_of(folder) == side):
-            if problem := untrusted(candidate):
+            if problem := untrusted(candidate) or alone(candidate):
                 raise ConfigError(f"{side}: {folder}: {problem}")
             return candidate
-    hint = "give a step-… folder inside checkpoints/, or wait until the run is finished"
-    raise ConfigError(f"{side}: {folder} holds no trained {side}; {hint}")
+    if workspace.read_record(folder) is None:  # a checkpoint, or what else lies in a run
+        raise ConfigError(f"{side}: {folder} holds no trained {side}; give a run, or one of its checkpoints")
+    if (trained := stage_of(folder)) != side:
+        other = paths.setting(trained, folder)
+        raise ConfigError(f"{side}: {folder} holds no trained {side}, it is of the {trained}; give it as {other}")
+    raise ConfigError(f"{side}: {run_states.no_result(folder, side, name)}")
 
 
-def stage_of(run_folder: Path) -> str:
-    return "prior" if (saved_config.value(run_folder, "model._target_") or "").endswith("PriorStage") else "decoder"
+def stage_of(run_folder: Path) -> Side:
+    return "prior" if run_states.is_prior(run_folder) else "decoder"
 
 
 def source_of(run_folder: Path, side: Side) -> str:
-    """The weights that a run started from."""
+    """The weights that a run started from, also where they have moved together with the run.
+
+    Raises:
+        ConfigError: none are recorded, or those were a folder, which is not there any more.
+    """
     source = saved_config.value(run_folder, f"weights.{side}")
     if source is None:
         raise ConfigError(f"{run_folder / 'config.yaml'} has no weights.{side}; mend it, or give other sources")
+    if source == "tiny" or (Path(source).is_absolute() and paths.exists(source)):
+        return source
+    is_job = (record := workspace.read_record(run_folder.parent)) is not None and record.stage == "sweep"
+    root = run_folder.absolute().parents[1 if is_job else 0]
+    place = Move.between(saved_config.value(run_folder, "output_root") or "", root)(source)
+    if place is not None and paths.exists(place):
+        return str(place)
+    if not is_hub_id(source) and not paths.exists(source):
+        raise ConfigError(
+            f"{side}: {run_folder} started from the weights in '{cut(source)}', which are not there any more; put them "
+            f"back, or write where they are now into {run_folder / 'config.yaml'} (weights.{side})"
+        )
     return source
 
 

@@ -1,5 +1,6 @@
 """What the two sides of Kandinsky are made of, as a user names it: bases, trained networks, adapters."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +13,16 @@ from kandinsky_exp import (
     adapter_files,
     adapters,
     architectures,
+    run_states,
     saved_config,
 )
 from kandinsky_exp.errors import ConfigError, cut, first_line
 from kandinsky_exp.locating import NETWORK, located, recorded_id, run_of, source_of, trained_network
 from kandinsky_exp.parts import PARTS, Side, check_source, is_hub_id
-from kandinsky_exp.weight_files import untrusted
+from kandinsky_exp.weight_files import passed_over, untrusted
 from kandinsky_exp.weights import Weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Origin:
         run_id: MLflow run that trained it.
         run_folder: of the run that trained it.
         revision: of a base on the hub that a run started from.
+        variant: of the base's files.
     """
 
     base: str
@@ -58,6 +63,7 @@ class Origin:
     run_id: str | None = None
     run_folder: Path | None = None
     revision: str | None = None
+    variant: str | None = None
 
     @property
     def trained_by(self) -> str | None:
@@ -99,8 +105,9 @@ def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: Side) -> Or
     run_folder = next((folder for folder in runs if folder is not None), None)
     if run_folder is None:
         return find_origin(cfg, side, cfg.weights[side])
-    revision = saved_config.value(run_folder, f"weights.{side}_revision")
-    return replace(find_origin(cfg, side, source_of(run_folder, side)), revision=revision)
+    variant = saved_config.value(run_folder, "weights.variant")
+    found = find_origin(cfg, side, source_of(run_folder, side), cfg.weights.variant or variant)
+    return replace(found, revision=saved_config.value(run_folder, f"weights.{side}_revision"), variant=variant)
 
 
 def with_adapters(origin: Origin, found: Iterable[Adapter]) -> Origin:
@@ -129,23 +136,28 @@ def scaled(origins: Mapping[Side, Origin], scale: Any) -> dict[Side, Origin]:
     }
 
 
-def find_origin(cfg: DictConfig, side: Side, source: str) -> Origin:
-    """Tell a run folder, a checkpoint, a sweep, an MLflow run id, a hub id and a diffusers folder apart."""
+def find_origin(cfg: DictConfig, side: Side, source: str, variant: str | None = None) -> Origin:
+    """Tell a run folder, a checkpoint, a sweep, an MLflow run id, a hub id and a diffusers folder apart.
+
+    Args:
+        variant: of a diffusers folder's files, None = `weights.variant`.
+    """
     if source == "tiny" or is_hub_id(source):
         return Origin(source)
     folder, run_id = located(cfg, side, source, side)
     run_folder = run_of(folder)
     if run_folder is None or (folder / "model_index.json").is_file():
-        return Origin(checked(str(folder), side))
+        return Origin(checked(str(folder), side, variant or cfg.weights.variant))
     run_id = run_id or recorded_id(run_folder)
     if folder == run_folder and (folder / "pipeline").is_dir() and check_source(str(folder), side) is None:
         return Origin(str(folder), None, (), run_id, run_folder)
-    base = checked(source_of(run_folder, side), side)
+    variant = saved_config.value(run_folder, "weights.variant")
+    base = checked(source_of(run_folder, side), side, cfg.weights.variant or variant)
     revision = saved_config.value(run_folder, f"weights.{side}_revision")
-    network = trained_network(folder, side)
-    if adapter_files.is_adapter(network):
-        return Origin(base, None, (Adapter(network, side, run_folder, run_id),), run_id, run_folder, revision)
-    return Origin(base, network, (), run_id, run_folder, revision)
+    found = Origin(base, trained_network(folder, side), (), run_id, run_folder, revision, variant)
+    if found.network is not None and adapter_files.is_adapter(found.network):
+        return replace(found, network=None, adapters=(Adapter(found.network, side, run_folder, run_id),))
+    return found
 
 
 def find_adapter(cfg: DictConfig, key: str, source: str, side: Side | None = None) -> Adapter:
@@ -163,7 +175,10 @@ def find_adapter(cfg: DictConfig, key: str, source: str, side: Side | None = Non
         folder = _with_file(place, key, source)
     trained_for = adapter_files.stage(_shapes(folder, key))
     if trained_for is None:
-        raise ConfigError(f"{key}: {folder} is an adapter of another network than Kandinsky 2.2 has; give another")
+        raise ConfigError(
+            f"{key}: {folder} names modules of no prior and no decoder of Kandinsky 2.2, or of both; give the adapter "
+            "of one of them"
+        )
     run_folder = run_of(folder)
     return Adapter(folder, trained_for, run_folder, run_id or recorded_id(run_folder))
 
@@ -180,11 +195,17 @@ def _with_file(place: Path, key: str, source: str) -> Path:
     names = ("adapter", "unet_ema", "unet", "prior_ema", "prior")
     folder = next((one for one in (place, *(place / name for name in names)) if adapter_files.is_adapter(one)), None)
     if folder is None:
-        is_run = (place / "checkpoints").is_dir()
-        hint = "it trained all weights, or is not finished" if is_run else "there is no such run or folder"
+        if run_of(place) == place:
+            raise ConfigError(f"{key}: {run_states.no_adapter(place, key)}")
+        hint = "there is no such file" if place.is_dir() else "there is no such run or folder"
+        if run_of(place) is not None:
+            hint = "it is of a run that trained all weights"
+        if found := [name for name in adapter_files.PICKLES if (place / name).is_file()]:
+            hint = f"'{found[0]}' is a pickle, which can run code when it is loaded; convert it to .safetensors"
         raise ConfigError(
             f"{key}: '{cut(source)}' holds no {adapter_files.WEIGHTS_NAME} ({hint}); give a run with adapter=lora or "
-            "dora, one of its checkpoints, a folder with that file, or a hub id"
+            f"dora, one of its checkpoints, a folder with that file or {adapter_files.PEFT_NAME}, a .safetensors file, "
+            "or a hub id"
         )
     if problem := untrusted(folder):
         raise ConfigError(f"{key}: {folder}: {problem}")
@@ -196,19 +217,19 @@ def _fetched(repo: str, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=[adapter_files.WEIGHTS_NAME]))
+        folder = Path(snapshot_download(repo, allow_patterns=list(adapter_files.NAMES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"{key}: '{repo}' could not be fetched from the hub ({first_line(error)}); check the id, your access and "
-            "the network, or give a local folder"
+            f"{key}: '{repo}' is no folder here, and could not be fetched from the hub ({first_line(error)}); check "
+            "the id, your access (hf auth login) and the network, or give a local folder"
         ) from error
     if not adapter_files.is_adapter(folder):
         raise ConfigError(f"{key}: '{repo}' on the hub has no {adapter_files.WEIGHTS_NAME}; check the id")
     return folder
 
 
-def checked(source: str, side: Side) -> str:
-    problem = check_source(source, side)
+def checked(source: str, side: Side, variant: str | None) -> str:
+    problem = check_source(source, side, variant)
     if problem is not None:
         raise ConfigError(f"{side}: {problem}")
     return source
@@ -224,7 +245,11 @@ def check_networks(weights: Weights, origins: Mapping[Side, Origin], keys: str =
         ConfigError: a part cannot be fetched, a file is damaged, or what should work together does not fit.
     """
     trained = {NETWORK[side]: origin.network for side, origin in origins.items() if origin.network is not None}
-    architectures.check(weights, set(PARTS), trained, keys=keys)
+    folders = [one.folder for origin in origins.values() for one in origin.adapters]
+    for note in architectures.check(weights, set(PARTS), trained, keys=keys) + passed_over(
+        [*trained.values(), *folders]
+    ):
+        logger.warning(note)
     for side, origin in origins.items():
         part = NETWORK[side]
         if origin.adapters:
@@ -240,6 +265,7 @@ def use(weights: Weights, origins: Mapping[Side, Origin]) -> None:
     weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
     weights.prior_revision = origins["prior"].revision or weights.prior_revision
     weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
+    weights.variant = weights.variant or origins["prior"].variant or origins["decoder"].variant
 
 
 def load_network(weights: Weights, side: Side, origin: Origin) -> Any:
@@ -254,6 +280,6 @@ def load_network(weights: Weights, side: Side, origin: Origin) -> Any:
         if origin.adapters:
             source = origin.adapters[0].folder
             adapters.apply(network, [(one.folder, one.scale) for one in origin.adapters])
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{side}: {source} cannot be loaded: {first_line(error)}") from error
     return network

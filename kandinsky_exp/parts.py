@@ -45,7 +45,7 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and not paths.exists(source)
 
 
-def check_source(source: str, side: Side) -> str | None:
+def check_source(source: str, side: Side, variant: str | None = None) -> str | None:
     """What is wrong with a source of weights, or None. Reads small JSON files only and imports no torch."""
     if source == "tiny" or is_hub_id(source):
         return None
@@ -55,19 +55,31 @@ def check_source(source: str, side: Side) -> str | None:
     folder = pipeline_folder(root)
     if folder == root and (root / "config.yaml").is_file():
         if (root / "adapter").is_dir():
-            return f"'{source}' has an adapter, no whole network; make one: kandinsky-exp export adapter={source}"
-        return f"'{source}' is a run without a pipeline/ to start from: it is not finished; give another folder"
+            how = f"kandinsky-exp export {paths.setting('adapter', root)}"
+            return f"'{source}' has an adapter, no whole network; make one: {how}"
+        fork = f", or begin at its last checkpoint with {paths.setting('checkpoint.resume', root)}"
+        hint = (
+            f"go on with it first{fork if any((root / 'checkpoints').glob('step-*')) else ', or give another folder'}"
+        )
+        return f"'{source}' is a run without a pipeline/ to start from ({_status(root)}); {hint}"
     if not (folder / "model_index.json").is_file():
         return f"'{source}' has no model_index.json; give the top folder of a diffusers pipeline or of an earlier run"
     try:
         read_object(folder / "model_index.json")
     except (OSError, ValueError):
         return f"'{source}': model_index.json cannot be read; fetch or save the pipeline again"
-    problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, side))]
+    problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, variant))]
     return f"'{source}': {'; '.join(problems)}; give a Kandinsky 2.2 {side}, or fetch it again" if problems else None
 
 
-def _check_part(folder: Path, part: str, side: Side) -> str | None:
+def _status(run_folder: Path) -> str:
+    try:
+        return str(read_object(run_folder / "run.json")["status"])[:20]
+    except (OSError, ValueError, KeyError):
+        return "nothing is recorded of it"
+
+
+def _check_part(folder: Path, part: str, variant: str | None) -> str | None:
     part_folder = folder / subfolder(folder, part)
     if not part_folder.is_dir():
         return f"subfolder '{part_folder.name}' is missing"
@@ -82,9 +94,9 @@ def _check_part(folder: Path, part: str, side: Side) -> str | None:
         return f"'{part_folder.name}/config.json' cannot be read"
     if found != expected:
         return f"'{part_folder.name}' holds a {found}, not a {expected}"
-    if not any(part_folder.glob("*.safetensors")):
-        return f"'{part_folder.name}' has no .safetensors file"
-    return weight_files.damaged(part_folder)
+    if problem := weight_files.lacking(part_folder, variant):
+        return f"'{part_folder.name}' {problem}"
+    return weight_files.damaged(part_folder, variant)
 
 
 def _class_name(config_file: Path) -> str:

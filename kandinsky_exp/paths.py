@@ -1,6 +1,8 @@
 """Paths as they are typed: any text at all has an answer here, never an exception, from a NUL to 5,000 letters."""
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 
@@ -10,6 +12,19 @@ def expanded(path: str | Path) -> Path:
         return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for a stranger's home
     except ValueError:  # `~` and what is no text
         return Path(path)
+
+
+def looks_local(path: str) -> bool:
+    """Whether a text can only be a path: `a/b` may be an id on the hub, `./a`, `/a`, `~/a` and `a/b/c` may not."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+
+
+def setting(key: str, place: str | Path) -> str:
+    """A setting as it is typed into a shell; what a sweep varies is in the name of a job, with `=` and `,`."""
+    text = str(place)
+    if not re.fullmatch(r"[\w./-]+", text):  # Hydra's grammar
+        text = '"{}"'.format(text.replace('"', '\\"'))
+    return shlex.quote(f"{key}={text}")
 
 
 def is_folder(path: str | Path) -> bool:

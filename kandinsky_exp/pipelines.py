@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from kandinsky_exp import weight_files
 from kandinsky_exp.parts import COMBINED, MODELS, PARTS, Side, side_parts
 from kandinsky_exp.weight_files import PART_FILES
 from kandinsky_exp.weights import Weights
@@ -191,22 +192,23 @@ def link_part(source: Path, target: Path, variant: str | None) -> None:
     Files of other kinds stay where they are: no code, pickle or note of others ends up in a result.
     """
     target.mkdir(parents=True)
-    for name, file in _files(source, variant):
+    for file in _files(source, variant):
+        name = weight_files.without_variant(file.name)
+        if name != file.name and file.suffix == ".json":  # the index names the shards
+            index = json.loads(file.read_text("utf-8"))
+            named = {key: weight_files.without_variant(str(shard)) for key, shard in index["weight_map"].items()}
+            (target / name).write_text(json.dumps({**index, "weight_map": named}, indent=2) + "\n", "utf-8")
+            continue
         try:
             os.link(file.resolve(), target / name)
         except OSError:
             shutil.copyfile(file, target / name)
 
 
-def _files(source: Path, variant: str | None) -> Iterator[tuple[str, Path]]:
-    suffix = f".{variant}.safetensors"
-    has_variant = variant is not None and any(source.glob(f"*{suffix}"))
+def _files(source: Path, variant: str | None) -> Iterator[Path]:
+    """What loading opens of the weights, and all else."""
+    read = weight_files.opened(source, True, variant)
     for file in sorted(path for path in source.iterdir() if path.is_file()):
-        if file.suffix not in PART_FILES:
-            continue
-        if not has_variant:
-            yield file.name, file
-        elif file.name.endswith(suffix):
-            yield file.name.removesuffix(suffix) + ".safetensors", file
-        elif file.suffix != ".safetensors":
-            yield file.name, file
+        are_weights = file.suffix == ".safetensors" or ".index." in file.name
+        if file in read or (file.suffix in PART_FILES and not are_weights):
+            yield file

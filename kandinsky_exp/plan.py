@@ -164,7 +164,7 @@ def known(cfg: DictConfig) -> sources.Splits:
     settings = build.target_settings(cfg, "data")
     if not settings["_target_"].endswith(".sources.hub") or paths.is_folder(settings["name"]):
         return build.data(cfg)
-    asked = {key: settings[key] for key in ("name", "split", "validation_split", "revision")}
+    asked = {key: settings[key] for key in ("name", "split", "validation_split", "revision", "subset")}
     return hub_rows.announced(**asked, limit=cfg.data.max_samples)
 
 

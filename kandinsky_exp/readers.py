@@ -15,17 +15,17 @@ from torch.utils.data import DataLoader
 from kandinsky_exp import processes
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.checks import find_bad
+from kandinsky_exp.data.cut import cut_captions
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.data.encode import cache_key, encode_table, memory_told
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Indexed, Source
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
 from kandinsky_exp.data.loading import from_workers, leave_signals
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
 from kandinsky_exp.data.splits import Splits, together
-from kandinsky_exp.data.table import FeatureTable
+from kandinsky_exp.encoded import encode_here, opened_by_all, stay_on_device
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.null_condition import null_condition
 from kandinsky_exp.randomness import derive_seed
@@ -43,6 +43,7 @@ class ReadSettings:
         cache: folder of the encoded tables.
         cached: encode once; False = the encoders run in every step.
         fraction: held-out part of a set that has no validation split.
+        by_row: hold out rows, also where others show the same picture: what runs did once, and go on with.
         workers: processes that read images when nothing is cached.
         batch_size: per process.
     """
@@ -55,6 +56,7 @@ class ReadSettings:
     workers: int
     batch_size: int
     grad_accumulation: int
+    by_row: bool = False
 
 
 @dataclass
@@ -162,6 +164,7 @@ class Readers:
         source: fingerprint of the set as it was given, before anything was held out.
         notes: what a user should know of it, a line each.
         skipped: what was wrong with the examples that were left out.
+        cut: captions of which only the beginning is read, and up to where.
     """
 
     train: FeatureReader
@@ -169,6 +172,10 @@ class Readers:
     source: str
     notes: list[str]
     skipped: list[str]
+    cut: list[str]
+
+    def __str__(self) -> str:
+        return f"{len(self.train):,} images train, {len(self.held_out) if self.held_out else 'none'} held out"
 
 
 def open_readers(
@@ -188,13 +195,14 @@ def open_readers(
         kept = opener.open(splits.kept.source())
         content = together(train.fingerprint, kept.fingerprint)
         train = replace(train, kept=kept, kept_weight=splits.kept.weight, fingerprint=content)
-    about = (train.fingerprint, opener.notes, opener.skipped)
+    about = (train.fingerprint, opener.notes, opener.skipped, opener.cut)
     if splits.validation is not None:
         held_out = opener.open(splits.validation)
+        opener.notes += shared_pictures(train.dataset, held_out.dataset)
         return Readers(train, held_out if len(held_out) else None, *about)
-    rest, held = sources.held_out(len(train), settings.fraction if splits.dividable else 0.0, settings.seed)
-    if not len(held):
+    if not splits.dividable or settings.fraction == 0:
         return Readers(train, None, *about)
+    rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
     return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), *about)
 
 
@@ -209,30 +217,27 @@ class _Opener:
         self.digests = FileDigests(settings.cache, log)
         self.notes: list[str] = []
         self.skipped: list[str] = []
+        self.cut: list[str] = []
 
     def open(self, source: Source) -> FeatureReader:
         """All usable rows of a source."""
         if not self.settings.cached:
             return self._online(source)
-        fingerprint, folder = processes.on_main_process(lambda: self._encode(source))
-        table = _opened_by_all(folder)
-        self._note(table.skipped, table.meta["truncated"], table.meta["text_length"])
-        return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
-
-    def _encode(self, source: Source) -> tuple[str, Path]:
-        fingerprint = source.fingerprint(self.digests)
-        preprocess, how = self.stage.preprocess, self.settings.how
-        folder = self.settings.cache / cache_key(fingerprint, self.encoders, preprocess, how)
-        encode_table(
-            source,
-            self.stage,
-            folder,
-            how,
-            self.log,
-            encoders=self.stage.weights.on_device(self.stage.encoders, self.accelerator.device),
-            about={"stage": self.stage.name, "source": source.name},
+        fingerprint, folder = processes.on_main_process(
+            lambda: encode_here(
+                source,
+                self.stage,
+                self.digests,
+                self.settings.cache,
+                self.settings.how,
+                self.log,
+                encoders=self.encoders,
+                device=self.accelerator.device,
+            )
         )
-        return fingerprint, folder
+        table = opened_by_all(folder)
+        self._note(table.skipped, table.meta["truncated"], table.meta.get("cut", []), table.meta["text_length"])
+        return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
 
     def _online(self, source: Source) -> FeatureReader:
         if not isinstance(source, Indexed):
@@ -240,22 +245,30 @@ class _Opener:
                 f"data.cache: {source.name} is read in one sweep, and training visits images in random order; set "
                 "data.cache=true"
             )
-        processes.on_all_processes(self._place)
+        processes.on_all_processes(lambda: stay_on_device(self.stage, self.accelerator.device))
         reads_captions = self.stage.preprocess.tokenizer is not None
         bad = processes.on_main_process(lambda: dict(find_bad(source, reads_captions)))
         if bad and not self.settings.how.skip_bad:
             raise DataError(first_few(list(bad.values())))
-        self._note(list(bad.values()), 0, 0)
         rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
+        cut = processes.on_main_process(lambda: cut_captions(source, rows, self.stage.preprocess))
+        self._note(list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
         dataset = OnlineExamples(
             source, self.stage.preprocess, self.settings.seed, rows, mirrored=self.settings.how.mirrored
         )
         return self._reader(dataset, source, processes.on_main_process(lambda: source.fingerprint(self.digests)))
 
-    def _place(self) -> None:
-        with memory_told("data.cache=true or "):
-            for part in self.stage.encoders:
-                self.stage.weights.load(part).to(self.accelerator.device)
+    def pictures(self, whole: FeatureReader) -> Rows | None:
+        """Which rows show the same picture: held out are pictures, not rows."""
+        if self.settings.by_row:
+            return None
+        found = processes.on_main_process(lambda: whole.dataset.pictures(whole.source))
+        if found is None:
+            self.notes.append(
+                f"{whole.source.name} was encoded by an earlier version, which did not tell pictures apart: rows of "
+                "one picture may both train and be held out; kandinsky-exp encode remove= its table to have that mended"
+            )
+        return found
 
     def part(self, whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
         """Some rows of a source that was opened."""
@@ -273,25 +286,11 @@ class _Opener:
         encode = None if isinstance(dataset, CachedFeatures) else self.stage
         return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, encode)
 
-    def _note(self, skipped: list[str], truncated: int, length: int) -> None:
+    def _note(self, skipped: list[str], truncated: int, cut: list[str], length: int) -> None:
         self.skipped += skipped
         if skipped:
             self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")
         if truncated:
-            self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut")
-
-
-def _opened_by_all(folder: Path) -> FeatureTable:
-    """A table that the main process has just opened.
-
-    Raises:
-        DataError: another process does not see it; on all of them, so that none waits for one that is gone.
-    """
-    table = None
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        table = FeatureTable(folder)
-    if processes.on_any_process(table is None) or table is None:
-        raise DataError(
-            f"output_root: not every process can read {folder}; output_root has to be on a disk that all machines share"
-        )
-    return table
+            self.cut += cut
+            named = f":\n{first_few(cut, truncated)}" if cut else ""
+            self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut{named}")

@@ -8,7 +8,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, config, integrity, job_records, run_notes, store, sweep_jobs, tracking, workspace
+from kandinsky_exp import (
+    build,
+    config,
+    integrity,
+    job_records,
+    long_prompts,
+    recorded_paths,
+    run_notes,
+    run_settings,
+    store,
+    sweep_jobs,
+    tracking,
+    workspace,
+)
 from kandinsky_exp.data import download
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.shards import Shards
@@ -101,6 +114,7 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
 
 def note_data(space: workspace.Workspace, data: Readers) -> None:
     """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
+    logger.info("%s", data)
     before, fingerprint = space.record.data, data.train.fingerprint
     if space.is_resumed and space.record.step > 0 and before not in (None, fingerprint):
         logger.warning(
@@ -122,19 +136,23 @@ def describe(
     data: Readers,
 ) -> None:
     """Parameters, origins and the data set, for whoever compares this run later."""
-    for note in data.notes:
+    asked = run_settings.asked(cfg, "text_encoder" in build.stage_class(cfg).encoders)
+    for note in [*data.notes, *(long_prompts.notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)
     side = PARTS[build.stage_class(cfg).part][0]
+    goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
+    before = config.flatten_saved(space.folder) if goes_on else {}
     if accelerator.is_main_process:
         workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
         space.record.revision = weights.revision(side)
     if isinstance(tracker, tracking.NullTracker):
         return
-    params, bookkeeping = run_notes.split(config.flatten(cfg))
-    tracker.log_params(params)
+    flat = config.flatten(cfg)
+    bookkeeping = run_notes.split(flat)[1]
+    tracker.log_params(run_notes.split(recorded_paths.news(flat, before))[0])
     revision = space.record.revision
     tags = {
-        "weights": cfg.weights[side] + (f"@{revision}" if revision else ""),
+        "weights": flat[f"weights.{side}"] + (f"@{revision}" if revision else ""),
         "data_fingerprint": data.train.fingerprint,
         "git_commit": tracking.git_commit() or "unknown",
     }
@@ -143,6 +161,8 @@ def describe(
     tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
     if data.skipped:
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
+    if data.cut:
+        tracker.log_text("\n".join([*data.cut, ""]), "cut_captions.txt")
     for context, reader in (("training", data.train), ("class", data.train.kept), ("validation", data.held_out)):
         if reader is not None:
             name, origin = named(reader.source)

@@ -66,7 +66,7 @@ def _legend(figure: Figure, runs: Sequence[Run]) -> None:
 
 
 def images(runs: Sequence[Run], album: Album, path: Path) -> bool:
-    """Prompts in rows, runs in columns, each run at its last step; where there are many, the best runs.
+    """Prompts in rows, runs in columns, each run at its last step; where there are many, the best of each stage.
 
     Returns:
         Whether there was an image to show; else no file is left at `path`.
@@ -75,7 +75,7 @@ def images(runs: Sequence[Run], album: Album, path: Path) -> bool:
     having = {run for _, run in album.cells}
     if not having:
         return False
-    columns = sorted(sorted(having, key=lambda run: _rank(runs[run]))[:MOST_COLUMNS])
+    columns = sorted(sorted(having, key=lambda run: _rank(runs, run))[:MOST_COLUMNS])
     rows = [row for row in range(len(album.rows)) if any((row, run) in album.cells for run in columns)][:MOST_ROWS]
     with _quiet():
         figure = Figure(figsize=(1.6 + 1.9 * len(columns), 0.7 + 2.1 * len(rows)), layout="constrained")
@@ -95,8 +95,13 @@ def images(runs: Sequence[Run], album: Album, path: Path) -> bool:
     return True
 
 
-def _rank(run: Run) -> float:
-    return float("inf") if run.scores.best is None else run.scores.best
+def _rank(runs: Sequence[Run], index: int) -> float:
+    """How many runs of its own stage are better: losses of different stages do not compare."""
+    one = runs[index]
+    if one.scores.best is None:
+        return float("inf")
+    same = (run.scores.best for run in runs if run.stage == one.stage)
+    return sum(best is not None and best < one.scores.best for best in same)
 
 
 def _show(axes: Axes, found: tuple[int, bytes] | None) -> None:

@@ -1,10 +1,9 @@
 """What may be different when a run goes on, and what may not: then it would not be the same run any more."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kandinsky_exp import integrity
+from kandinsky_exp import integrity, recorded_paths
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.workspace import Workspace
 
@@ -64,7 +63,8 @@ def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
     Raises:
         ConfigError: listing what may not change, and how to start anew.
     """
-    different = {key: (value, now[key]) for key, value in before.items() if key in now and not _alike(value, now[key])}
+    same = recorded_paths.as_before(now, before)
+    different = {key: (value, now[key]) for key, value in before.items() if key in now and value != same[key]}
     if space.start is None or space.is_fork:  # it begins anew, whatever it was
         space.changed = different
         return
@@ -118,9 +118,3 @@ def repeats(space: Workspace, now: Values, facts: Facts) -> bool:
 
 def _is_in(key: str, groups: tuple[str, ...]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
-
-
-def _alike(was: Any, now: Any) -> bool:
-    if isinstance(was, str) and isinstance(now, str) and ("/" in was or "/" in now):
-        return Path(was).expanduser().absolute() == Path(now).expanduser().absolute()
-    return bool(was == now)

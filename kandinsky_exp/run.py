@@ -90,7 +90,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 )
                 set_seed(cfg.seed)
                 stage = build.stage(cfg, weights)
-                settings = build.read_settings(cfg, accelerator.device)
+                settings = build.read_settings(cfg, accelerator.device, by_row=space.record.split is None)
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
                 if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
@@ -144,18 +144,21 @@ def prepare(
     if cfg.tracker.name == "mlflow":
         tracking.probe(records.tracker_uri(cfg))
     note = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
-    build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
+    notes = build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
     splits.kept = class_images.placed(splits.kept, weights, class_images.settings(cfg.seed, cfg.data.resolution))
     report = build.check_data(cfg, splits)
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
+    space.notes += notes
     with workspace.given_back(space):
         if space.start is not None and space.is_fork:
             forking.check(cfg, weights, space.start, optimizer)
             forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
         compare(cfg, weights, splits, count, space)
+    if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
+        space.record.split = "picture"
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit

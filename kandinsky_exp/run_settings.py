@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from kandinsky_exp import host_memory
+from kandinsky_exp import host_memory, texts
 from kandinsky_exp.loop import LoopSettings
 from kandinsky_exp.paths import expanded
 from kandinsky_exp.pipelines import SampleSettings
@@ -15,9 +15,16 @@ from kandinsky_exp.pipelines import SampleSettings
 def prompts(value: Any) -> list[str]:
     """A list of prompts, or the lines of the text file that a string names."""
     if isinstance(value, str):
-        lines = expanded(value).read_text("utf-8").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        return texts.lines(expanded(value))
     return [str(prompt) for prompt in value]
+
+
+def asked(cfg: DictConfig, reads_captions: bool) -> list[tuple[str, str]]:
+    """(setting, text) of all texts of a config that the text encoder reads."""
+    texts = [("validation.prompts", prompt) for prompt in prompts(cfg.validation.prompts)]
+    if reads_captions and "instance_prompt" in cfg.data:
+        texts.append(("data.instance_prompt", cfg.data.instance_prompt))
+    return texts
 
 
 def sample_settings(cfg: DictConfig) -> SampleSettings:

@@ -95,6 +95,7 @@ class Data(OpenNode, _DataKeys):
     _partial_: bool = False
     path: Text | list[Text] = "."
     name: Text = "."
+    subset: Text | None = None
     image_column: Text = "image"
     caption_column: Text = "text"
     instance_path: Text = "."

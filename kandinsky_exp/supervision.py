@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import config, devices, job_records, workspace
+from kandinsky_exp import config, devices, job_records, recorded_paths, workspace
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.job_process import Answer, Call, Desk, Task, asked
 from kandinsky_exp.sweep_jobs import JobFolder, Outcome, job_name
@@ -101,7 +101,7 @@ def finished(cfg: DictConfig, folder: Path) -> float | None:
     place = ("output_root", "name", "sweep.")
     saved, now = (
         {key: value for key, value in values.items() if not key.startswith(place)}
-        for values in (before, config.flatten(cfg))
+        for values in (before, recorded_paths.as_before(config.flatten(cfg), before))
     )
     if saved != now:
         return None
@@ -116,7 +116,9 @@ def note(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) -> Non
     record = workspace.read_record(folder)
     if record is not None:
         outcome.run_id, outcome.score, outcome.token = record.run_id, record.best_loss, None
-    if outcome.score is None and answer.value is not None and math.isfinite(answer.value):
+        outcome.stage = record.stage
+    outcome.is_training = outcome.score is None and answer.value is not None and math.isfinite(answer.value)
+    if outcome.is_training:
         outcome.score = answer.value
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from kandinsky_exp.sweep_jobs import JobFolder, Outcome
 
 logger = logging.getLogger(__name__)
 LOCK = ".jobs/lock"
+LOSSES = {False: "best loss", True: "last training loss"}  # by whether nothing was held out
 
 
 @dataclass
@@ -180,13 +182,18 @@ def report(cfg: DictConfig, started: Session) -> None:
 def rows(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Column names and a row of texts for each job."""
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.varied))
-    names = ["job", *short_names(keys).values(), "status", "best loss", "time", "run id"]
+    kinds = sorted({outcome.is_training for outcome in outcomes if outcome.score is not None}) or [False]
+    losses = [LOSSES[kind] for kind in kinds]
+    names = ["job", *short_names(keys).values(), "status", *losses, "time", "run id"]
     lines = [
         [
             str(outcome.number),
             *(outcome.varied.get(key, "") for key in keys),
             outcome.status,
-            "–" if outcome.score is None else f"{outcome.score:.5g}",
+            *(
+                "–" if outcome.score is None or outcome.is_training != kind else f"{outcome.score:.5g}"
+                for kind in kinds
+            ),
             tqdm.format_interval(outcome.seconds),
             outcome.run_id or "–",
         ]
@@ -203,11 +210,21 @@ def table(outcomes: list[Outcome], jobs: int) -> str:
     text += [f"{job.name}: {job.message.splitlines()[0][:300]}" for job in outcomes if job.message]
     if missing := jobs - len(outcomes):
         text.append(f"{missing} of {jobs} jobs were not started; the same command with this name goes on with them")
-    scored = [outcome for outcome in outcomes if outcome.score is not None and outcome.status == "FINISHED"]
-    if scored:
-        best = min(scored, key=lambda outcome: outcome.score or 0.0)
-        text.append(f"best: {best.name} ({best.score:.5g})")
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(line.rstrip() for line in [*text, *best_jobs(outcomes)])
+
+
+def best_jobs(outcomes: list[Outcome]) -> list[str]:
+    """A line about the best job of each stage: losses of different stages do not compare."""
+    stages = sorted({outcome.stage or "" for outcome in outcomes})
+    lines = []
+    for stage, is_training in itertools.product(stages, (False, True)):
+        alike = [job for job in outcomes if (job.stage or "", job.is_training) == (stage, is_training)]
+        scored = [(job.score, job) for job in alike if job.score is not None and job.status == "FINISHED"]
+        if scored:
+            score, job = min(scored, key=lambda item: item[0])
+            of = f" {stage}" if len(stages) > 1 and stage else ""
+            lines.append(f"{'lowest last training loss' if is_training else 'best'}{of}: {job.name} ({score:.5g})")
+    return lines
 
 
 def as_csv(outcomes: list[Outcome]) -> str:

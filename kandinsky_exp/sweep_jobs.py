@@ -31,6 +31,8 @@ class Outcome:
         name: what it varies, as MLflow shows it: `lr=1e-05 snr=5`.
         varied: what it varies, as it was typed, by dotted key.
         score: the best validation loss, lower is better; None where nothing was measured.
+        is_training: nothing was held out: the score is the last training loss.
+        stage: that it trained.
         seconds: of all starts together.
         message: why it did not finish.
         is_user_error: nothing was trained, the configuration or the data is wrong.
@@ -44,6 +46,8 @@ class Outcome:
     varied: dict[str, str] = field(default_factory=dict)
     status: Status = "RUNNING"
     score: float | None = None
+    is_training: bool = False
+    stage: str | None = None
     seconds: float = 0.0
     run_id: str | None = None
     message: str = ""

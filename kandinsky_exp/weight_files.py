@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kandinsky_exp.errors import ConfigError, DataError
 
@@ -12,8 +14,14 @@ PICKLES = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5", ".hdf5", ".npy", ".npz"}
 )
 ZIP, HDF = b"PK\x03\x04", b"\x89HDF"  # torch.save writes a zip of pickles
+PICKLED = "is a pickle or an archive, which can run code when it is loaded; remove it, or convert it to .safetensors"
 PART_FILES = (".json", ".safetensors", ".txt", ".model")
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' weights and of transformers'
+# A variant as a whole, its shards as libraries write them and as they did, and the index of these.
+VARIANT = re.compile(
+    r"(?P<stem>(diffusion_pytorch_)?model(-\d+-of-\d+)?)\.(?P<variant>[^.]+?)(?P<shard>-\d+-of-\d+)?\.safetensors"
+)
+INDEX = re.compile(r"(?P<stem>(diffusion_pytorch_)?model)\.safetensors\.index\.(?P<variant>[^.]+)\.json")
 MAX_HEADER = 100 << 20  # bytes, as the format has it
 
 OBJECTS = {  # files with one JSON object, of the parts that are no networks
@@ -24,17 +32,47 @@ OBJECTS = {  # files with one JSON object, of the parts that are no networks
 
 
 def has_variant(folder: Path, variant: str | None) -> bool:
-    return variant is not None and any(folder.glob(f"*.{variant}.safetensors"))
+    return variant in variants(folder)
+
+
+def variants(folder: Path) -> set[str]:
+    """The variants that the weights of a part are there in, whole or in shards; the plain files are none."""
+    found = (pattern.fullmatch(file.name) for file in folder.glob("*") for pattern in (VARIANT, INDEX))
+    return {one["variant"] for one in found if one}
+
+
+def without_variant(name: str) -> str:
+    """The name that a file of a variant would have if it was of none."""
+    if found := VARIANT.fullmatch(name):
+        return f"{found['stem']}{found['shard'] or ''}.safetensors"
+    found = INDEX.fullmatch(name)
+    return f"{found['stem']}.safetensors.index.json" if found else name
+
+
+def lacking(folder: Path, variant: str | None) -> str | None:
+    """Why there is nothing to read a network from, or None."""
+    if any(file.suffix == ".safetensors" for file in opened(folder, True, variant)):
+        return None
+    if others := sorted(variants(folder)):
+        return f"has weights of the variant {' or '.join(others)} alone; set weights.variant={others[0]}"
+    return alone(folder) or "has no .safetensors file"
+
+
+def alone(folder: Path) -> str | None:
+    """What is wrong with a folder that has pickles, and nothing that can be read in their place; or None."""
+    if any(folder.glob("*.safetensors")) or not (found := _pickles(folder)):
+        return None
+    return f"has no .safetensors file, but '{found[0].name}': it {PICKLED}"
 
 
 def untrusted(folder: Path) -> str | None:
-    """What is wrong with a part's folder that came from anywhere, or None: pickles run code, shards may lead out."""
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if is_pickle(file):
-            return (
-                f"'{file.relative_to(folder.parent)}' is a pickle or an archive, which can run code when it is loaded; "
-                "remove it, or convert it to .safetensors"
-            )
+    """What is wrong with a part's folder that came from anywhere, or None: pickles run code, shards may lead out.
+
+    A pickle under a name of its own kind is never read, and no matter: see `passed_over`.
+    """
+    for file in _pickles(folder):
+        if file.suffix in PART_FILES:
+            return f"'{file.relative_to(folder.parent)}' {PICKLED}"
     if kernel := _kernel(folder / "config.json"):
         return f"'{folder.name}/config.json' asks for the code of '{kernel:.100}'; take that key out"
     for index in folder.glob("*.index*.json"):
@@ -44,6 +82,19 @@ def untrusted(folder: Path) -> str | None:
                     f"'{folder.name}/{index.name}' names '{name:.100}', which leads out of its folder; fetch it again"
                 )
     return None
+
+
+def passed_over(folders: Iterable[Path]) -> list[str]:
+    """A line about the pickles in folders of parts, which are never read; none where there are none."""
+    found = [str(file) for folder in sorted(set(folders)) for file in _pickles(folder)]
+    if not found:
+        return []
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return [f"passed over, and never read: '{found[0]}'{more}, which may run code where a pickle is loaded"]
+
+
+def _pickles(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and is_pickle(file)]
 
 
 def is_pickle(file: Path) -> bool:
@@ -131,30 +182,41 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
         ValueError: it is damaged, cut off or no such file.
         OSError: it cannot be read.
     """
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        if length > min(size - 8, MAX_HEADER):
-            raise ValueError("the header is longer than the file")
-        entries = json.loads(content.read(length))
+    length, entries = _head(file)
     try:
         entries.pop("__metadata__", None)
         ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
         shapes = {str(name): tuple(entry["shape"]) for name, entry in entries.items()}
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError("the header is no table of tensors") from error
-    if 8 + length + max(ends, default=0) != size:
+    if 8 + length + max(ends, default=0) != file.stat().st_size:
         raise ValueError("the file is shorter or longer than its header says")
     return shapes
 
 
-def damaged(folder: Path) -> str | None:
-    """What is wrong with the weight files of a part, or None."""
-    for index in folder.glob("*.index*.json"):
+def metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; raises as `header` does."""
+    found = _head(file)[1]
+    found = found.get("__metadata__") if isinstance(found, dict) else None
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _head(file: Path) -> tuple[int, Any]:
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if length > min(file.stat().st_size - 8, MAX_HEADER):
+            raise ValueError("the header is longer than the file")
+        return length, json.loads(content.read(length))
+
+
+def damaged(folder: Path, variant: str | None) -> str | None:
+    """What is wrong with the files that a network is read from, or None."""
+    files = opened(folder, True, variant)
+    for index in (file for file in files if ".index" in file.name):
         missing = [shard.name for shard in _shards(index) if not shard.is_file()]
         if missing:
             return f"'{folder.name}' lacks {missing[0]}, which {index.name} names"
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (file for file in files if file.suffix == ".safetensors"):
         try:
             header(file)
         except (OSError, ValueError, RecursionError):

@@ -56,35 +56,33 @@ class Weights:
         return root / subfolder(root, part)
 
     def _download(self, repo: str, side: Side, name: str) -> Path:
+        about = ["model_index.json", f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model"]
+        part = self._snapshot(repo, side, [*about, *self._tensors(name)]) / name
+        if self._tensors(name) and name in MODELS and self.variant and not weight_files.has_variant(part, self.variant):
+            part = self._snapshot(repo, side, [*about, f"{name}/*.safetensors"]) / name  # plain files count then
+        if not part.is_dir():
+            raise ConfigError(f"weights.{side}: '{repo}' on the hub has no '{name}'; check the id, or fetch it first")
+        return part
+
+    def _snapshot(self, repo: str, side: Side, patterns: list[str]) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         revision = self.prior_revision if side == "prior" else self.decoder_revision
         try:
-            root = snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=[
-                    "model_index.json",
-                    f"{name}/*.json",
-                    f"{name}/*.txt",
-                    f"{name}/*.model",
-                    *self._tensors(name),
-                ],
-            )
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ConfigError(
-                f"weights.{side}: '{repo}' could not be fetched from the hub ({first_line(error)}); check the id, "
-                "weights.*_revision, your access (huggingface-cli login) and the network, or give a local folder"
+                f"weights.{side}: '{repo}' is no folder here, and could not be fetched from the hub "
+                f"({first_line(error)}); check the id, weights.*_revision, your access (hf auth login) and the "
+                "network, or give a local folder"
             ) from error
-        part = Path(root) / name
-        if not part.is_dir():
-            raise ConfigError(f"weights.{side}: '{repo}' on the hub has no '{name}'; check the id, or fetch it first")
-        return part
 
     def _tensors(self, name: str) -> list[str]:
         """Patterns of the files of a part that hold tensors."""
-        return [f"{name}/*.{self.variant}.safetensors" if self.variant else f"{name}/*.safetensors"]
+        if self.variant is None:
+            return [f"{name}/*.safetensors"]
+        return [f"{name}/*.{self.variant}.safetensors", f"{name}/*.{self.variant}-*.safetensors"]
 
     def revision(self, side: Side) -> str | None:
         """The commit that a hub source resolved to; None for folders."""

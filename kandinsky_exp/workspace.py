@@ -37,6 +37,7 @@ class Record:
         data: fingerprint of what trains; None before it was read.
         token: marks the MLflow run from its first moment on, before `run_id` is known.
         source, encoders: fingerprints of the data set as it was given, and of the frozen encoders' files.
+        split: `picture` where held-out rows share none with those that train; None of a run that has held out rows.
         revision: the commit that the trained network's base on the hub resolved to.
     """
 
@@ -52,6 +53,7 @@ class Record:
     source: str | None = None
     encoders: str | None = None
     revision: str | None = None
+    split: str | None = None
 
 
 @dataclass

@@ -4,12 +4,13 @@ import json
 import logging
 
 import diffusers
+import foreign
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from omegaconf import OmegaConf
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from kandinsky_exp import adapter_files, adapters, architectures, pipelines
 from kandinsky_exp.errors import ConfigError
@@ -187,6 +188,93 @@ def test_a_merged_network_answers_as_the_base_with_its_adapter(part, use_dora, w
     adapters.merge(network)
     assert network.state_dict().keys() == names
     torch.testing.assert_close(answer(part, network), expected, rtol=1e-3, atol=1e-4)
+
+
+FORMS = [
+    *("prefixed", "prefixed with settings", "with alpha", "kohya", "kohya without alpha", "old processors"),
+    *("older processors", "old diffusers", "peft"),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder, tmp_path_factory):
+    """An adapter of each stage, as it is saved here, and the weights that it makes of the base's: {part: …}."""
+    weights, made = Weights(str(tiny_folder), str(tiny_folder), cache_folder=tiny_folder.parent), {}
+    for part in PARTS:
+        folder = tmp_path_factory.mktemp(part)
+        adapters.save(shake(attach(weights.load_trainable(part), rank=4, alpha=12.0)), folder)
+        made[part] = folder, merged(weights, part, folder)
+    return made
+
+
+def merged(weights, part, place):
+    network = weights.load_trainable(part)
+    adapters.apply(network, [(place, 1.0)])
+    adapters.merge(network)
+    return network.state_dict()
+
+
+@EACH
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_counts_the_same_under_other_trainers_names(form, part, plain, weights, tmp_path):
+    folder, expected = plain[part]
+    other = foreign.write(form, folder, tmp_path / "other", part, 12.0, 4)
+    shapes = adapter_files.read(other)
+    assert adapter_files.stage(shapes) == {"prior": "prior", "unet": "decoder"}[part]
+    assert adapter_files.misfit(shapes, architectures.described(part, weights.folder(part))) is None
+    found, base = merged(weights, part, other), weights.load(part).state_dict()
+    assert found.keys() == expected.keys()
+    changed = [name for name, value in expected.items() if not torch.equal(value, base[name])]
+    assert len(changed) == len([name for name in shapes if "lora_A" in name])
+    for name in changed:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@EACH
+def test_a_dora_of_another_trainer(part, weights, tmp_path):
+    adapters.save(shake(attach(weights.load_trainable(part), rank=4, alpha=12.0, use_dora=True)), tmp_path / "plain")
+    stored = load_file(tmp_path / "plain" / adapters.WEIGHTS_NAME)
+    (tmp_path / "kohya.safetensors").write_bytes(save(foreign.kohya("lora_unet", foreign.with_alpha(stored, 12.0))))
+    expected, found = (merged(weights, part, tmp_path / name) for name in ("plain", "kohya.safetensors"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+TRUTHS = {
+    "a text encoder too": ({"lora_te_text_model_0.lora_down.weight": (4, 8)}, "holds 1 tensors, such as 'lora_te_text"),
+    "another method": ({"mid_block.to_q.hada_w1_a": (4, 8)}, r"holds 1 tensors, such as 'mid_block\.to_q\.hada_w1_a'"),
+    "one factor": ({"mid_block.to_q.lora_A.weight": (4, 8)}, r"lacks a factor of 'mid_block\.to_q', .* has lora_A"),
+    "twice": ({"unet.down_blocks.0.to_q.lora_A.weight": (4, 8)}, "the same tensor under two names"),
+    "sideways": ({"down_blocks.0.to_q.dora_scale": (1, 8)}, "a magnitude for each input"),
+}
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_what_cannot_be_read_is_said_truthfully(name, tmp_path):
+    """A part of a file is never left out in silence."""
+    shapes, message = TRUTHS[name]
+    good = {f"down_blocks.0.to_q.lora_{factor}.weight": (4, 8) for factor in "AB"}
+    tensors = {key: torch.zeros(shape) for key, shape in {**good, **shapes}.items()}
+    (tmp_path / adapters.WEIGHTS_NAME).write_bytes(save(tensors))
+    with pytest.raises(ValueError, match=message):
+        adapter_files.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LOHA"}, "is of the type LOHA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, which changed its base"),
+        ({"lora_alpha": "much"}, "no numbers, such as 'much'"),
+        ({"alpha_pattern": {"(": 3}}, "an alpha_pattern that is no table of patterns"),
+        ([1], "damaged or cut off .*no table"),
+    ],
+)
+def test_settings_of_peft_that_cannot_be_followed(settings, message, plain, tmp_path):
+    folder = foreign.write("peft", plain["prior"][0], tmp_path / "peft", "prior", 12.0, 4)
+    (folder / adapter_files.PEFT_CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        adapter_files.read(folder)
 
 
 def test_several_adapters_add_up(weights, tmp_path):

@@ -464,7 +464,7 @@ TABLE["data folders"] = [
     Bad(ON_FOLDER, "metadata.jsonl, line 1: not JSON", data("{\n}")),
     Bad(ON_FOLDER, "not JSON", data("[" * 100_000)),
     Bad(ON_FOLDER, "not a JSON object; write", data("[1]\n")),
-    Bad(ON_FOLDER, "line 1: not UTF-8 text; save the file as UTF-8", data(b"\xff\xfe{\x00")),
+    Bad(ON_FOLDER, "line 1: not UTF-8 text; save the file as UTF-8", data(b"\xff{\x00")),
     Bad(
         ON_FOLDER,
         "no column 'text' among file_name, caption; set data.caption_column",
@@ -585,8 +585,14 @@ TABLE["weights"] = [
     Bad([*PRIOR, "weights.prior=./nowhere"], "weights.prior: there is no folder './nowhere'"),
     Bad([*PRIOR, "weights.prior={tmp}"], "has no model_index.json; give the top folder of a diffusers pipeline"),
     Bad([*PRIOR, "weights.prior=" + "w" * 5000], "weights.prior: there is no folder"),
-    Bad([*PRIOR, "weights.prior=nobody/nothing"], "weights.prior: 'nobody/nothing' could not be fetched from the hub"),
-    Bad([*EMOJI, "weights.decoder=nobody/gated"], "weights.decoder: 'nobody/gated' could not be fetched from the hub"),
+    Bad(
+        [*PRIOR, "weights.prior=nobody/nothing"],
+        "weights.prior: 'nobody/nothing' is no folder here, and could not be fetched from the hub",
+    ),
+    Bad(
+        [*EMOJI, "weights.decoder=nobody/gated"],
+        "weights.decoder: 'nobody/gated' is no folder here, and could not be fetched from the hub",
+    ),
     Bad(["data=emoji"], "could not be fetched from the hub"),
     Bad([*DRAW, "decoder=nobody/nothing"], "could not be fetched from the hub"),
     Bad(DECODER_WEIGHTS, "weights.decoder: '{tmp}/weights': subfolder 'unet' is missing", half("prior")),
@@ -707,7 +713,7 @@ TABLE["runs and checkpoints"] = [
         checkpoint(put("optimizer.pt", "a pickle")),
     ),
     Bad([*DRAW, "decoder={root}/done"], "decoder: "),
-    Bad([*DRAW, "decoder={root}/done/checkpoints/step-00000002"], "holds no trained decoder; give a step-"),
+    Bad([*DRAW, "decoder={root}/done/checkpoints/step-00000002"], "holds no trained decoder; give a run, or one"),
     Bad(
         [*DRAW, "prior=0123456789abcdef0123456789abcdef"],
         "has no run 0123456789abcdef0123456789abcdef; set tracker.uri",

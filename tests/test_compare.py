@@ -388,6 +388,13 @@ def test_the_best_of_each_stage_are_marked() -> None:
     assert marked == [1, 2, 3]
 
 
+def test_the_picture_shows_the_best_of_each_stage() -> None:
+    every = made(4, 2)
+    for run, (stage, best) in zip(every, [("a", 0.1), ("a", 0.2), ("b", 9.0), ("b", 8.0)], strict=True):
+        run.stage, run.scores = stage, Scores(best=best)
+    assert [report_png._rank(every, index) for index in range(4)] == [0, 1, 1, 0]
+
+
 def test_a_single_point_is_seen() -> None:
     (trace,) = (trace for trace in report_figures.losses(made(1, 1))[0].spec["data"] if "opacity" not in trace)
     assert trace["mode"] == "lines+markers"

@@ -123,7 +123,7 @@ def test_defaults_of_the_contract() -> None:
     values = config.flatten(composed())
     expected = {
         "name": None,
-        "output_root": "outputs",
+        "output_root": str(Path("outputs").absolute()),
         "seed": 0,
         "model._target_": "kandinsky_exp.stages.decoder.DecoderStage",
         "model.snr_gamma": None,
@@ -460,7 +460,7 @@ def test_a_list_is_a_file_and_shards_are_found_by_their_reader(tmp_path: Path) -
 
 
 def test_written_form_is_resolved_and_loads_again() -> None:
-    cfg = composed("weights=tiny", "prompts=[a]", verb="generate")
+    cfg = composed("weights=tiny", "prompts=[a]", "output_root=/somewhere", verb="generate")  # paths become absolute
     text = config.to_yaml(cfg)
     assert "${" not in text
     assert OmegaConf.to_container(OmegaConf.create(text)) == OmegaConf.to_container(cfg, resolve=True)

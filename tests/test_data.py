@@ -1,6 +1,7 @@
 """Reading pictures and captions: folders, hub data sets, splits, checks, and what preprocessing makes of them."""
 
 import csv
+import io
 import json
 import os
 import pickle
@@ -9,13 +10,15 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.data.hub_rows import hub_rows
+from kandinsky_exp.data.hub_rows import announced, hub_rows
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize, to_rgb
 from kandinsky_exp.errors import DataError
@@ -203,6 +206,22 @@ def test_what_is_held_out_follows_the_seed():
     assert first == again != other
     train, validation = sources.held_out(9, 0, 0)
     assert (train.tolist(), validation.tolist()) == (list(range(9)), [])
+
+
+def test_rows_of_one_picture_stay_together():
+    rng = np.random.default_rng(3)
+    different = rng.integers(-(2**63), 2**63, (40, 2))
+    for fraction in (0.01, 0.05, 0.4, 1.0):  # where none repeats, nothing is divided in another way than ever
+        plain, grouped = (sources.held_out(40, fraction, 7, pictures) for pictures in (None, different))
+        assert [part.tolist() for part in plain] == [part.tolist() for part in grouped]
+    owners = rng.permutation(np.repeat(np.arange(8), 5))
+    train, held = sources.held_out(40, 0.25, 7, different[owners])
+    assert (len(set(owners[held])), len(held), len(train)) == (2, 10, 30)
+    assert not set(owners[held]) & set(owners[train])
+    for fraction, count in ((0.01, 1), (1.0, 7)):
+        assert len(set(owners[sources.held_out(40, fraction, 7, different[owners])[1]])) == count
+    with pytest.raises(DataError, match=r"validation\.fraction=0"):
+        sources.held_out(5, 0.5, 0, different[[1] * 5])
 
 
 def test_one_image_and_odd_fractions_are_not_divided():
@@ -393,6 +412,106 @@ def test_hub_reads_parquet(rows, tmp_path):
     assert len(sources.subset(splits, 2, 0).train) == 2
 
 
+def contents(count):
+    """Files of pictures in several colours."""
+    for number in range(count):
+        file = io.BytesIO()
+        Image.new("RGB", (20, 12), (40 * number, 100, 200)).save(file, "PNG")
+        yield file.getvalue()
+
+
+KINDS = {
+    "pandas": (lambda data: {"bytes": data, "path": None}, pa.struct({"bytes": pa.binary(), "path": pa.null()})),
+    "bytes alone": (lambda data: {"bytes": data}, pa.struct({"bytes": pa.large_binary()})),
+    "raw": (lambda data: data, pa.binary()),
+    "raw and large": (lambda data: data, pa.large_binary()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of `datasets`
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_in_a_column_are_read_as_hub_and_as_list(datasets, tmp_path, kind):
+    form, type_ = KINDS[kind]
+    made = list(contents(5))
+    for name, part in (("train-0.parquet", made[:3]), ("train-1.parquet", made[3:])):
+        images = pa.array([form(content) for content in part], type_)
+        table = pa.table({"image": images, "text": [f"picture {number}" for number in range(len(part))]})
+        (tmp_path / "set").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "set" / name)
+    for splits, some in (
+        (sources.hub(str(tmp_path / "set")), made),
+        (
+            sources.listing(tmp_path / "set" / "train-1.parquet", validation_path=tmp_path / "set/train-0.parquet"),
+            made[3:],
+        ),
+    ):
+        source = pickle.loads(pickle.dumps(splits.train))
+        assert [example.read() for example in source.examples()] == some
+        assert source[1].captions == ("picture 1",)
+        assert source[1].image().size == (20, 12)
+        assert sources.find_bad(source, True) == []
+    assert len(splits.validation) == 3
+    before = fingerprint(splits.train)
+    pq.write_table(table.set_column(0, "image", images.take(pa.array([1, 0]))), tmp_path / "set" / "train-1.parquet")
+    assert fingerprint(sources.listing(tmp_path / "set" / "train-1.parquet").train) != before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_picture_beside_its_table(datasets, tmp_path):
+    (inside,) = contents(1)
+    Image.new("RGB", (9, 9)).save(tmp_path / "outside.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").write_bytes(inside)
+    rows = [
+        {"bytes": inside, "path": "gone.png"},
+        {"bytes": None, "path": "a.png"},
+        {"bytes": None, "path": "../outside.png"},
+        {"bytes": None, "path": None},
+        None,
+        {"bytes": b"no picture", "path": None},
+    ]
+    pq.write_table(pa.table({"image": rows, "text": ["x"] * len(rows)}), tmp_path / "set" / "train.parquet")
+    named = [f"row {row}: image row {row}: " for row in range(len(rows))]
+    for source, out in (
+        (sources.hub(str(tmp_path / "set")).train, "../outside.png leads out of the data set's folder"),
+        (sources.listing(tmp_path / "set" / "train.parquet").train, None),
+    ):
+        expected = {
+            2: out,
+            3: "the row has no image",
+            4: "the row has no image",
+            5: "not an image that Pillow can read",
+        }
+        bad = dict(sources.find_bad(source, True))
+        assert set(bad) == {row for row, reason in expected.items() if reason}
+        assert all(named[row] + expected[row] in problem for row, problem in bad.items())
+        before = fingerprint(source)
+        (tmp_path / "set" / "a.png").write_bytes(inside + b" ")
+        assert fingerprint(source) != before
+        (tmp_path / "set" / "a.png").write_bytes(inside)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_hub_data_set_of_several_configurations(datasets, tmp_path):
+    for subset, count in (("a", 4), ("b", 2)):
+        (tmp_path / subset).mkdir()
+        images = pa.array([{"bytes": content} for content in contents(count)])
+        pq.write_table(pa.table({"image": images, "text": ["x"] * count}), tmp_path / subset / "train.parquet")
+    listed = "\n".join(f"- config_name: {subset}\n  data_files: {subset}/*.parquet" for subset in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed}\n---\n")
+    name = str(tmp_path)
+    found = {subset: sources.hub(name, subset=subset).train for subset in "ab"}
+    assert {subset: len(source) for subset, source in found.items()} == {"a": 4, "b": 2}
+    assert fingerprint(found["a"]) != fingerprint(found["b"])
+    assert announced(name, "train", None, None, "a").train.name == found["a"].name
+    for wrong in (None, "c"):
+        told = r"data\.subset: .* has (several configurations|no configuration 'c'); give one of a, b"
+        with pytest.raises(DataError, match=told):
+            sources.hub(name, subset=wrong)
+        with pytest.raises(DataError, match=told):
+            announced(name, "train", None, None, wrong)
+
+
 def test_hub_reads_what_was_saved_to_disk(datasets, rows, tmp_path):
     both = datasets.DatasetDict({"train": rows, "test": rows.select([0, 1])})
     both.save_to_disk(str(tmp_path / "both"))
@@ -402,6 +521,8 @@ def test_hub_reads_what_was_saved_to_disk(datasets, rows, tmp_path):
     again = pickle.loads(pickle.dumps(splits))
     assert fingerprint(again.validation) == fingerprint(splits.validation) != fingerprint(splits.train)
     assert len(sources.hub(str(tmp_path / "one")).train) == 6
+    with pytest.raises(DataError, match=r"data\.subset: .* was saved to disk as one configuration"):
+        sources.hub(str(tmp_path / "one"), subset="a")
     assert sources.hub(str(tmp_path / "both"), validation_split=None).validation is None
 
 
@@ -512,6 +633,12 @@ def test_a_long_caption_is_cut_at_77_tokens():
     assert tokens["input_ids"].shape == (77,)
     assert tokens["input_ids"][-1] == 49407
     assert tokens["text_mask"].all()
+    short, long = "a Cat, é", "é Cat 🐈 " * 60 + "the end"
+    (_, whole), (_, kept) = Preprocess(None, architecture.tokenizer(), None).tokenize([short, long])
+    assert whole is None
+    assert long.startswith(kept)
+    ids = architecture.tokenizer()([long, kept], truncation=True, max_length=77).input_ids
+    assert ids[0] == ids[1], "what is read up to there is all that is read"
 
 
 def test_the_fingerprint_of_preprocessing_follows_its_parts():

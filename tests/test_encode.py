@@ -29,7 +29,7 @@ from kandinsky_exp.data import cache, encoding, sources
 from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
 from kandinsky_exp.data.examples import Example, Indexed
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
-from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, removal
+from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, PROGRESS, removal
 from kandinsky_exp.data.loading import from_workers
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler, choose_mirror
@@ -599,6 +599,26 @@ def test_tables_are_listed_and_removed(tmp_path, capsys):
     verb(tmp_path, "remove=[all]")
     assert cache.entries(tmp_path / "cache") == []
     assert "holds no encoded features" in capsys.readouterr().out
+
+
+def test_a_beginning_that_several_tables_have_removes_none(tmp_path, capsys):
+    for name in ("t1aa", "t1ab", "t1ab.partial", "t1abc", "t2"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        file = PROGRESS if name.endswith(".partial") else META
+        (tmp_path / "cache" / name / file).write_text(json.dumps({"images": 3, "stage": "prior", "source": "cats"}))
+    before = {entry.name for entry in cache.entries(tmp_path / "cache")}
+    for name, several in (("t", 4), ("t1", 3)):
+        listed = rf"{name} fits {several} of the tables(.|\n)*t1aa \(3 images.*prior cats"
+        with pytest.raises(ConfigError, match=listed):
+            verb(tmp_path, f"remove=[t2,{name}]")
+        assert {entry.name for entry in cache.entries(tmp_path / "cache")} == before
+    capsys.readouterr()
+    verb(tmp_path, "remove=[t1ab]")  # the whole name counts, though another begins with it
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[1] for line in said if line.startswith("removed")) == ["t1ab", "t1ab.partial"]
+    verb(tmp_path, "remove=t1aa")
+    verb(tmp_path, "remove=t1")
+    assert [entry.name for entry in cache.entries(tmp_path / "cache")] == ["t2"]
 
 
 def test_the_command_that_a_message_gives_works_as_typed(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import foreign
 import numpy as np
 import pytest
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
@@ -84,6 +85,26 @@ def test_the_averaged_adapter_of_a_checkpoint_alone(root: Path) -> None:
     assert content == (step / "prior_ema" / adapters.WEIGHTS_NAME).read_bytes()
     results = [place / "adapter" / adapters.WEIGHTS_NAME for place in (folder, root / "lora")]
     assert same(*map(load_file, results))
+
+
+def test_an_adapter_of_another_trainer_is_used_as_if_it_was_made_here(root: Path, tmp_path: Path) -> None:
+    """To draw with, to merge, and written anew: the file then has the bare names that diffusers' models read."""
+    rank = 4
+    for form in ("kohya", "peft"):
+        other = foreign.write(form, root / "lora" / "adapter", tmp_path / form, "prior", float(rank), rank)
+        assert close(
+            drawn(root, form, "weights=tiny", f"prior_adapter={other}"),
+            drawn(root, f"{form}-plain", f"prior_adapter={root}/lora"),
+        )
+        alone = exported(root, f"{form}-alone", f"adapter.source={other}", "merge=false")
+        results = [load_file(place / "adapter" / adapters.WEIGHTS_NAME) for place in (alone, root / "lora")]
+        assert same(*results)
+        folders = [
+            exported(root, f"{form}-{index}", f"adapter.source={place}")
+            for index, place in enumerate((other, root / "lora"))
+        ]
+        first, second = (network(folder / "pipeline" / "prior") for folder in folders)
+        assert all(np.allclose(value, second[name], rtol=1e-5, atol=1e-6) for name, value in first.items())
 
 
 @pytest.mark.parametrize(

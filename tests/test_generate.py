@@ -1,5 +1,10 @@
 """`kandinsky-exp generate`: every kind of source on either side."""
 
+import contextlib
+import json
+import multiprocessing
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,6 +15,7 @@ from PIL import Image
 from running import client, composed, runs, train
 from safetensors.torch import load_file, save_file
 
+from kandinsky_exp import workspace
 from kandinsky_exp.adapter_files import WEIGHTS_NAME
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.generate import generate
@@ -48,6 +54,15 @@ def test_tiny_pair(root: Path) -> None:
     folder = root / "generate" / "tiny"
     assert (folder / "prompts.txt").read_text().splitlines()[2] == "02.png\ta dog"
     assert (folder / "grid.png").is_file()
+
+
+def test_prompts_that_are_too_long_are_named(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words, more = "a cat and a dog " * 30, "blurry and dark " * 30
+    drawn(root, "long", "weights=tiny", f"prompts=[{words}the end, short]", f"negative_prompt={more}", "num_images=2")
+    said = [
+        line for line in capfd.readouterr().err.splitlines() if " is longer than 77 tokens: it is read up to" in line
+    ]
+    assert [line[:25] for line in said] == ["prompts: 'a cat and a dog", "negative_prompt: 'blurry "]
 
 
 def test_same_seed_same_images(root: Path) -> None:
@@ -177,7 +192,10 @@ def test_images_can_be_logged_to_the_run_that_made_them(root: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["weights=tiny", "decoder={root}/prior"], "decoder: .*missing|decoder: .*no trained decoder"),
+        (
+            ["weights=tiny", "decoder={root}/prior"],
+            "decoder: .*no trained decoder, it is of the prior; give it as prior=",
+        ),
         (["weights=tiny", "prior={root}/nowhere"], "prior: there is no folder"),
         (["weights=tiny", "decoder=0123456789abcdef0123456789abcdef"], "has no run 0123"),
         (["weights=tiny", "decoder={root}/prior/checkpoints/step-00000004"], "holds no trained decoder"),
@@ -190,7 +208,10 @@ def test_images_can_be_logged_to_the_run_that_made_them(root: Path) -> None:
             ["weights=tiny", "prior_adapter={root}/dora"],
             "prior_adapter: .* is of the decoder; give it as decoder_adapter=",
         ),
-        (["weights=tiny", "decoder_adapter={root}/decoder"], "decoder_adapter: .* holds no .*it trained all weights"),
+        (
+            ["weights=tiny", "decoder_adapter={root}/decoder"],
+            "decoder_adapter: .* trained all weights, no adapter; it is",
+        ),
         (["weights=tiny", "decoder_adapter={root}/nowhere"], "decoder_adapter: .*there is no such run or folder"),
         (["weights=tiny", "decoder_adapter=nobody/nothing"], "decoder_adapter: .* could not be fetched from the hub"),
         (["weights=tiny", "decoder_adapter={root}/dora", "adapter_scale=[1,2]"], "adapter_scale: 2 for 1 adapters"),
@@ -201,3 +222,78 @@ def test_images_can_be_logged_to_the_run_that_made_them(root: Path) -> None:
 def test_bad_sources(root: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         drawn(root, "bad", *(text.format(root=root) for text in overrides))
+
+
+@pytest.mark.parametrize(
+    ("status", "keeps", "message"),
+    [
+        (
+            "FAILED",
+            1,
+            r"failed \(train\.log says why\) and left no result; give its newest checkpoint, {typed}, or go on",
+        ),
+        (
+            "KILLED",
+            1,
+            r"was stopped and left no result; give its newest checkpoint, {typed}, or go on with it first, by",
+        ),
+        (
+            "RUNNING",
+            1,
+            r"was killed and left no result; give its newest checkpoint, {typed}, or go on with it first, by",
+        ),
+        (
+            "FINISHED",
+            1,
+            r"is finished, but its result is gone; give its newest checkpoint, {typed}, or train it once more",
+        ),
+        (
+            "FAILED",
+            0,
+            r"failed .* left no result, and there is no checkpoint of it; go on with it first, by the command",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("run", "key"), [("prior", "prior"), ("lora", "prior"), ("lora", "prior_adapter")])
+def test_a_run_without_a_result_says_what_can_be_had_of_it(
+    root: Path, tmp_path: Path, run: str, key: str, status: str, keeps: int, message: str
+) -> None:
+    """What the message says to give is taken as it is printed."""
+    folder = left_by(root / run, tmp_path / "a=b", status, keeps)
+    step = folder / "checkpoints" / "step-00000004"
+    typed = f"'{key}=\"{step}\"'"
+    with pytest.raises(ConfigError, match=f"{key}: {re.escape(str(folder))} " + message.format(typed=re.escape(typed))):
+        origins(root, f"{key}='{folder}'", "weights=tiny")
+    if keeps:
+        (override,) = shlex.split(typed)
+        found = origins(root, override, "weights=tiny")["prior"]
+        assert (found.network or found.adapters[0].folder).parent == step
+
+
+def left_by(run: Path, folder: Path, status: str, keeps: int) -> Path:
+    shutil.copytree(run, folder, symlinks=True)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": status}))
+    for name in ("pipeline", "adapter", *(() if keeps else ("checkpoints",))):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return folder
+
+
+def test_a_run_that_trains_now_is_told_from_one_that_was_killed(root: Path, tmp_path: Path) -> None:
+    folder = left_by(root / "prior", tmp_path / "now", "RUNNING", 0)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(hold, (folder,))
+        with pytest.raises(
+            ConfigError, match=r"is running, and has no result yet, and there is no checkpoint .* wait for"
+        ):
+            origins(root, f"prior={folder}", "weights=tiny")
+    with pytest.raises(ConfigError, match="was killed and left no result, and there is no checkpoint"):
+        origins(root, f"prior={folder}", "weights=tiny")
+
+
+HELD = contextlib.ExitStack()
+
+
+def hold(folder: Path) -> None:
+    """Keep a run's folder as a process does that trains there."""
+    HELD.enter_context(workspace.occupied(folder))

@@ -238,7 +238,7 @@ def test_the_verb_refuses_what_is_no_finished_run(
     for typed, message in (
         (["push"], "run: is not set; give the folder of a finished run, run=outputs/my_decoder"),
         (["push", f"run={tmp_path}"], "is not the folder of a run"),
-        (["push", f"run={tmp_path}/run"], "is not finished (KILLED); go on with it first"),
+        (["push", f"run={tmp_path}/run"], "was stopped and left no result; go on with it first, by the command that"),
         (["push", f"run={published['me/p']}", "hub.repo_id=other/x"], "hub.repo_id: 'other/x' is other's"),
         (["push", f"run={published['me/p']}", "hub.repo_id=a/b/c"], "hub.repo_id: 'a/b/c' is no <user>/<name>"),
     ):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import warnings
 import zlib
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kandinsky_exp import run_settings
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import MISSING, FileDigests
 from kandinsky_exp.data.examples import Example, given
@@ -105,7 +107,12 @@ def look_at_all(file):
         raise DataError(problem)
 
 
+IN_TEXT = "line 2: its image is no file name but the picture as text; write files, or Parquet"
 LISTS = {
+    "a data address": ("file_name,text\ndata:image/png;base64|iVBORw0KGgoAAAA,x\n", IN_TEXT),
+    "a picture in base64": ('{"file_name": "a.png", "text": "x"}\n{"image": "/9j/4AAQSkZJRg", "text": "x"}\n', IN_TEXT),
+    "a long name": ('{"file_name": "a.png", "text": "x"}\n{"image": "' + "A" * 300 + '", "text": "x"}\n', IN_TEXT),
+    "bytes in JSON": ('{"file_name": "a.png", "text": "x"}\n{"image": {"bytes": "iVBO"}, "text": "x"}\n', IN_TEXT),
     "missing file": ("file_name,text\na.png,x\nnowhere.png,x\n", "line 3: image nowhere.png: No such file"),
     "number": ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": 4}\n', "line 2: 'text' holds 4"),
     "half a letter": (
@@ -116,6 +123,9 @@ LISTS = {
     "no regular file": ("file_name,text\n/dev/zero,x\n", "line 2: image /dev/zero: not a regular file"),
     "no table": ("\x00\x01\n\x02\n", "line 2: no image file in column"),
     "nothing": ("", "has no rows"),
+    "other names by semicolons": ("bild;titel\na.png;x\n", "column 'file_name' (columns: bild, titel)"),
+    "a semicolon too many": ("file_name;text\na.png;x; y\n", "fields do not match the header (file_name, text)"),
+    "one name twice": ("file_name,text,text\na.png,x,y\n", "line 1: 'text' heads several columns"),
     "no rows of JSON": ("[1]\n7\n", "line 1: not a JSON object"),
 }
 
@@ -147,10 +157,46 @@ def test_files_that_are_no_lists(tmp_path, name, content, message):
         sources.listing(tmp_path / name)
 
 
-def test_parquet_that_holds_the_pictures_is_for_another_reader(tmp_path):
-    write_list(tmp_path / "list.parquet", [{"image": {"bytes": b"x", "path": "a.png"}, "text": "x"}])
-    with pytest.raises(DataError, match=r"column 'image' holds struct.*data=hub"):
-        sources.listing(tmp_path / "list.parquet")
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "sep={}\r\n", "\r\n"])
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_the_first_line_says_what_separates_columns(tmp_path, mark, start, name):
+    rows = [["text", "n", "file_name"], ["a cat, a dog; a|b", "1", "a.png"], ["two\nlines\tor", "2,5", "b.png"]]
+    with (tmp_path / name).open("w", newline="") as file:
+        file.write(start.format(mark))
+        csv.writer(file, delimiter=mark).writerows(rows)
+    source = sources.listing(tmp_path / name).train
+    assert [(example.id, *example.captions) for example in source.examples()] == [(row[2], row[0]) for row in rows[1:]]
+    first = 2 + start.count("\n")
+    assert source[0].where.endswith(f"line {first}")
+
+
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_texts_are_read_as_editors_save_them(tmp_path, code):
+    caption, tree = "eine Füchsin 🦊", tmp_path / "beside"
+    picture(tree / "a.png")
+    (tree / "a.txt").write_text(f"{caption}\r\n", code)
+    (tmp_path / "list.csv").write_text(f"file_name,text\nbeside/a.png,{caption}\n", code)
+    row = json.dumps({"file_name": "beside/a.png", "text": caption}, ensure_ascii=False)
+    (tmp_path / "list.jsonl").write_text(f"{row}\n{row}\n", code)
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("a.png", "a.txt"):
+            archive.add(tree / name, name)
+    for splits in (
+        sources.folder(tree),
+        sources.listing(tmp_path / "list.csv"),
+        sources.listing(tmp_path / "list.jsonl"),
+        sources.webdataset(tmp_path / "s.tar"),
+    ):
+        assert {example.captions for example in splits.train.examples()} == {(caption,)}
+    (tmp_path / "prompts.txt").write_text(f"{caption}\n\n\ufeffa second file\n", code)
+    assert run_settings.prompts(str(tmp_path / "prompts.txt")) == [caption, "a second file"]
+
+
+def test_a_folder_with_parquet_that_holds_the_pictures_is_for_another_reader(tmp_path):
+    write_list(tmp_path / "metadata.parquet", [{"image": {"bytes": b"x", "path": "a.png"}, "text": "x"}])
+    with pytest.raises(DataError, match=r"column 'image' holds struct.*data=list data.path=.*metadata.parquet"):
+        sources.folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "a/../../outside.png", ".."])

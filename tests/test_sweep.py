@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from running import SMALL, client, prepare, runs
 
-from kandinsky_exp import cli, command_line, devices, mlflow_names, sweep_jobs, workspace
+from kandinsky_exp import cli, command_line, devices, mlflow_names, sweep, sweep_jobs, workspace
 
 # A schedule whose jobs come to different ends, until they are mended.
 FAULTS = """
@@ -347,6 +347,30 @@ def test_the_name_of_a_run_is_no_name_for_a_sweep(tmp_path: Path, capfd: pytest.
 
 
 # --- names
+
+
+def outcome(number: int, score: float | None, **further: Any) -> sweep_jobs.Outcome:
+    name = f"job{number}"
+    return sweep_jobs.Outcome(number, name, name, {"model": name}, "FINISHED", score, **further)
+
+
+def test_the_best_job_is_the_best_of_its_stage() -> None:
+    """A prior's loss says nothing beside a decoder's."""
+    jobs = [outcome(number, score, stage="prior") for number, score in enumerate([0.3, 0.2])]
+    assert sweep.table(jobs, 2).splitlines()[-1] == "best: job1 (0.2)"
+    both = [*jobs, outcome(2, 0.02, stage="decoder"), outcome(3, 0.01, stage="decoder"), outcome(4, None)]
+    assert sweep.table(both, 5).splitlines()[-2:] == ["best decoder: job3 (0.01)", "best prior: job1 (0.2)"]
+
+
+def test_a_training_loss_is_not_called_the_best_loss() -> None:
+    trained = [outcome(0, 0.5, stage="prior", is_training=True), outcome(1, 0.4, stage="prior", is_training=True)]
+    lines = sweep.table(trained, 2).splitlines()
+    assert "last training loss" in lines[0]
+    assert "best" not in "".join(lines)
+    assert lines[-1] == "lowest last training loss: job1 (0.4)"
+    names, rows = sweep.rows([*trained, outcome(2, 0.9, stage="prior")])
+    assert names[2:5] == ["status", "best loss", "last training loss"]
+    assert [row[3:5] for row in rows] == [["–", "0.5"], ["–", "0.4"], ["0.9", "–"]]
 
 
 def test_jobs_are_named_by_what_they_vary() -> None:

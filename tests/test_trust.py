@@ -17,7 +17,19 @@ from omegaconf.errors import InterpolationKeyError
 from PIL import Image
 from running import quick_compose
 
-from kandinsky_exp import build, cli, config, generate, locating, parts, saved_config, trust, weight_files, weights
+from kandinsky_exp import (
+    architectures,
+    build,
+    cli,
+    config,
+    generate,
+    locating,
+    parts,
+    saved_config,
+    trust,
+    weight_files,
+    weights,
+)
 from kandinsky_exp.data import sources
 from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import ConfigError, DataError
@@ -473,18 +485,38 @@ PICKLED = {
     "prior_prior/diffusion_pytorch_model.bin": lambda file: file.write_bytes(b""),
     "prior_text_encoder/pytorch_model.PT": lambda file: file.write_bytes(b""),
     "prior_image_encoder/flax_model.msgpack": lambda file: file.write_bytes(b""),
-    "prior_tokenizer/words.pkl": lambda file: file.write_bytes(b""),
+    "prior_tokenizer/words.pkl": lambda file: file.write_bytes(pickle.dumps(Bomb())),
     "prior_prior/more/model.ckpt": lambda file: file.write_bytes(b""),
+    "prior_scheduler/tf_model": lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n"),
+}
+DISGUISED = {
     "prior_prior/notes.txt": lambda file: file.write_bytes(pickle.dumps(Bomb())),
     "prior_prior/old.safetensors": zipped,
-    "prior_scheduler/tf_model": lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n"),
+    "prior_tokenizer/merges.txt": lambda file: file.write_bytes(pickle.dumps(Bomb())),
 }
 
 
-@pytest.mark.parametrize("name", PICKLED)
-def test_a_pickle_beside_good_weights_is_refused_by_name(name: str, their_weights: Path, marker: Path) -> None:
-    (their_weights / name).parent.mkdir(exist_ok=True)
-    PICKLED[name](their_weights / name)
+def test_pickles_beside_good_weights_are_passed_over_and_named_once(their_weights: Path, marker: Path) -> None:
+    """Nothing reads them: neither a check nor what loads the part."""
+    for name, write in PICKLED.items():
+        (their_weights / name).parent.mkdir(exist_ok=True)
+        write(their_weights / name)
+    assert parts.check_source(str(their_weights), "prior") is None
+    config.validate(composed("model=prior", f"weights.prior={their_weights}"))
+    theirs = weights.Weights(str(their_weights), "tiny", their_weights / "cache")
+    sides = {part for part, (side, _) in parts.PARTS.items() if side == "prior"}
+    (note,) = architectures.check(theirs, sides)
+    assert re.search(r"passed over.*prior_image_encoder/flax_model\.msgpack' and 5 more", note)
+    for part in sorted(sides):
+        theirs.load(part)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", DISGUISED)
+def test_a_pickle_that_calls_itself_a_file_that_is_read_is_refused(
+    name: str, their_weights: Path, marker: Path
+) -> None:
+    DISGUISED[name](their_weights / name)
     problem = parts.check_source(str(their_weights), "prior")
     assert problem is not None
     assert f"'{name}' is a pickle or an archive" in problem
@@ -492,6 +524,13 @@ def test_a_pickle_beside_good_weights_is_refused_by_name(name: str, their_weight
     with pytest.raises(ConfigError, match=re.escape(f"weights.prior: '{their_weights}': '{name}'")):
         config.validate(composed("model=prior", f"weights.prior={their_weights}"))
     assert not marker.exists()
+
+
+def test_a_folder_with_pickles_alone_is_refused(their_weights: Path) -> None:
+    (their_weights / "prior_prior" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    (their_weights / "prior_prior" / "diffusion_pytorch_model.safetensors").unlink()
+    problem = str(parts.check_source(str(their_weights), "prior"))
+    assert "'prior_prior' has no .safetensors file, but 'diffusion_pytorch_model.bin': it is a pickle" in problem
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0480, 0x4B50])  # headers whose length looks like a pickle's beginning
@@ -507,11 +546,13 @@ def test_a_length_in_front_of_tensors_is_no_pickle(length: int, tmp_path: Path) 
     assert weight_files.untrusted(tmp_path) is None
 
 
-def test_a_foreign_checkpoint_with_a_pickle_is_refused(tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_of_pickles_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prior").mkdir()
     (tmp_path / "prior" / "adapter.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"prior: .*'prior/adapter\.bin' is a pickle"):
+    with pytest.raises(ConfigError, match=r"prior: .*has no \.safetensors file, but 'adapter\.bin': it is a pickle"):
         locating.trained_network(tmp_path, "prior")
+    (tmp_path / "prior" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    assert locating.trained_network(tmp_path, "prior") == tmp_path / "prior"
 
 
 def test_a_model_that_asks_for_a_repositorys_kernel(their_weights: Path) -> None:

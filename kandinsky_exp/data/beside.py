@@ -8,6 +8,7 @@ from kandinsky_exp.data.examples import read_file
 from kandinsky_exp.data.metadata import caption_problem
 from kandinsky_exp.data.rows import FileRow, FileRows, gather
 from kandinsky_exp.errors import DataError
+from kandinsky_exp.texts import decode
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 TEXT = ".txt"
@@ -80,7 +81,7 @@ def _picture(number: int, name: str, text: Path | None) -> FileRow:
     if text is None:
         return FileRow(number, name, (), ("", f"{name} has no {TEXT} of its name beside it; write one"))
     try:
-        caption = read_file(str(text), MAX_TEXT).decode("utf-8-sig").strip()
+        caption = decode(read_file(str(text), MAX_TEXT)).strip()
     except UnicodeDecodeError:
         return FileRow(number, name, (), ("", f"{text.name}: not UTF-8 text; save it as UTF-8"))
     except OSError as error:

@@ -158,13 +158,12 @@ class Entry:
     used: float
 
     @property
-    def lock(self) -> str:
-        """Name of the lock of who makes it."""
-        return f"{self.name.removesuffix(PARTIAL)}.lock"
+    def table(self) -> str:
+        """Name of the table that it is, or is to become."""
+        return self.name.removesuffix(PARTIAL)
 
-    def is_named(self, name: str) -> bool:
-        """By its beginning, or by `all`."""
-        return name == "all" or (name != "" and self.name.startswith(name))
+    def __str__(self) -> str:
+        return f"{self.name} ({self.images:,} images, {self.bytes / 1e6:,.1f} MB, {self.about})"
 
 
 def entries(cache: Path) -> list[Entry]:
@@ -193,32 +192,42 @@ def _entry(folder: Path) -> Entry | None:
     return Entry(folder.name, about if file.name == META else "not complete", images, size, used)
 
 
-def remove(cache: Path, names: list[str]) -> int:
-    """Remove tables by their names or the beginnings of these. Returns the bytes that became free.
+def remove(cache: Path, names: list[str]) -> tuple[list[Entry], int]:
+    """Remove tables, each by its name or a beginning that no other has. Returns them, and the bytes that became free.
 
     `all` is every one, and all that runs keep beside them.
 
     Raises:
-        ConfigError: nothing is named so, or another process is encoding into it, and nothing was removed; or the disk
-            does not let go of it.
+        ConfigError: a name fits none or several, or another process is encoding into it, and nothing was removed; or
+            the disk does not let go of it.
     """
-    found = entries(cache)
-    unknown = [name for name in names if name != "all" and not any(entry.is_named(name) for entry in found)]
-    if unknown:
-        known = ", ".join(entry.name[:8] for entry in found) or "none"
-        raise ConfigError(f"remove: no encoded features are named {', '.join(unknown)} in {cache}; there are {known}")
-    locks = {entry.lock for entry in found if any(map(entry.is_named, names))}
+    tables = {table for name in names for table in _named(name, entries(cache), cache)}
     try:
         with contextlib.ExitStack() as held:
-            for lock in sorted(locks):
-                _hold(held, cache / lock)
+            for table in sorted(tables):
+                _hold(held, cache / f"{table}.lock")
             # One in the making may have become complete, or have gone, before its lock was free.
-            chosen = [entry for entry in entries(cache) if entry.lock in locks and any(map(entry.is_named, names))]
+            chosen = [entry for entry in entries(cache) if entry.table in tables]
             for entry in chosen:
                 shutil.rmtree(cache / entry.name)
-        return sum(entry.bytes for entry in chosen) + (_sweep(cache) if "all" in names else 0)
+        return chosen, sum(entry.bytes for entry in chosen) + (_sweep(cache) if "all" in names else 0)
     except OSError as error:
         raise ConfigError(f"remove: {error.filename or cache} cannot be removed ({_reason(error)})") from error
+
+
+def _named(name: str, found: list[Entry], cache: Path) -> set[str]:
+    """The tables that a name means: one, or with `all` every one."""
+    if name == "all":
+        return {entry.table for entry in found}
+    exact = {entry.table for entry in found if name in (entry.name, entry.table)}
+    meant = exact or {entry.table for entry in found if name and entry.name.startswith(name)}
+    if len(meant) == 1:
+        return meant
+    if meant:
+        fitting = "\n  ".join(str(entry) for entry in found if entry.table in meant)
+        raise ConfigError(f"remove: {name} fits {len(meant)} of the tables in {cache}; name one of\n  {fitting}")
+    known = ", ".join(entry.name[:8] for entry in found) or "none"
+    raise ConfigError(f"remove: no encoded features are named {name} in {cache}; there are {known}")
 
 
 def _hold(held: contextlib.ExitStack, lock: Path) -> None:

@@ -123,10 +123,9 @@ def _encode(
         if not progress.images:
             reasons = first_few(progress.skipped) or "it holds no image"
             raise DataError(f"{source.name}: none of its examples can be used\n{reasons}")
-        tokenizer = stage.preprocess.tokenizer
         facts = {
             "views": 1 + how.mirrored,
-            "text_length": tokenizer.model_max_length if tokenizer is not None else 0,
+            "text_length": stage.preprocess.text_length,
             "dtype": how.dtype,
             "buckets": bool(stage.preprocess.buckets),
         }

@@ -2,18 +2,16 @@
 
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kandinsky_exp.data import cache
+from kandinsky_exp.data.chunk import Chunk
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.journal import Journal
 from kandinsky_exp.data.layout import CAPTIONS, IMAGES
@@ -29,7 +27,6 @@ LOOK_ON_SECONDS = 5.0  # how long to look for further problems when one was foun
 FEW = 64  # examples that are not worth starting worker processes for
 
 CacheDtype = Literal["fp16", "fp32"]
-Cells = dict[str, Array]
 
 
 class Encoder(Protocol):
@@ -67,30 +64,6 @@ class EncodeSettings:
 
 
 @dataclass
-class _Chunk:
-    """Examples since the last commit. Image and caption batches are filled across examples, never across chunks."""
-
-    seen: int = 0
-    ids: list[str] = field(default_factory=list)
-    source_rows: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    images: list[list[Cells]] = field(default_factory=list)  # by view, once encoded
-    captions: list[Cells] = field(default_factory=list)
-    waiting: dict[tuple[torch.Size, ...], list[tuple[int, list[Features]]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    texts: list[Features] = field(default_factory=list)
-
-    def size_each(self) -> float:
-        """Bytes per example, from what is encoded so far."""
-        images, captions = [cells for views in self.images for cells in views], self.captions
-        sizes = [sum(array.nbytes for row in rows for array in row.values()) for rows in (images, captions)]
-        ready = max(1, sum(map(bool, self.images)))
-        captions_each = sum(self.counts) / max(1, len(self.counts))
-        return sizes[0] / ready + sizes[1] / max(1, len(captions)) * captions_each
-
-
-@dataclass
 class Walk:
     """See the module."""
 
@@ -99,7 +72,7 @@ class Walk:
     how: EncodeSettings
     journal: Journal
     log: Log
-    chunk: _Chunk = field(default_factory=_Chunk)
+    chunk: Chunk = field(default_factory=Chunk)
     report: Report = field(init=False)
 
     def encode_all(self) -> None:
@@ -170,8 +143,9 @@ class Walk:
             chunk.ids.append(example.id)
             chunk.source_rows.append(start + chunk.seen + offset)
             chunk.counts.append(batch.counts[offset])
+            chunk.pictures.append(example.picture)
             chunk.images.append([])
-            self.journal.progress.truncated += example.truncated
+            self.journal.progress.note_cut(example.id, example.cut)
         chunk.seen += len(batch.examples)
         for offsets, views in batch.groups:
             self._take_images([places[offset] for offset in offsets], views)
@@ -249,37 +223,15 @@ class Walk:
         if not self.report.announced:
             self._announce((time.monotonic() - self.report.started) / max(1, chunk.seen))
         if chunk.ids:
-            self.journal.append(IMAGES, self._image_columns(chunk, progress.captions))
+            ragged = "latents" if self.stage.preprocess.buckets else ""
+            self.journal.append(IMAGES, chunk.image_columns(progress.captions, 1 + self.how.mirrored, ragged))
         if chunk.captions:
-            self.journal.append(CAPTIONS, _columns(chunk.captions, ragged="text_states"))
+            self.journal.append(CAPTIONS, chunk.caption_columns())
         progress.source_rows += chunk.seen
         progress.images += len(chunk.ids)
         progress.captions += len(chunk.captions)
         self.journal.commit()
-        self.chunk = _Chunk()
-
-    def _image_columns(self, chunk: _Chunk, captions_before: int) -> dict[str, Any]:
-        views = 1 + self.how.mirrored
-        starts = accumulate(chunk.counts, initial=captions_before)
-        facts = {
-            "source_row": np.array(chunk.source_rows, np.int64),
-            "caption_start": np.array(list(starts)[:-1], np.int64),
-            "caption_count": np.array(chunk.counts, np.int64),
-        }
-        ragged = "latents" if self.stage.preprocess.buckets else ""
-        return {
-            "id": [name for name in chunk.ids for _ in range(views)],
-            **{name: np.repeat(column, views) for name, column in facts.items()},
-            **_columns([cells for row in chunk.images for cells in row], ragged),
-        }
-
-
-def _columns(rows: list[Cells], ragged: str) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name in rows[0]:
-        cells = [row[name] for row in rows]
-        columns[name] = cells if name == ragged else np.stack(cells)
-    return columns
+        self.chunk = Chunk()
 
 
 def _prefix(mask: Tensor) -> int:

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.examples import Indexed, Source, picture_digests
 from kandinsky_exp.data.loading import Features
 from kandinsky_exp.data.loading import collate as collate
 from kandinsky_exp.data.preprocess import Preprocess
@@ -50,6 +50,14 @@ class CachedFeatures(Dataset[Features]):
         shapes = self.table.shapes()
         found: Rows = np.unique(shapes if self.rows is None else shapes[self.rows], axis=0, return_inverse=True)[1]
         return found.reshape(-1)
+
+    def pictures(self, source: Source) -> Rows | None:
+        """(n, 2), equal where rows show the same picture; None where only reading the whole source would tell."""
+        stored = self.table.pictures()
+        if stored is None:
+            rows = np.array([self.source_row(index) for index in range(len(self))])
+            return picture_digests(source, rows) if isinstance(source, Indexed) else None
+        return stored if self.rows is None else stored[self.rows]
 
     def id(self, index: int) -> str:
         return self.table.id(self.row(index))
@@ -98,6 +106,10 @@ class OnlineExamples(Dataset[Features]):
         features = self.preprocess(self.preprocess.mirror(image) if mirror else image, caption)
         return features | {"index": torch.tensor(index)}
 
+    def pictures(self, source: Source) -> Rows | None:
+        rows = np.arange(len(self)) if self.rows is None else self.rows
+        return picture_digests(source, rows) if isinstance(source, Indexed) else None
+
     def id(self, index: int) -> str:
         return self.source[self.source_row(index)].id
 
@@ -137,3 +149,14 @@ class Paired(Dataset[Features]):
 
     def _owner(self, index: int) -> tuple[CachedFeatures | OnlineExamples, int]:
         return (self.first, index) if index < len(self.first) else (self.second, index - len(self.first))
+
+
+def shared_pictures(train: CachedFeatures | OnlineExamples, held_out: CachedFeatures | OnlineExamples) -> list[str]:
+    """A note where a validation split of the user's shows pictures that train; of tables, where it costs nothing."""
+    tables = [part.table.pictures() for part in (train, held_out) if isinstance(part, CachedFeatures)]
+    if len(tables) < 2 or tables[0] is None or tables[1] is None:
+        return []
+    trained = set(map(bytes, tables[0]))
+    count = sum(bytes(picture) in trained for picture in tables[1])
+    note = f"{count:,} of the {len(tables[1]):,} held-out images train, too: the validation loss is partly theirs"
+    return [note] if count else []

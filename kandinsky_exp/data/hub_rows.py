@@ -1,8 +1,10 @@
 """Rows of a `datasets` data set: from the hub, or a local copy."""
 
+import glob
 import hashlib
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,30 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kandinsky_exp.data.digests import CHUNK, FileDigests, Hash, update
-from kandinsky_exp.data.examples import Example, Indexed, Source, read_file
-from kandinsky_exp.data.rows import parse_captions
+from kandinsky_exp.data.examples import MAX_BYTES, Example, Indexed, Source, read_file
+from kandinsky_exp.data.metadata import holds_pictures
+from kandinsky_exp.data.rows import LEADS_OUT, parse_captions
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError
+
+FEW = 64  # rows of a Parquet file that are in memory at once, where each is a picture
 
 
 @dataclass(frozen=True, eq=False)
 class HubRows(Indexed):
-    """A split of a `datasets` data set, its image column not decoded, without other columns than the two."""
+    """A split of a `datasets` data set, its image column not decoded, without other columns than the two.
+
+    Args:
+        home: where paths of images start from.
+        inside: whether they have to stay in there.
+    """
 
     name: str
     rows: Any
     image_column: str
     caption_column: str
+    home: str = ""
+    inside: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -34,7 +46,7 @@ class HubRows(Indexed):
     def __getitem__(self, row: int) -> Example:
         values = self.rows[row]
         captions, problem = parse_captions(values, self.caption_column)
-        read = partial(_bytes, values[self.image_column] or {})
+        read = partial(_bytes, _parts(values[self.image_column]), self.home, self.inside)
         return Example(f"row {row}", captions, read, f"{self.name}, row {row}", problem)
 
     def caption_counts(self) -> NDArray[np.int64]:
@@ -66,7 +78,7 @@ class HubRows(Indexed):
             if self.rows._indices is not None:  # what `select` and `filter` leave
                 update(total, self.rows._indices.column(0).combine_chunks())
             return total.hexdigest()
-        paths = pa.concat_arrays([_paths(batch.column(self.image_column)) for batch in self._batches()])
+        paths = pa.concat_arrays([_paths(batch.column(self.image_column), self.home) for batch in self._batches()])
         update(total, digests(f"images of hub {self.name}", paths))
         for batch in self._batches():
             _hash_batch(total, batch, self.image_column)
@@ -78,48 +90,87 @@ class HubRows(Indexed):
     def _holds_bytes(self) -> bool:
         """Whether the Arrow files hold all pictures themselves, not only paths."""
         images = self.rows.data.column(self.image_column)
-        return all(pc.struct_field(chunk, "bytes").null_count == 0 for chunk in images.chunks)
+        chunks = (
+            pc.struct_field(chunk, "bytes") if pa.types.is_struct(chunk.type) else chunk for chunk in images.chunks
+        )
+        return all(chunk.null_count == 0 for chunk in chunks)
 
 
-def _paths(images: pa.ChunkedArray) -> pa.Array:
+def _parts(image: Any) -> dict[str, Any]:
+    """Its `bytes`, or else its `path`, as far as the row has them."""
+    return {"bytes": image} if isinstance(image, bytes) else image or {}
+
+
+def _paths(images: pa.ChunkedArray, home: str) -> pa.Array:
     """Of the images that are files; empty for the others."""
-    rows = ((image or {}) for image in images.to_pylist())
-    return pa.array([row.get("path") or "" if row.get("bytes") is None else "" for row in rows], pa.large_string())
+    rows = map(_parts, images.to_pylist())
+    paths = (row.get("path") if row.get("bytes") is None else None for row in rows)
+    return pa.array([os.path.join(home, path) if path else "" for path in paths], pa.large_string())  # noqa: PTH118
 
 
 def _hash_batch(total: Hash, batch: pa.Table, image_column: str) -> None:
-    for image in batch.column(image_column).to_pylist():
-        total.update(hashlib.sha256((image or {}).get("bytes") or b"").digest())
+    for image in map(_parts, batch.column(image_column).to_pylist()):
+        total.update(hashlib.sha256(image.get("bytes") or b"").digest())
     for name in batch.column_names:
         if name != image_column:
             total.update(repr(batch.column(name).to_pylist()).encode())
 
 
-def _bytes(image: dict[str, Any]) -> bytes:
+def _bytes(image: dict[str, Any], home: str, inside: bool) -> bytes:
     content: bytes | None = image.get("bytes")
-    if content is None and image.get("path"):
-        content = read_file(image["path"])
+    if content is None and (path := image.get("path")):
+        if inside and LEADS_OUT.search(path):
+            raise OSError(0, f"{path} leads out of the data set's folder")
+        content = read_file(os.path.join(home, path))  # noqa: PTH118
     if content is None:
         raise FileNotFoundError(2, "the row has no image")
+    if len(content) > MAX_BYTES:
+        raise OSError(0, f"larger than the limit of {MAX_BYTES >> 10:,} KB")
     return content
 
 
-def load(name: str, split: str, revision: str | None) -> Any:
+def load(name: str, split: str, revision: str | None, subset: str | None = None) -> Any:
     """Every split by its name.
+
+    Args:
+        subset: the configuration, where there are several.
 
     Raises:
         DataError: if `datasets` cannot load it.
     """
     import datasets
 
+    several, one = ((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if subset is not None and (several or one):
+        raise DataError(f"data.subset: {name} was saved to disk as one configuration; leave data.subset out")
     try:
-        if (Path(name) / "dataset_dict.json").is_file():
+        if several:
             return datasets.load_from_disk(name)
-        if (Path(name) / "state.json").is_file():
+        if one:
             return {split: datasets.load_from_disk(name)}
-        return datasets.load_dataset(name, revision=revision)
+        return datasets.load_dataset(name, subset, revision=revision)
     except Exception as error:  # connection, hub, file format, builder: the library has no common base class
-        raise _not_there(name, error) from error
+        raise _not_there(name, revision, subset, error) from error
+
+
+def parquet_rows(file: Path, image_column: str, caption_column: str) -> HubRows:
+    """A source of a Parquet file in which the pictures are.
+
+    Raises:
+        DataError: if it cannot be read, or has no rows.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            "parquet", data_files=glob.escape(str(file.absolute())), split="train", batch_size=FEW
+        )
+    except Exception as error:  # as above
+        raise DataError(f"{file}: not a Parquet file that can be read: {_reason(error)}; write it again") from error
+    if not len(rows):
+        raise DataError(f"{file}: it has no rows; write one per image")
+    made = hub_rows(str(file), "train", rows, image_column, caption_column)
+    return replace(made, name=str(file), home=str(file.parent.absolute()), inside=False)
 
 
 def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column: str) -> HubRows:
@@ -130,14 +181,24 @@ def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column
     """
     import datasets
 
-    if not isinstance(rows.features.get(image_column), datasets.Image):
-        columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
+    feature, kinds = rows.features.get(image_column), rows.features.arrow_schema
+    of_files = feature is not None and not isinstance(feature, datasets.Image)
+    if feature is None or (of_files and not holds_pictures(kinds.field(image_column).type)):
+        columns = ", ".join(f"{column} ({_kind(feature)})" for column, feature in rows.features.items())
         raise DataError(f"data.image_column: '{image_column}' is no column of images in {name}; it has {columns}")
     if not len(rows):
         raise DataError(f"data.name: split '{split}' of {name} has no rows")
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    if not of_files:
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
     keep = [column for column in (image_column, caption_column) if column in rows.column_names]
-    return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column)
+    home = str(Path(name).absolute()) if of_files else ""  # an image of `datasets` has whole paths
+    return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column, home, of_files)
+
+
+def _kind(feature: Any) -> str:
+    import datasets
+
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
 @dataclass(frozen=True)
@@ -163,11 +224,17 @@ class Announced(Source):
 
 
 def announced(
-    name: str, split: str, validation_split: str | None, revision: str | None, limit: int | None = None
+    name: str,
+    split: str,
+    validation_split: str | None,
+    revision: str | None,
+    subset: str | None = None,
+    limit: int | None = None,
 ) -> Splits:
     """What the hub says of a data set.
 
     Args:
+        subset: the configuration, where there are several.
         limit: of the images of each split.
 
     Raises:
@@ -176,15 +243,34 @@ def announced(
     import datasets
 
     try:
-        found = datasets.load_dataset_builder(name, revision=revision).info.splits or {}
+        found = datasets.load_dataset_builder(name, subset, revision=revision).info.splits or {}
     except Exception as error:  # connection, hub, builder: the library has no common base class
-        raise _not_there(name, error) from error
+        raise _not_there(name, revision, subset, error) from error
+    title = name if subset is None else f"{name}/{subset}"
     sizes = {key: min(filter(None, (value.num_examples, limit)), default=None) for key, value in found.items()}
-    parts = [Announced(f"{name}/{key}", sizes.get(key)) for key in (split, validation_split) if key is not None]
+    parts = [Announced(f"{title}/{key}", sizes.get(key)) for key in (split, validation_split) if key is not None]
     return Splits(parts[0], parts[1] if validation_split in sizes else None)
 
 
-def _not_there(name: str, error: Exception) -> DataError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+def _not_there(name: str, revision: str | None, subset: str | None, error: Exception) -> DataError:
+    known = _subsets(name, revision)
+    if known and (subset not in known if subset else len(known) > 1):
+        wrong = f"{name} has no configuration '{subset}'" if subset else f"{name} has several configurations"
+        return DataError(f"data.subset: {wrong}; give one of {', '.join(known)}")
+    reason = _reason(error)
     check = "check the id, your access (hf auth login) and the network, or give a local copy"
     return DataError(f"data.name: {name} cannot be loaded: {reason}; {check}")
+
+
+def _subsets(name: str, revision: str | None) -> list[str]:
+    """The configurations of a data set; none where nobody can say."""
+    import datasets
+
+    try:
+        return [str(subset) for subset in datasets.get_dataset_config_names(name, revision=revision)]
+    except Exception:  # as above: then the first error says more
+        return []
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

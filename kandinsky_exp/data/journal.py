@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kandinsky_exp.data.cache import writing
+from kandinsky_exp.data.cut import cut_caption
 from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, PROGRESS
 from kandinsky_exp.data.progress import Log
-from kandinsky_exp.data.table import FORMAT, Columns, ColumnWriter, head_checksum
+from kandinsky_exp.data.table import FORMAT, NO_FEATURES, Columns, ColumnWriter, head_checksum
+
+NAMED = 1000  # captions that were cut, so that a table of millions stays readable
 
 
 @dataclass
@@ -18,20 +22,31 @@ class Progress:
 
     Args:
         batch_size: images per batch of the encoders; another one would not give the same bits.
+        columns: of `images.arrow` beside the features; what was begun with fewer is begun anew.
         source_rows: examples of the source that are done, the skipped ones among them.
         images, captions: encoded images (not counting mirrors) and captions.
         truncated: captions that were cut.
+        cut: the first of them, and where.
         skipped: what was wrong with the examples that were left out.
         bytes: size of each file.
     """
 
     batch_size: int
+    columns: int
     source_rows: int = 0
     images: int = 0
     captions: int = 0
     truncated: int = 0
+    cut: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
+
+    def note_cut(self, name: str, kept: Iterable[str]) -> None:
+        """Note the captions of an example of which only the beginning is read."""
+        for text in kept:
+            self.truncated += 1
+            if len(self.cut) < NAMED:
+                self.cut.append(cut_caption(name, text))
 
 
 class Journal:
@@ -94,10 +109,10 @@ class Journal:
 def _begun(folder: Path, batch_size: int, log: Log, fixed_batch: bool) -> Progress:
     found = _read(folder)
     if found is None:
-        return Progress(batch_size)
+        return Progress(batch_size, len(NO_FEATURES))
     if fixed_batch and found.batch_size != batch_size:
         log(f"{folder} was begun with batches of {found.batch_size}: encoding again")
-        return Progress(batch_size)
+        return Progress(batch_size, len(NO_FEATURES))
     return found
 
 
@@ -106,7 +121,8 @@ def _read(folder: Path) -> Progress | None:
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text("utf-8")))
         whole = all((folder / name).stat().st_size >= size for name, size in progress.bytes.items())
-        return progress if whole and progress.batch_size >= 1 else None
+        same = progress.columns == len(NO_FEATURES)
+        return progress if whole and same and progress.batch_size >= 1 else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 

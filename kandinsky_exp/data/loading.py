@@ -3,14 +3,17 @@
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kandinsky_exp.data.digests import of_content
 from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import DataError
@@ -25,15 +28,17 @@ class Loaded:
     Args:
         images: tensors of the image, and of its mirror where mirrors are wanted.
         captions: tensors of each caption; none where captions are not encoded.
-        truncated: how many captions were cut.
+        cut: what is read of those captions that are too long.
         problem: why it cannot be used; then there is nothing else.
+        picture: (2,) of the image file's content, equal where it is the same.
     """
 
     id: str
     images: tuple[Features, ...] = ()
     captions: tuple[Features, ...] = ()
-    truncated: int = 0
+    cut: tuple[str, ...] = ()
     problem: str = ""
+    picture: NDArray[np.int64] | None = None
 
 
 @dataclass
@@ -88,7 +93,8 @@ class Loader(Dataset[Loaded]):
             example.id,
             tuple(self.preprocess(view, None) for view in views),
             tuple(tensors for tensors, _ in captions),
-            sum(cut for _, cut in captions),
+            tuple(kept for _, kept in captions if kept is not None),
+            picture=of_content(example.read()),
         )
 
     def batches(self, examples: Iterator[Example], batch_size: int, workers: int) -> Iterator[Batch]:
@@ -185,7 +191,7 @@ def _batch(loaded: list[Loaded]) -> Batch:
         groups.append((places, [collate([loaded[place].images[view] for place in places]) for view in views]))
     captions = [caption for example in loaded for caption in example.captions]
     return Batch(
-        [Loaded(example.id, truncated=example.truncated, problem=example.problem) for example in loaded],
+        [replace(example, images=(), captions=()) for example in loaded],
         groups,
         collate(captions) if captions else None,
         [len(example.captions) for example in loaded],

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, AnyStr
 
@@ -11,11 +13,14 @@ import pyarrow.compute as pc
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from kandinsky_exp import texts
 from kandinsky_exp.errors import DataError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SHOWN = 5
 CHUNK = 4096
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}  # of a CSV file's columns
+NO_NAME = re.compile(r"^(data:|iVBORw0KGgo|/9j/4)|[^/]{256}")  # as base64; of a file, a name has 255 bytes at most
 MAX_LINE = 16 << 20  # bytes of JSON, characters of CSV
 MAX_CAPTION = 1 << 16  # characters; CLIP reads the first 77 tokens
 MAX_CAPTIONS = 1000  # of one image
@@ -48,7 +53,10 @@ def read(file: Path, columns: Sequence[str]) -> Numbered:
     """
     kind = file.suffix.lower()
     try:
-        yield from _parquet(file, columns) if kind == ".parquet" else (_csv if kind == ".csv" else _jsonl)(file)
+        if kind == ".parquet":
+            yield from _parquet(file, columns)
+        else:
+            yield from _jsonl(file) if kind == ".jsonl" else _csv(file, columns)
     except UnicodeDecodeError:
         raise DataError(f"{file}, line {_undecodable(file)}: not UTF-8 text; save the file as UTF-8") from None
     except OSError as error:
@@ -75,6 +83,11 @@ def _lines(content: IO[AnyStr], file: Path) -> Iterator[AnyStr]:
         number += 1
 
 
+def is_no_name(text: str) -> bool:
+    """Whether a text where the name of a file should be is a picture written as text."""
+    return NO_NAME.search(text) is not None
+
+
 def caption_problem(texts: Sequence[str]) -> str:
     """Why the captions of one image are too many or too long, or nothing."""
     if len(texts) > MAX_CAPTIONS:
@@ -98,7 +111,10 @@ def read_plain(file: Path, image_columns: Sequence[str], caption_column: str) ->
         else:
             return None  # Arrow is more lenient than `csv`
         name = next(column for column in image_columns if column in table.column_names)
-        return _plain(table.column(name)), _plain(table.column(caption_column))
+        files = _plain(table.column(name))
+        if pc.any(pc.match_substring_regex(files, NO_NAME.pattern)).as_py():
+            raise ValueError("pictures as text")
+        return files, _plain(table.column(caption_column))
     except (OSError, ValueError, KeyError, StopIteration, pa.ArrowException):
         return None
 
@@ -133,12 +149,11 @@ def first_few(problems: Iterable[str], total: int | None = None) -> str:
 
 
 def _jsonl(path: Path) -> Numbered:
-    # In binary, where only \n ends a line: a caption may hold one of the rarer line separators.
-    with path.open("rb") as file:
+    # Only \n ends a line: a caption may hold one of the rarer line separators.
+    with path.open(encoding=texts.encoding(path), newline="\n") as file:
         for number, line in enumerate(_lines(file, path), start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # -sig: a byte order mark may stand in front
-            if text.strip():
-                yield number, _object(text)
+            if line.strip():
+                yield number, _object(line)
 
 
 def _object(text: str) -> Row | str:
@@ -151,21 +166,47 @@ def _object(text: str) -> Row | str:
     return row if isinstance(row, dict) else 'not a JSON object; write {"file_name": …, "text": …}'
 
 
-def _csv(path: Path) -> Numbered:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(_lines(file, path), strict=True)
+def _csv(path: Path, columns: Sequence[str]) -> Numbered:
+    with path.open(encoding=texts.encoding(path), newline="") as file:
+        lines = _lines(file, path)
+        before, first, separator = _head(lines, columns)
+        reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
         try:
             header = next(reader, [])
+            if twice := [name for name in columns if header.count(name) > 1]:
+                raise DataError(f"{path}, line {before + 1}: '{twice[0]}' heads several columns; rename the others")
             for row in reader:
+                number = before + reader.line_num
                 if len(row) == len(header):
-                    yield reader.line_num, dict(zip(header, row, strict=True))
+                    yield number, dict(zip(header, row, strict=True))
                 elif row:
-                    columns = ", ".join(header)
-                    yield reader.line_num, f"fields do not match the header ({columns}); put quotes around a comma"
+                    names, mark = ", ".join(header), SEPARATORS.get(separator, separator)
+                    yield number, f"fields do not match the header ({names}); put quotes around a text with a {mark}"
         except csv.Error as error:
-            raise DataError(
-                f"{path}, line {reader.line_num}: not CSV: {error}; put quotes around a text, and double those in it"
-            ) from None
+            where = f"{path}, line {before + reader.line_num}"
+            raise DataError(f"{where}: not CSV: {error}; put quotes around a text, and double those in it") from None
+
+
+def _head(lines: Iterator[str], columns: Sequence[str]) -> tuple[int, str, str]:
+    """(lines before it, the header's first line, what separates its columns)."""
+    before, chosen = 0, ""
+    for line in lines:
+        if said := re.fullmatch(r"sep=(.)\s*", line):  # Excel's way to say it
+            chosen = said[1]
+        elif line.strip():
+            return before, line, chosen or _separator(line, columns)
+        before += 1
+    return before, "", ","
+
+
+def _separator(header: str, columns: Sequence[str]) -> str:
+    """The one by which a header has most of the columns that are looked for; of equal ones that which gives most."""
+
+    def found(separator: str) -> tuple[int, int]:
+        names = next(csv.reader([header], delimiter=separator), [])
+        return len(set(names) & set(columns)), len(names)
+
+    return max(SEPARATORS, key=found)
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
@@ -188,6 +229,29 @@ def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
         ) from None
 
 
+def picture_column(file: Path, columns: Sequence[str]) -> str | None:
+    """The first of these columns in which a Parquet file holds pictures themselves; None where none does.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        with pq.ParquetFile(file) as content:
+            _refuse_too_many(file, content)
+            schema = content.schema_arrow
+    except (OSError, pa.ArrowException):
+        return None  # who reads it for its rows says why
+    return next((name for name in columns if name in schema.names and holds_pictures(schema.field(name).type)), None)
+
+
+def holds_pictures(kind: pa.DataType) -> bool:
+    """Whether values are the bytes of files, alone or beside a path, as `datasets` and pandas write pictures."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and holds_pictures(kind.field(place).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
 def _refuse_too_many(path: Path, content: pq.ParquetFile) -> None:
     """Equal values take no room in a file, however many they are; but every image has another name."""
     rows, size = content.metadata.num_rows, path.stat().st_size
@@ -203,4 +267,5 @@ def _refuse_pictures(path: Path, schema: pa.Schema, columns: Sequence[str]) -> N
     for name in columns:
         kind = schema.field(name).type
         if pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            raise DataError(f"{path}: column '{name}' holds {kind}, not text; pictures inside are read by data=hub")
+            cure = f"pictures inside are read by data=list data.path={path}"
+            raise DataError(f"{path}: column '{name}' holds {kind}, not text; {cure}")

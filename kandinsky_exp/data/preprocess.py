@@ -147,6 +147,11 @@ class Preprocess:
             tensors |= self.tokenize([caption])[0][0]
         return tensors
 
+    @property
+    def text_length(self) -> int:
+        """Tokens of a caption that are read; 0 where none is."""
+        return self.tokenizer.model_max_length if self.tokenizer is not None else 0
+
     def size(self, image: Image.Image) -> Size:
         """(width, height) of an image's `pixels`."""
         assert self.resolution is not None  # nosec B101 # narrows the type
@@ -156,15 +161,18 @@ class Preprocess:
     def mirror(image: Image.Image) -> Image.Image:
         return ImageOps.mirror(image)
 
-    def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], bool]]:
-        """The tensors of each caption, and whether it was cut."""
+    def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], str | None]]:
+        """The tensors of each caption, and the beginning of it that they stand for, None where that is all of it."""
         assert self.tokenizer is not None  # nosec B101 # narrows the type
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        rows = zip(tokens.input_ids, tokens.attention_mask.bool(), tokens.encodings, strict=True)
-        return [({"input_ids": ids, "text_mask": mask}, bool(text.overflowing)) for ids, mask, text in rows]
+        rows = zip(captions, tokens.input_ids, tokens.attention_mask.bool(), tokens.encodings, strict=True)
+        return [
+            ({"input_ids": ids, "text_mask": mask}, caption[: max(text.offsets)[1]] if text.overflowing else None)
+            for caption, ids, mask, text in rows
+        ]
 
     def fingerprint(self) -> str:
         """Equal for two objects that make equal tensors of equal examples."""

@@ -142,6 +142,11 @@ def gather(name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRo
     return made
 
 
+def image_columns(asked: str) -> list[str]:
+    """`file_name` as in the image folders of `datasets`; a column that was asked for counts alone."""
+    return ["file_name", "image"] if asked == "image" else [asked]
+
+
 def read_listed(file: Path, image_column: str, caption_column: str, *, inside: bool) -> FileRows:
     """The rows of a file that lists images. A bad row becomes an example with a problem.
 
@@ -151,8 +156,7 @@ def read_listed(file: Path, image_column: str, caption_column: str, *, inside: b
     Raises:
         DataError: if no line of the file is a row.
     """
-    # `file_name` as in the image folders of `datasets`; a column that was asked for counts alone
-    names = ["file_name", "image"] if image_column == "image" else [image_column]
+    names = image_columns(image_column)
     home, origin, unit = file.parent, file, metadata.unit(file)
     title = str(home if inside else file)
     plain = metadata.read_plain(file, names, caption_column)
@@ -190,7 +194,9 @@ def _file_row(number: int, row: Row, names: list[str], caption_column: str, insi
     captions, wordless = parse_captions(row, caption_column)
     file = next((row[column] for column in names if column in row), None)
     problem = ""
-    if not isinstance(file, str) or not file:
+    if isinstance(file, dict) or (isinstance(file, str) and metadata.is_no_name(file)):
+        problem = "its image is no file name but the picture as text; write files, or Parquet with the pictures' bytes"
+    elif not isinstance(file, str) or not file:
         wanted, columns = names[0], ", ".join(row) or "none"
         problem = f"no image file in column '{wanted}' (columns: {columns}); name it there or set data.image_column"
     elif inside and LEADS_OUT.search(file):

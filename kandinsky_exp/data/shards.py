@@ -24,6 +24,7 @@ from kandinsky_exp.data.digests import FileDigests, update
 from kandinsky_exp.data.examples import MAX_BYTES, Example, Source, given, nothing
 from kandinsky_exp.data.rows import Captions, parse_captions
 from kandinsky_exp.errors import DataError
+from kandinsky_exp.texts import decode
 
 MAX_TEXT = 4 << 20  # bytes of a member with a caption, or with the JSON around it
 BOMB = 100  # bytes unpacked for each one read; pictures hardly shrink at all
@@ -164,7 +165,7 @@ class Shards(Source):
         if key not in group.members:
             return (), group.refused.get(key, f"no .{key} has this name; set data.caption_column")
         try:
-            text = group.members[key].decode("utf-8-sig").strip()
+            text = decode(group.members[key]).strip()
             row = json.loads(text) if is_json else {key: text}
             json.dumps(row, ensure_ascii=False).encode()  # half of a pair of escapes is no character
         except (ValueError, RecursionError) as error:

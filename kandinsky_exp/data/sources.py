@@ -13,8 +13,8 @@ from kandinsky_exp.data.checks import Report, check, find_bad, problem_of
 from kandinsky_exp.data.download import shown
 from kandinsky_exp.data.dreambooth import of_class, subject
 from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
-from kandinsky_exp.data.hub_rows import hub_rows, load
-from kandinsky_exp.data.rows import FileRows, read_listed
+from kandinsky_exp.data.hub_rows import hub_rows, load, parquet_rows
+from kandinsky_exp.data.rows import FileRows, image_columns, read_listed
 from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.shard_names import expand
 from kandinsky_exp.data.shards import Shards
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 EMOJI = Path(__file__).parents[1] / "tiny" / "assets" / "emoji"
-LISTS = (".csv", ".parquet", ".jsonl")
+LISTS = (".csv", ".parquet", ".jsonl", ".tsv")
 
 
 def folder(path: str | Path, image_column: str = "image", caption_column: str = "text") -> Splits:
@@ -80,7 +80,9 @@ def listing(
     caption_column: str = "text",
     validation_path: str | Path | None = None,
 ) -> Splits:
-    """A CSV, Parquet or JSON-lines file that lists paths of images, absolute or relative to it, with captions.
+    """A CSV (or TSV), Parquet or JSON-lines file that lists paths of images, absolute or relative to it, with captions.
+
+    A Parquet file may hold the images' bytes themselves.
 
     Raises:
         DataError: if there is no such file, or no line of it is a row.
@@ -91,11 +93,15 @@ def listing(
     return Splits(train, _read_list(validation_path, "data.validation_path", image_column, caption_column))
 
 
-def _read_list(path: str | Path, key: str, image_column: str, caption_column: str) -> FileRows:
+def _read_list(path: str | Path, key: str, image_column: str, caption_column: str) -> Indexed:
     file = expanded(path)
     if not is_file(file) or file.suffix.lower() not in LISTS:
         wrong = "has none of these endings" if is_file(file) else "is no file"
         raise DataError(f"{key}: {file} {wrong}; give a list of images as {', '.join(LISTS)}")
+    if file.suffix.lower() == ".parquet":
+        column = metadata.picture_column(file, image_columns(image_column))
+        if column is not None:
+            return parquet_rows(file, column, caption_column)
     return read_listed(file, image_column, caption_column, inside=False)
 
 
@@ -140,21 +146,26 @@ def hub(
     split: str = "train",
     validation_split: str | None = "validation",
     revision: str | None = None,
+    subset: str | None = None,
 ) -> Splits:
     """A data set of the hub, or a local folder that `datasets` reads: parquet, image folder, or saved to disk.
 
+    Args:
+        subset: which of its configurations, where it has several.
+
     Raises:
-        DataError: if it cannot be loaded or has no such split or image column.
+        DataError: if it cannot be loaded or has no such split, configuration or image column.
     """
-    loaded = load(name, split, revision)
+    loaded = load(name, split, revision, subset)
+    title = name if subset is None else f"{name}/{subset}"
     if split not in loaded:
         raise DataError(f"data.split: {name} has no split '{split}'; it has {', '.join(loaded)}")
-    train = hub_rows(name, split, loaded[split], image_column, caption_column)
+    train = hub_rows(title, split, loaded[split], image_column, caption_column)
     if validation_split is None or (validation_split == "validation" and validation_split not in loaded):
         return Splits(train, None)
     if validation_split not in loaded:
         raise DataError(f"data.validation_split: {name} has no split '{validation_split}'; it has {', '.join(loaded)}")
-    return Splits(train, hub_rows(name, validation_split, loaded[validation_split], image_column, caption_column))
+    return Splits(train, hub_rows(title, validation_split, loaded[validation_split], image_column, caption_column))
 
 
 def dreambooth(
@@ -212,18 +223,32 @@ def _draw(source: Source, count: int, seed: int) -> Source:
     return Subset(source.name, source, np.sort(order(seed, 0, len(source))[:count]))
 
 
-def held_out(rows: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def held_out(
+    rows: int, fraction: float, seed: int, pictures: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows that train and rows that are held out, both sorted: at least one of each; a fraction of 0 holds out none.
 
+    Args:
+        pictures: (rows, 2), equal where rows show the same picture: these stay together, and the fraction is one of
+            pictures. None = each row has its own.
+
     Raises:
-        DataError: if the fraction is not in [0, 1], or there is only one row to divide.
+        DataError: if the fraction is not in [0, 1], or there is only one picture to divide.
     """
     if not 0 <= fraction <= 1:
         raise DataError(f"validation.fraction: {fraction} is not between 0 and 1")
     if fraction == 0:
         return np.arange(rows), np.arange(0)
-    if rows < 2:
+    numbers = np.arange(rows) if pictures is None else _numbered(pictures)
+    different = len(np.unique(numbers))
+    if different < 2:
         raise DataError("validation.fraction: one image cannot be divided; add images or set validation.fraction=0")
-    count = min(max(1, round(rows * fraction)), rows - 1)
-    shuffled = order(seed, 0, rows)
-    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+    count = min(max(1, round(different * fraction)), different - 1)
+    held = np.isin(numbers, order(seed, 0, different)[:count])
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _numbered(pictures: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(rows,) numbers in the order of the first rows: where none repeats, those of the rows."""
+    _, first, same = np.unique(pictures, axis=0, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[same.reshape(-1)]

@@ -1,9 +1,9 @@
 """The encoded features on disk: Arrow IPC streams that grow by appending and are read through a memory map.
 
 `images.arrow` has a row per view of an image (the image; its mirror, if mirrors are encoded): id, row of the source,
-where its captions start and how many they are, and what the image encoders gave. `captions.arrow` has a row per
-caption, its states only up to the end of its mask. Floats are stored in the table's dtype. Every row ends with a
-checksum of its cells, which is compared whenever the row is read: a damaged table is an error, never a wrong batch.
+where its captions start and how many they are, a digest of its file, and what the image encoders gave. `captions.arrow`
+has a row per caption, its states only up to the end of its mask. Floats are stored in the table's dtype. Every row ends
+with a checksum of its cells, which is compared whenever the row is read: a damaged table is an error, no wrong batch.
 """
 
 import json
@@ -28,7 +28,7 @@ DTYPES = {"fp16": np.float16, "fp32": np.float32}
 CHECKSUM = "crc32"
 HEAD = 4096  # bytes, more than a schema takes
 SHAPE = ".shape"  # ends the name of the column with the shapes of a ragged one
-NO_FEATURES = ("id", "source_row", "caption_start", "caption_count")
+NO_FEATURES = ("id", "source_row", "caption_start", "caption_count", "picture")
 FORMAT = 2  # a new one must not find old tables
 
 Array = NDArray[Any]
@@ -156,6 +156,9 @@ class MappedColumns:
             total = zlib.crc32(cell.encode() if isinstance(cell, str) else cell, total)
         return total
 
+    def has(self, name: str) -> bool:
+        return name in self._views[0]
+
     def column(self, name: str) -> Array:
         """A column of numbers, (n, …), copied."""
         return np.concatenate([views[name] for views in self._views])
@@ -239,6 +242,10 @@ class FeatureTable:
     def shapes(self) -> Array:
         """Shape of the latents of each image, (n, 3); of use where they differ."""
         return self._images.column(f"latents{SHAPE}")[:: self.views]
+
+    def pictures(self) -> Array | None:
+        """(n, 2), equal where two images are the same file; None in a table from before that was stored."""
+        return self._images.column("picture")[:: self.views] if self._images.has("picture") else None
 
     def row(self, index: int, caption: int = 0, view: int = 0) -> dict[str, Tensor]:
         """Features of an image and of one of its captions, without a batch axis.
