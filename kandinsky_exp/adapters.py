@@ -155,7 +155,8 @@ class NetworkFiles:
         folder.mkdir(parents=True, exist_ok=True)
         if self.config_of is not None:
             self.config_of.save_config(folder)
-        tensors = {key: value.detach().contiguous() for key, value in self.tensors.items()}
+        # To the host before anything else: the device may have no room for a copy in the file's order.
+        tensors = {key: value.detach().to("cpu").contiguous() for key, value in self.tensors.items()}
         save_file(tensors, folder / self.name, metadata=self.metadata)
 
 

@@ -46,17 +46,23 @@ def update(ema: EMAModel, parameters: list[nn.Parameter]) -> None:
 def averaged_weights(training: Trained) -> Iterator[None]:
     """The average in place of the weights that train; nothing where there is none."""
     if training.ema is not None:
-        training.ema.store(training.trainable)
-        training.ema.copy_to(training.trainable)
+        _trade_places(training.ema, training.trainable)
         try:
             yield
         finally:
-            training.ema.restore(training.trainable)
+            _trade_places(training.ema, training.trainable)
     elif is_schedule_free(training.optimizer):
         with _its_average(bare(training.optimizer), training.trainable):
             yield
     else:
         yield
+
+
+def _trade_places(ema: EMAModel, parameters: list[nn.Parameter]) -> None:
+    """`ema.store` and `ema.copy_to`, or `ema.restore`, without a copy: it makes two of all weights in host memory."""
+    for place, parameter in enumerate(parameters):
+        average = ema.shadow_params[place]
+        ema.shadow_params[place], parameter.data = parameter.data, average
 
 
 @contextmanager

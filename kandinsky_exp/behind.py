@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kandinsky_exp import checkpoint, host_memory, processes
-from kandinsky_exp.errors import CheckpointFailure, NonFiniteLoss
+from kandinsky_exp.errors import CheckpointFailure, NonFiniteLoss, RunFailure
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class CheckpointWriter:
     def __init__(self, root: Path, keep: int, behind: bool, recorded: Callable[[Path, int], None]) -> None:
         self.root, self.keep, self.behind, self.recorded = root, keep, behind, recorded
         self._thread: threading.Thread | None = None
-        self._failure: CheckpointFailure | None = None
+        self._failure: RunFailure | None = None
 
     def save(self, snapshot: checkpoint.Snapshot) -> None:
         """Copy a snapshot and begin to write it, once the one before is written.
@@ -69,7 +69,7 @@ class CheckpointWriter:
                 # This one stops all processes at once, and none may be gone before the write is done; a failure of one
                 # process alone is nothing that the others would answer.
                 processes.on_main_process(self.wait) if isinstance(error, NonFiniteLoss) else self.wait()
-            except CheckpointFailure as failure:
+            except RunFailure as failure:
                 logger.error("%s", failure)
             raise
         processes.on_main_process(self.wait)
@@ -100,6 +100,8 @@ class CheckpointWriter:
             folder = snapshot.write(self.root)
             checkpoint.prune(self.root, self.keep)
             self.recorded(folder, snapshot.step)
+        except RunFailure as failure:
+            self._failure = failure
         except Exception as error:  # whatever it is, it is raised where the run can stop
             self._failure = CheckpointFailure(
                 f"the checkpoint of step {snapshot.step} could not be written to {self.root} ({error})"

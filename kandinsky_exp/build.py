@@ -173,23 +173,28 @@ def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     if cfg.adapter.name != "none":
         # Loading may have drawn random numbers, or not, where a cache was warm: the adapter starts from the seed alone.
         set_seed(cfg.seed)
-        adapters.attach_lora(
-            made.network,
-            rank=cfg.adapter.rank,
-            alpha=cfg.adapter.alpha,
-            dropout=cfg.adapter.dropout,
-            target_modules=target_modules(cfg),
-            use_dora=cfg.adapter.name == "dora",
-            dtype=getattr(torch, cfg.precision.frozen_dtype),
-            use_rslora=cfg.adapter.use_rslora,
-            init=cfg.adapter.init,
-        )
+        attach(cfg, made.network, cfg.adapter.init)
     enable_attention(made.network, cfg.trainer.attention)
     if cfg.trainer.gradient_checkpointing:
         made.enable_gradient_checkpointing()
     if cfg.trainer.compile:
         made.network.compile()
     return made
+
+
+def attach(cfg: DictConfig, network: torch.nn.Module, init: adapters.Init) -> None:
+    """Give a network, which may be without data, the adapter that is configured."""
+    adapters.attach_lora(
+        network,
+        rank=cfg.adapter.rank,
+        alpha=cfg.adapter.alpha,
+        dropout=cfg.adapter.dropout,
+        target_modules=target_modules(cfg),
+        use_dora=cfg.adapter.name == "dora",
+        dtype=getattr(torch, cfg.precision.frozen_dtype),
+        use_rslora=cfg.adapter.use_rslora,
+        init=init,
+    )
 
 
 def target_modules(cfg: DictConfig) -> list[str] | str | None:
@@ -213,8 +218,11 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     return Training(made, prepared, prepared_optimizer, scheduler, ema)
 
 
-def try_optimizer(cfg: DictConfig, device: torch.device) -> None:
+def try_optimizer(cfg: DictConfig, device: torch.device) -> str:
     """One step over one small matrix, so that what cannot work here is told before anything loads.
+
+    Returns:
+        The name of its class, by which a checkpoint knows it.
 
     Raises:
         ConfigError: it has no kernels for this device, wants another torch, or refuses its settings.
@@ -230,6 +238,7 @@ def try_optimizer(cfg: DictConfig, device: torch.device) -> None:
             f"optimizer: {cfg.optimizer._target_} does not work on this device, {device.type} ({reason}); take "
             "another, e.g. optimizer=adamw"
         ) from error
+    return type(made).__name__
 
 
 def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: torch.device) -> torch.optim.Optimizer:

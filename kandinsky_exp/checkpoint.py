@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from kandinsky_exp import adapters, averaging, state_file
+from kandinsky_exp import adapters, averaging, read_back, state_file
 from kandinsky_exp.adapters import NetworkFiles
-from kandinsky_exp.errors import CheckpointError
+from kandinsky_exp.errors import CheckpointError, is_out_of_memory
 from kandinsky_exp.integrity import flush_to_disk, read_state, seal
 from kandinsky_exp.loop import Training
 from kandinsky_exp.state_file import mapped
@@ -62,6 +62,7 @@ class Snapshot:
         try:
             for name, files in self.networks.items():
                 files.write(aside / name)
+                read_back.check(read_back.written(aside / name), files.tensors, folder / name)
             state_file.write(self.tensors, aside / state_file.NAME)
             seal(aside, self.state)
         except BaseException:
@@ -90,9 +91,15 @@ def snapshot(
         validated: whether this very step was validated, with or without a loss.
         validation_loss: the fixed-noise loss at this very step, None where it was not measured.
         total_batch: samples per optimizer step, over all processes.
+
+    Raises:
+        RunFailure: its tensors would not have the names of the bare network.
     """
     network = accelerator.unwrap_model(training.network)
     networks = {part: training.stage.snapshot(network, {})}
+    if network is not training.stage.network:  # something that nobody unwraps is around it
+        bare = training.stage.snapshot(training.stage.network, {})
+        read_back.check(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
     state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
     state["optimizer"] = type(averaging.bare(training.optimizer)).__name__
     state |= {"total_batch": total_batch, "processes": accelerator.num_processes}
@@ -109,6 +116,8 @@ def snapshot(
 
 
 def _on_host(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    # Not pinned: as much memory as a checkpoint takes would be locked for good, or be locked anew each time, which
+    # takes as long as it saves.
     if id(value) not in copies:
         copies[id(value)] = value.detach().to("cpu", copy=True)
     return copies[id(value)]
@@ -160,6 +169,8 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if is_out_of_memory(error):  # it does fit this run
+            raise
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint.resume: {folder} does not fit this run ({reason}); use the settings it was made with, start "

@@ -26,8 +26,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp import command_line, config, job_process, launching, redaction, trust
-from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut
+from kandinsky_exp import command_line, config, job_process, launching, redaction, terminal, trust
+from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
@@ -112,6 +112,11 @@ def call(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> Any:
 
 def answered(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
     """The same for a job in its own process: however it ends, that is told, and printed where it went wrong."""
+    with terminal.lasting():
+        return _answer(job, cfg)
+
+
+def _answer(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
     try:
         value = call(job.function, cfg, job.trusted)
         return job_process.Answer("FINISHED", float(value) if isinstance(value, (int, float)) else None)
@@ -123,12 +128,17 @@ def answered(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
         return job_process.Answer("FAILED", message=f"the job called sys.exit({leaving.code!r})")
     except BaseException as error:
         _report(error, job.verbose)
-        message = redaction.masked(cut(_message(error).removeprefix("error: ") or type(error).__name__))
+        message = redaction.masked(cut(reason_of(error)))
         return job_process.Answer("FAILED", message=message, is_user_error=isinstance(error, UserError))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `kandinsky-exp [VERB] [overrides]`; returns when done, else raises SystemExit with the exit code."""
+    with terminal.lasting():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:

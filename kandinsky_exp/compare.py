@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig
 
-from kandinsky_exp import comparison, config, mlflow_names, report, store, store_probe, workspace
+from kandinsky_exp import comparison, config, mlflow_names, report, run_log, store, store_probe, workspace
 from kandinsky_exp.errors import ConfigError, cut
 from kandinsky_exp.locating import RUN_ID
 
@@ -50,7 +50,7 @@ def compare(cfg: DictConfig) -> float:
             run_ids, name = jobs_of(client, cfg.sweep.source, parent), folder_name(client, cfg.sweep.source, parent)
         workspace.make_root(root)
         folder = root / "compare" / (cfg.name or name)
-        with workspace.logging_to(None, is_main=True):
+        with run_log.logging_to(None, is_main=True):
             report.write_report(client, run_ids, folder, cfg.name or name, parent)
     print(*report.files(folder), sep="\n")
     return float(len(run_ids))

@@ -39,7 +39,7 @@ def _show(cfg: DictConfig) -> None:
 
 def _encode(cfg: DictConfig) -> None:
     # Here, because they import torch: `_show` is done in a second.
-    from kandinsky_exp import architectures, build, class_images, processes, workspace
+    from kandinsky_exp import architectures, build, class_images, processes, run_log, workspace
     from kandinsky_exp.readers import ReadSettings, open_readers
 
     folder = build.cache_folder(cfg)
@@ -68,7 +68,7 @@ def _encode(cfg: DictConfig) -> None:
             batch_size=1,
             grad_accumulation=1,
         )
-        with workspace.logging_to(None, accelerator.is_main_process):
+        with run_log.logging_to(None, accelerator.is_main_process):
             for note in report.notes:
                 logger.warning(note)
             splits.kept = processes.on_main_process(

@@ -8,7 +8,7 @@ import torch
 
 from kandinsky_exp import processes
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.data.encode import cache_key, encode_table
+from kandinsky_exp.data.encode import cache_key, encode_table, memory_told
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.table import FeatureTable
@@ -48,6 +48,17 @@ def encode_here(
         about={"stage": stage.name, "source": source.name},
     )
     return fingerprint, table
+
+
+def stay_on_device(stage: DiffusionStage, device: torch.device) -> None:
+    """Place the encoders of a run that encodes in every step.
+
+    Raises:
+        DataError: the device has no room for them.
+    """
+    with memory_told("data.cache=true or "):
+        for part in stage.encoders:
+            stage.weights.load(part).to(device)
 
 
 def opened_by_all(folder: Path) -> FeatureTable:

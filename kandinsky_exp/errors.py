@@ -1,6 +1,14 @@
 """What can go wrong, by whose hand. `cli` turns these into one short message and an exit code."""
 
+import errno
+import re
 from collections.abc import Sequence
+
+# CUDA, HIP, XPU and NCCL have the words, cuBLAS, cuDNN and their kin a status; MPS has words of its own as well.
+OF_DEVICE = re.compile(
+    r"out[ _]of[ _](\w+[ _])?memory|cudaErrorMemoryAllocation|ALLOC(ATION)?_FAILED|Invalid buffer size|MTLBuffer", re.I
+)
+OF_HOST = re.compile(r"can(no|')t allocate memory|not enough memory", re.I)
 
 
 class UserError(Exception):
@@ -78,6 +86,28 @@ class Pruned(BaseException):
 
     def __str__(self) -> str:
         return f"pruned at step {self.step}: validation loss {self.loss:.5g} is worse than that of other jobs by then"
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a run failed, for its records: what the user was told, or what a library's exception is."""
+    text = str(error).strip()
+    if isinstance(error, (UserError, RunFailure)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library says that the device, or the host, has no memory left: few have an exception of its own."""
+    if isinstance(error, (UserError, RunFailure)):
+        return False
+    return is_of_host(error) or (not isinstance(error, OSError) and bool(OF_DEVICE.search(str(error))))
+
+
+def is_of_host(error: BaseException) -> bool:
+    """Whether it is the host's memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or bool(OF_HOST.search(str(error)))
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kandinsky_exp import processes
+from kandinsky_exp.halving import Halving
 from kandinsky_exp.randomness import derive_seed, validation_generator
 from kandinsky_exp.stages.base import Features, Stage
 
@@ -47,7 +49,7 @@ def validate(
     accelerator: Accelerator,
     seed: int,
     draws: int,
-    batch_size: int,
+    batches: Halving,
 ) -> float:
     """Mean unweighted loss over held-out rows, with noise and timesteps that depend on (seed, row, draw) alone.
 
@@ -55,9 +57,23 @@ def validate(
     depend on batch size or number of processes (beyond rounding), nor on a run's loss weighting or dropped conditions.
     """
     network.eval()
+
+    def summed(size: int) -> Tensor:
+        return _summed(stage, network, held_out, accelerator, seed, draws, size)
+
+    total = processes.on_all_processes(lambda: batches.run(summed))
+    network.train()
+    everywhere: Tensor = accelerator.reduce(total, reduction="sum")
+    return float(everywhere[0] / everywhere[1])
+
+
+def _summed(
+    stage: Stage, network: nn.Module, held_out: HeldOut, accelerator: Accelerator, seed: int, draws: int, size: int
+) -> Tensor:
+    """(sum of losses, their number) over the rows of this process."""
     mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))
     total = torch.zeros(2, device=accelerator.device)
-    for chunk in held_out.batches(mine, batch_size):
+    for chunk in held_out.batches(mine, size):
         features = held_out.rows(chunk)
         for draw in range(draws):
             generators = [validation_generator(seed, row, draw) for row in chunk]
@@ -65,9 +81,7 @@ def validate(
             with accelerator.autocast():
                 losses = stage.loss(network, features, generators, timesteps).per_sample
             total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
-    network.train()
-    summed: Tensor = accelerator.reduce(total, reduction="sum")
-    return float(summed[0] / summed[1])
+    return total
 
 
 def spread_timesteps(seed: int, rows: list[int], draw: int, draws: int, num_timesteps: int) -> Tensor:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from kandinsky_exp import build, config, long_prompts, pipelines, processes, run_settings, store, tracking, workspace
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.errors import ConfigError, OutOfMemory, first_line, is_out_of_memory
 from kandinsky_exp.grid import labelled_grid
+from kandinsky_exp.halving import Halving
 from kandinsky_exp.origins import Origin, check_networks, find_origins, load_network, use
 from kandinsky_exp.parts import Side
 from kandinsky_exp.weights import Weights
@@ -38,7 +40,8 @@ def generate(cfg: DictConfig) -> float:
         workspace.make_root(Path(cfg.output_root).expanduser())
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         check_networks(weights, origins)
-        images = draw(cfg, weights, origins, prompts)
+        with memory_told():
+            images = draw(cfg, weights, origins, prompts)
         root = Path(cfg.output_root).expanduser().absolute() / "generate"
         folder = workspace.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
         grid = labelled_grid(images, prompts)
@@ -74,9 +77,11 @@ def draw(cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts
     )
     prior_net = load_network(weights, "prior", origins["prior"])
     with placed(weights, ("text_encoder", "image_encoder"), prior_net, device) as net:
-        embeds = pipelines.embed_prompts(
-            pipelines.prior_pipeline(weights, net), prompts, prior, negative_prompt=cfg.negative_prompt or None
+        pipeline, negative = pipelines.prior_pipeline(weights, net), cfg.negative_prompt or None
+        embeds = Halving("the prior", prior.batch_size).run(
+            lambda size: pipelines.embed_prompts(pipeline, prompts, replace(prior, batch_size=size), negative)
         )
+    del pipeline  # it holds the parts
     weights.release(("text_encoder", "image_encoder"))
     decoder_net = load_network(weights, "decoder", origins["decoder"])
     with placed(weights, ("movq",), decoder_net, device) as net:
@@ -88,7 +93,27 @@ def draw(cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts
             height=cfg.height or side,
             width=cfg.width or side,
         )
-        return pipelines.decode(pipelines.decoder_pipeline(weights, net), embeds, settings)
+        pipeline = pipelines.decoder_pipeline(weights, net)
+        return Halving("the decoder", settings.batch_size).run(
+            lambda size: pipelines.decode(pipeline, embeds, replace(settings, batch_size=size))
+        )
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Around drawing: there is no memory for one picture at a time.
+
+    Raises:
+        OutOfMemory: in place of what the libraries raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"drawing ran out of memory ({first_line(error)}); set precision=bf16, or smaller height and width"
+        ) from error
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The training loop: Accelerate's mechanics and nothing of diffusion."""
 
+import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +17,13 @@ from torch import nn
 
 from kandinsky_exp import averaging
 from kandinsky_exp.display import progress_bar, report
-from kandinsky_exp.errors import Interrupted, RunFailure, UserError
+from kandinsky_exp.errors import Interrupted, NonFiniteLoss, RunFailure, UserError
 from kandinsky_exp.meter import Meter, StepResult
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.stages.base import Features, Stage
 from kandinsky_exp.tracking import Tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Training:
         network: the stage's network as Accelerate prepared it.
         scheduler: the learning-rate schedule, stepped once per optimizer step.
         step: optimizer steps done.
+        is_whole: whether it is that of a step, and not in the middle of the next one's changes.
+        used: the schedule's rate in the last of them, and Prodigy's factor on it, `d`.
         unread: of the meter, at the last checkpoint: what was measured and not reported yet.
     """
 
@@ -39,11 +45,17 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
     step: int = 0
+    is_whole: bool = True
+    used: tuple[Any, Any] = (0.0, 1.0)
     unread: dict[str, Any] = field(default_factory=dict)
 
+    def note_rate(self) -> None:
+        """Before a step: optimizer and schedule both move on in it."""
+        self.used = (self.scheduler.get_last_lr()[0], self.optimizer.param_groups[0].get("d", 1.0))
+
     def rate(self) -> float:
-        """The schedule's rate; Prodigy takes it as a factor on the one that it finds, `d`."""
-        return float(self.scheduler.get_last_lr()[0] * self.optimizer.param_groups[0].get("d", 1.0))
+        """The rate that the last step trained with."""
+        return float(self.used[0] * self.used[1])
 
     @cached_property
     def trainable(self) -> list[nn.Parameter]:
@@ -124,6 +136,11 @@ def train(
         events.checkpoint(training.step)
         saved = training.step
 
+    def keep() -> None:
+        if training.is_whole and saved != training.step:
+            save()
+            events.wait()  # a launcher ends all processes as soon as one is gone
+
     with (
         progress_bar(training.step, settings.max_steps, settings.progress) as bar,
         stop.deferred(),
@@ -132,12 +149,8 @@ def train(
         failing(training),
     ):
         while training.step < settings.max_steps:
-            try:
+            with kept(keep if accelerator.num_processes == 1 else None):  # the others of several would not know
                 meter.add(optimizer_step(training, batches, noise, accelerator, settings))
-            except UserError:  # the data's; what was trained up to here is whole, where no other process waits for this
-                if saved != training.step and accelerator.num_processes == 1:
-                    save()
-                raise
             training.step += 1
             step, last = training.step, training.step == settings.max_steps
             bar.update()
@@ -149,7 +162,8 @@ def train(
             stopping = stop_agreed(stop, accelerator, step, settings.log_every)
             with meter.paused():
                 if validate and stopping is None:
-                    stopping = validated_or_stopped(events, step, stop, accelerator)
+                    with kept(keep):
+                        stopping = validated_or_stopped(events, step, stop, accelerator)
                 if saves or (stopping is not None and saved != step):
                     save()
             if stopping is not None:
@@ -177,6 +191,27 @@ def failing(training: Training) -> Iterator[None]:
     except UserError as error:
         advice = "once that is put right, the same command goes on from there"
         raise RunFailure(f"{error}\n(training stopped after step {training.step}; {advice})") from error
+
+
+@contextmanager
+def kept(keep: Callable[[], None] | None) -> Iterator[None]:
+    """What was trained up to here is kept although what is done inside fails, for want of memory for example.
+
+    Raises:
+        NonFiniteLoss: it is not worth keeping.
+    """
+    try:
+        yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # what they hold on the device would be in the way
+        try:
+            if keep is not None:
+                keep()
+        except NonFiniteLoss:
+            raise
+        except Exception as second:  # the first is what the run fails of
+            logger.error("%s", second)
+        raise
 
 
 def due(step: int, every: int, last: bool) -> bool:
@@ -207,12 +242,15 @@ def optimizer_step(
         losses.append(result.loss.detach())
         samples.append((result.per_sample, result.timesteps))
     # Accelerate's own `step` looks for a package on the disk whenever it is called; only a loss scaler needs it.
+    training.note_rate()
+    training.is_whole = False
     optimizer = training.optimizer.optimizer if accelerator.scaler is None else training.optimizer
     optimizer.step()
     optimizer.zero_grad()
     training.scheduler.step()
     if training.ema is not None:
         averaging.update(training.ema, training.trainable)
+    training.is_whole = True
     return StepResult(torch.stack(losses).mean(), norm, rows, samples, waited)
 
 

@@ -13,13 +13,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from kandinsky_exp.errors import OutOfMemory
+from kandinsky_exp.errors import OutOfMemory, first_line, is_of_host, is_out_of_memory
 from kandinsky_exp.meter import peak_memory
 from kandinsky_exp.stages.base import DiffusionStage
 
 NAMED = 3
-HOST_WORDS = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory", re.I)
 ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+) ([KMGT])iB")
+UNUSED = re.compile(r"([\d.]+) ([KMGT])iB is reserved by PyTorch but unallocated")
 # Parts of the activations that a setting takes away: guesses that nobody measured, good enough to rank settings by.
 CHECKPOINTED, HALVED, QUARTERED = 0.7, 0.45, 0.5
 FP32 = 4  # bytes
@@ -54,21 +54,24 @@ def given(cfg: DictConfig, device: torch.device, stage: DiffusionStage) -> Itera
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         validating = not stage.network.training
         listed = "; ".join(advice(cfg, use_of(cfg, device, stage, error), device.type, validating=validating))
-        where = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+        where = "the machine" if is_of_host(error) else "the device"
         raise OutOfMemory(
-            f"{where} has no memory left{' for validation' if validating else ''} ({reason}). What lowers it most for "
-            f"this run: {listed}"
+            f"{where} has no memory left{' for validation' if validating else ''} ({first_line(error)}). What lowers "
+            f"it most for this run: {listed}{in_pieces(error)}"
         ) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(HOST_WORDS.search(str(error)))
+def in_pieces(error: BaseException) -> str:
+    """What helps where there was memory enough, and no piece of it was large enough; PyTorch says how much was."""
+    found = UNUSED.search(str(error))
+    if found is None or _bytes(found[1], found[2]) < asked_for(error):
+        return ""
+    return "; or the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True, for what is free is in pieces"
 
 
 def use_of(cfg: DictConfig, device: torch.device, stage: DiffusionStage, error: BaseException) -> Use:
@@ -92,7 +95,11 @@ def asked_for(error: BaseException) -> int:
         return 0
     if found[1]:
         return int(found[1])
-    return int(float(found[2]) * 1024 ** (1 + "KMGT".index(found[3])))
+    return _bytes(found[2], found[3])
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** (1 + "KMGT".index(unit)))
 
 
 def state_per_weight(optimizer: str, weight: Tensor) -> float:

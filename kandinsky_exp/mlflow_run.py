@@ -89,6 +89,8 @@ def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str
         )
     artifact_folders.correct_run(client, run_id, artifacts)
     client.update_run(run_id, status="RUNNING")
+    if "error" in found.data.tags and "error" not in tags:  # of an earlier start
+        client.delete_tag(run_id, "error")
     MlflowRun(client, run_id).set_tags(tags)
 
 

@@ -171,12 +171,11 @@ class Phases:
 
     def _between_steps(self, name: str, parts: Parts, need: Peak) -> Phase:
         """What comes after steps, in the room that they leave."""
-        stored = {"raw weights": self.steady["average"]} if self.on_host and "average" in self.steady else {}
         if not self.on_host:
             return Phase(name, self.steady | parts | {"activations": need.total})
         kept = self.passes.peak.small
         beyond = min(need.total, need.large + max(0, need.small - kept))
-        return Phase(name, self.steady | stored | parts | {"kept of steps": kept, "activations": beyond} | self._gaps())
+        return Phase(name, self.steady | parts | {"kept of steps": kept, "activations": beyond} | self._gaps())
 
     def _gaps(self) -> Parts:
         """Between small blocks of host memory, once a step was made."""

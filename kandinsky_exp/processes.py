@@ -49,6 +49,23 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     return result
 
 
+def on_all_processes(action: Callable[[], Result]) -> Result:
+    """What each process makes of it; where it fails on one, it fails on all, so that none waits for one that is gone.
+
+    The action itself must wait for no other process.
+    """
+    if PartialState().num_processes == 1:
+        return action()
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if on_any_process(failure is not None):
+        raise failure or RunFailure("another process of the run failed; what it says is the reason")
+    return result
+
+
 def on_any_process(flag: bool) -> bool:
     """Whether it is so on one of the processes at least; the same answer on all."""
     return any(gather_object([flag]))
@@ -68,10 +85,11 @@ class Stop:
         self.signal_number: int | None = None
         self.last_words: list[Callable[[], object]] = []  # before a process is left at once: quick, and on disk alone
         self._handled = handled
-        self._deferred = False
+        self._deferred = self._trains = False
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
+        self._trains = True
         with self._set(True):
             yield
 
@@ -105,7 +123,8 @@ class Stop:
             timer.cancel()
 
     def _expire(self) -> None:
-        logger.warning("trainer.max_minutes is over: stopping as for SIGTERM")
+        early = "" if self._trains else " before the first step: nothing was trained, set more (what was encoded stays)"
+        logger.warning("trainer.max_minutes is over%s: stopping as for SIGTERM", early)
         if self._handled:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         else:

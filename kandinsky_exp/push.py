@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import config, crosschecks, hub, paths, workspace
+from kandinsky_exp import config, crosschecks, hub, paths, run_log, workspace
 from kandinsky_exp.errors import ConfigError, cut
 
 
@@ -23,7 +23,7 @@ def push(cfg: DictConfig) -> float:
     folder = paths.expanded(cfg.run).absolute()
     params = hub.read_result(folder).params
     repo, private = find_repository(cfg, params)
-    with workspace.occupied(folder), workspace.logging_to(folder / workspace.LOG, is_main=True):
+    with workspace.occupied(folder), run_log.logging_to(folder / workspace.LOG, is_main=True):
         if (why := hub.check_access(repo, private)) is not None:
             raise ConfigError(f"hub: it could not be asked ({why}); try again when it answers")
         hub.push(folder, repo, private)

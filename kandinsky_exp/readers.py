@@ -27,7 +27,7 @@ from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
 from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.tally import Tally
-from kandinsky_exp.encoded import encode_here, opened_by_all
+from kandinsky_exp.encoded import encode_here, opened_by_all, stay_on_device
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.null_condition import null_condition
 from kandinsky_exp.randomness import derive_seed
@@ -240,8 +240,7 @@ class _Opener:
                 f"data.cache: {source.name} is read in one sweep, and training visits images in random order; set "
                 "data.cache=true"
             )
-        for part in self.stage.encoders:
-            self.stage.weights.load(part).to(self.accelerator.device)
+        processes.on_all_processes(lambda: stay_on_device(self.stage, self.accelerator.device))
         reads_captions = self.stage.preprocess.tokenizer is not None
         noted: Tally = {}
         bad, noted = processes.on_main_process(lambda: (dict(find_bad(source, reads_captions, noted)), noted))

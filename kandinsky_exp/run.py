@@ -20,6 +20,7 @@ from kandinsky_exp import (
     checkpoint,
     class_images,
     config,
+    forking,
     hub,
     loop,
     memory_advice,
@@ -27,17 +28,20 @@ from kandinsky_exp import (
     pipelines,
     processes,
     pruning,
+    read_back,
     records,
     registry,
     resuming,
+    run_log,
     run_settings,
+    terminal,
     tracking,
     workspace,
 )
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.data.layout import PICTURE_RULES
-from kandinsky_exp.errors import Interrupted, Pruned, RunFailure, UserError
+from kandinsky_exp.errors import Interrupted, Pruned, RunFailure, UserError, reason_of
 from kandinsky_exp.events import Events
 from kandinsky_exp.parts import PARTS
 from kandinsky_exp.randomness import NoiseSource
@@ -64,17 +68,18 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     config.validate(cfg, trusted_modules)
     processes.quiet_libraries()
     with (
+        terminal.lasting(),
         processes.stop_signals() as stop,
         stop.after(cfg.trainer.max_minutes),
         processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
-        build.try_optimizer(cfg, accelerator.device)
+        optimizer = build.try_optimizer(cfg, accelerator.device)
         weights = build.weights(cfg)
         splits = build.data(cfg)
         count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
-        space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, held))
-        with workspace.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
+        space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, optimizer, held))
+        with run_log.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
             for note in space.notes:
                 logger.warning("%s", note)
             if is_finished(cfg, count, space):
@@ -93,6 +98,8 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 steps = run_settings.total_steps(cfg, len(data.train), count)
                 space.record.rows = len(data.train)
                 data.notes.extend(records.notes_on_shapes(data.train, steps, count))
+                if space.start is not None and space.is_fork:  # once more, for now epochs are steps
+                    forking.check_length(space.start, steps)
                 with memory_advice.given(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
                     judge = pruning.judge(cfg, steps)
@@ -126,12 +133,13 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
 
 
 def prepare(
-    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, held: contextlib.ExitStack
+    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, optimizer: str, held: contextlib.ExitStack
 ) -> workspace.Workspace:
     """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only.
 
     Args:
         count: processes of the run.
+        optimizer: name of the class that trains.
         held: keeps the folder to this run.
     """
     workspace.make_root(Path(cfg.output_root).expanduser())
@@ -148,7 +156,11 @@ def prepare(
     root, name = place(cfg)
     space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
     space.notes += notes
-    compare(cfg, weights, splits, count, space)
+    with workspace.given_back(space):
+        if space.start is not None and space.is_fork:
+            forking.check(cfg, weights, space.start, optimizer)
+            forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
+        compare(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
         space.record.split = "picture"
     space.notes += report.notes
@@ -222,12 +234,14 @@ def recorded(
     except (Interrupted, Pruned, KeyboardInterrupt):
         space.record.status = "KILLED"
         raise
-    except UserError:  # nothing was trained: what the run was before, it still is
-        space.record.status = before if space.is_resumed and before != "RUNNING" else "FAILED"
-        tracker.finish(space.record.status)
-        raise
-    except BaseException:
+    except BaseException as error:
         space.record.status = "FAILED"
+        if isinstance(error, UserError) and space.is_resumed and before != "RUNNING":
+            space.record.status = before  # nothing was trained: what the run was before, it still is
+        if space.record.status == "FAILED":
+            tracker.set_tags({"error": reason_of(error)})
+        if isinstance(error, UserError):
+            tracker.finish(space.record.status)
         raise
     finally:
         if accelerator.is_main_process:
@@ -262,13 +276,18 @@ def save_result(
     if accelerator.is_main_process:
         network = accelerator.unwrap_model(training.network)
         with averaging.averaged_weights(training):
+            bare = training.stage.snapshot(training.stage.network, {}).tensors
+
+            def save(folder: Path) -> None:
+                training.stage.save(network, folder)
+                read_back.check(read_back.written(folder), bare, folder)
+
             if adapters.has_adapter(network):
                 result = space.folder / "adapter"
-                training.stage.save(network, result)
+                save(result)
             else:
                 result = space.folder / "pipeline"
-                side = PARTS[training.stage.part][0]
-                pipelines.save_result(weights, side, result, lambda folder: training.stage.save(network, folder))
+                pipelines.save_result(weights, PARTS[training.stage.part][0], result, save)
         logger.info("result: %s", result)
     accelerator.wait_for_everyone()
 

@@ -69,7 +69,7 @@ def _named(value: Tensor, tensors: dict[str, Tensor], names: dict[int, str]) -> 
     """The name of a tensor in the file; one that stands in several places (an 8-bit optimizer's table) is kept once."""
     if id(value) not in names:
         names[id(value)] = f"{len(names)}"
-        whole = value.detach().contiguous()
+        whole = value.detach().to("cpu").contiguous()  # in this order: the device may have no room for a copy
         shares = whole.untyped_storage().nbytes() != whole.nbytes
         tensors[names[id(value)]] = whole.clone() if shares else whole  # the file takes no views of one memory
     return names[id(value)]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from kandinsky_exp import averaging, fixed_noise, loop
+from kandinsky_exp import averaging, fixed_noise, loop, processes
 from kandinsky_exp.data.preprocess import center_crop_resize
 from kandinsky_exp.grid import labelled_grid
+from kandinsky_exp.halving import Halving
 from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.stages.base import Features
 from kandinsky_exp.tracking import Tracker
@@ -48,13 +49,18 @@ class Validator:
     loss: float | None = None
     loss_step: int | None = None
     _originals: list[Image.Image] | None = None
+    _measured: Halving = field(init=False)
+    _drawn: Halving = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._measured = Halving("validation loss", self.settings.batch_size)
+        self._drawn = Halving("validation images", self.settings.batch_size)
 
     def __call__(self, step: int) -> None:
         network = self.accelerator.unwrap_model(self.training.network)
         with averaging.averaged_weights(self.training), fixed_noise.uncompiled(network):
             self._measure(step)
-            if self.accelerator.is_main_process:
-                self._draw(step)
+            processes.on_all_processes(lambda: self._show(step))
         self.accelerator.wait_for_everyone()
 
     def _measure(self, step: int) -> None:
@@ -67,11 +73,16 @@ class Validator:
             accelerator=self.accelerator,
             seed=self.settings.seed,
             draws=self.draws,
-            batch_size=self.settings.batch_size,
+            batches=self._measured,
         )
         self.loss_step = step
-        self.tracker.log_metrics({"validation/loss": self.loss}, step)
-        logger.info("step %d: validation loss %.5f", step, self.loss)
+
+    def _show(self, step: int) -> None:
+        if self.held_out is not None and self.loss is not None:
+            self.tracker.log_metrics({"validation/loss": self.loss}, step)
+            logger.info("step %d: validation loss %.5f", step, self.loss)
+        if self.accelerator.is_main_process:
+            self._draw(step)
 
     def _draw(self, step: int) -> None:
         network = self.accelerator.unwrap_model(self.training.network)
@@ -79,7 +90,11 @@ class Validator:
         drawn: list[Image.Image] = []
         if self.prompts:
             with self.accelerator.autocast():
-                drawn = self.training.stage.sample(network, list(self.prompts), self.settings)
+                drawn = self._drawn.run(
+                    lambda size: self.training.stage.sample(
+                        network, list(self.prompts), replace(self.settings, batch_size=size)
+                    )
+                )
         redrawn = self._reconstruct()
         network.train()
         if not drawn and not redrawn:
@@ -108,7 +123,9 @@ class Validator:
         network = self.accelerator.unwrap_model(self.training.network)
         features = self._features(self.held_out, rows)
         with self.accelerator.autocast():
-            images = self.training.stage.reconstruct(network, features, settings)
+            images = self._drawn.run(
+                lambda size: self.training.stage.reconstruct(network, features, replace(settings, batch_size=size))
+            )
         if not images:
             return []
         if self._originals is None:  # once: a streamed source has to be walked for them

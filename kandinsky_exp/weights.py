@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from kandinsky_exp import paths, weight_files
-from kandinsky_exp.errors import ConfigError, first_line
+from kandinsky_exp.errors import ConfigError, first_line, is_out_of_memory
 from kandinsky_exp.parts import MODELS, PARTS, Side, is_hub_id, pipeline_folder, read_object, subfolder
 
 if TYPE_CHECKING:
@@ -129,6 +129,11 @@ class Weights:
             return self._made(part, folder, dtype, bits)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             side, _ = PARTS[part]
+            if is_out_of_memory(error):
+                raise ConfigError(
+                    f"weights.{side}: '{part}' does not fit into memory ({first_line(error)}); set precision=bf16, or "
+                    "end what else is in memory"
+                ) from error
             reason = f"{folder} cannot be loaded as '{part}': {first_line(error)}"
             raise ConfigError(f"weights.{side}: {reason}; fetch or copy it again") from error
 
@@ -149,9 +154,9 @@ class Weights:
         """Frozen parts on the device for as long as they work there, then back where they were."""
         models = [self.load(part) for part in parts]
         homes = [model.device for model in models]
-        for model in models:
-            model.to(device)
         try:
+            for model in models:  # inside: where memory runs out half-way, all of them go back
+                model.to(device)
             yield
         finally:
             for model, home in zip(models, homes, strict=True):

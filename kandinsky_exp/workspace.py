@@ -4,9 +4,7 @@
 """
 
 import json
-import logging
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,10 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
-from tqdm import tqdm
 
-from kandinsky_exp import integrity, redaction
-from kandinsky_exp.errors import CheckpointError, ConfigError
+from kandinsky_exp import integrity
+from kandinsky_exp.errors import CheckpointError, ConfigError, UserError
 
 RECORD = "run.json"
 LOG = "train.log"
@@ -162,6 +159,17 @@ def _look(folder: Path, stage: str, resume: str) -> Record | None:
     return record
 
 
+@contextmanager
+def given_back(space: Workspace) -> Iterator[None]:
+    """A new run's folder is taken back where what is asked for turns out to be impossible."""
+    try:
+        yield
+    except UserError:
+        if not space.is_resumed:
+            _give_up(space.folder)
+        raise
+
+
 def _give_up(folder: Path) -> None:
     """Take back a folder that was made for nothing."""
     (folder / LOG).unlink()
@@ -263,36 +271,3 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-
-
-class _Terminal(logging.Handler):
-    """Lines on stderr that leave a progress bar whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-@contextmanager
-def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
-    """Our own log records, in a file such as `train.log` and on stderr, from the main process only."""
-    root = logging.getLogger("kandinsky_exp")
-    level, propagate = root.level, root.propagate
-    root.setLevel(logging.INFO if is_main else logging.ERROR)
-    root.propagate = False
-    handlers: list[logging.Handler] = []
-    if is_main:
-        handlers = [_Terminal()]
-        handlers[0].setFormatter(redaction.Formatter("%(message)s"))
-    if is_main and file is not None:
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        handlers[1].setFormatter(redaction.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for handler in handlers:
-        root.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()
-        root.setLevel(level)
-        root.propagate = propagate

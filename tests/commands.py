@@ -132,10 +132,10 @@ def start(root: Path, *overrides: str, limit: Callable[[], object] | None = None
     return Forked(command, [*SMALL, f"output_root={root}", *overrides], limit, environment=environment)
 
 
-def start_two(root: Path, *overrides: str) -> list[Forked]:
+def start_two(root: Path, *overrides: str, limit: Callable[[], object] | None = None) -> list[Forked]:
     """Two processes that train one small run, with what a launcher tells them."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
               "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    return [start(root, *overrides, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
+    return [start(root, *overrides, limit=limit, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]

@@ -84,7 +84,11 @@ OWN_IMPORTS = {
     "report": {"album", "comparison", "mlflow_names", "report_html", "report_png", "store", "workspace"},
     "integrity": {"errors"},
     "state_file": set(),
-    "cli": {"command_line", "config", "errors", "job_process", "launching", "redaction", "trust"},
+    "cli": {"command_line", "config", "errors", "job_process", "launching", "redaction", "terminal", "trust"},
+    "terminal": set(),
+    "run_log": {"errors", "redaction", "terminal"},
+    "read_back": {"errors", "weight_files"},
+    "halving": {"errors"},
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
@@ -93,7 +97,7 @@ ENTRY_POINTS = {
 }
 KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
-    *("compare", "export", "locating", "memory_advice", "origins", "push"),
+    *("compare", "export", "forking", "locating", "memory_advice", "origins", "push"),
     *("plan", "phases", "rehearsal", "cheaper", "disk_need", "run_settings", "ui"),
     *("job_records", "launching", "job_process", "pruning", "supervision", "sweep", "sweep_check"),
 }

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,22 @@ from diffusers import PriorTransformer, UNet2DConditionModel
 from running import SMALL, composed, same, train
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import adapters, build, checkpoint, cli, host_memory, integrity, processes, state_file
+from kandinsky_exp import (
+    adapters,
+    averaging,
+    build,
+    checkpoint,
+    cli,
+    host_memory,
+    integrity,
+    processes,
+    read_back,
+    state_file,
+)  # fmt: skip
 from kandinsky_exp.behind import CheckpointWriter
-from kandinsky_exp.errors import CheckpointFailure
+from kandinsky_exp.errors import CheckpointFailure, RunFailure
 
 STAGES = pytest.mark.parametrize("stage", ["prior", "decoder"])
 PART = {"prior": "prior", "decoder": "unet"}
@@ -255,6 +268,76 @@ def test_a_copy_that_fails_is_written_at_once(trained: Any, tmp_path: Path, capl
     writer.save(TooLarge(view.step, view.networks, view.tensors, view.state))
     assert done == [1]
     assert "training waits for it" in caplog.text
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what is asked of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.asked.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_written_at_once_takes_no_room_on_the_device(tmp_path: Path) -> None:
+    """Tensors of another order in memory go to the host first: there is no host for a tensor of the meta device."""
+    weight = torch.empty(2, 3, 4, 4, device="meta").to(memory_format=torch.channels_last)
+    files = adapters.NetworkFiles("a.safetensors", {"weight": weight}, {}, None)
+    for write in (files.write, lambda folder: state_file.write({"state": weight[:1]}, folder / "b.safetensors")):
+        with Recorder() as recorder, pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            write(tmp_path)
+        assert "clone" not in recorder.asked
+
+
+def test_averages_take_the_place_of_weights_without_a_copy(trained: Any) -> None:
+    training, _ = trained("decoder", "trainer.ema_decay=0.9")
+    step(training)  # the first average is the weights
+    weights, averages = (
+        [value.detach().clone() for value in values] for values in (training.trainable, training.ema.shadow_params)
+    )
+    places = [value.data_ptr() for value in (*training.trainable, *training.ema.shadow_params)]
+    with pytest.raises(ZeroDivisionError), Recorder() as recorder, averaging.averaged_weights(training):
+        raise ZeroDivisionError
+    assert not {"clone", "_to_copy", "copy_", "_foreach_copy_"} & {*recorder.asked}
+    assert all(map(torch.equal, training.trainable, weights))
+    assert all(map(torch.equal, training.ema.shadow_params, averages))
+    assert places == [value.data_ptr() for value in (*training.trainable, *training.ema.shadow_params)]
+    with averaging.averaged_weights(training):
+        assert all(map(torch.equal, training.trainable, averages))
+        assert not any(map(torch.equal, training.trainable, weights))
+
+
+# --- read back
+
+
+@pytest.mark.parametrize("extras", [[], ["adapter=lora"]], ids=["full", "lora"])
+def test_names_of_a_wrapped_network_end_the_run(extras: list[str], trained: Any, tmp_path: Path) -> None:
+    """As `torch.compile` gives them where Accelerate was told to: no checkpoint of such names is of use."""
+    training, accelerator = trained("prior", *extras)
+    training.network = torch.compile(training.network, backend="eager")
+    with pytest.raises(RunFailure, match=r"^the checkpoint of step 1 does not hold the network as it is.*_orig_mod\."):
+        snapshot(training, accelerator)
+
+
+def test_every_file_is_read_back(trained: Any, tmp_path: Path) -> None:
+    training, accelerator = trained("prior")
+    view = snapshot(training, accelerator)
+    assert read_back.written(view.on_host().write(tmp_path) / "prior") == {*training.stage.network.state_dict()}
+
+    class Misnamed(adapters.NetworkFiles):
+        def write(self, folder: Path) -> None:
+            tensors = {f"module.{name}": value for name, value in self.tensors.items()}
+            replace(view.networks["prior"], tensors=tensors).write(folder)
+
+    files = view.networks["prior"]
+    other = Misnamed(files.name, files.tensors, files.metadata, files.config_of)
+    writer = CheckpointWriter(tmp_path / "checkpoints", 2, False, lambda *_: None)
+    with pytest.raises(RunFailure, match=r"step-00000001/prior does not hold the network as it is: .*module\."):
+        writer.save(replace(view, networks={"prior": other}))
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def cgroup(folder: Path, **files: object) -> None:

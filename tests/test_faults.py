@@ -12,7 +12,7 @@ from commands import start_server
 from running import client, composed, history, network, runs, same, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import cli, readers, state_file
+from kandinsky_exp import cli, encoded, state_file
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.data.table import HEAD, FeatureTable
 from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, RunFailure
@@ -281,7 +281,7 @@ def damage(folder: Path) -> None:
 
 def test_a_table_that_only_some_processes_see(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="output_root has to be on a disk that all machines share"):
-        readers._opened_by_all(tmp_path / "nothing")
+        encoded.opened_by_all(tmp_path / "nothing")
 
 
 # --- weights that are none

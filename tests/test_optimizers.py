@@ -203,8 +203,9 @@ def test_the_rate_that_prodigy_found_is_the_one_that_is_logged(name: str, built:
     for _ in range(40):
         for weight in training.trainable:
             weight.grad = weight.detach().clone()  # one direction all along
+        found = training.optimizer.param_groups[0]["d"]
+        training.note_rate()
         training.optimizer.step()
-    found = training.optimizer.param_groups[0]["d"]
     assert training.rate() == 0.8 * found
     assert found > 1.1e-3  # not where it began
 

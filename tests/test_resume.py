@@ -127,7 +127,7 @@ def test_with_workers_that_read_images(workers: int, stage: str, root: Path) -> 
     assert same(*(network(root / name / "pipeline" / PART[stage]) for name in ("whole", "stopped")))
 
 
-RECORDED = [*ORDINARY, "model=prior", PROMPTS, "trainer.max_steps=7", "trainer.log_every=3"]
+RECORDED = [*ORDINARY, "model=prior", PROMPTS, "trainer.max_steps=7", "trainer.log_every=3", "scheduler=cosine"]
 
 
 @pytest.fixture(scope="module")

@@ -219,9 +219,9 @@ def test_learning_rate_counts_optimizer_steps(accumulation: int, tmp_path: Path)
     )  # fmt: skip
     rates = history(tmp_path, runs(tmp_path)[0].info.run_id, "train/lr")
     expected = {
-        step: 1e-3 * (step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 6))) for step in range(1, 9)
+        step + 1: 1e-3 * (step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 6))) for step in range(8)
     }
-    assert rates == pytest.approx(expected, abs=1e-9)
+    assert rates == pytest.approx(expected, abs=1e-9)  # that of step n is the one that step n trained with
 
 
 def test_validation_loss_compares_between_runs(tmp_path: Path) -> None:

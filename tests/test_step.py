@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kandinsky_exp import averaging, build, fixed_noise, loop, pipelines, processes, run_settings
 from kandinsky_exp.data.prefetch import prefetch
 from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
+from kandinsky_exp.halving import Halving
 from kandinsky_exp.meter import Meter, StepResult
 from kandinsky_exp.parts import MODELS
 from kandinsky_exp.randomness import NoiseSource
@@ -220,7 +221,13 @@ class Bench:
         network = self.accelerator.unwrap_model(self.training.network)
         with averaging.averaged_weights(self.training), fixed_noise.uncompiled(network):
             return fixed_noise.validate(
-                self.stage, network, MadeUpRows(self), accelerator=self.accelerator, seed=0, draws=2, batch_size=2
+                self.stage,
+                network,
+                MadeUpRows(self),
+                accelerator=self.accelerator,
+                seed=0,
+                draws=2,
+                batches=Halving("", 2),
             )
 
 

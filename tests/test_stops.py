@@ -1,5 +1,6 @@
 """Faults from outside, put into real processes: signals, limits, full disks, no memory, workers that die."""
 
+import contextlib
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ from commands import Forked, start
 from running import SMALL, client, composed, history, network, prepare, runs, same, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import integrity, memory_advice
+from kandinsky_exp import integrity, memory_advice, processes
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.run import run
@@ -65,6 +66,18 @@ def test_a_limit_on_time_stops_like_a_signal(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "p" / "checkpoints").iterdir()
     assert integrity.damage(folder) is None
     assert "trainer.max_minutes is over" in (tmp_path / "p" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_limit_on_time_says_whether_anything_trained(trains: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with processes.stop_signals() as stop, contextlib.suppress(Interrupted), contextlib.ExitStack() as held:
+        if trains:
+            held.enter_context(stop.deferred())
+        held.enter_context(stop.after(1e-4))
+        while stop.signal_number is None:
+            time.sleep(0.001)
+    early = " before the first step: nothing was trained, set more (what was encoded stays)"
+    assert f"trainer.max_minutes is over{'' if trains else early}: stopping as for SIGTERM" in caplog.text
 
 
 def test_of_two_with_one_name_the_second_is_told(tmp_path: Path) -> None:

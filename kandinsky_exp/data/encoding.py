@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kandinsky_exp.data import cache, tally
@@ -87,8 +86,6 @@ class Walk:
         try:
             with closing(self.report):
                 self._walk()
-        except torch.OutOfMemoryError as error:
-            failed = self._memory_is_short(error)
         except RuntimeError as error:  # torch hears of a worker's death by a signal, whatever it is doing then
             if not is_of_workers(error):
                 raise
@@ -115,11 +112,6 @@ class Walk:
         if self.source.streamed:  # of others it was said before
             tally.add(self.journal.progress.noted, self.source.left_out())
         self._commit()
-
-    def _memory_is_short(self, error: torch.OutOfMemoryError) -> DataError:
-        size, reason = self.how.batch_size, str(error).partition("\n")[0]
-        smaller = f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""
-        return DataError(f"the encoders ran out of memory ({reason}); set {smaller}precision=bf16")
 
     def _check(self, batch: Batch, rest: Iterator[Batch]) -> None:
         """Refuse bad examples; where there is one, look a little further, to name several at once."""

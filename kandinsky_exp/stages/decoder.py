@@ -1,6 +1,7 @@
 """The decoder: from a CLIP image embedding to the picture, as MoVQ latents."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -102,7 +103,7 @@ class DecoderStage(DiffusionStage):
 
     def sample(self, network: nn.Module, prompts: list[str], settings: pipelines.SampleSettings) -> list[Image.Image]:
         """The base prior, asked once per prompt and settings, then the trained decoder."""
-        key = (tuple(prompts), settings)
+        key = (tuple(prompts), replace(settings, batch_size=1))  # whatever the batch is
         device = next(network.parameters()).device
         if key not in self._prompt_embeds:
             null = self.null_condition()["image_embeds"].to(device)
