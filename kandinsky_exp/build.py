@@ -199,7 +199,7 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     """Optimizer, schedule and EMA around the stage's network, prepared by Accelerate."""
     if device.device.type == "cpu":
         host_memory.give_back_blocks(run_settings.large_blocks(cfg))
-    network = made.place(device.device, mixed_precision=device.mixed_precision != "no")
+    network = made.place(device.device)
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(cfg, trainable, device.device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.

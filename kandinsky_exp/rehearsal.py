@@ -116,8 +116,9 @@ class Rehearsal:
 
     @cached_property
     def network(self) -> Any:
-        mixed = self.cfg.precision.mixed_precision != "no"
-        return self.stage.place(torch.device("meta"), mixed_precision=mixed)
+        network = self.stage.order_weights(self.device)  # it has no data to be placed
+        self.stage.place_constants(self.device)
+        return network
 
     @cached_property
     def mixed(self) -> Mixed:

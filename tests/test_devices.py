@@ -1,0 +1,160 @@
+"""Both stages on devices that are not here: without data on meta, and as far as a forward pass goes on CUDA."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import fake_cuda
+import pytest
+import torch
+from accelerate import Accelerator
+from commands import Forked
+from diffusers.training_utils import EMAModel
+
+from kandinsky_exp import adapters, averaging, checkpoint, processes
+from kandinsky_exp.described import DescribedWeights
+from kandinsky_exp.loop import Training
+from kandinsky_exp.rehearsal import Mixed
+from kandinsky_exp.stages.base import DiffusionStage, Features
+from kandinsky_exp.stages.decoder import DecoderStage
+from kandinsky_exp.stages.prior import PriorStage
+
+STAGES = ("prior", "decoder")
+KINDS = ("full", "lora", "dora")
+BOTH = pytest.mark.parametrize("name", STAGES)
+ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
+META = torch.device("meta")
+CONDITION = {"prior": {"text_embeds", "text_states", "text_mask"}, "decoder": {"image_embeds"}}
+ROWS = 2
+
+
+def make(name: str, kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionStage:
+    """A stage with all that its loss can have; its network has no data."""
+    weights = DescribedWeights(str(folder), str(folder), folder.parent, frozen_dtype=str(dtype).partition(".")[2])
+    common: dict[str, Any] = {"resolution": 64, "snr_gamma": 5.0, "condition_dropout": 0.5}
+    stage = DecoderStage(weights, vlb_weight=0.001, **common) if name == "decoder" else PriorStage(weights, **common)
+    stage.network.train()  # loaded now: no weights load among fakes
+    if kind != "full":
+        settings: dict[str, Any] = {"rank": 4, "alpha": None, "dropout": 0.1, "target_modules": None}
+        adapters.attach_lora(stage.network, **settings, use_dora=kind == "dora", dtype=dtype)
+    return stage
+
+
+def features_of(stage: DiffusionStage, device: torch.device, dtype: torch.dtype) -> Features:
+    """What the encoders would give."""
+    network: Any = stage.network
+    if stage.name == "prior":
+        embed = torch.ones(ROWS, network.config.embedding_dim, device=device, dtype=dtype)
+        mask = torch.ones(ROWS, 77, dtype=torch.bool, device=device)
+        states = torch.ones(ROWS, 77, network.config.embedding_dim, device=device, dtype=dtype)
+        return {"image_embeds": embed, "text_embeds": embed, "text_states": states, "text_mask": mask}
+    embed = torch.ones(ROWS, network.config.encoder_hid_dim, device=device, dtype=dtype)
+    latents = torch.ones(ROWS, 4, 16, 16, device=device, dtype=dtype)
+    return {"image_embeds": embed, "latents": latents}
+
+
+def batch(stage: DiffusionStage, device: torch.device, dtype: torch.dtype) -> Features:
+    return features_of(stage, device, dtype) | {"loss_weight": torch.ones(ROWS, device=device)}
+
+
+def null_of(stage: DiffusionStage) -> Features:
+    """As it comes from a cache: on the CPU."""
+    found = features_of(stage, torch.device("cpu"), torch.float16)
+    return {key: value[:1] for key, value in found.items() if key in CONDITION[stage.name]}
+
+
+# --- the meta device: whatever needs data fails there
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    with processes.accelerated(lambda: Accelerator(cpu=True)) as made:
+        yield made
+
+
+@BOTH
+@ALL_KINDS
+def test_a_step_and_its_checkpoint_need_no_data(
+    name: str, kind: str, tiny_folder: Path, accelerator: Accelerator
+) -> None:
+    stage = make(name, kind, tiny_folder)
+    stage.use_null_condition(null_of(stage))
+    network = stage.place(META).train()
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, fused=False)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    training = Training(stage, network, optimizer, scheduler, EMAModel(trainable, foreach=True))
+    loss = stage.loss(network, batch(stage, META, torch.float16), torch.Generator())
+    loss.loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    optimizer.step()
+    averaging.update(training.ema, trainable)  # type: ignore[arg-type]
+    found = checkpoint.snapshot(training, stage.part, accelerator, validated=False, validation_loss=None, total_batch=1)
+    assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == META
+    assert set(found.networks) == {stage.part, f"{stage.part}_ema"}
+    assert found.size() > 4 * sum(value.nbytes for value in trainable) * 0.99  # weights, average, two moments
+
+
+@BOTH
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+def test_the_null_condition_is_where_the_stage_is_whenever_it_comes(name: str, when: str, tiny_folder: Path) -> None:
+    """From a cache before or after the stage is placed, or from the encoders."""
+    stage = make(name, "full", tiny_folder)
+    if when == "before":
+        stage.use_null_condition(null_of(stage))
+    stage.place(META)
+    if when == "after":
+        stage.use_null_condition(null_of(stage))
+    null = stage.null_condition()
+    assert set(null) == CONDITION[name]
+    assert {value.device for value in null.values()} == {META}
+
+
+# --- a CUDA device that takes a forward pass
+
+
+def on_fake_cuda(folder: Path) -> None:
+    """In a process of its own: the loss of everything in every precision, a line each."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    for name in STAGES:
+        for kind in KINDS:
+            for dtype in (None, torch.float16, torch.bfloat16):
+                mixed = nullcontext if dtype is None else lambda dtype=dtype: fake_cuda.autocast(dtype)
+                text = f"{name} {kind} {dtype}"
+                try:
+                    print(f"{text}: {forward(name, kind, dtype or torch.float32, mixed, folder)}")
+                except Exception as error:
+                    print(f"{text}: {type(error).__name__}: {error}")
+
+
+def forward(
+    name: str, kind: str, dtype: torch.dtype, mixed: Callable[[], AbstractContextManager[None]], folder: Path
+) -> str:
+    stage = make(name, kind, folder, dtype)
+    with fake_cuda.device() as (device, watch):
+        stage.use_null_condition(null_of(stage))
+        network = stage.place(device).train()
+        loss = stage.loss(Mixed(network, mixed).train(), batch(stage, device, torch.float16), torch.Generator())
+        assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == device
+        assert loss.loss.dtype == torch.float32
+    return " ".join(sorted(map(str, watch.products)))
+
+
+@pytest.fixture(scope="module")
+def printed(tiny_folder: Path) -> str:
+    if reason := fake_cuda.missing():
+        pytest.skip(f"LOUD: no CUDA device without a GPU: {reason}")
+    process = Forked(on_fake_cuda, tiny_folder)
+    found = process.finish()
+    assert process.code == 0, found
+    return found
+
+
+@BOTH
+@ALL_KINDS
+@pytest.mark.parametrize("dtype", ["None", "torch.float16", "torch.bfloat16"])
+def test_a_loss_on_cuda_mixes_no_devices_and_waits_for_none(name: str, kind: str, dtype: str, printed: str) -> None:
+    (line,) = (line for line in printed.splitlines() if line.startswith(f"{name} {kind} {dtype}: "))
+    assert line.endswith(f": {dtype}".replace("None", "torch.float32")), line
