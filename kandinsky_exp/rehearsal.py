@@ -206,10 +206,13 @@ class Rehearsal:
             return self._need(action, network, held=features.values())
 
     @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
-    def answering(self, part: str, batch: int) -> Peak:
-        """Activations of a network that answers a batch while images are drawn."""
-        network = self.network if part == self.stage.part else self.weights.load(part)
-        with self._fakes(network), self._autocast():
+    def answering(self, part: str, batch: int, trains: bool = False) -> Peak:
+        """Activations of a network that answers a batch while images are drawn: the one that trains, or a frozen one.
+
+        Only the first draws in mixed precision.
+        """
+        network = self.network if trains else self.weights.load(part)
+        with self._fakes(network), self._autocast() if trains else contextlib.nullcontext():
             return self._need(partial(self._ask, part, network.eval(), batch), network)
 
     def _ask(self, part: str, network: Any, batch: int) -> object:

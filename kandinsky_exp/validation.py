@@ -78,8 +78,8 @@ class Validator:
         network.eval()
         drawn: list[Image.Image] = []
         if self.prompts:
-            with self.accelerator.autocast():
-                drawn = self.training.stage.sample(network, list(self.prompts), self.settings)
+            # No autocast around it: the network that trains has its own, and frozen parts are in the type they need.
+            drawn = self.training.stage.sample(network, list(self.prompts), self.settings)
         redrawn = self._reconstruct()
         network.train()
         if not drawn and not redrawn:
@@ -107,8 +107,7 @@ class Validator:
         settings = replace(self.settings, seed=self.settings.seed + 1)
         network = self.accelerator.unwrap_model(self.training.network)
         features = self._features(self.held_out, rows)
-        with self.accelerator.autocast():
-            images = self.training.stage.reconstruct(network, features, settings)
+        images = self.training.stage.reconstruct(network, features, settings)
         if not images:
             return []
         if self._originals is None:  # once: a streamed source has to be walked for them

@@ -12,14 +12,20 @@ import torch
 from accelerate import Accelerator
 from commands import Forked
 from diffusers.training_utils import EMAModel
+from PIL import Image
+from running import composed, prepare
 
-from kandinsky_exp import adapters, averaging, checkpoint, processes
+from kandinsky_exp import adapters, averaging, build, checkpoint, pipelines, processes, run_settings
 from kandinsky_exp.described import DescribedWeights
 from kandinsky_exp.loop import Training
+from kandinsky_exp.plan import Planner
 from kandinsky_exp.rehearsal import Mixed
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
+from kandinsky_exp.tracking import NullTracker
+from kandinsky_exp.validation import Validator
+from kandinsky_exp.weights import Weights
 
 STAGES = ("prior", "decoder")
 KINDS = ("full", "lora", "dora")
@@ -158,3 +164,81 @@ def printed(tiny_folder: Path) -> str:
 def test_a_loss_on_cuda_mixes_no_devices_and_waits_for_none(name: str, kind: str, dtype: str, printed: str) -> None:
     (line,) = (line for line in printed.splitlines() if line.startswith(f"{name} {kind} {dtype}: "))
     assert line.endswith(f": {dtype}".replace("None", "torch.float32")), line
+
+
+# --- pictures
+
+
+def parts_that_draw(weights: Weights, network: Any, of: str) -> dict[str, Any]:
+    """A module that each part asks on its way, of the parts that draw; the network that trains is one of them."""
+    found = {part: weights.load(part) for part in ("text_encoder", "prior", "unet", "movq") if part != of}
+    found[of] = network
+    inner = {"text_encoder": "text_projection", "prior": "proj_in", "unet": "conv_in", "movq": "post_quant_conv"}
+    return {part: getattr(module, inner[part]) for part, module in found.items()}
+
+
+class Redrawn:
+    """Held-out rows with these embeddings."""
+
+    def __init__(self, embeds: torch.Tensor) -> None:
+        self.embeds = embeds
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def rows(self, indices: list[int]) -> Features:
+        return {"image_embeds": self.embeds[indices]}
+
+    def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
+        yield indices
+
+    def picture(self, index: int) -> Image.Image:
+        return Image.new("RGB", (32, 32))
+
+
+@BOTH
+def test_the_network_that_trains_draws_in_mixed_precision_and_frozen_parts_do_not(name: str, tmp_path: Path) -> None:
+    prepare(tmp_path, ["tracker=none"])
+    overrides = [f"model={name}", "precision=bf16", "data.resolution=32", "validation.inference_steps=2"]
+    cfg = composed(tmp_path, *overrides, "tracker=none", "validation.prompts=[a dog, a cat, a hat]")
+    seen: dict[str, set[bool]] = {}
+    with processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+        weights = build.weights(cfg)
+        training = build.training(cfg, build.stage(cfg, weights), accelerator, total_steps=1)
+        for part, module in parts_that_draw(weights, training.network, training.stage.part).items():
+            seen[part] = set()
+            note = lambda *_, part=part: seen[part].add(torch.is_autocast_enabled("cpu"))  # noqa: E731
+            module.register_forward_pre_hook(note)
+        held_out, how = Redrawn(torch.ones(2, 64)), run_settings.sample_settings(cfg)
+        prompts = run_settings.prompts(cfg.validation.prompts)
+        Validator(training, accelerator, NullTracker(), tmp_path, held_out, prompts, how, 1, 2)._draw(0)
+    assert seen == {part: {part == training.stage.part} for part in seen}
+    assert len(list((tmp_path / "step-00000000").glob("0*.png"))) == 3
+    assert len(list((tmp_path / "step-00000000").glob("reconstruction*.png"))) == (2 if name == "decoder" else 0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [1]), (2, [2]), (3, [3]), (5, [3, 2]), (8, [2, 2, 2, 2])])
+def test_pictures_are_decoded_a_few_at_a_time_and_stay_what_they_were(
+    count: int, expected: list[int], tiny_folder: Path
+) -> None:
+    weights = Weights(str(tiny_folder), str(tiny_folder), tiny_folder.parent)
+    pipeline, at_once = pipelines.decoder_pipeline(weights), []
+    embeds = torch.randn(2, count, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    settings = pipelines.SampleSettings(inference_steps=1, height=64, width=64)
+    note = pipeline.movq.post_quant_conv.register_forward_pre_hook(lambda _, given: at_once.append(len(given[0])))
+    found = pipelines.decode(pipeline, embeds, settings)
+    note.remove()
+    generators = [settings.generator(index) for index in range(count)]
+    whole = pipeline(*embeds, height=64, width=64, num_inference_steps=1, generator=generators).images
+    assert at_once == expected
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in whole]
+
+
+def test_a_plan_counts_the_pictures_that_are_decoded_at_once(tmp_path: Path, accelerator: Accelerator) -> None:
+    prepare(tmp_path, ["tracker=none"])
+    prompts = "validation.prompts=[a, b, c, d, e, f, g, h]"
+    cfg = composed(tmp_path, "tracker=none", "precision=bf16", prompts, verb="plan")
+    planner = Planner(cfg, accelerator)
+    *_, (parts, needs) = planner.need._scenes()
+    assert parts == ["movq"]
+    assert needs == [planner.made.answering("unet", 16, True), planner.made.answering("movq", 2)]
