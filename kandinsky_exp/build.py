@@ -93,17 +93,12 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
 
 
 def check_adapter(cfg: DictConfig, network: torch.nn.Module) -> None:
-    """Refuse an adapter that the network, which may be without data, takes nowhere, or a form that the device lacks.
+    """Refuse an adapter that the network, which may be without data, takes nowhere.
 
     Raises:
         ConfigError: naming the setting.
     """
     found = adapters.problems(network, cfg.adapter.rank, target_modules(cfg), cfg.adapter.init)
-    if cfg.adapter.base_precision is not None and not torch.cuda.is_available():
-        found.append(
-            f"adapter.base_precision: {cfg.adapter.base_precision} needs a CUDA device, and none is here; leave it "
-            "null, precision=bf16 halves the frozen network on any device"
-        )
     if found:
         raise ConfigError(found)
 

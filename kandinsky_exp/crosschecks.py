@@ -186,7 +186,9 @@ def _training(good: Values) -> Found:
     in_halves = good.get("precision.frozen_dtype") != "float32" and good.get("precision.mixed_precision") == "no"
     if in_halves and "model._target_" in good:  # `generate` runs everything in that one type
         yield "precision.frozen_dtype", "half precision needs mixed precision; take precision=bf16, or leave it float32"
-    if good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
+    if good.get("trainer.attention") == "xformers" and good.get("model._target_", "").endswith(".PriorStage"):
+        yield "trainer.attention", "xformers cannot take the prior's mask, whose rows of 81 are not aligned; take sdpa"
+    elif good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
         how = targets.how_to_install("xformers")
         yield "trainer.attention", f"xformers is not installed; {how}, or take sdpa"
     lr, lr_end = good.get("optimizer.lr", math.inf), good.get("scheduler.lr_end", 0.0)

@@ -131,11 +131,11 @@ class FeatureReader:
         # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it
         # would take the step's cores from it: two teams of threads there are slower than one after the other.
         with_step = self.device.type == "cpu"
-        batches = self._read(sampler) if with_step else map(self._encoded, self._read(sampler))
+        batches = self._read(sampler) if with_step else each(self._read(sampler), self._encoded)
         with contextlib.closing(prefetch(batches, self.device)) as ahead:
             yield from map(self._encoded, ahead) if with_step else ahead
 
-    def _read(self, sampler: Batches) -> Iterator[Features]:
+    def _read(self, sampler: Batches) -> Generator[Features]:
         dataset, workers = self._visited(), self.settings.workers
         if self.encode is None:  # a thread is enough: nothing has to be decoded
             for visits in sampler:
@@ -154,6 +154,13 @@ class FeatureReader:
         if self.encode is None:
             return batch
         return self.encode.encode(batch) | {name: batch[name] for name in ("index", "loss_weight") if name in batch}
+
+
+def each(batches: Generator[Features], change: Callable[[Features], Features]) -> Generator[Features]:
+    """`map`, which unlike that closes what it reads from when it is closed."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield change(batch)
 
 
 @dataclass(frozen=True)

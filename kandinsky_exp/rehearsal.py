@@ -112,6 +112,8 @@ class Rehearsal:
         cfg = self.cfg.copy()
         OmegaConf.update(cfg, BASE, None)  # there is nothing to quantise: `sizes` counts what it would come to
         OmegaConf.update(cfg, "adapter.init", "default")  # nor weights to begin with: `sizes` counts these too
+        if cfg.trainer.attention == "xformers":  # it has kernels for data alone; fused attention keeps as little
+            OmegaConf.update(cfg, "trainer.attention", "sdpa")
         return build.stage(cfg, self.weights)
 
     @cached_property

@@ -15,10 +15,12 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from running import composed, prepare
 
-from kandinsky_exp import adapters, averaging, build, checkpoint, pipelines, processes, run_settings
+from kandinsky_exp import adapters, averaging, build, checkpoint, device_limits, pipelines, processes, run_settings
 from kandinsky_exp.described import DescribedWeights
+from kandinsky_exp.device_limits import Facts
+from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.loop import Training
-from kandinsky_exp.plan import Planner
+from kandinsky_exp.plan import Planner, plan
 from kandinsky_exp.rehearsal import Mixed
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.decoder import DecoderStage
@@ -164,6 +166,67 @@ def printed(tiny_folder: Path) -> str:
 def test_a_loss_on_cuda_mixes_no_devices_and_waits_for_none(name: str, kind: str, dtype: str, printed: str) -> None:
     (line,) = (line for line in printed.splitlines() if line.startswith(f"{name} {kind} {dtype}: "))
     assert line.endswith(f": {dtype}".replace("None", "torch.float32")), line
+
+
+# --- what a device cannot do
+
+CPU, MPS, OLD, NEW = Facts("cpu"), Facts("mps"), Facts("cuda", has_bf16=False), Facts("cuda")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "expected"),
+    [
+        (("no", "sdpa", None), CPU, []),
+        (("bf16", "sdpa", None), CPU, []),
+        (("fp16", "sdpa", None), CPU, ["precision: fp16 trains on a GPU"]),
+        (("fp16", "sdpa", None), MPS, []),
+        (("fp16", "xformers", "nf4"), OLD, []),
+        (("bf16", "xformers", "nf4"), NEW, []),
+        (("bf16", "sdpa", None), OLD, ["precision: this GPU only emulates bf16"]),
+        (
+            ("bf16", "xformers", "int8"),
+            MPS,
+            ["trainer.attention: xformers needs", "adapter.base_precision: int8 needs"],
+        ),
+    ],
+)
+def test_what_cannot_train_on_a_device_is_refused(
+    wanted: tuple[str, str, str | None], device: Facts, expected: list[str]
+) -> None:
+    found = device_limits.of_training(*wanted, device)
+    assert len(found) == len(expected)
+    assert all(one.startswith(start) for one, start in zip(found, expected, strict=True))
+    assert all("; set " in one or "; leave " in one for one in found)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tf32", "device", "named"),
+    [
+        ("no", False, NEW, "precision=bf16"),
+        ("no", False, OLD, "precision=fp16"),
+        ("no", True, NEW, None),
+        ("bf16", True, NEW, None),
+        ("no", False, CPU, None),
+    ],
+)
+def test_a_slow_precision_is_told_with_a_fast_one(precision: str, tf32: bool, device: Facts, named: str | None) -> None:
+    line = device_limits.cost(precision, tf32, device)
+    assert line is None if named is None else (line is not None and named in line and "\n" not in line)
+
+
+def test_this_device_is_asked_for_its_own() -> None:
+    assert device_limits.facts(torch.device("cpu")) == CPU
+    assert device_limits.half(CPU) == device_limits.half(NEW) == "bf16"
+    assert device_limits.half(OLD) == "fp16"
+
+
+def test_a_plan_for_a_gpu_elsewhere_may_have_what_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(tmp_path, ["tracker=none"])
+    overrides = ["tracker=none", "precision=fp16", "adapter=lora"]
+    with pytest.raises(ConfigError, match="fp16 trains on a GPU.*device_memory=24 plans for a GPU"):
+        plan(composed(tmp_path, *overrides, verb="plan"))
+    plan(composed(tmp_path, *overrides, "device_memory=24", verb="plan"))
+    assert "may use 24 GB" in capsys.readouterr().out
 
 
 # --- pictures
