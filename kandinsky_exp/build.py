@@ -38,6 +38,7 @@ def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
     """
     torch.set_float32_matmul_precision("high" if cfg.precision.tf32 else "highest")  # also after a run with another
     torch.backends.cudnn.allow_tf32 = cfg.precision.tf32
+    # `cudnn.benchmark` stays off: it may choose other kernels at each start, and a run that goes on computes the same.
     try:
         made = Accelerator(
             mixed_precision=cfg.precision.mixed_precision,

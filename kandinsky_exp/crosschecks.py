@@ -20,6 +20,7 @@ Found = Iterator[tuple[str, str]]  # (key, what is wrong; what to do)
 MAX_NAME = 200  # bytes; file systems take 255, and suffixes are put behind
 TAKEN = ("cache", "export", "generate", "mlartifacts", "mlflow.db")  # of output_root, by all runs together
 CONSTANT = "kandinsky_exp.schedules.constant"
+BITSANDBYTES = (0, 48)  # as in pyproject.toml
 LEAST_FACTOR = 0.01  # of Prodigy's rate: what is smaller was meant as a rate
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 
@@ -173,6 +174,13 @@ def _adapter(good: Values) -> Found:
     if bits is not None and not targets.is_installed("bitsandbytes"):
         how = targets.how_to_install("bitsandbytes")
         yield "adapter.base_precision", f"bitsandbytes is not installed; {how}, or leave it null"
+    elif bits is not None and (old := targets.older_than("bitsandbytes", BITSANDBYTES)):
+        least = ".".join(map(str, BITSANDBYTES))
+        yield (
+            "adapter.base_precision",
+            f"bitsandbytes {old} does not move 8-bit weights to a device, {least} does; pip install -U bitsandbytes, "
+            "or leave it null",
+        )
     if bits is not None and good.get("precision.mixed_precision") == "no":
         yield (
             "adapter.base_precision",

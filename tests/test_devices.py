@@ -223,7 +223,7 @@ def test_this_device_is_asked_for_its_own() -> None:
 def test_a_plan_for_a_gpu_elsewhere_may_have_what_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(tmp_path, ["tracker=none"])
     overrides = ["tracker=none", "precision=fp16", "adapter=lora"]
-    with pytest.raises(ConfigError, match="fp16 trains on a GPU.*device_memory=24 plans for a GPU"):
+    with pytest.raises(ConfigError, match=r"fp16 trains on a GPU.*device_memory=24 plans for a GPU"):
         plan(composed(tmp_path, *overrides, verb="plan"))
     plan(composed(tmp_path, *overrides, "device_memory=24", verb="plan"))
     assert "may use 24 GB" in capsys.readouterr().out
