@@ -68,12 +68,12 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        result = func(*args, **(kwargs or {}))
+        on_device = any(value.device.type == "cuda" for value in given)
         name = func.overloadpacket.__name__
-        if any(value.device.type == "cuda" for value in given):
-            made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
-            if name in WAITS or any(value.device.type == "cpu" for value in made):
-                raise AssertionError(f"{func} waits for the device")
+        assert not (on_device and name in WAITS), f"{func} waits for the device"
+        result = func(*args, **(kwargs or {}))
+        made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        assert not (on_device and any(value.device.type == "cpu" for value in made)), f"{func} waits for the device"
         if name in ("convolution", "addmm", "mm"):  # not those inside of attention
             self.products |= {value.dtype for value in given}
         return result

@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -126,28 +127,58 @@ def test_the_null_condition_is_where_the_stage_is_whenever_it_comes(name: str, w
 def on_fake_cuda(folder: Path) -> None:
     """In a process of its own: the loss of everything in every precision, a line each."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    for name in STAGES:
-        for kind in KINDS:
-            for dtype in (None, torch.float16, torch.bfloat16):
-                mixed = nullcontext if dtype is None else lambda dtype=dtype: fake_cuda.autocast(dtype)
-                text = f"{name} {kind} {dtype}"
-                try:
-                    print(f"{text}: {forward(name, kind, dtype or torch.float32, mixed, folder)}")
-                except Exception as error:
-                    print(f"{text}: {type(error).__name__}: {error}")
+    for text, action in {**FAULTS, **{text: partial(forward, *case, folder) for text, case in CASES.items()}}.items():
+        try:
+            print(f"{text}: {action()}")
+        except Exception as error:
+            print(f"{text}: {type(error).__name__}: {error}")
 
 
-def forward(
-    name: str, kind: str, dtype: torch.dtype, mixed: Callable[[], AbstractContextManager[None]], folder: Path
-) -> str:
+def at_fault(action: Callable[[torch.Tensor], object]) -> None:
+    with fake_cuda.device() as (device, _):
+        action(torch.ones(2, device=device))
+
+
+FAULTS = {
+    "a copy": partial(at_fault, lambda value: value.cpu()),
+    "a number": partial(at_fault, lambda value: value[0].item()),
+    "a choice": partial(at_fault, lambda value: value[value > 0]),
+    "a mix": partial(at_fault, lambda value: value * torch.ones(2)),
+}
+CASES = {
+    f"{name} {kind} {str(dtype).partition('.')[2]}": (name, kind, dtype)
+    for name, kind, dtype in product(STAGES, KINDS, (torch.float16, torch.bfloat16))
+}
+
+
+def forward(name: str, kind: str, dtype: torch.dtype, folder: Path) -> str:
+    """The types that its products compute in."""
     stage = make(name, kind, folder, dtype)
+    for part in stage.encoders if kind == "full" else ():
+        stage.weights.load(part)  # now: no weights load among fakes
     with fake_cuda.device() as (device, watch):
         stage.use_null_condition(null_of(stage))
-        network = stage.place(device).train()
-        loss = stage.loss(Mixed(network, mixed).train(), batch(stage, device, torch.float16), torch.Generator())
-        assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == device
-        assert loss.loss.dtype == torch.float32
+        network = Mixed(stage.place(device), lambda: fake_cuda.autocast(dtype)).train()  # type: ignore[arg-type]
+        given, rows = batch(stage, device, torch.float16), [torch.Generator() for _ in range(ROWS)]
+        losses = [stage.loss(network, given, torch.Generator())]
+        if kind == "full":  # also as held-out rows have it, and from the encoders
+            losses.append(stage.loss(network, given, rows, torch.zeros(ROWS, dtype=torch.long, device=device)))
+            losses.append(stage.loss(network, given | encoded(stage, device), torch.Generator()))
+        for loss in losses:
+            assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == device
+            assert loss.loss.dtype == torch.float32
     return " ".join(sorted(map(str, watch.products)))
+
+
+def encoded(stage: DiffusionStage, device: torch.device) -> Features:
+    """Features of examples that come from the host."""
+    for part in stage.encoders:
+        torch.nn.Module.to(stage.weights.load(part), device)
+    images = {"clip_pixels": torch.ones(ROWS, 3, 64, 64)}
+    if stage.name == "decoder":
+        return stage.encode(images | {"pixels": torch.ones(ROWS, 3, 64, 64)})
+    mask = torch.ones(ROWS, 77, dtype=torch.bool)
+    return stage.encode(images | {"input_ids": mask.long(), "text_mask": mask})
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +191,24 @@ def printed(tiny_folder: Path) -> str:
     return found
 
 
-@BOTH
-@ALL_KINDS
-@pytest.mark.parametrize("dtype", ["None", "torch.float16", "torch.bfloat16"])
-def test_a_loss_on_cuda_mixes_no_devices_and_waits_for_none(name: str, kind: str, dtype: str, printed: str) -> None:
-    (line,) = (line for line in printed.splitlines() if line.startswith(f"{name} {kind} {dtype}: "))
-    assert line.endswith(f": {dtype}".replace("None", "torch.float32")), line
+@pytest.mark.parametrize("case", CASES)
+def test_a_loss_on_cuda_mixes_no_devices_and_waits_for_none(case: str, printed: str) -> None:
+    (line,) = (line for line in printed.splitlines() if line.startswith(f"{case}: "))
+    assert line == f"{case}: {CASES[case][2]}"
+
+
+@pytest.mark.parametrize(
+    ("fault", "answer"),
+    [
+        ("a copy", "_to_copy.default waits for the device"),
+        ("a number", "_local_scalar_dense.default waits for the device"),
+        ("a choice", "DynamicOutputShapeException: aten.nonzero"),
+        ("a mix", "FakeTensorDeviceMismatchError"),
+    ],
+)
+def test_what_mixes_or_waits_would_be_seen(fault: str, answer: str, printed: str) -> None:
+    (line,) = (line for line in printed.splitlines() if line.startswith(f"{fault}: "))
+    assert answer in line
 
 
 # --- what a device cannot do
