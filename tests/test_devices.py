@@ -121,6 +121,13 @@ def test_the_null_condition_is_where_the_stage_is_whenever_it_comes(name: str, w
     assert {value.device for value in null.values()} == {META}
 
 
+def test_weights_are_channels_last_where_that_was_measured(tiny_folder: Path) -> None:
+    stage = make("decoder", "full", tiny_folder)
+    for device, expected in (("cuda", False), ("mps", False), ("cpu", True)):
+        weight: Any = stage.order_weights(torch.device(device)).conv_in.weight  # type: ignore[union-attr]
+        assert weight.is_contiguous(memory_format=torch.channels_last) == expected, device
+
+
 # --- a CUDA device that takes a forward pass
 
 
@@ -303,9 +310,18 @@ class Redrawn:
 
 
 @BOTH
-def test_the_network_that_trains_draws_in_mixed_precision_and_frozen_parts_do_not(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_the_network_that_trains_draws_in_mixed_precision_and_frozen_parts_do_not(
+    name: str, adapter: str, tmp_path: Path
+) -> None:
     prepare(tmp_path, ["tracker=none"])
-    overrides = [f"model={name}", "precision=bf16", "data.resolution=32", "validation.inference_steps=2"]
+    overrides = [
+        f"model={name}",
+        f"adapter={adapter}",
+        "precision=bf16",
+        "data.resolution=32",
+        "validation.inference_steps=2",
+    ]
     cfg = composed(tmp_path, *overrides, "tracker=none", "validation.prompts=[a dog, a cat, a hat]")
     seen: dict[str, set[bool]] = {}
     with processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
