@@ -22,7 +22,7 @@ from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
 from kandinsky_exp.data.loading import from_workers, leave_signals
 from kandinsky_exp.data.metadata import first_few
-from kandinsky_exp.data.prefetch import prefetch
+from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
 from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.encoded import encode_here, opened_by_all
@@ -131,7 +131,7 @@ class FeatureReader:
         # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it
         # would take the step's cores from it: two teams of threads there are slower than one after the other.
         with_step = self.device.type == "cpu"
-        batches = self._read(sampler) if with_step else each(self._read(sampler), self._encoded)
+        batches = self._read(sampler) if with_step else changed(self._read(sampler), self._encoded)
         with contextlib.closing(prefetch(batches, self.device)) as ahead:
             yield from map(self._encoded, ahead) if with_step else ahead
 
@@ -154,13 +154,6 @@ class FeatureReader:
         if self.encode is None:
             return batch
         return self.encode.encode(batch) | {name: batch[name] for name in ("index", "loss_weight") if name in batch}
-
-
-def each(batches: Generator[Features], change: Callable[[Features], Features]) -> Generator[Features]:
-    """`map`, which unlike that closes what it reads from when it is closed."""
-    with contextlib.closing(batches):
-        for batch in batches:
-            yield change(batch)
 
 
 @dataclass(frozen=True)

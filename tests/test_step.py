@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import averaging, build, fixed_noise, loop, pipelines, processes, readers, run_settings
-from kandinsky_exp.data.prefetch import prefetch
+from kandinsky_exp import averaging, build, fixed_noise, loop, pipelines, processes, run_settings
+from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
 from kandinsky_exp.meter import Meter, StepResult
 from kandinsky_exp.parts import MODELS
@@ -117,7 +117,7 @@ def test_closing_ends_the_thread_and_the_reader(used: int) -> None:
 def test_what_is_encoded_on_the_way_closes_its_reader_too() -> None:
     closed = threading.Event()
     source = numbered(1000, closed=closed)  # referred to, as by the frames of an exception
-    stream = prefetch(readers.each(source, dict), CPU)
+    stream = prefetch(changed(source, dict), CPU)
     assert next(stream)["index"].tolist() == [0, 1]
     stream.close()
     assert closed.is_set()
