@@ -1,6 +1,7 @@
 """Which weights train: all of them, or a low-rank adapter beside frozen ones."""
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from kandinsky_exp import adapter_tensors
 from kandinsky_exp.adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
 from kandinsky_exp.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # `add_k_proj` and `add_v_proj` are where the image embedding enters the decoder's attention.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
@@ -63,6 +66,11 @@ def attach_lora(
         use_rslora=use_rslora,
         init_lora_weights=True if init == "default" else init,
     )
+    if init in TAKEN_FROM_WEIGHTS:
+        # Before the network is on its device: another device's decompositions are other ones, and a checkpoint holds
+        # none of the frozen weights that they leave.
+        what = "decomposes the weights on the CPU, where a run that goes on finds the same: minutes at full size"
+        logger.info("adapter.init=%s %s", init, what)
     network.add_adapter(config)
     for parameter in network.parameters():
         if parameter.requires_grad:

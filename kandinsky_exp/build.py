@@ -38,6 +38,7 @@ def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
     """
     torch.set_float32_matmul_precision("high" if cfg.precision.tf32 else "highest")  # also after a run with another
     torch.backends.cudnn.allow_tf32 = cfg.precision.tf32
+    # `cudnn.benchmark` stays off: it may choose other kernels at each start, and a run that goes on computes the same.
     try:
         made = Accelerator(
             mixed_precision=cfg.precision.mixed_precision,
@@ -93,17 +94,12 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
 
 
 def check_adapter(cfg: DictConfig, network: torch.nn.Module) -> None:
-    """Refuse an adapter that the network, which may be without data, takes nowhere, or a form that the device lacks.
+    """Refuse an adapter that the network, which may be without data, takes nowhere.
 
     Raises:
         ConfigError: naming the setting.
     """
     found = adapters.problems(network, cfg.adapter.rank, target_modules(cfg), cfg.adapter.init)
-    if cfg.adapter.base_precision is not None and not torch.cuda.is_available():
-        found.append(
-            f"adapter.base_precision: {cfg.adapter.base_precision} needs a CUDA device, and none is here; leave it "
-            "null, precision=bf16 halves the frozen network on any device"
-        )
     if found:
         raise ConfigError(found)
 
@@ -206,7 +202,7 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     """Optimizer, schedule and EMA around the stage's network, prepared by Accelerate."""
     if device.device.type == "cpu":
         host_memory.give_back_blocks(run_settings.large_blocks(cfg))
-    network = made.place(device.device, mixed_precision=device.mixed_precision != "no")
+    network = made.place(device.device)
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(cfg, trainable, device.device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.

@@ -6,7 +6,7 @@ from importlib.resources import files
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import targets
+from kandinsky_exp import device_limits, targets
 
 LOWEST_SIDE = 256  # pixels
 
@@ -26,7 +26,7 @@ def candidates(cfg: DictConfig, device: torch.device) -> Iterator[Settings]:
     if cfg.data.encode_batch != 1:
         yield ("data.encode_batch=1",)
     if cfg.precision.mixed_precision == "no":
-        yield (f"precision={half(device)}",)
+        yield (f"precision={device_limits.half(device_limits.facts(device))}",)
     if trainer.ema_decay is not None:
         yield ("trainer.ema_decay=null",)
     if cfg.adapter.name == "none":
@@ -45,10 +45,6 @@ def _smaller_batches(batch: int, accumulation: int) -> Iterator[Settings]:
         smaller = max(part for part in range(1, batch // 2 + 1) if batch % part == 0)
         batch, accumulation = smaller, accumulation * (batch // smaller)
         yield (f"trainer.batch_size={batch}", f"trainer.grad_accumulation={accumulation}")
-
-
-def half(device: torch.device) -> str:
-    return "fp16" if device.type == "cuda" and not torch.cuda.is_bf16_supported() else "bf16"
 
 
 def changed(cfg: DictConfig, settings: Settings) -> DictConfig:

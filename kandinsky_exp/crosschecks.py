@@ -20,6 +20,7 @@ Found = Iterator[tuple[str, str]]  # (key, what is wrong; what to do)
 MAX_NAME = 200  # bytes; file systems take 255, and suffixes are put behind
 TAKEN = ("cache", "export", "generate", "mlartifacts", "mlflow.db")  # of output_root, by all runs together
 CONSTANT = "kandinsky_exp.schedules.constant"
+BITSANDBYTES = (0, 48)  # as in pyproject.toml
 LEAST_FACTOR = 0.01  # of Prodigy's rate: what is smaller was meant as a rate
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 
@@ -173,6 +174,13 @@ def _adapter(good: Values) -> Found:
     if bits is not None and not targets.is_installed("bitsandbytes"):
         how = targets.how_to_install("bitsandbytes")
         yield "adapter.base_precision", f"bitsandbytes is not installed; {how}, or leave it null"
+    elif bits is not None and (old := targets.older_than("bitsandbytes", BITSANDBYTES)):
+        least = ".".join(map(str, BITSANDBYTES))
+        yield (
+            "adapter.base_precision",
+            f"bitsandbytes {old} does not move 8-bit weights to a device, {least} does; pip install -U bitsandbytes, "
+            "or leave it null",
+        )
     if bits is not None and good.get("precision.mixed_precision") == "no":
         yield (
             "adapter.base_precision",
@@ -186,7 +194,9 @@ def _training(good: Values) -> Found:
     in_halves = good.get("precision.frozen_dtype") != "float32" and good.get("precision.mixed_precision") == "no"
     if in_halves and "model._target_" in good:  # `generate` runs everything in that one type
         yield "precision.frozen_dtype", "half precision needs mixed precision; take precision=bf16, or leave it float32"
-    if good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
+    if good.get("trainer.attention") == "xformers" and good.get("model._target_", "").endswith(".PriorStage"):
+        yield "trainer.attention", "xformers cannot take the prior's mask, whose rows of 81 are not aligned; take sdpa"
+    elif good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
         how = targets.how_to_install("xformers")
         yield "trainer.attention", f"xformers is not installed; {how}, or take sdpa"
     lr, lr_end = good.get("optimizer.lr", math.inf), good.get("scheduler.lr_end", 0.0)

@@ -39,12 +39,13 @@ def _show(cfg: DictConfig) -> None:
 
 def _encode(cfg: DictConfig) -> None:
     # Here, because they import torch: `_show` is done in a second.
-    from kandinsky_exp import architectures, build, class_images, processes, run_log, workspace
+    from kandinsky_exp import architectures, build, class_images, device_limits, processes, run_log, workspace
     from kandinsky_exp.readers import ReadSettings, open_readers
 
     folder = build.cache_folder(cfg)
     processes.quiet_libraries()
     with processes.stop_signals(), processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+        device_limits.check_precision(cfg, accelerator.device)
         weights = build.weights(cfg)
         splits = build.data(cfg)
         if accelerator.is_main_process and not folder.is_dir():  # one on a read-only disk may hold all that is needed

@@ -12,7 +12,18 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from kandinsky_exp import build, config, long_prompts, pipelines, processes, run_settings, store, tracking, workspace
+from kandinsky_exp import (
+    build,
+    config,
+    device_limits,
+    long_prompts,
+    pipelines,
+    processes,
+    run_settings,
+    store,
+    tracking,
+    workspace,
+)
 from kandinsky_exp.errors import ConfigError, OutOfMemory, first_line, is_out_of_memory
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.halving import Halving
@@ -32,7 +43,8 @@ def generate(cfg: DictConfig) -> float:
     """
     config.validate(cfg)
     processes.quiet_libraries()
-    with processes.stop_signals():
+    with processes.stop_signals(), processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+        device_limits.check_precision(cfg, accelerator.device)
         prompts = [prompt for prompt in run_settings.prompts(cfg.prompts) for _ in range(cfg.num_images)]
         origins = find_origins(cfg)
         weights = build.weights(cfg)
@@ -41,7 +53,7 @@ def generate(cfg: DictConfig) -> float:
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         check_networks(weights, origins)
         with memory_told():
-            images = draw(cfg, weights, origins, prompts)
+            images = draw(cfg, weights, origins, prompts, accelerator.device)
         root = Path(cfg.output_root).expanduser().absolute() / "generate"
         folder = workspace.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
         grid = labelled_grid(images, prompts)
@@ -58,7 +70,9 @@ def generate(cfg: DictConfig) -> float:
 
 
 @torch.no_grad()
-def draw(cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts: list[str]) -> list[Image.Image]:
+def draw(
+    cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts: list[str], device: torch.device
+) -> list[Image.Image]:
     """All images: every prompt through the prior first, then every embedding through the decoder."""
     multiple = weights.size_multiple()
     wrong = [
@@ -71,7 +85,6 @@ def draw(cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts
     asked = [("prompts", prompt) for prompt in prompts] + [("negative_prompt", cfg.negative_prompt or "")]
     for note in long_prompts.notes(weights.load("tokenizer"), asked):
         print(note, file=sys.stderr)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     prior = pipelines.SampleSettings(
         inference_steps=cfg.prior_inference_steps, guidance_scale=cfg.prior_guidance_scale, seed=cfg.seed
     )
@@ -117,7 +130,7 @@ def memory_told() -> Iterator[None]:
 
 
 @contextmanager
-def placed(weights: Weights, parts: tuple[str, ...], network: Any, device: str) -> Iterator[Any]:
+def placed(weights: Weights, parts: tuple[str, ...], network: Any, device: torch.device) -> Iterator[Any]:
     """A network and the frozen parts that it works with, on the device for the time being."""
     network.to(device)
     with weights.on_device(parts, device):

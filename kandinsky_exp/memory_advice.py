@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from kandinsky_exp import device_limits
 from kandinsky_exp.errors import OutOfMemory, first_line, is_of_host, is_out_of_memory
 from kandinsky_exp.meter import peak_memory
 from kandinsky_exp.stages.base import DiffusionStage
@@ -124,7 +125,7 @@ def advice(cfg: DictConfig, use: Use, device: str, *, validating: bool = False) 
     Args:
         validating: it ran out while nothing trained.
     """
-    savings = dict(_of_activations(cfg, use, validating))
+    savings = dict(_of_activations(cfg, use, validating, device))
     if cfg.adapter.name == "none":
         savings["adapter=lora (under another name: it trains other weights)"] = (
             use.trainable + use.optimizer + use.average
@@ -140,7 +141,7 @@ def advice(cfg: DictConfig, use: Use, device: str, *, validating: bool = False) 
     return [f"{setting}, about {saved / 1e9:.2g} GB less" for setting, saved in largest]
 
 
-def _of_activations(cfg: DictConfig, use: Use, validating: bool) -> Iterator[tuple[str, int]]:
+def _of_activations(cfg: DictConfig, use: Use, validating: bool, device: str) -> Iterator[tuple[str, int]]:
     trainer = cfg.trainer
     if validating and cfg.validation.batch_size > 1:
         yield f"validation.batch_size={cfg.validation.batch_size // 2}", use.activations // 2
@@ -152,6 +153,7 @@ def _of_activations(cfg: DictConfig, use: Use, validating: bool) -> Iterator[tup
     if not validating and not trainer.gradient_checkpointing:
         yield "trainer.gradient_checkpointing=true", int(CHECKPOINTED * use.activations)
     if cfg.precision.mixed_precision == "no":
-        yield "precision=bf16", int(HALVED * use.activations) + (use.frozen + use.encoders) // 2
+        half = device_limits.half(device_limits.facts(torch.device(device)))
+        yield f"precision={half}", int(HALVED * use.activations) + (use.frozen + use.encoders) // 2
     if cfg.model._target_.endswith("DecoderStage") and cfg.data.resolution >= 512:
         yield f"data.resolution={cfg.data.resolution * 3 // 4 // 64 * 64}", int(QUARTERED * use.activations)

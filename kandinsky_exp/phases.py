@@ -10,7 +10,7 @@ from functools import cached_property
 
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, run_settings
+from kandinsky_exp import build, pipelines, run_settings
 from kandinsky_exp.live_bytes import Peak
 from kandinsky_exp.rehearsal import Passes, Rehearsal
 from kandinsky_exp.stages.base import DiffusionStage
@@ -226,8 +226,9 @@ class Phases:
 
         if run_settings.prompts(self.cfg.validation.prompts):
             prior = [] if self.stage.name == "prior" else ["prior"]
-            yield loaded("text_encoder", *prior), [needs("text_encoder", count), needs("prior", pairs)]
+            yield loaded("text_encoder", *prior), [needs("text_encoder", count), needs("prior", pairs, not prior)]
             if not prior:
                 yield loaded("image_encoder"), [needs("image_encoder", 1)]
         unet = [] if self.stage.name == "decoder" else ["unet"]
-        yield loaded("movq", *unet), [needs("unet", pairs), needs("movq", count)]
+        at_once = -(-count // pipelines.slices(count))
+        yield loaded("movq", *unet), [needs("unet", pairs, not unet), needs("movq", at_once)]

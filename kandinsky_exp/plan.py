@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from kandinsky_exp import build, cheaper, config, disk_need, host_memory, paths, processes, run_settings
+from kandinsky_exp import build, cheaper, config, device_limits, disk_need, host_memory, paths, processes, run_settings
 from kandinsky_exp.data import hub_rows, sources
 from kandinsky_exp.phases import Phase, Phases
 from kandinsky_exp.rehearsal import Rehearsal
@@ -32,6 +32,10 @@ def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     config.validate(cfg, trusted_modules)
     processes.quiet_libraries()
     with processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
+        if cfg.device_memory is None:  # else it is planned for a device that is not here
+            device_limits.check_training(
+                cfg, accelerator.device, "; device_memory=24 plans for a GPU of 24 GB elsewhere"
+            )
         planner = Planner(cfg, accelerator)
         if accelerator.is_main_process:
             for line in planner.lines():

@@ -22,7 +22,7 @@ from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
 from kandinsky_exp.data.loading import from_workers, leave_signals
 from kandinsky_exp.data.metadata import first_few
-from kandinsky_exp.data.prefetch import prefetch
+from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
 from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.data.splits import Splits, together
@@ -133,11 +133,11 @@ class FeatureReader:
         # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it
         # would take the step's cores from it: two teams of threads there are slower than one after the other.
         with_step = self.device.type == "cpu"
-        batches = self._read(sampler) if with_step else map(self._encoded, self._read(sampler))
+        batches = self._read(sampler) if with_step else changed(self._read(sampler), self._encoded)
         with contextlib.closing(prefetch(batches, self.device)) as ahead:
             yield from map(self._encoded, ahead) if with_step else ahead
 
-    def _read(self, sampler: Batches) -> Iterator[Features]:
+    def _read(self, sampler: Batches) -> Generator[Features]:
         dataset, workers = self._visited(), self.settings.workers
         if self.encode is None:  # a thread is enough: nothing has to be decoded
             for visits in sampler:

@@ -112,12 +112,15 @@ class Rehearsal:
         cfg = self.cfg.copy()
         OmegaConf.update(cfg, BASE, None)  # there is nothing to quantise: `sizes` counts what it would come to
         OmegaConf.update(cfg, "adapter.init", "default")  # nor weights to begin with: `sizes` counts these too
+        if cfg.trainer.attention == "xformers":  # it has kernels for data alone; fused attention keeps as little
+            OmegaConf.update(cfg, "trainer.attention", "sdpa")
         return build.stage(cfg, self.weights)
 
     @cached_property
     def network(self) -> Any:
-        mixed = self.cfg.precision.mixed_precision != "no"
-        return self.stage.place(torch.device("meta"), mixed_precision=mixed)
+        network = self.stage.order_weights(self.device)  # it has no data to be placed
+        self.stage.place_constants(self.device)
+        return network
 
     @cached_property
     def mixed(self) -> Mixed:
@@ -205,10 +208,13 @@ class Rehearsal:
             return self._need(action, network, held=features.values())
 
     @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
-    def answering(self, part: str, batch: int) -> Peak:
-        """Activations of a network that answers a batch while images are drawn."""
-        network = self.network if part == self.stage.part else self.weights.load(part)
-        with self._fakes(network), self._autocast():
+    def answering(self, part: str, batch: int, trains: bool = False) -> Peak:
+        """Activations of a network that answers a batch while images are drawn: the one that trains, or a frozen one.
+
+        Only the first draws in mixed precision.
+        """
+        network = self.network if trains else self.weights.load(part)
+        with self._fakes(network), self._autocast() if trains else contextlib.nullcontext():
             return self._need(partial(self._ask, part, network.eval(), batch), network)
 
     def _ask(self, part: str, network: Any, batch: int) -> object:

@@ -20,6 +20,7 @@ from kandinsky_exp import (
     checkpoint,
     class_images,
     config,
+    device_limits,
     forking,
     hub,
     loop,
@@ -74,6 +75,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
+        device_limits.check_training(cfg, accelerator.device)
         optimizer = build.try_optimizer(cfg, accelerator.device)
         weights = build.weights(cfg)
         splits = build.data(cfg)
@@ -82,6 +84,8 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         with run_log.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
             for note in space.notes:
                 logger.warning("%s", note)
+            if slow := device_limits.cost_of(cfg, accelerator.device):
+                logger.info("%s", slow)
             if is_finished(cfg, count, space):
                 return nothing_left(cfg, accelerator, space)
             tracker = records.start_tracker(cfg, accelerator, space)

@@ -1,11 +1,14 @@
 """Every `_target_` before anything is built: that it may be named, exists, takes these arguments, of these types."""
 
+import contextlib
 import inspect
+import re
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -26,6 +29,15 @@ HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 def is_installed(package: str) -> bool:
     """Whether a top-level package could be imported, without importing it."""
     return find_spec(package) is not None
+
+
+def older_than(package: str, least: tuple[int, ...]) -> str | None:
+    """The version of an installed package where it is older."""
+    with contextlib.suppress(PackageNotFoundError):
+        found = version(package)
+        if tuple(int(number) for number in re.findall(r"\d+", found)[: len(least)]) < least:
+            return found
+    return None
 
 
 def how_to_install(package: str) -> str:

@@ -89,12 +89,12 @@ class Validator:
         network.eval()
         drawn: list[Image.Image] = []
         if self.prompts:
-            with self.accelerator.autocast():
-                drawn = self._drawn.run(
-                    lambda size: self.training.stage.sample(
-                        network, list(self.prompts), replace(self.settings, batch_size=size)
-                    )
+            # No autocast around it: the network that trains has its own, and frozen parts are in the type they need.
+            drawn = self._drawn.run(
+                lambda size: self.training.stage.sample(
+                    network, list(self.prompts), replace(self.settings, batch_size=size)
                 )
+            )
         redrawn = self._reconstruct()
         network.train()
         if not drawn and not redrawn:
@@ -122,10 +122,9 @@ class Validator:
         settings = replace(self.settings, seed=self.settings.seed + 1)
         network = self.accelerator.unwrap_model(self.training.network)
         features = self._features(self.held_out, rows)
-        with self.accelerator.autocast():
-            images = self._drawn.run(
-                lambda size: self.training.stage.reconstruct(network, features, replace(settings, batch_size=size))
-            )
+        images = self._drawn.run(
+            lambda size: self.training.stage.reconstruct(network, features, replace(settings, batch_size=size))
+        )
         if not images:
             return []
         if self._originals is None:  # once: a streamed source has to be walked for them

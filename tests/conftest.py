@@ -9,6 +9,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores: more threads each are slower
 
+# The CPU, also on a machine with a GPU, where several tests at a time would share it and numbers are others; who wants
+# a test to use one names it: CUDA_VISIBLE_DEVICES=0.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen() -> None:

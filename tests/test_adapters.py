@@ -140,6 +140,15 @@ def test_presets(part, weights):
     assert not stuck
 
 
+@pytest.mark.parametrize(("init", "lines"), [("default", 0), ("gaussian", 0), ("pissa", 1), ("olora", 1)])
+def test_an_init_that_takes_long_says_so(init, lines, weights, caplog):
+    with caplog.at_level("INFO", "kandinsky_exp"):
+        attach(weights.load_trainable("prior"), init=init)
+    assert [f"adapter.init={init} decomposes the weights on the CPU" in text for text in caplog.messages] == [
+        True
+    ] * lines
+
+
 @EACH
 @KINDS
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])

@@ -98,7 +98,7 @@ ENTRY_POINTS = {
 KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
     *("compare", "export", "forking", "locating", "memory_advice", "origins", "push"),
-    *("plan", "phases", "rehearsal", "cheaper", "disk_need", "run_settings", "ui"),
+    *("plan", "phases", "rehearsal", "cheaper", "device_limits", "disk_need", "run_settings", "ui"),
     *("job_records", "launching", "job_process", "pruning", "supervision", "sweep", "sweep_check"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")

@@ -321,6 +321,24 @@ def test_packages_that_are_not_installed() -> None:
         assert 'xformers is not installed; pip install "kandinsky-exp[xformers]"' in found
 
 
+@pytest.mark.parametrize(("version", "refused"), [("0.47.2", True), ("0.48.0", False), ("0.49.0.dev0", False)])
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_bitsandbytes_that_moves_no_8_bit_weights(
+    bits: str, version: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package of that name and version, as pip leaves it."""
+    assert PROJECT["optional-dependencies"]["bitsandbytes"] == ["bitsandbytes>=0.48"]
+    about = tmp_path / f"bitsandbytes-{version}.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text(f"Metadata-Version: 2.1\nName: bitsandbytes\nVersion: {version}\n")
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = problems("adapter=lora", f"adapter.base_precision={bits}", "precision=bf16")
+    what = f"adapter.base_precision: bitsandbytes {version} does not move 8-bit weights to a device, 0.48 does; pip"
+    assert [text.startswith(what) for text in found] == ([True] if refused else [])
+
+
 @pytest.mark.parametrize(
     ("option", "package", "extra"),
     [

@@ -91,7 +91,7 @@ def test_a_step_without_data_holds_what_one_with_data_holds(
     cfg = settings(tmp_path, f"trainer.batch_size={BATCH}", *overrides)
     planned = Rehearsal(cfg, accelerator).passes()
     stage = build.stage(cfg, build.weights(cfg))
-    network: Any = stage.place(torch.device("cpu"), mixed_precision=True).train()
+    network: Any = stage.place(torch.device("cpu")).train()
     features = features_of(stage, cfg.data.resolution)
     bf16 = cfg.precision.name == "bf16"
     with LiveBytes([*network.parameters(), *network.buffers(), *features.values(), stage.alphas_cumprod]) as live:

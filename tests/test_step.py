@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_exp import averaging, build, fixed_noise, loop, pipelines, processes, run_settings
-from kandinsky_exp.data.prefetch import prefetch
+from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
 from kandinsky_exp.halving import Halving
 from kandinsky_exp.meter import Meter, StepResult
@@ -45,7 +45,7 @@ STAGES = pytest.mark.parametrize("stage", ["prior", "decoder"])
 # --- batches ahead
 
 
-def numbered(count: int, read: list[int] | None = None, closed: threading.Event | None = None) -> Iterator[dict]:
+def numbered(count: int, read: list[int] | None = None, closed: threading.Event | None = None) -> Generator[dict]:
     """`count` batches; `read` notes which ones were asked for, `closed` that the iterator was."""
     try:
         for number in range(count):
@@ -110,6 +110,16 @@ def test_closing_ends_the_thread_and_the_reader(used: int) -> None:
     stream = prefetch(numbered(1000, closed=closed), CPU)
     for _ in range(used):
         next(stream)
+    stream.close()
+    assert closed.is_set()
+    assert not threads()
+
+
+def test_what_is_encoded_on_the_way_closes_its_reader_too() -> None:
+    closed = threading.Event()
+    source = numbered(1000, closed=closed)  # referred to, as by the frames of an exception
+    stream = prefetch(changed(source, dict), CPU)
+    assert next(stream)["index"].tolist() == [0, 1]
     stream.close()
     assert closed.is_set()
     assert not threads()

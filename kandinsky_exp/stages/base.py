@@ -100,7 +100,7 @@ class DiffusionStage(ABC):
     name: ClassVar[str]
     part: ClassVar[str]
     encoders: ClassVar[tuple[str, ...]]
-    memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of the network's 4-dimensional weights
+    memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
     preprocess: Preprocess
     alphas_cumprod: Tensor
     prediction_type: diffusion.PredictionType
@@ -109,6 +109,7 @@ class DiffusionStage(ABC):
         self.weights = weights
         self.snr_gamma = snr_gamma
         self.condition_dropout = condition_dropout
+        self.device = torch.device("cpu")  # of the constants, and of features
         self._null: Features | None = None
 
     @cached_property
@@ -157,12 +158,15 @@ class DiffusionStage(ABC):
 
     def null_condition(self) -> Features:
         if self._null is None:
-            self._null = self.encode_null()
+            self._null = self._placed(self.encode_null())
         return self._null
 
     def use_null_condition(self, features: Features) -> None:
         """Take the null condition from a cache, so that no encoder has to load."""
-        self._null = features
+        self._null = self._placed(features)
+
+    def _placed(self, features: Features) -> Features:
+        return {key: value.to(self.device) for key, value in features.items()}
 
     def loss(
         self, network: nn.Module, features: Features, generator: Generators, timesteps: Tensor | None = None
@@ -175,7 +179,6 @@ class DiffusionStage(ABC):
             timesteps: (B,); drawn uniformly when None.
         """
         clean = self.clean(features)
-        self._follow(clean.device)
         noise = randn_tensor(tuple(clean.shape), generator=generator, device=clean.device, dtype=clean.dtype)
         if timesteps is None:
             size = (len(clean),)
@@ -213,23 +216,38 @@ class DiffusionStage(ABC):
     def _drop_condition(self, features: Features, generator: Generators, like: Tensor) -> Features:
         drop = uniform(len(like), generator, like.device) < self.condition_dropout
         replaced = {
-            key: torch.where(drop.view(-1, *[1] * (features[key].ndim - 1)), null.to(features[key]), features[key])
+            key: torch.where(
+                drop.view(-1, *[1] * (features[key].ndim - 1)), null.to(features[key].dtype), features[key]
+            )
             for key, null in self.null_condition().items()
         }
         return {**features, **replaced}
 
-    def _follow(self, device: torch.device) -> None:
-        if self.alphas_cumprod.device != device:
-            self.alphas_cumprod = self.alphas_cumprod.to(device)
-            if self.condition_dropout > 0:
-                self._null = {key: value.to(device) for key, value in self.null_condition().items()}
+    def place(self, device: torch.device) -> nn.Module:
+        """The network on the device, its weights in the order in memory that trains fastest there; and the constants.
 
-    def place(self, device: torch.device, *, mixed_precision: bool) -> nn.Module:
-        """The network on the device, its weights in the order in memory that trains fastest there."""
+        Features have to be on this device from now on: no loss moves anything.
+        """
         self.network.to(device)
-        if device.type != "cuda" or mixed_precision:  # CUDA's fp32 convolutions want none of it
+        self.place_constants(device)
+        return self.order_weights(device)
+
+    def order_weights(self, device: torch.device) -> nn.Module:
+        """The network with its weights as they are ordered in memory on a device.
+
+        Channels-last is measured on the CPU alone. On CUDA it does not outlive GroupNorm under autocast, which returns
+        contiguous memory in float32, so that each convolution would bring it back: none of it there until measured.
+        """
+        if device.type == "cpu":
             self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing in its types
         return self.network
+
+    def place_constants(self, device: torch.device) -> None:
+        """All that a loss needs besides network and features."""
+        self.device = device
+        self.alphas_cumprod = self.alphas_cumprod.to(device)
+        if self._null is not None:
+            self._null = self._placed(self._null)
 
     def save(self, network: nn.Module, folder: Path) -> None:
         adapters.save(network, folder)

@@ -92,10 +92,9 @@ class PriorStage(DiffusionStage):
         ).predicted_image_embedding
         return output
 
-    def _follow(self, device: torch.device) -> None:
-        super()._follow(device)
-        if self.mean.device != device:
-            self.mean, self.std = self.mean.to(device), self.std.to(device)
+    def place_constants(self, device: torch.device) -> None:
+        super().place_constants(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each transformer block in the backward pass: `PriorTransformer` has no such switch of its own."""

@@ -161,7 +161,7 @@ def runner_step(row: Row, plan: Plan) -> Callable[[], object]:
     trainable = [parameter for parameter in stage.network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    network = stage.place(plan.device, mixed_precision=True)
+    network = stage.place(plan.device)
     prepared, prepared_optimizer = accelerator.prepare(network, optimizer)
     training = loop.Training(stage, prepared.train(), prepared_optimizer, schedule, None)
     settings = loop.LoopSettings(
