@@ -1,5 +1,7 @@
 """What can go wrong, by whose hand. `cli` turns these into one short message and an exit code."""
 
+import sys
+import traceback
 from collections.abc import Sequence
 
 
@@ -83,6 +85,17 @@ class Pruned(BaseException):
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, in one line that fits a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def is_own_mistake(error: Exception) -> bool:
+    """Whether this package's own code went wrong, and no library that it called: nobody else is to be blamed for it."""
+    if not isinstance(error, LookupError | TypeError | AttributeError | NameError | AssertionError):
+        return False
+    names = [
+        str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    called = [name for name in names if name not in sys.stdlib_module_names]
+    return called[-1:] == [__name__.partition(".")[0]]
 
 
 def cut(text: str) -> str:
