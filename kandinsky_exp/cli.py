@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp import command_line, config, job_process, launching, redaction, trust
+from kandinsky_exp import command_line, config, job_process, launch_environment, launching, redaction, trust
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
@@ -130,6 +130,7 @@ def answered(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
 def main(argv: list[str] | None = None) -> None:
     """Runs `kandinsky-exp [VERB] [overrides]`; returns when done, else raises SystemExit with the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    os.environ.update(launch_environment.adopted(os.environ))
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         if arguments == ["--version"]:
@@ -251,9 +252,16 @@ def _report(error: BaseException, verbose: bool) -> int:
         return 128 + error.signal_number
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if known and not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):  # the same on all ranks
-        print(redaction.masked(_message(error)), file=sys.stderr)
+    if known and _tells(error):
+        rank = os.environ.get("RANK", "0")
+        print(f"process {rank}: " * (rank != "0") + redaction.masked(_message(error)), file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
+
+
+def _tells(error: BaseException) -> bool:
+    """Whether it is for this process of several to say: what came before they met, the first on each machine says."""
+    teller = getattr(error, "teller", None)
+    return os.environ.get("LOCAL_RANK", "0") in ("0", "-1") if teller is None else str(teller) == os.environ.get("RANK")
 
 
 def _message(error: BaseException) -> str:

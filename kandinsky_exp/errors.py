@@ -57,6 +57,10 @@ class CheckpointFailure(RunFailure):
     """A checkpoint could not be written; the ones before it are whole."""
 
 
+class PeerFailure(RunFailure):
+    """Another process of the run failed, and tells what it was."""
+
+
 class Interrupted(BaseException):
     """A signal ended the run after a checkpoint was written. Exit code 128 + signal number.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import uuid
 from collections.abc import Collection, Iterator
@@ -21,6 +22,7 @@ from kandinsky_exp import (
     class_images,
     config,
     hub,
+    launch_environment,
     loop,
     memory_advice,
     nonfinite,
@@ -68,9 +70,9 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
-        build.try_optimizer(cfg, accelerator.device)
+        processes.on_all_processes(lambda: build.try_optimizer(cfg, accelerator.device))
         weights = build.weights(cfg)
-        splits = build.data(cfg)
+        splits = processes.on_all_processes(lambda: build.data(cfg))
         count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
         space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, held))
         with workspace.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
@@ -78,7 +80,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 logger.warning("%s", note)
             if is_finished(cfg, count, space):
                 return nothing_left(cfg, accelerator, space)
-            tracker = records.start_tracker(cfg, accelerator, space)
+            tracker = processes.on_all_processes(lambda: records.start_tracker(cfg, accelerator, space))
             with tracking.tracked(tracker), recorded(space, accelerator, tracker, stop):
                 splits.kept = processes.on_main_process(
                     lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
@@ -114,7 +116,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                             stop=stop,
                             identify=data.train.id,
                         )
-                save_result(cfg, accelerator, space, training, weights)
+                processes.on_main_process(lambda: save_result(accelerator, space, training, weights))
                 result = events.validator.loss if data.held_out is not None else train_loss
                 space.record.validation_loss = result
             stop.last_words.clear()  # what is recorded stays true, whatever ends the upload
@@ -149,6 +151,9 @@ def prepare(
         space.record.split = "picture"
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
+    space.notes += launch_environment.passed_over(
+        os.environ, cfg.precision.mixed_precision, cfg.trainer.grad_accumulation
+    )
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
         space.record.token = records.noted_token(space.folder) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true for whoever never comes to the first step
@@ -235,25 +240,19 @@ def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wor
 
 
 def save_result(
-    cfg: DictConfig,
-    accelerator: Accelerator,
-    space: workspace.Workspace,
-    training: loop.Training,
-    weights: Weights,
+    accelerator: Accelerator, space: workspace.Workspace, training: loop.Training, weights: Weights
 ) -> None:
-    """`adapter/` or `pipeline/`, with the averaged weights where there are any."""
-    if accelerator.is_main_process:
-        network = accelerator.unwrap_model(training.network)
-        with averaging.averaged_weights(training):
-            if adapters.has_adapter(network):
-                result = space.folder / "adapter"
-                training.stage.save(network, result)
-            else:
-                result = space.folder / "pipeline"
-                side = PARTS[training.stage.part][0]
-                pipelines.save_result(weights, side, result, lambda folder: training.stage.save(network, folder))
-        logger.info("result: %s", result)
-    accelerator.wait_for_everyone()
+    """`adapter/` or `pipeline/`, with the averaged weights where there are any. Main process only."""
+    network = accelerator.unwrap_model(training.network)
+    with averaging.averaged_weights(training):
+        if adapters.has_adapter(network):
+            result = space.folder / "adapter"
+            training.stage.save(network, result)
+        else:
+            result = space.folder / "pipeline"
+            side = PARTS[training.stage.part][0]
+            pipelines.save_result(weights, side, result, lambda folder: training.stage.save(network, folder))
+    logger.info("result: %s", result)
 
 
 def share(cfg: DictConfig, space: workspace.Workspace) -> None:

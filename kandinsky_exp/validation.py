@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from kandinsky_exp import averaging, fixed_noise, loop
+from kandinsky_exp import averaging, fixed_noise, loop, processes
 from kandinsky_exp.data.preprocess import center_crop_resize
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.pipelines import SampleSettings
@@ -53,9 +53,7 @@ class Validator:
         network = self.accelerator.unwrap_model(self.training.network)
         with averaging.averaged_weights(self.training), fixed_noise.uncompiled(network):
             self._measure(step)
-            if self.accelerator.is_main_process:
-                self._draw(step)
-        self.accelerator.wait_for_everyone()
+            processes.on_main_process(lambda: self._draw(step))
 
     def _measure(self, step: int) -> None:
         if self.held_out is None:
