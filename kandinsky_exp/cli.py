@@ -260,8 +260,8 @@ def _report(error: BaseException, verbose: bool) -> int:
 
 def _tells(error: BaseException) -> bool:
     """Whether it is for this process of several to say: what came before they met, the first on each machine says."""
-    teller = getattr(error, "teller", None)
-    return os.environ.get("LOCAL_RANK", "0") in ("0", "-1") if teller is None else str(teller) == os.environ.get("RANK")
+    teller, rank = getattr(error, "teller", None), os.environ.get("RANK", "0")
+    return os.environ.get("LOCAL_RANK", rank) in ("0", "-1") if teller is None else str(teller) == rank
 
 
 def _message(error: BaseException) -> str:
