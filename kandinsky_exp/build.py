@@ -3,19 +3,18 @@
 import inspect
 from collections.abc import Collection
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kandinsky_exp import adapters, architectures, averaging, host_memory, run_settings, targets, trust
+from kandinsky_exp import accelerators, adapters, architectures, averaging, host_memory, run_settings, targets, trust
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoding import EncodeSettings
@@ -27,32 +26,18 @@ from kandinsky_exp.roots import Train
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
 from kandinsky_exp.weights import Weights
 
-COLLECTIVE_TIMEOUT = timedelta(hours=6)  # other processes wait while the first encodes or draws images
-
 
 def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
     """Device, precision, accumulation and processes.
 
     Raises:
-        ConfigError: the precision cannot work on this device, or another run of this process chose another.
+        ConfigError: the precision cannot work on this device, or the environment or a launcher decides against the
+            config.
     """
     torch.set_float32_matmul_precision("high" if cfg.precision.tf32 else "highest")  # also after a run with another
     torch.backends.cudnn.allow_tf32 = cfg.precision.tf32
     # `cudnn.benchmark` stays off: it may choose other kernels at each start, and a run that goes on computes the same.
-    try:
-        made = Accelerator(
-            mixed_precision=cfg.precision.mixed_precision,
-            gradient_accumulation_steps=grad_accumulation,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
-        )
-    except ValueError as error:
-        raise ConfigError(f"precision: {str(error).splitlines()[0]}; set precision=fp32 or bf16") from error
-    if made.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ConfigError(
-            f"accelerate launch: {made.distributed_type.value} shards the weights, which checkpoints of this runner do "
-            "not handle; launch with --multi_gpu, or with one process"
-        )
-    return made
+    return accelerators.make(cfg.precision.mixed_precision, grad_accumulation, cfg.precision.tf32)
 
 
 def weights(cfg: DictConfig, cls: type[Weights] = Weights) -> Weights:

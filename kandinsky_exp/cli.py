@@ -26,7 +26,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp import command_line, config, job_process, launching, redaction, terminal, trust
+from kandinsky_exp import (
+    command_line,
+    config,
+    job_process,
+    launch_environment,
+    launching,
+    redaction,
+    terminal,
+    trust,
+)
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
@@ -140,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _main(argv: list[str] | None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
+    os.environ.update(launch_environment.adopted(os.environ))
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         if arguments == ["--version"]:
@@ -261,9 +271,16 @@ def _report(error: BaseException, verbose: bool) -> int:
         return 128 + error.signal_number
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if known and not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):  # the same on all ranks
-        print(redaction.masked(_message(error)), file=sys.stderr)
+    if known and _tells(error):
+        rank = os.environ.get("RANK", "0")
+        print(f"process {rank}: " * (rank != "0") + redaction.masked(_message(error)), file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
+
+
+def _tells(error: BaseException) -> bool:
+    """Whether it is for this process of several to say: what came before they met, the first on each machine says."""
+    teller, rank = getattr(error, "teller", None), os.environ.get("RANK", "0")
+    return os.environ.get("LOCAL_RANK", rank) in ("0", "-1") if teller is None else str(teller) == rank
 
 
 def _message(error: BaseException) -> str:

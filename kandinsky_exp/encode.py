@@ -45,12 +45,12 @@ def _encode(cfg: DictConfig) -> None:
     folder = build.cache_folder(cfg)
     processes.quiet_libraries()
     with processes.stop_signals(), processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
-        device_limits.check_precision(cfg, accelerator.device)
+        processes.on_all_processes(lambda: device_limits.check_precision(cfg, accelerator.device))
         weights = build.weights(cfg)
-        splits = build.data(cfg)
+        splits = processes.on_all_processes(lambda: build.data(cfg))
         if accelerator.is_main_process and not folder.is_dir():  # one on a read-only disk may hold all that is needed
             workspace.make_root(folder)
-        report = build.check_data(cfg, splits)
+        report = processes.on_all_processes(lambda: build.check_data(cfg, splits))
         encoders, how = set(build.stage_class(cfg).encoders), class_images.settings(cfg.seed, cfg.data.resolution)
         notes = processes.on_main_process(
             lambda: architectures.check(weights, encoders | class_images.needed_parts(splits.kept, weights))

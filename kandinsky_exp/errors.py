@@ -2,6 +2,8 @@
 
 import errno
 import re
+import sys
+import traceback
 from collections.abc import Sequence
 
 # CUDA, HIP, XPU and NCCL have the words, cuBLAS, cuDNN and their kin a status; MPS has words of its own as well.
@@ -63,6 +65,10 @@ class CheckpointFailure(RunFailure):
     """A checkpoint could not be written; the ones before it are whole."""
 
 
+class PeerFailure(RunFailure):
+    """Another process of the run failed, and tells what it was."""
+
+
 class Interrupted(BaseException):
     """A signal ended the run after a checkpoint was written. Exit code 128 + signal number.
 
@@ -113,6 +119,17 @@ def is_of_host(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, in one line that fits a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def is_own_mistake(error: Exception) -> bool:
+    """Whether this package's own code went wrong, and no library that it called: nobody else is to be blamed for it."""
+    if not isinstance(error, LookupError | TypeError | AttributeError | NameError | AssertionError):
+        return False
+    names = [
+        str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    called = [name for name in names if name not in sys.stdlib_module_names]
+    return called[-1:] == [__name__.partition(".")[0]]
 
 
 def cut(text: str) -> str:

@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from kandinsky_exp import averaging
+from kandinsky_exp.agreement import Agreement
 from kandinsky_exp.display import progress_bar, report
 from kandinsky_exp.errors import Interrupted, NonFiniteLoss, RunFailure, UserError
 from kandinsky_exp.meter import Meter, StepResult
@@ -127,6 +128,7 @@ def train(
     meter = Meter(accelerator, settings.total_batch, training.stage.num_timesteps, identify)
     meter.restore(training.unread)
     training.network.train()
+    agreement = Agreement(stop, accelerator.num_processes)
     saved = training.step
 
     def save() -> None:
@@ -155,15 +157,18 @@ def train(
             step, last = training.step, training.step == settings.max_steps
             bar.update()
             validate, saves = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
-            if due(step, settings.log_every, last):
+            logs = due(step, settings.log_every, last)
+            if logs or validate or saves:
+                agreement.now()  # reading would wait for the device, for ever where a process is gone
+            if logs:
                 report(meter.read(step, training.rate()), step, settings.max_steps, tracker, bar)
             elif validate or saves:
                 meter.check(step, training.rate())
-            stopping = stop_agreed(stop, accelerator, step, settings.log_every)
+            stopping = agreement.now() if logs or validate or saves else agreement.ahead()
             with meter.paused():
                 if validate and stopping is None:
                     with kept(keep):
-                        stopping = validated_or_stopped(events, step, stop, accelerator)
+                        stopping = validated_or_stopped(events, step, stop, agreement, accelerator)
                 if saves or (stopping is not None and saved != step):
                     save()
             if stopping is not None:
@@ -254,7 +259,9 @@ def optimizer_step(
     return StepResult(torch.stack(losses).mean(), norm, rows, samples, waited)
 
 
-def validated_or_stopped(events: Events, step: int, stop: Stop, accelerator: Accelerator) -> int | None:
+def validated_or_stopped(
+    events: Events, step: int, stop: Stop, agreement: Agreement, accelerator: Accelerator
+) -> int | None:
     """Validate; the signal to stop for, if one came meanwhile.
 
     A validation may take longer than a machine that is preempted has left: one process breaks it off, and whoever
@@ -262,20 +269,10 @@ def validated_or_stopped(events: Events, step: int, stop: Stop, accelerator: Acc
     """
     if accelerator.num_processes > 1:
         events.validate(step)
-        return stop_agreed(stop, accelerator, step, 1)
+        return agreement.now()
     try:
         with stop.at_once():
             events.validate(step)
     except Interrupted as interrupted:
         return interrupted.signal_number
     return stop.signal_number
-
-
-def stop_agreed(stop: Stop, accelerator: Accelerator, step: int, log_every: int) -> int | None:
-    """The signal to stop for. Several processes agree at log points only: asking costs a wait for the device."""
-    if accelerator.num_processes == 1:
-        return stop.signal_number
-    if step % log_every:
-        return None
-    flag = torch.tensor([stop.signal_number or 0], device=accelerator.device)
-    return int(accelerator.gather(flag).max().item()) or None

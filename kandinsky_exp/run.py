@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import uuid
 from collections.abc import Collection, Iterator
@@ -23,6 +24,7 @@ from kandinsky_exp import (
     device_limits,
     forking,
     hub,
+    launch_environment,
     loop,
     memory_advice,
     nonfinite,
@@ -75,10 +77,10 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
-        device_limits.check_training(cfg, accelerator.device)
-        optimizer = build.try_optimizer(cfg, accelerator.device)
+        processes.on_all_processes(lambda: device_limits.check_training(cfg, accelerator.device))
+        optimizer = processes.on_all_processes(lambda: build.try_optimizer(cfg, accelerator.device))
         weights = build.weights(cfg)
-        splits = build.data(cfg)
+        splits = processes.on_all_processes(lambda: build.data(cfg))
         count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
         space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, optimizer, held))
         with run_log.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
@@ -88,7 +90,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 logger.info("%s", slow)
             if is_finished(cfg, count, space):
                 return nothing_left(cfg, accelerator, space)
-            tracker = records.start_tracker(cfg, accelerator, space)
+            tracker = processes.on_all_processes(lambda: records.start_tracker(cfg, accelerator, space))
             with tracking.tracked(tracker), recorded(space, accelerator, tracker, stop):
                 splits.kept = processes.on_main_process(
                     lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
@@ -127,7 +129,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                             stop=stop,
                             identify=data.train.id,
                         )
-                save_result(cfg, accelerator, space, training, weights)
+                processes.on_main_process(lambda: save_result(accelerator, space, training, weights))
                 result = events.validator.loss if data.held_out is not None else train_loss
                 space.record.validation_loss = result
             stop.last_words.clear()  # what is recorded stays true, whatever ends the upload
@@ -170,6 +172,9 @@ def prepare(
     space.notes += report.notes
     if note is not None:
         space.notes.append(f"hub.push: the hub could not be asked ({note}); it is tried again once the result is there")
+    space.notes += launch_environment.passed_over(
+        os.environ, cfg.precision.mixed_precision, cfg.trainer.grad_accumulation
+    )
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
         space.record.token = records.noted_token(space.folder) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true for whoever never comes to the first step
@@ -270,30 +275,24 @@ def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wor
 
 
 def save_result(
-    cfg: DictConfig,
-    accelerator: Accelerator,
-    space: workspace.Workspace,
-    training: loop.Training,
-    weights: Weights,
+    accelerator: Accelerator, space: workspace.Workspace, training: loop.Training, weights: Weights
 ) -> None:
-    """`adapter/` or `pipeline/`, with the averaged weights where there are any."""
-    if accelerator.is_main_process:
-        network = accelerator.unwrap_model(training.network)
-        with averaging.averaged_weights(training):
-            bare = training.stage.snapshot(training.stage.network, {}).tensors
+    """`adapter/` or `pipeline/`, with the averaged weights where there are any. Main process only."""
+    network = accelerator.unwrap_model(training.network)
+    with averaging.averaged_weights(training):
+        bare = training.stage.snapshot(training.stage.network, {}).tensors
 
-            def save(folder: Path) -> None:
-                training.stage.save(network, folder)
-                read_back.check(read_back.written(folder), bare, folder)
+        def save(folder: Path) -> None:
+            training.stage.save(network, folder)
+            read_back.check(read_back.written(folder), bare, folder)
 
-            if adapters.has_adapter(network):
-                result = space.folder / "adapter"
-                save(result)
-            else:
-                result = space.folder / "pipeline"
-                pipelines.save_result(weights, PARTS[training.stage.part][0], result, save)
-        logger.info("result: %s", result)
-    accelerator.wait_for_everyone()
+        if adapters.has_adapter(network):
+            result = space.folder / "adapter"
+            save(result)
+        else:
+            result = space.folder / "pipeline"
+            pipelines.save_result(weights, PARTS[training.stage.part][0], result, save)
+    logger.info("result: %s", result)
 
 
 def share(cfg: DictConfig, space: workspace.Workspace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kandinsky_exp import artifact_folders, store_schema
-from kandinsky_exp.errors import TrackingError, UserError
+from kandinsky_exp.errors import TrackingError, UserError, is_own_mistake
 from kandinsky_exp.mlflow_names import masked, reason
 
 if TYPE_CHECKING:
@@ -167,9 +167,9 @@ def explained(uri: str) -> Iterator[None]:
     """Turn whatever a store throws into a TrackingError of one paragraph, without credentials."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or is_own_mistake(error):
+            raise
         if (problem := store_schema.problem_of(error)) is not None:
             raise TrackingError(f"tracker.uri: {masked(uri)} {problem}.") from error
         raise TrackingError(f"tracker.uri: {masked(uri)} cannot be used: {reason(error)}. {_advice(error)}") from error

@@ -60,8 +60,7 @@ class Validator:
         network = self.accelerator.unwrap_model(self.training.network)
         with averaging.averaged_weights(self.training), fixed_noise.uncompiled(network):
             self._measure(step)
-            processes.on_all_processes(lambda: self._show(step))
-        self.accelerator.wait_for_everyone()
+            processes.on_main_process(lambda: self._show(step))
 
     def _measure(self, step: int) -> None:
         if self.held_out is None:
@@ -81,8 +80,7 @@ class Validator:
         if self.held_out is not None and self.loss is not None:
             self.tracker.log_metrics({"validation/loss": self.loss}, step)
             logger.info("step %d: validation loss %.5f", step, self.loss)
-        if self.accelerator.is_main_process:
-            self._draw(step)
+        self._draw(step)
 
     def _draw(self, step: int) -> None:
         network = self.accelerator.unwrap_model(self.training.network)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import SMALL, prepare
 
 from kandinsky_exp import cli
@@ -22,6 +23,8 @@ from kandinsky_exp import cli
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = "preloaded"
 FORKS.set_forkserver_preload([PRELOADED])
+# Said only where there is a GPU: several processes without one are to find that out by themselves.
+USE_CPU = str(torch.cuda.is_available()).lower()
 PATIENCE = 240.0  # seconds until a test gives up
 # What a test that failed has left running: multiprocessing would wait for its end, which may never come.
 atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
@@ -132,10 +135,16 @@ def start(root: Path, *overrides: str, limit: Callable[[], object] | None = None
     return Forked(command, [*SMALL, f"output_root={root}", *overrides], limit, environment=environment)
 
 
-def start_two(root: Path, *overrides: str, limit: Callable[[], object] | None = None) -> list[Forked]:
-    """Two processes that train one small run, with what a launcher tells them."""
+def launched(processes: int) -> list[dict[str, str]]:
+    """What a launcher tells each of several processes on this machine."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    return [start(root, *overrides, limit=limit, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
+    count = str(processes)
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"ACCELERATE_USE_CPU": USE_CPU}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def start_two(root: Path, *overrides: str, limit: Callable[[], object] | None = None) -> list[Forked]:
+    """Two processes that train one small run."""
+    return [start(root, *overrides, limit=limit, **told) for told in launched(2)]

@@ -132,10 +132,15 @@ def test_hydra_full_error_brings_the_traceback_back(
     assert os.environ["HYDRA_FULL_ERROR"] == "1"
 
 
-def test_only_the_first_process_prints(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_the_first_process_of_a_machine_prints(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
     assert exit_code("seed=x", *TINY) == 2
     assert capfd.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of another machine, where something else may be missing
+    assert exit_code("seed=x", *TINY) == 2
+    assert capfd.readouterr().err.startswith("process 1: error: seed: ")
 
 
 def test_the_environment_is_put_back() -> None:

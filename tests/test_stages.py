@@ -89,6 +89,19 @@ def gradients(stage, features, seed=0):
     return {name: p.grad.clone() for name, p in stage.network.named_parameters() if p.grad is not None}
 
 
+@BOTH
+def test_no_buffer_changes_while_the_network_trains(name, tiny_folder, features):
+    """Several processes do not share them: each has what the architecture says, before and after steps."""
+    stage, other = make(name, tiny_folder), make(name, tiny_folder)
+    before = {key: value.clone() for key, value in stage.network.named_buffers()}
+    stage.network.train()
+    gradients(stage, features[name])
+    for network in (stage.network, other.network):
+        after = dict(network.named_buffers())
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 # ---- the published objectives, from the pictures on
 
 
