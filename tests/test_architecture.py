@@ -84,7 +84,10 @@ OWN_IMPORTS = {
     "report": {"album", "comparison", "mlflow_names", "report_html", "report_png", "store", "workspace"},
     "integrity": {"errors"},
     "state_file": set(),
-    "cli": {"command_line", "config", "errors", "job_process", "launching", "redaction", "trust"},
+    "grammar": set(),
+    "cli": {
+        *("command_line", "config", "errors", "grammar", "job_process", "launching", "mistakes", "redaction", "trust"),
+    },
     "__main__": {"cli"},
 }
 # Nobody imports a verb but by its name.
@@ -92,10 +95,23 @@ ENTRY_POINTS = {
     *("__main__", "cli", "compare", "demo", "encode", "export", "generate", "plan", "push", "run", "tiny.make", "ui"),
 }
 KNOW_OMEGACONF = {
-    *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
+    *(
+        "cli",
+        "command_line",
+        "mistakes",
+        "config",
+        "schema",
+        "trust",
+        "build",
+        "run",
+        "events",
+        "records",
+        "generate",
+        "encode",
+    ),
     *("compare", "export", "locating", "memory_advice", "origins", "push"),
     *("plan", "phases", "rehearsal", "cheaper", "disk_need", "run_settings", "ui"),
-    *("job_records", "launching", "job_process", "pruning", "supervision", "sweep", "sweep_check"),
+    *("mistakes", "job_records", "launching", "job_process", "pruning", "supervision", "sweep", "sweep_check"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "adapters")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}

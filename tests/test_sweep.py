@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from running import SMALL, client, prepare, runs
 
-from kandinsky_exp import cli, command_line, devices, mlflow_names, sweep, sweep_jobs, workspace
+from kandinsky_exp import cli, devices, mistakes, mlflow_names, sweep, sweep_jobs, workspace
 
 # A schedule whose jobs come to different ends, until they are mended.
 FAULTS = """
@@ -318,7 +318,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
     assert swept(tmp_path, "hydra/sweeper=optuna", "seed=1,2", "tracker=none") == 2
     assert 'optuna is not installed; pip install "kandinsky-exp[sweep]"' in capfd.readouterr().err
     override = OverridesParser.create().parse_override("hydra/launcher=ray")
-    problem = command_line._wrong_option(override, ["basic"])  # all that Hydra brings
+    problem = mistakes._wrong_option(override, ["basic"])  # all that Hydra brings
     assert problem == 'hydra/launcher: ray is not installed; pip install "kandinsky-exp[ray]"'
 
 
