@@ -13,13 +13,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import command_line, config, grammar, mistakes
+from kandinsky_exp import command_line, config, devices, grammar, mistakes
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.fitting import misfit
 from kandinsky_exp.rules import Count, Rule, Seed, Text
 
 MOST_VALUES = 50  # that are checked before a sweep starts: each takes a tenth of a second
 MOST_LISTED = 1000  # that are looked through for what is there twice
+ON_THIS_MACHINE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 # Settings of Hydra's plugins, which judge them late or not at all.
 PLUGINS: dict[str, dict[str, Any]] = {
     "sweeper": {
@@ -81,8 +82,7 @@ def _wrong_settings(cfg: DictConfig) -> Iterator[str]:
         for name, annotation in settings.items():
             # What is taken from a setting of the run is judged there.
             if name in node and not (name == "seed" and OmegaConf.is_interpolation(node, name)):
-                value = OmegaConf.to_container(node[name]) if OmegaConf.is_config(node[name]) else node[name]
-                if problem := misfit(value, annotation):
+                if problem := misfit(_listed(node[name]), annotation):
                     yield f"hydra.{plugin}.{name}: {problem}"
 
 
@@ -156,12 +156,20 @@ def problems(cfg: DictConfig, found: Varied) -> Iterator[str]:
         twice = sorted({value for value in single if single.count(value) > 1})
         if twice:
             yield f"{key}: {', '.join(twice)} is there more than once; each job has a folder of its own"
+    if str(cfg.hydra.launcher._target_).rpartition(".")[2] in ON_THIS_MACHINE and (
+        problem := devices.problem(_listed(cfg.sweep.devices))
+    ):
+        yield f"sweep.devices: {problem}"
     most = cfg.sweep.max_jobs
     if found.jobs > most:
         yield (
             f"sweep.max_jobs: this makes {found.jobs:,} jobs, and at most {most} are allowed; vary less, or set "
             f"sweep.max_jobs={found.jobs} if you mean it"
         )
+
+
+def _listed(node: Any) -> Any:
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
 
 
 def _shared(key: str) -> str | None:
