@@ -1,6 +1,7 @@
 """What was typed after the verb: flags and overrides, and whether they make one run or a sweep."""
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,7 +63,9 @@ def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
     vars(parser)["error"] = refuse
     known = parser.parse_intermixed_args(arguments)
     overrides = [_expand_home(text) for text in known.overrides]
-    problems = [_not_a_setting(text, verbs) for text in overrides if "=" not in text and not text.startswith("~")]
+    problems = [
+        _not_a_setting(text, verbs, arguments) for text in overrides if "=" not in text and not text.startswith("~")
+    ]
     problems += _missing_folders(known.config_dir, overrides)
     if problems:
         raise ConfigError(problems)
@@ -189,10 +192,16 @@ def _expand_home(text: str) -> str:
     return f"{key}={','.join(str(Path(part).expanduser()) for part in value.split(','))}"
 
 
-def _not_a_setting(text: str, verbs: Iterable[str]) -> str:
+def _not_a_setting(text: str, verbs: Iterable[str], arguments: list[str]) -> str:
     if text in verbs:
-        return f"{text}: the verb comes first: kandinsky-exp {text} ..."
+        return f"{text}: the verb comes first: {shlex.join(['kandinsky-exp', text, *without(arguments, text)])}"
     return f"{cut(text)}: not a setting; settings are written key=value, without spaces around the = sign"
+
+
+def without(words: list[str], word: str) -> list[str]:
+    """All but the first of such a word."""
+    place = words.index(word)
+    return [*words[:place], *words[place + 1 :]]
 
 
 def did_you_mean(word: Any, choices: Iterable[str]) -> str:

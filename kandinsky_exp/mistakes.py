@@ -195,7 +195,7 @@ def _wrong_key(override: Override, cfg: DictConfig, verb: str, loader: ConfigLoa
             return f"{key}: not a setting of the {group} that is chosen; it is one of {group}={option}"
     groups = [name for name in loader.list_groups("") if name != "hydra"]
     meant = config.suggest(key, [*config.dotted_keys(cfg), *groups])
-    return f"{cut(key)}: no such setting{meant or f'; kandinsky-exp {verb} --cfg job shows all'}"
+    return f"{cut(key)}: no such setting{meant or f'; for all of them: kandinsky-exp {verb} --cfg job'}"
 
 
 def _quoted(text: str) -> str:

@@ -42,7 +42,7 @@ SHARED = {
     "output_root": f"{OWN_PLACE}; give one folder",
     "tracker": "one store records the whole sweep; give one",
     "sweep": "it is of the sweep, not of a job; give one value",
-    "hub": "all jobs would go to one repository; push the best one later, kandinsky-exp push run=...",
+    "hub": "all jobs would go to one repository; leave it out, and push the best one later (kandinsky-exp push --help)",
     "checkpoint.resume": "it is of the whole sweep; give one value",
 }
 
@@ -80,10 +80,10 @@ def _wrong_settings(cfg: DictConfig) -> Iterator[str]:
     for plugin, settings in PLUGINS.items():
         node = cfg.hydra[plugin]
         for name, annotation in settings.items():
-            # What is taken from a setting of the run is judged there.
-            if name in node and not (name == "seed" and OmegaConf.is_interpolation(node, name)):
-                if problem := misfit(_listed(node[name]), annotation):
-                    yield f"hydra.{plugin}.{name}: {problem}"
+            if name not in node or (name == "seed" and OmegaConf.is_interpolation(node, name)):
+                continue  # what is taken from a setting of the run is judged there
+            if problem := misfit(_listed(node[name]), annotation):
+                yield f"hydra.{plugin}.{name}: {problem}"
 
 
 def checked(verb: str, line: command_line.CommandLine, cfg: DictConfig) -> Varied:

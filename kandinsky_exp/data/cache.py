@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -111,12 +112,18 @@ def _about_disk(folder: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"output_root: the disk of {folder.parent} is full. What was encoded so far stays: make room and give the "
-            "same command again, or set output_root to another disk (kandinsky-exp encode list=true shows the caches)"
+            f"same command again, or set output_root to another disk, or remove tables ({_listing(folder)})"
         )
     return (
         f"output_root: encoded features cannot be written to {folder.parent} ({_reason(error)}); set output_root to a "
         "folder that can, or data.cache=false to train without them"
     )
+
+
+def _listing(folder: Path) -> str:
+    """The command that lists what lies beside a table."""
+    setting = shlex.quote(f'output_root="{folder.parent.parent}"')
+    return f"kandinsky-exp encode list=true {setting}"
 
 
 def _reason(error: BaseException) -> str:
@@ -138,7 +145,7 @@ def refuse_if_no_room(folder: Path, needed: int) -> None:
         raise DataError(
             f"output_root: the encoded features need {needed / 1e9:,.2f} GB and the disk of {folder.parent} has "
             f"{free / 1e9:,.2f} GB left; set output_root to a larger disk, data.max_samples or data.cache_dtype=fp16, "
-            "or remove old ones (kandinsky-exp encode list=true)"
+            f"or remove old ones ({_listing(folder)})"
         )
 
 
