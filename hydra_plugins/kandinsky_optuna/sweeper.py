@@ -7,6 +7,7 @@ work with a current SQLAlchemy. Optuna itself is imported once it is used: Hydra
 import itertools
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,9 @@ class OptunaSweeper(Sweeper):
         space = search_space.space(varied)
         sampler, _ = self._sampler(space, 0)
         try:
-            optuna.create_study(sampler=sampler).ask(space)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the sweep itself will warn
+                optuna.create_study(sampler=sampler).ask(space)
         except Exception as error:  # whatever it takes for wrong, once it draws
             raise ConfigError(f"hydra.sweeper.sampler: {first_line(error)}; correct it, or leave it out") from error
         if problem := studies.place_problem(self.storage):
