@@ -29,9 +29,11 @@ from omegaconf.errors import OmegaConfBaseException
 from kandinsky_exp import (
     command_line,
     config,
+    grammar,
     job_process,
     launch_environment,
     launching,
+    mistakes,
     redaction,
     terminal,
     trust,
@@ -187,18 +189,13 @@ def _plain(text: str, verb: Verb) -> str:
 def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
     # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
     with _full_error(), _hydra_checked(line):
-        if line.sweeps and not line.shows_something:
-            try:
-                found = command_line.find_problems(verb, line)
-            except Exception as error:
-                raise command_line.explain(error, verb, line) from error
-            if found:
-                raise ConfigError(found)  # before the sweeper makes its folder
-            if VERBS[verb].trains:
-                swept = job_process.Call(answered, VERBS[verb].function, line.trusted, verbose)
-                if code := launching.launch(verb, line, swept, functools.partial(_start, verb, line)):
-                    sys.exit(code)
-                return
+        if not line.shows_something:
+            line = _settled(verb, line)
+        if line.sweeps and VERBS[verb].trains and not line.shows_something:
+            swept = job_process.Call(answered, VERBS[verb].function, line.trusted, verbose)
+            if code := launching.launch(verb, line, swept, functools.partial(_start, verb, line)):
+                sys.exit(code)
+            return
         job = Job(VERBS[verb].function, line.trusted)
         try:
             _start(verb, line, job)
@@ -207,10 +204,25 @@ def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
         except Exception as error:
             composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
             if composing and not job.called:
-                raise command_line.explain(error, verb, line) from error
+                raise mistakes.explain(error, verb, line) from error
             raise
         if job.failure is not None:
             raise job.failure
+
+
+def _settled(verb: str, line: command_line.CommandLine) -> command_line.CommandLine:
+    """The line, knowing whether it sweeps. What is wrong with a sweep is told before the sweeper makes its folder."""
+    line, found = command_line.settled(verb, line)
+    if line.sweeps or found:
+        try:
+            found += mistakes.find_problems(verb, line)
+        except Exception as error:
+            raise mistakes.explain(error, verb, line) from error
+    if found:
+        raise ConfigError(found)
+    for note in line.notes if os.environ.get("RANK", "0") == "0" else ():
+        print(note, file=sys.stderr)
+    return line
 
 
 def _start(verb: str, line: command_line.CommandLine, job: typing.Callable[[DictConfig], Any], *more: str) -> None:
@@ -237,12 +249,12 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def _hydra_checked(line: command_line.CommandLine) -> Iterator[None]:
     """Judges Hydra's own section of all that it composes: callbacks, plugins and loggers are built from it at once."""
-    load = ConfigLoaderImpl.load_configuration
+    load, keys = ConfigLoaderImpl.load_configuration, grammar.keys(line.overrides)
 
     def checked(loader: ConfigLoaderImpl, *args: Any, **settings: Any) -> DictConfig:
         cfg = load(loader, *args, **settings)
         section = OmegaConf.to_container(cfg.hydra, resolve=False)
-        if found := trust.hydra_problems(typing.cast(dict[str, Any], section), line.trusted, line.overrides):
+        if found := trust.hydra_problems(typing.cast(dict[str, Any], section), line.trusted, keys):
             raise ConfigError(found)
         return cfg
 

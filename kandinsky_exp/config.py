@@ -165,6 +165,14 @@ def _check_value(key: str, value: Any, annotation: Any) -> str | None:
     return misfit(value, annotation)
 
 
+def annotation(key: str) -> Any:
+    """What the schema says that a dotted key of a run has to be; None for a key that it does not know."""
+    found: Any = ROOTS[0]
+    for part in key.split("."):
+        found = _hints(found).get(part) if is_dataclass(found) and isinstance(found, type) else None
+    return found
+
+
 def _schema_keys(schemas: Iterable[type[Any]], prefix: str = "") -> Iterator[str]:
     for schema in schemas:
         for name, annotation in _hints(schema).items():

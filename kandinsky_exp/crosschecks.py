@@ -18,7 +18,8 @@ Values = dict[str, Any]
 Found = Iterator[tuple[str, str]]  # (key, what is wrong; what to do)
 
 MAX_NAME = 200  # bytes; file systems take 255, and suffixes are put behind
-TAKEN = ("cache", "export", "generate", "mlartifacts", "mlflow.db")  # of output_root, by all runs together
+# Of output_root, by all runs together, now or later.
+TAKEN = ("cache", "compare", "data", "evaluate", "export", "generate", "mlartifacts", "mlflow.db")
 CONSTANT = "kandinsky_exp.schedules.constant"
 BITSANDBYTES = (0, 48)  # as in pyproject.toml
 LEAST_FACTOR = 0.01  # of Prodigy's rate: what is smaller was meant as a rate
@@ -76,8 +77,13 @@ def _output(good: Values) -> Found:
         yield "name", f"is too long for a folder; give a shorter one, of {MAX_NAME} bytes at most"
     elif not name.isprintable():
         yield "name", f"{name!r} has characters that cannot be seen; give another name"
-    elif name in TAKEN and "model._target_" in good:
+    elif name.casefold() in TAKEN and "model._target_" in good and not _is_run(paths.expanded(root) / name):
         yield "name", f"'{name}' is what all runs share in output_root; give another name"
+
+
+def _is_run(folder: Path) -> bool:
+    """Of a run or a sweep that has such a name already, from before it was refused."""
+    return (folder / "run.json").is_file() or (folder / ".jobs").is_dir()
 
 
 def _data(good: Values) -> Found:

@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 POLL = 0.5  # seconds
 # Whoever set these has shared out the devices already.
 SHARED_OUT = ("RANK", "SLURM_JOB_ID")
+# Signs of a GPU that nvidia-smi does not show: AMD's, Jetson's, WSL's, or a container without the program.
+SIGNS = ("nvidia[0-9]*", "kfd", "nvhost-gpu", "dxg")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,42 @@ def visible_gpus() -> list[str]:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)  # nosec B603
         return answer.stdout.split()
     return []
+
+
+def problem(devices: str | Sequence[int | str] | None) -> str | None:
+    """What is wrong with devices that were named, as far as this machine tells without touching CUDA.
+
+    Args:
+        devices: as for `held`.
+    """
+    if devices is None or isinstance(devices, str) or any(name in os.environ for name in SHARED_OUT):
+        return None
+    named = [str(device) for device in devices]
+    if not named:
+        return "names no GPU; give their numbers, auto, or null to leave the choice to the launcher"
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        return f"{', '.join(twice)} is there more than once; each parallel job has a GPU of its own"
+    there = visible_gpus()
+    if not there and "CUDA_VISIBLE_DEVICES" not in os.environ and any(_is_there(sign) for sign in SIGNS):
+        return None  # which, only CUDA knows
+    numbers = [] if "CUDA_VISIBLE_DEVICES" in os.environ else [str(number) for number in range(len(there))]
+    known = [*there, *numbers]
+    # CUDA takes the beginning of a UUID for the whole; nvidia-smi does not list the parts of a GPU.
+    strange = [
+        name
+        for name in named
+        if not name.startswith("MIG-")
+        and name not in known
+        and not any(name.startswith("GPU-") and gpu.startswith(name) for gpu in there)
+    ]
+    if not strange:
+        return None
+    has = f"the GPUs here are {', '.join(known)}" if known else "there is no GPU here"
+    return f"{', '.join(strange)} is not there, {has} (nvidia-smi, CUDA_VISIBLE_DEVICES); name others, or leave it out"
+
+
+def _is_there(pattern: str) -> bool:
+    return any(Path("/dev").glob(pattern))
 
 
 def usable_cores() -> int:

@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -79,6 +79,23 @@ def _fits_sequence(value: Any, origin: Any, arguments: tuple[Any, ...]) -> bool:
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
         return len(value) == len(arguments) and all(map(fits, value, arguments))
     return all(fits(item, arguments[0]) for item in value) if arguments else True
+
+
+def is_whole(annotation: Any) -> bool:
+    """Whether numbers that fit an annotation are whole ones."""
+    kinds = set(_kinds(annotation))
+    return int in kinds and float not in kinds
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        yield from _kinds(arguments[0])
+    elif origin in (Union, types.UnionType):
+        for argument in arguments:
+            yield from _kinds(argument)
+    else:
+        yield annotation
 
 
 def words(annotation: Any) -> str:

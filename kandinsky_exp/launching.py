@@ -1,6 +1,7 @@
 """From a command line to a sweep: what launchers call for each job, and what goes around them all."""
 
 import os
+import re
 import shlex
 import signal
 import tempfile
@@ -10,14 +11,17 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import (
     command_line,
+    grammar,
     job_process,
+    mistakes,
     run_notes,
     store,
     store_probe,
@@ -75,6 +79,7 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
     varied = sweep_check.checked(verb, line, cfg)
     if str(cfg.hydra.sweeper._target_).startswith("hydra_plugins.kandinsky_optuna"):
         _register_sweeper()
+    _try_plugins(line, cfg, varied)
     parallel = supervision.parallel_jobs(cfg.hydra.launcher, varied.jobs)
     if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
         with tempfile.TemporaryDirectory() as own, sweep.noted_signals(JobFolder(Path(own))):
@@ -105,8 +110,23 @@ def _register_sweeper() -> None:
     Plugins.instance().register(OptunaSweeper)
 
 
+def _try_plugins(line: command_line.CommandLine, cfg: DictConfig, varied: sweep_check.Varied) -> None:
+    """Build the sweeper and the launcher once, before there is a folder: each judges its settings as it is built."""
+    with command_line.composing(line) as loader:
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        try:
+            sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=float, config=cfg)
+        except Exception as error:  # whatever a plugin takes for wrong
+            key = re.search(r"full_key: (\S+)", str(error))
+            raise ConfigError(
+                f"{key[1] if key else 'hydra'}: {mistakes.condense(error)}; correct it, or leave it out"
+            ) from error
+        if hasattr(sweeper, "check"):  # ours
+            sweeper.check(varied.overrides)
+
+
 def _without_end(cfg: DictConfig, line: command_line.CommandLine) -> list[str]:
     """Submitit ends jobs after an hour where nobody says otherwise: on this machine that would be a surprise."""
     is_local = str(cfg.hydra.launcher._target_).endswith("submitit_launcher.LocalLauncher")
-    is_typed = any("hydra.launcher.timeout_min=" in text for text in line.overrides)
+    is_typed = "hydra.launcher.timeout_min" in grammar.keys(line.overrides)
     return [f"hydra.launcher.timeout_min={60 * 24 * 365}"] if is_local and not is_typed else []

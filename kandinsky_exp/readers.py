@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kandinsky_exp import processes
-from kandinsky_exp.data import sources, tally
+from kandinsky_exp.data import cache, sources, tally
 from kandinsky_exp.data.checks import find_bad
 from kandinsky_exp.data.cut import cut_captions
 from kandinsky_exp.data.digests import FileDigests
@@ -259,10 +259,12 @@ class _Opener:
         if self.settings.by_row:
             return None
         found = processes.on_main_process(lambda: whole.dataset.pictures(whole.source))
-        if found is None:
+        if found is None and isinstance(whole.dataset, CachedFeatures):
+            table = whole.dataset.table.folder
             self.notes.append(
                 f"{whole.source.name} was encoded by an earlier version, which did not tell pictures apart: rows of "
-                "one picture may both train and be held out; kandinsky-exp encode remove= its table to have that mended"
+                "one picture may both train and be held out; to have that mended, remove its table: "
+                f"{cache.command(table, f'remove={table.name}')}"
             )
         return found
 

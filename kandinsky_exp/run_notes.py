@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from kandinsky_exp import redaction
+from kandinsky_exp import grammar, redaction
 from kandinsky_exp.mlflow_names import value_text
 
 NOTE = "mlflow.note.content"  # the tag that MLflow's UI shows as a run's description, in Markdown
@@ -35,8 +35,12 @@ def command() -> str | None:
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     if settings.mode == RunMode.MULTIRUN:
-        overrides = [text for text in overrides if not text.startswith(("name=", "sweep.trial="))]
-    if any(text.startswith("sweep=") for text in overrides):  # it may set more than what varies
+        overrides = [text for text in overrides if not grammar.keys([text]) & {"name", "sweep.trial"}]
+    of_hydra = list(settings.overrides.hydra)
+    overrides += [text for text in of_hydra if "hydra.searchpath" in grammar.keys([text])]
+    # One of its files makes a sweep of it. Where nobody says a mode, Hydra does, behind all that was typed.
+    said = grammar.keys(of_hydra if settings.mode == RunMode.MULTIRUN else of_hydra[:-1])
+    if ("hydra.mode" not in said) == (settings.mode == RunMode.MULTIRUN):
         overrides.append("hydra.mode=RUN")
     folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
     words = ["kandinsky-exp", str(settings.job.config_name), *(f"--config-dir={folder}" for folder in folders)]

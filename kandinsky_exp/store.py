@@ -170,7 +170,7 @@ def explained(uri: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or is_own_mistake(error):
             raise
-        if (problem := store_schema.problem_of(error)) is not None:
+        if (problem := store_schema.problem_of(error, masked(uri))) is not None:
             raise TrackingError(f"tracker.uri: {masked(uri)} {problem}.") from error
         raise TrackingError(f"tracker.uri: {masked(uri)} cannot be used: {reason(error)}. {_advice(error)}") from error
 

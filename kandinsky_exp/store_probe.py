@@ -40,7 +40,7 @@ def probe(uri: str, timeout: float = 5.0) -> bool:
         _within(timeout, uri, lambda: _probe_server(uri, timeout))
     elif kind in PROBES:
         revision = _within(timeout, uri, lambda: PROBES[kind](uri, timeout))
-        if revision != UNREAD and (problem := store_schema.problem(revision)) is not None:
+        if revision != UNREAD and (problem := store_schema.problem(revision, masked(uri))) is not None:
             raise TrackingError(f"tracker.uri: {masked(uri)} {problem}.")
         return revision is not None
     return True

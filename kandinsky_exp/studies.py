@@ -1,10 +1,15 @@
-"""Where Optuna keeps a study: in a journal in the sweep's folder, or in a data base."""
+"""Optuna's study: in a journal in the sweep's folder, or in a data base; and what of an earlier start has to agree."""
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
 
 MISSING = 'hydra/sweeper: optuna is not installed; pip install "kandinsky-exp[sweep]"'
@@ -14,17 +19,66 @@ def storage(place: str) -> "BaseStorage":
     """The storage at a data base's URL, or in a journal file, which parallel jobs may share over a network's disk too.
 
     Raises:
-        ConfigError: Optuna is not installed, or the data base cannot be used.
+        ConfigError: Optuna is not installed, or the place cannot be used.
     """
     try:
         import optuna
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
         raise ConfigError(MISSING) from error
+    if problem := place_problem(place):
+        raise ConfigError(problem)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if "://" not in place:
-        return optuna.storages.JournalStorage(JournalFileBackend(place))
     try:
-        return optuna.storages.RDBStorage(place)
-    except Exception as error:  # a driver, a server or a schema: whatever it is
-        raise ConfigError(f"hydra.sweeper.storage: cannot be used ({error}); correct it, or leave it out") from error
+        if "://" in place:
+            return optuna.storages.RDBStorage(place)
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.JournalStorage(JournalFileBackend(place))
+    except Exception as error:  # a driver, a server, a schema or a disk: whatever it is
+        raise ConfigError(
+            f"hydra.sweeper.storage: cannot be used ({first_line(error)}); correct it, or leave it out"
+        ) from error
+
+
+def place_problem(place: str) -> str | None:
+    """What is wrong with a place, before anything is made there."""
+    path = Path(place)
+    if "://" in place or path.is_file():
+        return None
+    if path.is_dir():
+        return f"hydra.sweeper.storage: {place} is a folder; give a file in it, {place}/study.journal"
+    if re.match(r"\w{2,}:", place) or (path.name == place and not path.suffix):
+        return (
+            f"hydra.sweeper.storage: {place} is no data base's URL, and a journal needs an ending or a folder; write "
+            "sqlite:///studies.db or studies/my.journal, or leave it out"
+        )
+    return None
+
+
+def begun(place: str, name: str) -> "optuna.Study | None":
+    """The study that an earlier start has made; where there is none, nothing is made."""
+    if "://" not in place and not Path(place).is_file():
+        return None
+    found = storage(place)
+    import optuna
+
+    try:
+        return optuna.load_study(study_name=name, storage=found)
+    except KeyError:
+        return None
+
+
+def differences(study: "optuna.Study", direction: str, space: "Mapping[str, BaseDistribution]") -> list[str]:
+    """What this start cannot go on with, as `key: ...` messages."""
+    from optuna.distributions import check_distribution_compatibility
+
+    before, problems = study.direction.name.lower(), {}
+    if before != direction:
+        problems["hydra.sweeper.direction"] = f"the study began with {before}; keep that, or choose another name"
+    for trial in study.get_trials(deepcopy=False):
+        for key in trial.distributions.keys() & space.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[key], space[key])
+            except ValueError:
+                problems[key] = "the study began with other values, and cannot change them; choose another name"
+    return [f"{key}: {problem}" for key, problem in problems.items()]

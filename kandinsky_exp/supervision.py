@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import config, devices, job_records, recorded_paths, workspace
+from kandinsky_exp import config, devices, grammar, job_records, recorded_paths, workspace
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.job_process import Answer, Call, Desk, Task, asked
 from kandinsky_exp.sweep_jobs import JobFolder, Outcome, job_name
@@ -69,16 +69,22 @@ def begun(jobs: JobFolder, cfg: DictConfig, settings: DictConfig, session: str) 
     changes = varied(settings)
     name = job_name({key: _chosen(cfg, key, text) for key, text in changes.items()})
     seconds, token = (0.0, None) if before is None else (before.seconds, before.token)
-    number = settings.job.num if cfg.sweep.trial is None else cfg.sweep.trial
+    number = settings.job.num
+    if cfg.sweep.trial is not None:  # a trial that draws what an earlier one has is that job again
+        number = cfg.sweep.trial if before is None else min(before.number, cfg.sweep.trial)
     return Outcome(int(number), folder, name, changes, seconds=seconds, session=session, token=token)
 
 
 def varied(settings: DictConfig) -> dict[str, str]:
     """{dotted key: what was typed} of what tells this job from the others."""
     fixed = {*settings.job.config.override_dirname.exclude_keys, "sweep.trial"}
-    pairs = (text.partition("=") for text in settings.overrides.task)
-    named = {key.lstrip("+~"): value for key, _, value in pairs}
-    return {key: value for key, value in named.items() if key not in fixed}
+    return {
+        override.key_or_group if override.package is None else f"{override.key_or_group}@{override.package}": (
+            override.get_value_string()
+        )
+        for override in grammar.readable(settings.overrides.task)
+        if override.key_or_group not in fixed and not override.is_delete()
+    }
 
 
 def _chosen(cfg: DictConfig, key: str, text: str) -> Any:

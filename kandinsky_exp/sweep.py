@@ -17,7 +17,7 @@ from types import FrameType
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from kandinsky_exp import job_records, store, tracking, workspace
+from kandinsky_exp import job_records, paths, redaction, store, tracking, workspace
 from kandinsky_exp.errors import ConfigError, Interrupted
 from kandinsky_exp.mlflow_names import reason, short_names
 from kandinsky_exp.sweep_jobs import JobFolder, Outcome
@@ -176,7 +176,11 @@ def report(cfg: DictConfig, started: Session) -> None:
         page = write_report(client, run_ids, started.folder / "report", f"Sweep {started.folder.name}", parent)
         print(page, flush=True)
     except Exception as error:
-        logger.warning("the report was not written (%s); kandinsky-exp compare sweep=%s", reason(error), started.folder)
+        words = [paths.setting("sweep", started.folder), paths.setting("output_root", started.folder.parent)]
+        if cfg.tracker.uri is not None:
+            words.append(paths.setting("tracker.uri", redaction.masked(cfg.tracker.uri)))
+        command = f"kandinsky-exp compare {' '.join(words)}"
+        logger.warning("the report was not written (%s); once that is mended: %s", reason(error), command)
 
 
 def rows(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:

@@ -4,19 +4,37 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra import compose
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp import command_line, config
+from kandinsky_exp import command_line, config, devices, grammar, mistakes
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.fitting import misfit
+from kandinsky_exp.rules import Count, Rule, Seed, Text
 
 MOST_VALUES = 50  # that are checked before a sweep starts: each takes a tenth of a second
+MOST_LISTED = 1000  # that are looked through for what is there twice
+ON_THIS_MACHINE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
+# Settings of Hydra's plugins, which judge them late or not at all.
+PLUGINS: dict[str, dict[str, Any]] = {
+    "sweeper": {
+        "n_trials": Count,
+        "n_jobs": Count,
+        "direction": Literal["minimize", "maximize"],
+        "seed": Seed | None,
+        "study_name": Text,
+        "storage": Text,
+        "max_batch_size": Count | None,
+        "params": dict[str, Any] | None,
+    },
+    "launcher": {"n_jobs": Annotated[int, Rule(lambda count: count != 0, "other than 0 (-1: all cores)")]},
+}
 OWN_PLACE = "the jobs of a sweep share it, and are named by what they vary"
 # What jobs share cannot be different in each of them.
 SHARED = {
@@ -24,7 +42,7 @@ SHARED = {
     "output_root": f"{OWN_PLACE}; give one folder",
     "tracker": "one store records the whole sweep; give one",
     "sweep": "it is of the sweep, not of a job; give one value",
-    "hub": "all jobs would go to one repository; push the best one later, kandinsky-exp push run=...",
+    "hub": "all jobs would go to one repository; leave it out, and push the best one later (kandinsky-exp push --help)",
     "checkpoint.resume": "it is of the whole sweep; give one value",
 }
 
@@ -43,11 +61,29 @@ class Varied:
 
 
 def composed(verb: str, line: command_line.CommandLine) -> DictConfig:
-    """The config that a sweep's jobs start from, with Hydra's own section."""
-    GlobalHydra.instance().clear()
-    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        return loader.load_configuration(verb, [*line.search_path, *line.overrides], run_mode=RunMode.MULTIRUN)
+    """The config that a sweep's jobs start from, with Hydra's own section.
+
+    Raises:
+        ConfigError: it cannot be composed.
+    """
+    with command_line.composing(line) as loader:
+        try:
+            cfg = loader.load_configuration(verb, line.overrides, run_mode=RunMode.MULTIRUN)
+        except HydraException as error:
+            raise mistakes.explain(error, verb, line) from error
+    if found := [*_wrong_settings(cfg)]:
+        raise ConfigError(found)
+    return cfg
+
+
+def _wrong_settings(cfg: DictConfig) -> Iterator[str]:
+    for plugin, settings in PLUGINS.items():
+        node = cfg.hydra[plugin]
+        for name, annotation in settings.items():
+            if name not in node or (name == "seed" and OmegaConf.is_interpolation(node, name)):
+                continue  # what is taken from a setting of the run is judged there
+            if problem := misfit(_listed(node[name]), annotation):
+                yield f"hydra.{plugin}.{name}: {problem}"
 
 
 def checked(verb: str, line: command_line.CommandLine, cfg: DictConfig) -> Varied:
@@ -60,21 +96,28 @@ def checked(verb: str, line: command_line.CommandLine, cfg: DictConfig) -> Varie
         ConfigError: all that is wrong with it, and with each single value.
     """
     texts = sweeper_texts(cfg)
-    if texts and (found := command_line.find_problems(verb, replace(line, overrides=[*line.overrides, *texts]))):
+    if texts and (found := mistakes.find_problems(verb, replace(line, overrides=[*line.overrides, *texts]))):
         raise ConfigError(found)
-    several = varied(cfg, line.overrides)
-    if found := [*problems(cfg, several)]:
-        raise ConfigError(found)
-    parser = OverridesParser.create()
-    fixed = [text for text in line.overrides if not parser.parse_override(text).is_sweep_override()]
-    wrong: dict[str, None] = {}
-    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        for values in single_values(several, MOST_VALUES):
-            job = compose(verb, [*line.search_path, *fixed, *values])
-            wrong.update(dict.fromkeys(config.problems(job, trusted=line.trusted, quick=True)))
+    with command_line.composing(line) as loader:
+        several = varied(cfg, line.overrides, loader)
+        if found := [*problems(cfg, several)]:
+            raise ConfigError(found)
+        fixed = [text for text in line.overrides if not grammar.read(text).is_sweep_override()]
+        wrong: dict[str, None] = {}
+        for single in single_values(several, MOST_VALUES):
+            wrong.update(dict.fromkeys(_of_job(verb, replace(line, overrides=[*fixed, *single]))))
     if wrong:
         raise ConfigError(list(wrong))
     return several
+
+
+def _of_job(verb: str, job: command_line.CommandLine) -> list[str]:
+    """What is wrong with one job."""
+    try:
+        cfg = compose(verb, job.overrides)
+    except HydraException as error:
+        return mistakes.explain(error, verb, job).problems
+    return config.problems(cfg, trusted=job.trusted, quick=True)
 
 
 def sweep_dir(folder: str | Path) -> str:
@@ -83,27 +126,20 @@ def sweep_dir(folder: str | Path) -> str:
     return f"hydra.sweep.dir='{text}'"
 
 
-def varied(cfg: DictConfig, typed: list[str]) -> Varied:
+def varied(cfg: DictConfig, typed: list[str], loader: ConfigLoader) -> Varied:
     """Read what varies from what was typed and from `hydra.sweeper.params`, over which the former goes.
 
     Args:
         cfg: the composed root config of the sweep, with Hydra's section.
+        loader: knows the files of a group.
     """
-    parser = OverridesParser.create()
     chosen: dict[str, Override] = {}
     for text in [*sweeper_texts(cfg), *typed]:
-        override = parser.parse_override(text)
+        override = grammar.read(text, loader)
         chosen[override.get_key_element()] = override
     several = {key: override for key, override in chosen.items() if override.is_sweep_override()}
     trials = cfg.hydra.sweeper.get("n_trials")
-    if trials is not None:
-        return Varied(several, int(trials))
-    return Varied(several, math.prod(len(values(override)) for override in several.values()))
-
-
-def values(override: Override) -> list[str]:
-    """The single values of a sweep override; none of an interval, which has no end of them."""
-    return [*override.sweep_string_iterator()] if override.is_discrete_sweep() else []
+    return Varied(several, trials or math.prod(grammar.count(override) or 1 for override in several.values()))
 
 
 def problems(cfg: DictConfig, found: Varied) -> Iterator[str]:
@@ -112,14 +148,18 @@ def problems(cfg: DictConfig, found: Varied) -> Iterator[str]:
         yield "--multirun: nothing varies; give a setting several values, optimizer.lr=1e-5,3e-5, or choose sweep=lr"
     optimizes = "n_trials" in cfg.hydra.sweeper
     for key, override in found.overrides.items():
-        if (reason := _shared(key)) is not None:
+        if (reason := _shared(override.key_or_group)) is not None:
             yield f"{key}: {reason}"
-        single = values(override)
-        if not single and not optimizes:
+        if grammar.count(override) is None and not optimizes:
             yield f"{key}: an interval has no end of values; take hydra/sweeper=optuna, or list some"
+        single = grammar.values(override, MOST_LISTED)
         twice = sorted({value for value in single if single.count(value) > 1})
         if twice:
             yield f"{key}: {', '.join(twice)} is there more than once; each job has a folder of its own"
+    if str(cfg.hydra.launcher._target_).rpartition(".")[2] in ON_THIS_MACHINE and (
+        problem := devices.problem(_listed(cfg.sweep.devices))
+    ):
+        yield f"sweep.devices: {problem}"
     most = cfg.sweep.max_jobs
     if found.jobs > most:
         yield (
@@ -128,17 +168,21 @@ def problems(cfg: DictConfig, found: Varied) -> Iterator[str]:
         )
 
 
+def _listed(node: Any) -> Any:
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+
+
 def _shared(key: str) -> str | None:
-    plain = key.lstrip("+").replace("/", ".")
+    plain = key.replace("/", ".")
     return next((why for part, why in SHARED.items() if plain == part or plain.startswith(f"{part}.")), None)
 
 
 def single_values(found: Varied, limit: int) -> Iterator[list[str]]:
     """Overrides that try each value once, beside the first of all others: no product, and `limit` at most."""
-    firsts = {key: single[0] for key, override in found.overrides.items() if (single := values(override))}
+    firsts = {key: single[0] for key, override in found.overrides.items() if (single := grammar.values(override, 1))}
     count = 0
     for key, override in found.overrides.items():
-        for value in values(override):
+        for value in grammar.values(override, limit):
             if count == limit:
                 return
             count += 1

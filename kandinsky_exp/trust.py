@@ -166,12 +166,12 @@ def _class(name: str) -> type:
 # --- Hydra's own section, which Hydra acts on before our code runs
 
 
-def hydra_problems(section: dict[str, Any], typed: Collection[str], overrides: Collection[str]) -> list[str]:
+def hydra_problems(section: dict[str, Any], typed: Collection[str], keys: Collection[str]) -> list[str]:
     """What is wrong with a composed `hydra` section, as `key: ...` messages.
 
     Args:
         typed: modules that the user trusts.
-        overrides: as they were typed.
+        keys: that were typed.
     """
     allowed = (*OF_HYDRA, *typed)
     found = [
@@ -185,7 +185,7 @@ def hydra_problems(section: dict[str, Any], typed: Collection[str], overrides: C
                 found.append(f"{key}: {value!r:.200} is no handler or formatter of logging; name one that is")
     settings = section.get("job", {}).get("env_set") or {}
     for name in settings:
-        if not TUNING.fullmatch(str(name)) and not any(f"env_set.{name}=" in text for text in overrides):
+        if not TUNING.fullmatch(str(name)) and f"hydra.job.env_set.{name}" not in keys:
             found.append(f"hydra.job.env_set.{name}: is not for a file to set; export it, or type it")
     return found
 

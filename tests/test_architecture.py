@@ -88,9 +88,10 @@ OWN_IMPORTS = {
     "report": {"album", "comparison", "mlflow_names", "report_html", "report_png", "store", "workspace"},
     "integrity": {"errors"},
     "state_file": set(),
+    "grammar": set(),
     "cli": {
-        *("command_line", "config", "errors", "job_process", "launch_environment", "launching", "redaction"),
-        *("terminal", "trust"),
+        *("command_line", "config", "errors", "grammar", "job_process", "launch_environment", "launching", "mistakes"),
+        *("redaction", "terminal", "trust"),
     },
     "terminal": set(),
     "run_log": {"errors", "redaction", "terminal"},
@@ -104,7 +105,7 @@ ENTRY_POINTS = {
 }
 KNOW_OMEGACONF = {
     *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
-    *("compare", "export", "forking", "locating", "memory_advice", "origins", "push"),
+    *("compare", "export", "forking", "locating", "memory_advice", "mistakes", "origins", "push"),
     *("plan", "phases", "rehearsal", "cheaper", "device_limits", "disk_need", "run_settings", "ui"),
     *("job_records", "launching", "job_process", "pruning", "supervision", "sweep", "sweep_check"),
 }

@@ -397,6 +397,21 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
     assert "no folder" in problems(f"checkpoint.resume={tmp_path / 'nowhere'}")[0]
 
 
+@pytest.mark.parametrize(
+    "name", ["cache", "generate", "export", "compare", "data", "evaluate", "mlartifacts", "mlflow.db", "Cache"]
+)
+def test_a_name_that_the_outputs_folder_needs(name: str, tmp_path: Path) -> None:
+    settings = [f"name={name}", f"output_root={tmp_path}"]
+    assert problems("data=emoji", "weights=tiny", *settings) == [
+        f"name: '{name}' is what all runs share in output_root; give another name"
+    ]
+    for begun in ("run.json", ".jobs/seed=1.json"):  # a run, or a sweep, from before
+        (file := tmp_path / name / begun).parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        assert problems("data=emoji", "weights=tiny", *settings) == []
+        file.unlink()
+
+
 def test_generate_wants_prompts() -> None:
     found = config.problems(composed("weights=tiny", verb="generate"))
     assert found == ["prompts: is empty; give a list, or a text file with one prompt per line"]

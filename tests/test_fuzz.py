@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from kandinsky_exp import cli, command_line, config, integrity, workspace
+from kandinsky_exp import cli, command_line, config, integrity, mistakes, workspace
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.splits import Splits
@@ -138,19 +138,19 @@ def explained(text: str, sweeps: bool) -> None:
     if line is not None:
         line = command_line.CommandLine(line.arguments, line.overrides, sweeps, False, None, ())
         with Quick():
-            error = command_line.explain(ValueError("it does not compose"), "train", line)
+            error = mistakes.explain(ValueError("it does not compose"), "train", line)
         assert isinstance(error, UserError)
         assert 0 < len(str(error)) < 2000
 
 
 def test_none_of_it_needs_torch() -> None:
     code = (
-        "import sys\nfrom kandinsky_exp import cli, command_line\n"
+        "import sys\nfrom kandinsky_exp import cli, command_line, mistakes\n"
         f"for text in {NASTY[2:6]!r}:\n"
         "    try: line = command_line.parse(['data=emoji', 'weights=tiny', text], cli.VERBS)\n"
         "    except command_line.ConfigError: continue\n"
         "    command_line.job_naming(line.overrides)\n"
-        "    command_line.explain(ValueError('no'), 'train', line)\n"
+        "    mistakes.explain(ValueError('no'), 'train', line)\n"
         "    assert 'torch' not in sys.modules, text\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

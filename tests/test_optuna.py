@@ -13,7 +13,12 @@ from test_sweep import LAUNCHERS, PRIOR, family, swept, wait
 
 optuna = pytest.importorskip("optuna", reason="LOUD: optuna is not installed")
 
-from kandinsky_exp import studies, sweep_jobs  # noqa: E402
+from optuna.distributions import CategoricalDistribution as Choice  # noqa: E402
+from optuna.distributions import FloatDistribution as Float  # noqa: E402
+from optuna.distributions import IntDistribution as Int  # noqa: E402
+
+from kandinsky_exp import cli, grammar, search_space, studies, sweep_jobs  # noqa: E402
+from kandinsky_exp.errors import ConfigError  # noqa: E402
 
 OPTUNA = ["hydra/sweeper=optuna"]
 # Jobs that cost next to nothing: their loss is a function of what varies.
@@ -149,3 +154,149 @@ def test_a_study_goes_on_with_the_trial_that_was_stopped(tmp_path: Path) -> None
     assert "going on from" in log
     _, children = family(tmp_path, "s")
     assert len(children) == 2
+
+
+# --- what varies
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optimizer.lr=tag(log,interval(1e-6,1e-3))", Float(1e-6, 1e-3, log=True)),
+        ("model.condition_dropout=interval(0,1)", Float(0.0, 1.0)),
+        ("optimizer.lr=interval(0,1e-3)", Float(0.0, 1e-3)),  # the ends are never drawn
+        ("adapter.dropout=interval(0,1)", Float(0.0, 1.0)),
+        ("trainer.batch_size=interval(1,8)", Int(1, 8)),
+        ("adapter.rank=tag(log,interval(1.5,64.5))", Int(2, 64, log=True)),
+        ("+scheduler.mine=int(interval(1,8))", Int(1, 8)),
+        ("+scheduler.mine=interval(1,8)", Float(1.0, 8.0)),
+        ("seed=range(1,6,2)", Int(1, 5, step=2)),
+        ("seed=range(5,1,-1)", Int(2, 5)),
+        ("trainer.batch_size=tag(log,range(1,9))", Int(1, 8, log=True)),
+        ("optimizer.lr=range(0.5,2,0.5)", Float(0.5, 1.5, step=0.5)),
+        ("seed=shuffle(range(1,2))", Choice(["1"])),
+        ("model=prior,decoder", Choice(["prior", "decoder"])),
+    ],
+)
+def test_what_is_drawn(text: str, expected: object) -> None:
+    assert search_space.distribution(grammar.read(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("optimizer.lr=interval(1e-3,1e-6)", "optimizer.lr: interval(0.001,1e-06) has to begin below its end"),
+        ("optimizer.lr=interval(0,inf)", "has to begin below its end"),
+        ("optimizer.lr=tag(log,interval(0,1e-3))", "with the tag log it has to begin above 0, not at 0"),
+        ("seed=tag(log,range(0,9))", "with the tag log it has to begin above 0, not at 0"),
+        ("optimizer.lr=tag(lgo,interval(1e-6,1e-3))", "the tag lgo means nothing to Optuna"),
+        ("seed=tag(log,choice(1,2))", "single values are not drawn by their logarithm"),
+        ("seed=tag(log,range(1,9,2))", "Optuna draws by the logarithm without a step only"),
+        ("optimizer.lr=tag(log,range(0.1,0.5,0.1))", "Optuna draws fractions by the logarithm without a step only"),
+        ("seed=range(1,inf)", "has no end of values, or none"),
+        ("optimizer.lr=interval(-1,1e-3)", "has to be a number, above 0, not -1.0; an interval draws all that lies in"),
+        ("trainer.batch_size=interval(0,4)", "has to be a whole number, at least 1, not 0"),
+        ("trainer.batch_size=interval(1.2,1.6)", "there is no whole number in 1.2 to 1.6"),
+        ("data.resolution=interval(64,128)", "a multiple of 8, such as 512 or 768, not 65"),
+        ("data.flip=interval(0,1)", "has to be true or false"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(text: str, answer: str) -> None:
+    override = grammar.read(text)
+    with pytest.raises(ConfigError) as error:
+        search_space.space({override.key_or_group: override, "model": grammar.read("model=prior,decoder")})
+    (problem,) = error.value.problems
+    assert answer in problem
+
+
+WRONG = {
+    "n_trials=abc": "n_trials: has to be a whole number, at least 1, not 'abc'",
+    "n_trials=0": "n_trials: has to be a whole number, at least 1, not 0",
+    "n_jobs=x": "n_jobs: has to be a whole number, at least 1, not 'x'",
+    "n_jobs=0": "n_jobs: has to be a whole number, at least 1, not 0",
+    "direction=sideways": "direction: has to be one of minimize, maximize, not 'sideways'",
+    "seed=x": "seed: has to be a whole number, between 0 and 2^32 - 1, or null, not 'x'",
+}
+
+
+def refused(root: Path, capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """What is answered, in a line each, before there is a folder."""
+    typed = ["-m", *PRIOR, *OPTUNA, "tracker=none", f"output_root={root}/out", *words]
+    with pytest.raises(SystemExit) as end:
+        cli.main(typed)
+    assert end.value.code == 2
+    assert not (root / "out").exists()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+def test_wrong_settings_are_told_together(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for batch in ({"n_trials=abc", "n_jobs=x", "direction=sideways", "seed=x"}, {"n_trials=0", "n_jobs=0"}):
+        error = refused(tmp_path, capfd, "seed=1,2", *(f"hydra.sweeper.{text}" for text in batch))
+        assert all(f"  hydra.sweeper.{WRONG[text]}\n" in error for text in batch)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["hydra.sweeper.sampler.n_startup_trials=abc"], "hydra.sweeper.sampler: '<' not supported between"),
+        (["+hydra.sweeper.sampler.foo=1"], "hydra.sweeper.sampler: TPESampler.__init__() got an unexpected keyword"),
+        (
+            ["hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=-1"],
+            "hydra.sweeper.pruner: Error in call to target 'optuna.pruners._median.MedianPruner'",
+        ),
+        (["hydra.sweeper.storage=nonsense"], "hydra.sweeper.storage: nonsense is no data base's URL"),
+        (["optimizer.lr=interval(1e-3,1e-6)"], "optimizer.lr: interval(0.001,1e-06) has to begin below its end"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(
+    words: list[str], answer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(tmp_path, capfd, "seed=1,2", *words)
+    assert answer in error
+    assert error.count("\n") == 1
+
+
+def test_where_a_study_may_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("sqlite:///studies.db", "my.journal", "studies/mine", f"{tmp_path}/mine"):
+        assert studies.place_problem(place) is None
+    for place in ("nonsense", "sqlite:studies.db"):
+        assert "is no data base's URL" in str(studies.place_problem(place))
+    assert "is a folder" in str(studies.place_problem(str(tmp_path)))
+    Path("nonsense").touch()  # of an earlier start
+    assert studies.place_problem("nonsense") is None
+    with pytest.raises(ConfigError, match=r"hydra.sweeper.storage: cannot be used \(.*URL"):
+        studies.storage("no-such://host")
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_trial_that_draws_the_same_is_told_and_the_table_keeps_its_numbers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train_is("parabola", monkeypatch)
+    settings = [*OPTUNA, "hydra/sweeper/sampler=random", "tracker=none", "name=s", "trainer.batch_size=3,4"]
+    assert swept(tmp_path, *settings, "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3") == 0
+    drawn = [trial.params["trainer.batch_size"] for trial in study(tmp_path / "s").trials]
+    assert len(drawn) == 6
+    for number, value in enumerate(drawn):
+        first = drawn.index(value)
+        text = f"trial {number} draws what trial {first} has: trainer.batch_size={value}; one job counts for both"
+        assert (text in caplog.messages) == (first < number)
+    jobs = {job.varied["trainer.batch_size"]: job.number for job in sweep_jobs.JobFolder(tmp_path / "s").outcomes()}
+    assert jobs == {value: drawn.index(value) for value in drawn}
+    assert len({trial.value for trial in study(tmp_path / "s").trials}) == len(jobs)
+
+    # A later start cannot change what the study began with.
+    for word, answer in {
+        "hydra.sweeper.direction=maximize": "hydra.sweeper.direction: the study began with minimize",
+        "trainer.batch_size=3,5": "trainer.batch_size: the study began with other values, and cannot change them",
+    }.items():
+        assert swept(tmp_path, *settings, word, "hydra.sweeper.n_trials=7") == 2
+        assert answer in capfd.readouterr().err
+    assert len(study(tmp_path / "s").trials) == 6

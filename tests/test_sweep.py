@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from running import SMALL, client, prepare, runs
 
-from kandinsky_exp import cli, command_line, devices, mlflow_names, sweep, sweep_jobs, workspace
+from kandinsky_exp import cli, devices, mistakes, mlflow_names, sweep, sweep_jobs, workspace
 
 # A schedule whose jobs come to different ends, until they are mended.
 FAULTS = """
@@ -276,11 +276,18 @@ def wait(condition: Callable[[], bool]) -> None:
         (["seed=1,2", "hydra/launcher=dask"], "hydra/launcher: there is no hydra/launcher=dask"),
         (["hub.private=true,false"], "hub.private: all jobs would go to one repository"),
         (["tracker=none,mlflow"], "tracker: one store records the whole sweep"),
+        (["seed=1,2", "sweep.devices=[0,2]"], "sweep.devices: 0, 2 is not there, there is no GPU here"),
+        (["seed=1,2", "name=compare"], "name: 'compare' is what all runs share in output_root"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_makes_no_sense_is_refused(
-    overrides: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    overrides: list[str],
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit) as end:
         cli.main(["--multirun", *PRIOR, f"output_root={tmp_path}/out", *overrides])
     assert end.value.code == 2
@@ -318,7 +325,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
     assert swept(tmp_path, "hydra/sweeper=optuna", "seed=1,2", "tracker=none") == 2
     assert 'optuna is not installed; pip install "kandinsky-exp[sweep]"' in capfd.readouterr().err
     override = OverridesParser.create().parse_override("hydra/launcher=ray")
-    problem = command_line._wrong_option(override, ["basic"])  # all that Hydra brings
+    problem = mistakes._wrong_option(override, ["basic"])  # all that Hydra brings
     assert problem == 'hydra/launcher: ray is not installed; pip install "kandinsky-exp[ray]"'
 
 
@@ -425,6 +432,38 @@ def test_a_job_waits_for_a_gpu(tmp_path: Path) -> None:
     with devices.held("auto", 4, tmp_path, lambda: False) as share:
         timer.join()
         assert share == devices.Share({"CUDA_VISIBLE_DEVICES": "GPU-aaaa-test"})
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("named", "answer"),
+    [
+        ("auto", None),
+        (None, None),
+        ([0, 1], None),
+        (["GPU-aaaa-test", 1], None),
+        (["GPU-bb"], None),  # CUDA takes the beginning
+        (["MIG-1"], None),  # nvidia-smi does not list these
+        ([], "names no GPU"),
+        ([0, 2], "2 is not there, the GPUs here are GPU-aaaa-test, GPU-bbbb-test, 0, 1"),
+        ([-1], "-1 is not there"),
+        (["GPU-cc"], "GPU-cc is not there"),
+        ([1, 0, "1"], "1 is there more than once"),
+    ],
+)
+def test_gpus_that_are_named_are_looked_for(named: Any, answer: str | None) -> None:
+    problem = devices.problem(named)
+    assert problem is None if answer is None else answer in str(problem)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_that_are_hidden_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-bbbb-test")
+    assert devices.problem([3]) is None
+    assert devices.problem(["GPU-bbbb-test", "3"]) is None
+    assert "0 is not there, the GPUs here are 3, GPU-bbbb-test" in str(devices.problem([0]))
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")  # whoever set it shares out the devices
+    assert devices.problem([0]) is None
 
 
 def test_without_gpus_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,25 +7,26 @@ work with a current SQLAlchemy. Optuna itself is imported once it is used: Hydra
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from kandinsky_exp import studies
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp import grammar, search_space, studies
+from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.sweep_jobs import JobFolder, Outcome
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
 
 log = logging.getLogger(__name__)
 STARTED = "overrides"  # attribute of a trial: what its job was started with
@@ -70,13 +71,38 @@ class OptunaSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def check(self, varied: Mapping[str, Override]) -> None:
+        """Look at what would go wrong later, before there is a folder.
+
+        Args:
+            varied: what the sweep draws.
+
+        Raises:
+            ConfigError: all of it.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space = search_space.space(varied)
+        sampler, _ = self._sampler(space, 0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the sweep itself will warn
+                optuna.create_study(sampler=sampler).ask(space)
+        except Exception as error:  # whatever it takes for wrong, once it draws
+            raise ConfigError(f"hydra.sweeper.sampler: {first_line(error)}; correct it, or leave it out") from error
+        if problem := studies.place_problem(self.storage):
+            raise ConfigError(problem)
+        study = studies.begun(self.storage, self.study_name)
+        if study is not None and (found := studies.differences(study, self.direction, space)):
+            raise ConfigError(found)
+
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until the study has as many as it should, beginning with those that were interrupted."""
-        parser = OverridesParser.create(self.loader)
         texts = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        chosen = {override.get_key_element(): override for override in parser.parse_overrides(texts)}
+        chosen = {override.get_key_element(): override for override in (grammar.read(t, self.loader) for t in texts)}
         fixed = [str(override.input_line) for override in chosen.values() if not override.is_sweep_override()]
-        space = {key: distribution(item) for key, item in chosen.items() if item.is_sweep_override()}
+        space = search_space.space({key: item for key, item in chosen.items() if item.is_sweep_override()})
         self.sweep_dir.mkdir(parents=True, exist_ok=True)
         study = self._study(space)
         jobs = JobFolder(self.sweep_dir)
@@ -87,14 +113,18 @@ class OptunaSweeper(Sweeper):
             batch = [waiting.pop(0) if waiting else self._ask(study, space) for _ in range(wanted)]
             if not batch:
                 return
-            overrides = [[*fixed, *trial.user_attrs[STARTED], f"sweep.trial={trial.number}"] for trial in batch]
+            # Two jobs of the same values would share a folder: one runs for both.
+            alike = {values: [*trials] for values, trials in itertools.groupby(sorted(batch, key=drawn), drawn)}
+            overrides = [[*fixed, *values, f"sweep.trial={trials[0].number}"] for values, trials in alike.items()]
+            tell_repeats(study, batch)
             self.validate_batch_is_legal(overrides)
             assert self.launcher is not None
             returned = self.launcher.launch(overrides, initial_job_idx=started)
-            started += len(batch)
-            for trial, job in zip(batch, returned, strict=True):
+            started += len(alike)
+            for trials, job in zip(alike.values(), returned, strict=True):
                 folder = str(job.hydra_cfg.hydra.sweep.subdir) if job.hydra_cfg is not None else ""
-                tell(study, trial, jobs.read(folder), job.return_value, is_stopped=bool(jobs.signals()))
+                for trial in trials:
+                    tell(study, trial, jobs.read(folder), job.return_value, is_stopped=bool(jobs.signals()))
 
     def _study(self, space: "dict[str, BaseDistribution]") -> "optuna.Study":
         place = studies.storage(self.storage)
@@ -103,17 +133,32 @@ class OptunaSweeper(Sweeper):
         study = optuna.create_study(
             storage=place, study_name=self.study_name, direction=self.direction, load_if_exists=True
         )
-        if not callable(self.sampler):
-            study.sampler = self.sampler
-        elif self.sampler.func is optuna.samplers.GridSampler:  # it works in Optuna's own loop only
-            grid = [grid_values(key, values) for key, values in space.items()]
-            self.n_trials = min(self.n_trials, math.prod(map(len, grid)))
-            for values in itertools.product(*grid):
-                study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
-        else:
-            # A study that goes on would draw its first values once more with the same seed.
-            study.sampler = self.sampler(seed=None if self.seed is None else self.seed + begun(study))
+        # A study that goes on would draw its first values once more with the same seed.
+        sampler, grid = self._sampler(space, begun(study))
+        if sampler is not None:
+            study.sampler = sampler
+            return study
+        self.n_trials = min(self.n_trials, math.prod(map(len, grid)))
+        for values in itertools.product(*grid):
+            study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
         return study
+
+    def _sampler(self, space: "dict[str, BaseDistribution]", drawn: int) -> "tuple[BaseSampler | None, list[Any]]":
+        """(the sampler, nothing), or (None, all values of each setting): Optuna's grid works in its own loop only.
+
+        Args:
+            drawn: trials that there are already.
+        """
+        import optuna
+
+        if not callable(self.sampler):
+            return self.sampler, []
+        if self.sampler.func is optuna.samplers.GridSampler:
+            return None, [search_space.grid_values(key, values) for key, values in space.items()]
+        try:
+            return self.sampler(seed=None if self.seed is None else self.seed + drawn), []
+        except Exception as error:  # whatever it takes for wrong
+            raise ConfigError(f"hydra.sweeper.sampler: {first_line(error)}; correct it, or leave it out") from error
 
     def _ask(self, study: "optuna.Study", space: "dict[str, BaseDistribution]") -> "optuna.trial.FrozenTrial":
         trial = study.ask(space)
@@ -128,40 +173,20 @@ def begun(study: "optuna.Study") -> int:
     return sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
 
-def distribution(override: Override) -> "BaseDistribution":
-    """What an override draws from: choices, `range(a,b)`, `interval(a,b)`; `tag(log, …)` for orders of magnitude."""
-    from optuna import distributions
-
-    value = override.value()
-    is_log = "log" in getattr(value, "tags", ())
-    if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
-        if isinstance(value.start, int) and isinstance(value.end, int):
-            return distributions.IntDistribution(value.start, value.end, log=is_log)
-        return distributions.FloatDistribution(float(value.start), float(value.end), log=is_log)
-    if isinstance(value, RangeSweep) and not value.shuffle and not is_log:
-        values = [*value.range()]
-        if all(isinstance(number, int) for number in values):
-            return distributions.IntDistribution(int(values[0]), int(values[-1]), step=int(value.step))
-        return distributions.FloatDistribution(float(values[0]), float(values[-1]), step=float(value.step))
-    return distributions.CategoricalDistribution([*override.sweep_string_iterator()])
+def drawn(trial: "optuna.trial.FrozenTrial") -> tuple[str, ...]:
+    """What a trial's job is started with."""
+    return tuple(trial.user_attrs.get(STARTED, ()))
 
 
-def grid_values(key: str, values: "BaseDistribution") -> Sequence[Any]:
-    """All values of a distribution.
-
-    Raises:
-        ConfigError: there is no end of them.
-    """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(values, CategoricalDistribution):
-        return list(values.choices)
-    if isinstance(values, IntDistribution):
-        return list(range(values.low, values.high + 1, values.step))
-    if isinstance(values, FloatDistribution) and values.step is not None:
-        count = round((values.high - values.low) / values.step) + 1
-        return [values.low + number * values.step for number in range(count)]
-    raise ConfigError(f"{key}: a grid needs single values; give a list of them, or range(start,stop,step)")
+def tell_repeats(study: "optuna.Study", batch: "Sequence[optuna.trial.FrozenTrial]") -> None:
+    """Say which trials draw what another has drawn: of the jobs in one folder, what is finished is not run again."""
+    first: dict[tuple[str, ...], int] = {}
+    for trial in study.get_trials(deepcopy=False):
+        first.setdefault(drawn(trial), trial.number)
+    for trial in batch:
+        if (number := first[drawn(trial)]) < trial.number:
+            values = " ".join(drawn(trial))
+            log.warning("trial %d draws what trial %d has: %s; one job counts for both", trial.number, number, values)
 
 
 def left_over(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from kandinsky_exp import paths
 from kandinsky_exp.data.layout import IMAGES, META, PICTURE_RULES, PROGRESS
 from kandinsky_exp.data.progress import Log
 from kandinsky_exp.errors import ConfigError, DataError
@@ -111,12 +112,17 @@ def _about_disk(folder: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"output_root: the disk of {folder.parent} is full. What was encoded so far stays: make room and give the "
-            "same command again, or set output_root to another disk (kandinsky-exp encode list=true shows the caches)"
+            f"same command again, or set output_root to another disk, or remove tables ({command(folder)})"
         )
     return (
         f"output_root: encoded features cannot be written to {folder.parent} ({_reason(error)}); set output_root to a "
         "folder that can, or data.cache=false to train without them"
     )
+
+
+def command(folder: Path, what: str = "list=true") -> str:
+    """What to type about a table, or about all that lie beside it."""
+    return f"kandinsky-exp encode {what} {paths.setting('output_root', folder.parent.parent)}"
 
 
 def _reason(error: BaseException) -> str:
@@ -138,7 +144,7 @@ def refuse_if_no_room(folder: Path, needed: int) -> None:
         raise DataError(
             f"output_root: the encoded features need {needed / 1e9:,.2f} GB and the disk of {folder.parent} has "
             f"{free / 1e9:,.2f} GB left; set output_root to a larger disk, data.max_samples or data.cache_dtype=fp16, "
-            "or remove old ones (kandinsky-exp encode list=true)"
+            f"or remove old ones ({command(folder)})"
         )
 
 
