@@ -1,0 +1,135 @@
+"""What encoding at true size takes of the memory, planned and measured: LoRA in bf16, 512 px, on the CPU, a run a stage.
+
+    python tests/bench/true_size.py FOLDER [prior] [decoder] [--images 6]
+
+FOLDER takes fp16 weights of random numbers, 10 GB, which stay there for the next time. 16 GB of memory have to be free.
+Of each run: the peak of the process until everything is encoded, and until it ends after one step. Pages of files that
+are mapped while weights are read count as its own, and the system drops them where memory is short; so its anonymous
+memory stands beside it, measured every 10 ms, and the plan without these pages.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import planned
+from networks import BENCH
+
+from kandinsky_exp import host_memory
+
+sys.path.append(str(Path(__file__).parents[1]))
+import hollow
+
+TRUE_SIZE = BENCH / "kandinsky22"
+NEEDED = 16e9  # bytes
+LIMIT = 0.1
+RUN = ["precision=bf16", "adapter=lora", "data=emoji", "data.resolution=512", "trainer.max_steps=1", "tracker=none"]
+ENCODES = ("loading", "encoding")
+
+
+# --- weights
+
+
+def write_weights(folder: Path) -> list[str]:
+    """Both pipelines, complete or not at all; the settings that name them."""
+    if not folder.is_dir():
+        aside = folder.with_name(f"{folder.name}.part")
+        hollow.write(TRUE_SIZE, aside, "F16")
+        for file in sorted(aside.rglob("*.safetensors")):
+            print(f"writing {file.parent.name}", flush=True)
+            fill(file)
+        aside.rename(folder)
+    return [f"weights.{side}={folder / side}" for side in ("prior", "decoder")]
+
+
+def fill(file: Path) -> None:
+    """Random numbers that a picture gets through: norms do nothing, matrices keep the size of what they multiply."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    content, random = np.memmap(file, np.float16, "r+", offset=8 + length), np.random.default_rng(2022)
+    for name, entry in header.items():
+        start, end = (place // 2 for place in entry["data_offsets"])
+        if len(entry["shape"]) < 2 or name.startswith("clip_"):
+            content[start:end] = name == "clip_std" or ("norm" in name and name.endswith("weight"))
+        else:
+            std = np.prod(entry["shape"][1:]) ** -0.5
+            for first in range(start, end, 1 << 24):  # not all of it in memory at once
+                part = content[first : min(end, first + (1 << 24))]
+                part[:] = random.standard_normal(len(part), np.float32) * std
+    content.flush()
+
+
+# --- a plan and its run
+
+
+def plan(words: list[str]) -> dict[str, tuple[float, float]]:
+    """(GB, GB without mapped files) of each phase."""
+    text = subprocess.run(planned.command("plan", *words), check=True, capture_output=True, text=True).stdout
+    names = re.search(r"^GB +(.*)$", text, re.MULTILINE)[1].split()
+    rows = {
+        title: [float(cell.replace("–", "0")) for cell in found[1].split()]
+        for title in ("mapped files", "together")
+        if (found := re.search(rf"^{title} +(.*)$", text, re.MULTILINE))
+    }
+    together, mapped = rows["together"], rows.get("mapped files", [0.0] * len(names))
+    return {name: (whole, whole - files) for name, whole, files in zip(names, together, mapped, strict=True)}
+
+
+def run(words: list[str], root: Path) -> list[tuple[float, float]]:
+    """(GB at most, GB of anonymous memory at most), until everything is encoded and until the end."""
+    with (root / "log.txt").open("w") as log:
+        process = subprocess.Popen(planned.command("train", *words), stdout=log, stderr=log)
+    encoded, peak, anonymous = None, 0.0, 0.0
+    while process.poll() is None:
+        status = dict(re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.M))
+        if len(status) == 2:
+            peak = int(status["VmHWM"]) * 1024 / 1e9
+            anonymous = max(anonymous, int(status["RssAnon"]) * 1024 / 1e9)
+        if encoded is None and any(root.glob("cache/t*/meta.json")):
+            encoded = peak, anonymous
+        time.sleep(0.01)
+    assert process.returncode == 0, (root / "log.txt").read_text()
+    assert encoded is not None
+    return [encoded, (peak, anonymous)]
+
+
+def compare(stage: str, words: list[str], root: Path) -> bool:
+    """Prints the lines of a stage; whether all are within the limit."""
+    root.mkdir(parents=True, exist_ok=True)
+    words = [*words, f"model={stage}", f"output_root={root}"]
+    phases = plan(words)
+    encoding, whole = run(words, root)
+    good = True
+    for what, names, found in (("encoding", ENCODES, encoding), ("whole run", tuple(phases), whole)):
+        for kind, place in (("", 0), (", anonymous", 1)):
+            said = max(phases[name][place] for name in names)
+            good = good and abs(said / found[place] - 1) <= LIMIT
+            print(f"{stage + ', ' + what + kind:<36}{said:>9.2f}{found[place]:>10.2f}{said / found[place] - 1:>+8.0%}")
+    sys.stdout.flush()
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("stages", nargs="*", default=["prior", "decoder"])
+    parser.add_argument("--images", type=int, default=6)
+    arguments = parser.parse_args()
+    if host_memory.available() < NEEDED:
+        sys.exit(f"{NEEDED / 1e9:.0f} GB of memory have to be free, and {host_memory.available() / 1e9:.1f} are")
+    words = [*RUN, f"data.max_samples={arguments.images}", *write_weights(arguments.folder / "weights")]
+    print(f"{'GB':<36}{'planned':>9}{'measured':>10}")
+    roots = {stage: arguments.folder / f"{stage}-{os.getpid()}" for stage in arguments.stages}
+    if not all([compare(stage, words, root) for stage, root in roots.items()]):
+        sys.exit(f"not within {LIMIT:.0%}")
+
+
+if __name__ == "__main__":
+    main()
