@@ -9,7 +9,6 @@ memory stands beside it, measured every 10 ms, and the plan without these pages.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -17,53 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import filled
 import planned
-from networks import BENCH
+from networks import TRUE_SIZE
 
 from kandinsky_exp import host_memory
 
-sys.path.append(str(Path(__file__).parents[1]))
-import hollow
-
-TRUE_SIZE = BENCH / "kandinsky22"
 NEEDED = 16e9  # bytes
 LIMIT = 0.1
 RUN = ["precision=bf16", "adapter=lora", "data=emoji", "data.resolution=512", "trainer.max_steps=1", "tracker=none"]
 ENCODES = ("loading", "encoding")
-
-
-# --- weights
-
-
-def write_weights(folder: Path) -> list[str]:
-    """Both pipelines, complete or not at all; the settings that name them."""
-    if not folder.is_dir():
-        aside = folder.with_name(f"{folder.name}.part")
-        hollow.write(TRUE_SIZE, aside, "F16")
-        for file in sorted(aside.rglob("*.safetensors")):
-            print(f"writing {file.parent.name}", flush=True)
-            fill(file)
-        aside.rename(folder)
-    return [f"weights.{side}={folder / side}" for side in ("prior", "decoder")]
-
-
-def fill(file: Path) -> None:
-    """Random numbers that a picture gets through: norms do nothing, matrices keep the size of what they multiply."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    content, random = np.memmap(file, np.float16, "r+", offset=8 + length), np.random.default_rng(2022)
-    for name, entry in header.items():
-        start, end = (place // 2 for place in entry["data_offsets"])
-        if len(entry["shape"]) < 2 or name.startswith("clip_"):
-            content[start:end] = name == "clip_std" or ("norm" in name and name.endswith("weight"))
-        else:
-            std = np.prod(entry["shape"][1:]) ** -0.5
-            for first in range(start, end, 1 << 24):  # not all of it in memory at once
-                part = content[first : min(end, first + (1 << 24))]
-                part[:] = random.standard_normal(len(part), np.float32) * std
-    content.flush()
 
 
 # --- a plan and its run
@@ -92,7 +54,7 @@ def run(words: list[str], root: Path) -> list[tuple[float, float]]:
         if len(status) == 2:
             peak = int(status["VmHWM"]) * 1024 / 1e9
             anonymous = max(anonymous, int(status["RssAnon"]) * 1024 / 1e9)
-        if encoded is None and any(root.glob("cache/t*/meta.json")):
+        if encoded is None and any(root.glob("cache/null-*.safetensors")):
             encoded = peak, anonymous
         time.sleep(0.01)
     assert process.returncode == 0, (root / "log.txt").read_text()
@@ -124,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if host_memory.available() < NEEDED:
         sys.exit(f"{NEEDED / 1e9:.0f} GB of memory have to be free, and {host_memory.available() / 1e9:.1f} are")
-    words = [*RUN, f"data.max_samples={arguments.images}", *write_weights(arguments.folder / "weights")]
+    words = [*RUN, f"data.max_samples={arguments.images}", *filled.settings(filled.write(TRUE_SIZE, arguments.folder / "weights"))]
     print(f"{'GB':<36}{'planned':>9}{'measured':>10}")
     roots = {stage: arguments.folder / f"{stage}-{os.getpid()}" for stage in arguments.stages}
     if not all([compare(stage, words, root) for stage, root in roots.items()]):
