@@ -45,4 +45,3 @@ def fill(file: Path) -> None:
             numbers = (block * math.prod(entry["shape"][1:]) ** -0.5).astype(np.float16)
             for first in range(start, end, len(numbers)):
                 content[first : min(end, first + len(numbers))] = numbers[: end - first]
-    content.flush()

@@ -113,7 +113,7 @@ def rows(quick: bool, published: bool) -> list[Row]:
 # --- the runner's step
 
 
-def settings(row: Row, plan: Plan, *overrides: str) -> Any:
+def settings(row: Row, plan: Plan, *overrides: str, verb: str = "train") -> Any:
     """The config of a run with this step."""
     words = [f"model={row.stage}", "weights=tiny", "data=emoji", f"data.resolution={row.resolution}", "precision=bf16"]
     words += [f"trainer.batch_size={row.batch}", "tracker=none", f"output_root={plan.work / 'outputs'}"]
@@ -122,7 +122,7 @@ def settings(row: Row, plan: Plan, *overrides: str) -> Any:
         "compiled": ["trainer.compile=true"],
         "online": ["data.cache=false"],
     }
-    return doors.compose([*words, *kinds.get(row.kind, []), *overrides])
+    return doors.compose([*words, *kinds.get(row.kind, []), *overrides], verb)
 
 
 @contextlib.contextmanager
