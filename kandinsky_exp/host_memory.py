@@ -31,7 +31,7 @@ def give_back_blocks(large: int) -> None:
     Measured with `LEAN`: a prior with checkpointed blocks took 1.25 GB instead of 2.26.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "mallopt"):
+    if library is not None and hasattr(library, "mallopt"):
         library.mallopt(MMAP_THRESHOLD, large)
         library.mallopt(TRIM_THRESHOLD, KEPT)
         library.malloc_trim(0)

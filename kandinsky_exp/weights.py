@@ -129,10 +129,10 @@ class Weights:
         """Some tensors of a part, in fp32, from its files alone: those of these names that it has."""
         from safetensors import safe_open
 
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for file in self.files(part):
             if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]  # untyped
+                with safe_open(file, "pt") as opened:
                     found |= {name: opened.get_tensor(name).float() for name in set(names) & set(opened.keys())}
         return found
 

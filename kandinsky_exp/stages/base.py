@@ -116,7 +116,7 @@ class DiffusionStage(ABC):
         """What trains; loaded when first asked for, which to encode is not."""
         return self.load_network()
 
-    @classmethod
+    @classmethod  # noqa: B027 - most stages have nothing to refuse
     def check_weights(cls, weights: Weights) -> None:
         """Refuse weights that cannot train, before anything loads.
 

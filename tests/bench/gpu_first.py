@@ -6,7 +6,7 @@
 1  90 s   tiny runs: both stages, bf16 and fp16, full with EMA and LoRA, cached and online; checkpoint and resume
 2  20 s   steps that wait for the device are errors; prefetched batches are those on the disk
 3  10 s   the prior's attention: which kernel takes it, and its time by mask and length
-4  120 s  true size: prior batch 64, decoder 512 px batch 8, 768 px batch 4; with `--reference` the published scripts too
+4  120 s  true size: prior batch 64, decoder 512 px batch 8, 768 px batch 4; with `--reference` the scripts too
 5  60 s   the decoder's step: memory format, GroupNorm in bf16, cudnn.benchmark, clipping folded into AdamW
 6  150 s  compiled prior, then compiled decoder
 7  60 s   planned memory and measured; MoVQ decoding; the stall of a checkpoint; the message for want of memory
@@ -221,9 +221,12 @@ def bf16_norm(self: nn.GroupNorm, value: Tensor) -> Tensor:
 def folded_clip(work: Work, row: gpu.Row) -> None:
     """The norm is taken as ever; fused AdamW divides the gradients by it while it reads them."""
     name = f"{row.name} folded clip"
-    with work.caught(name), gpu.runner(row, work.plan, lambda stage: None, "trainer.max_grad_norm=null") as (
-        training,
-        step,
+    with (
+        work.caught(name),
+        gpu.runner(row, work.plan, lambda stage: None, "trainer.max_grad_norm=null") as (
+            training,
+            step,
+        ),
     ):
         optimizer: Any = training.optimizer.optimizer
 

@@ -1,6 +1,7 @@
 """Item 2, the other side: the guide's script, as it is, in this process; what it reports to is all that is taken over.
 
-Where the library `datasets` is not installed, `stand_in/` reads the folder of pictures for it. Its learning rate, weight decay and the like are those of our runs; none of them has an influence on its speed.
+Its learning rate, weight decay and the like are those of our runs; none of them has an influence on its speed. Where
+the library `datasets` is not installed, `stand_in/` reads the folder of pictures for it.
 """
 
 import importlib.util
