@@ -194,7 +194,7 @@ def bytes_to_cast(files: Iterable[Path], dtype: str) -> int:
     Raises:
         ValueError, OSError: as `header`.
     """
-    found = (entry for file in files if file.suffix == ".safetensors" for entry in _entries(file).values())
+    found = (entry for file in files for entry in _entries(file).values())
     return sum(math.prod(shape) * BYTES.get(name, 1) for shape, name in found if TYPES.get(name) != dtype)
 
 

@@ -376,6 +376,7 @@ def limited(number: int, arguments: argparse.Namespace, work_folder: Path) -> No
         add(arguments.out, {"part": number, "what": "part", "problem": f"died of {child.exitcode}"})
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid or 0, signal.SIGKILL)
+    child.kill()  # where it was not yet the head of a group
     child.join()
     add(arguments.out, {"part": number, "what": "done", "seconds": time.monotonic() - since})
 
