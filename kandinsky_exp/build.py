@@ -71,6 +71,7 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
     for part in sorted(needed):
         parts.folder(part)
     notes = architectures.check(parts, needed)
+    cls.check_weights(parts)
     if cfg.adapter.name != "none":
         check_adapter(cfg, architectures.without_data(cls.part, parts.folder(cls.part)))
     if "movq" in {*cls.encoders, *also}:
@@ -148,10 +149,17 @@ def bare_stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
 
 
 def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
-    """The stage, with its network as it will train: adapter, attention, checkpointing."""
-    parts.base_precision = cfg.adapter.base_precision
+    """The stage, with its network as it will train."""
     made = bare_stage(cfg, parts)
-    if cfg.adapter.name != "none":
+    load_network(cfg, made)
+    return made
+
+
+def load_network(cfg: DictConfig, made: DiffusionStage) -> None:
+    """The stage's network as it will train: adapter, attention, checkpointing."""
+    made.weights.adapted = cfg.adapter.name != "none"
+    made.weights.base_precision = cfg.adapter.base_precision
+    if made.weights.adapted:
         # Loading may have drawn random numbers, or not, where a cache was warm: the adapter starts from the seed alone.
         set_seed(cfg.seed)
         attach(cfg, made.network, cfg.adapter.init)
@@ -160,7 +168,6 @@ def stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
         made.enable_gradient_checkpointing()
     if cfg.trainer.compile:
         made.network.compile()
-    return made
 
 
 def attach(cfg: DictConfig, network: torch.nn.Module, init: adapters.Init) -> None:

@@ -24,14 +24,17 @@ KEPT = 64 << 20  # bytes of small blocks that are kept for the next step, free a
 
 
 def give_back_blocks(large: int) -> None:
-    """Have blocks of `large` bytes and more given back at once, where the C library is glibc.
+    """Have blocks of `large` bytes and more given back at once, where the C library is glibc; and now what is free.
+
+    What encoders of true size leave between small blocks is up to 0.7 GB.
 
     Measured with `LEAN`: a prior with checkpointed blocks took 1.25 GB instead of 2.26.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, large)
-        mallopt(TRIM_THRESHOLD, KEPT)
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is not None and hasattr(library, "mallopt"):
+        library.mallopt(MMAP_THRESHOLD, large)
+        library.mallopt(TRIM_THRESHOLD, KEPT)
+        library.malloc_trim(0)
 
 
 def available() -> int:

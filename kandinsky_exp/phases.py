@@ -22,6 +22,10 @@ GAPS = 0.4
 MLFLOW = 100_000_000  # bytes that its client takes of the process, see the benchmarks of the README
 ROOM = 0.9  # of the free memory: a checkpoint's copy takes no more
 
+MAPPED = "mapped files"
+NOTHING = Peak(0, 0, 0)
+READ = ("frozen encoders", "trained weights", "frozen weights")  # of what is steady: there once the network is read
+
 Parts = dict[str, int]
 
 
@@ -35,6 +39,11 @@ class Phase:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        """Bytes that there has to be room for: the system drops what it can read from a file again."""
+        return self.total - self.parts.get(MAPPED, 0)
 
 
 @dataclass
@@ -66,6 +75,7 @@ class Phases:
     def phases(self) -> Iterator[Phase]:
         """Those that there has to be room for."""
         yield from self._drawing_class()
+        yield from self._loading()
         yield from self._encoding()
         yield from self._training()
         yield from self._validating()
@@ -73,7 +83,7 @@ class Phases:
 
     def needed(self) -> int:
         """Bytes of the largest that there has to be room for."""
-        return max(phase.total for phase in self.phases())
+        return max(phase.needed for phase in self.phases())
 
     def least(self) -> int:
         """Bytes that training needs whatever its activations are: known without a step."""
@@ -115,6 +125,12 @@ class Phases:
     def _parts(self, names: Iterable[str]) -> int:
         return sum(self.rehearsal.part(name)[1] for name in names)
 
+    def _mapped(self, *names: str) -> Parts:
+        """Pages of the files of a frozen part, while it is read in another type than theirs: of the largest."""
+        if not self.on_host:
+            return {}
+        return {MAPPED: max(self.rehearsal.mapped(name, self.cfg.precision.frozen_dtype) for name in names)}
+
     # --- the phases
 
     def _drawing_class(self) -> Iterator[Phase]:
@@ -131,7 +147,24 @@ class Phases:
                 for parts, some in scenes
                 for need in some
             ]
+            phases += [
+                Phase("class", self._base() | {"parts that draw": self._parts(parts)} | self._mapped(*parts))
+                for parts, _ in scenes
+            ]
             yield max(phases, key=lambda phase: phase.total)
+
+    def _loading(self) -> Iterator[Phase]:
+        """The part at which most is in the memory of the process: its file's pages beside it, what came before it."""
+        if not self.on_host:
+            return
+        made, base, held, phases = self.rehearsal, self._base(), 0, []
+        for part in self.stage.encoders if self.encodes else ():
+            held += made.part(part)[1]
+            phases.append(Phase("loading", base | {"frozen encoders": held} | self._mapped(part)))
+        steady = self._base() | {name: self.steady.get(name, 0) for name in READ}
+        dtype = "float32" if self.cfg.adapter.name == "none" else self.cfg.precision.frozen_dtype
+        phases.append(Phase("loading", steady | {MAPPED: made.mapped(self.stage.part, dtype)}))
+        yield max(phases, key=lambda phase: phase.total)
 
     def _encoding(self) -> Iterator[Phase]:
         if not (self.encodes and self.cfg.data.cache):
@@ -139,8 +172,6 @@ class Phases:
         made = self.rehearsal
         batch = build.encode_settings(self.cfg, made.device).batch_size
         parts = self._base() | {"frozen encoders": self._parts(self.stage.encoders)}
-        if self.on_host and self.cfg.adapter.name != "none":  # it was read to be frozen
-            parts["frozen weights"] = self.steady["frozen weights"]
         yield Phase("encoding", parts | {"activations": made.encoding(min(batch, self.images or batch)).total})
 
     def _training(self) -> Iterator[Phase]:
@@ -165,6 +196,10 @@ class Phases:
             self._between_steps("drawing", {"parts that draw": self._parts(parts)}, need)
             for parts, needs in self._scenes()
             for need in needs
+        ]
+        scenes += [
+            self._between_steps("drawing", {"parts that draw": self._parts(parts)} | self._mapped(*parts), NOTHING)
+            for parts, _ in self._scenes()
         ]
         if scenes:
             yield max(scenes, key=lambda phase: phase.total)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import build, cheaper, config, device_limits, disk_need, host_memory, paths, processes, run_settings
 from kandinsky_exp.data import hub_rows, sources
-from kandinsky_exp.phases import Phase, Phases
+from kandinsky_exp.phases import MAPPED, Phase, Phases
 from kandinsky_exp.rehearsal import Rehearsal
 
 TIGHT = 0.85  # of the memory: beyond it, what the estimate may be wrong by counts
@@ -92,7 +92,10 @@ class Planner:
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this process, on the CPU"
         limit = "may use" if self.cfg.device_memory is not None else "can have"
-        return f"memory      {gb(self.peak.total)} at most, in {self.peak.name}; {name}, {limit} {gb(self.capacity)}"
+        mapped = self.peak.parts.get(MAPPED, 0)
+        dropped = f", {gb(mapped)} of it weight files, dropped where memory is short" if mapped else ""
+        peak = f"{gb(self.peak.total)} at most, in {self.peak.name}{dropped}"
+        return f"memory      {peak}; {name}, {limit} {gb(self.capacity)}"
 
     def _disk(self) -> Iterator[str]:
         checkpoint, count = self.need.snapshot_bytes(), self._checkpoints()
@@ -135,7 +138,7 @@ class Planner:
 
     def _warnings(self) -> Iterator[str]:
         if self.need.needed() <= self.capacity:
-            if self.peak.total > TIGHT * self.capacity:
+            if max(phase.needed for phase in self.phases) > TIGHT * self.capacity:
                 yield "note: it fits, but not by more than the estimate may be wrong"
             return
         yield f"warning: {gb(self.need.needed())} are needed, and there are {gb(self.capacity)}"
@@ -151,7 +154,7 @@ class Planner:
 
     def _fits(self, cfg: DictConfig) -> bool:
         need = self._with(cfg)
-        return need.least() <= self.capacity and all(phase.total <= self.capacity for phase in need.phases())
+        return need.least() <= self.capacity and all(phase.needed <= self.capacity for phase in need.phases())
 
 
 def capacity(cfg: DictConfig, device: torch.device) -> int:

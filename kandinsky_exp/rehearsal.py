@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kandinsky_exp import adapters, build, optimizer_state, run_settings
+from kandinsky_exp import adapters, build, optimizer_state, run_settings, weight_files
 from kandinsky_exp.described import DescribedWeights, give_fakes
 from kandinsky_exp.live_bytes import LiveBytes, Peak
 from kandinsky_exp.optimizer_state import StepNeed
@@ -152,6 +152,14 @@ class Rehearsal:
         """(weights, bytes) of a frozen part."""
         weights = [*self.weights.load(name).parameters()]
         return sum(value.numel() for value in weights), sum(value.nbytes for value in weights)
+
+    @once("weights")
+    def mapped(self, name: str, dtype: str) -> int:
+        """Bytes of a part's files that lie in memory beside it while it is read: what has its type stays in them."""
+        files = [file for file in self.weights.files(name) if file.suffix == ".safetensors"]
+        if files:
+            return weight_files.bytes_to_cast(files, dtype)
+        return self.part(name)[0] * (2 if dtype == "float32" else 4)  # not fetched yet: of the other type
 
     @once(*NETWORK, "optimizer")
     def optimizer(self) -> StepNeed:

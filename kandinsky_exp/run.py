@@ -96,11 +96,12 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                     lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
                 )
                 set_seed(cfg.seed)
-                stage = build.stage(cfg, weights)
+                stage = build.bare_stage(cfg, weights)
                 settings = build.read_settings(cfg, accelerator.device, by_row=space.record.split is None)
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
                 if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
+                build.load_network(cfg, stage)  # now, so that there is room for the encoders before
                 steps = run_settings.total_steps(cfg, len(data.train), count)
                 space.record.rows = len(data.train)
                 data.notes.extend(records.notes_on_shapes(data.train, steps, count))

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ VARIANT = re.compile(
     r"(?P<stem>(diffusion_pytorch_)?model(-\d+-of-\d+)?)\.(?P<variant>[^.]+?)(?P<shard>-\d+-of-\d+)?\.safetensors"
 )
 INDEX = re.compile(r"(?P<stem>(diffusion_pytorch_)?model)\.safetensors\.index\.(?P<variant>[^.]+)\.json")
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of the format, in torch's names
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER = 100 << 20  # bytes, as the format has it
 
 OBJECTS = {  # files with one JSON object, of the parts that are no networks
@@ -182,16 +185,31 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
         ValueError: it is damaged, cut off or no such file.
         OSError: it cannot be read.
     """
+    return {name: shape for name, (shape, _) in _entries(file).items()}
+
+
+def bytes_to_cast(files: Iterable[Path], dtype: str) -> int:
+    """Bytes of the tensors in safetensors files that are of another type than the one of torch's name.
+
+    Raises:
+        ValueError, OSError: as `header`.
+    """
+    found = (entry for file in files for entry in _entries(file).values())
+    return sum(math.prod(shape) * BYTES.get(name, 1) for shape, name in found if TYPES.get(name) != dtype)
+
+
+def _entries(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, the format's name of the type) by the tensor's name."""
     length, entries = _head(file)
     try:
         entries.pop("__metadata__", None)
         ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
-        shapes = {str(name): tuple(entry["shape"]) for name, entry in entries.items()}
+        found = {str(name): (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in entries.items()}
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError("the header is no table of tensors") from error
     if 8 + length + max(ends, default=0) != file.stat().st_size:
         raise ValueError("the file is shorter or longer than its header says")
-    return shapes
+    return found
 
 
 def metadata(file: Path) -> dict[str, str]:

@@ -27,6 +27,7 @@ class Weights:
         cache_folder: where the tiny pipelines are built.
         frozen_dtype: torch dtype, by name, of what does not train.
         tf32: whether matrix products of float32 are rounded to it.
+        adapted: only an adapter of the network will train.
         base_precision: `int8` or `nf4`, of a network of which only an adapter trains; needs CUDA and bitsandbytes.
     """
 
@@ -38,6 +39,7 @@ class Weights:
     variant: str | None = None
     frozen_dtype: str = "float32"
     tf32: bool = False
+    adapted: bool = False
     base_precision: str | None = None
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -118,10 +120,21 @@ class Weights:
     def load_trainable(self, part: str) -> Any:
         """A network to train: a copy of its own, in fp32, whatever the precision of the rest.
 
-        With `base_precision` its linear layers are quantised, for an adapter, and what is left is in `frozen_dtype`.
+        One that is `adapted` is frozen, and in `frozen_dtype`; with `base_precision` its linear layers are quantised.
         """
-        dtype = "float32" if self.base_precision is None else self.frozen_dtype
+        dtype = self.frozen_dtype if self.adapted else "float32"
         return self._read(part, dtype, self.base_precision).train()
+
+    def tensors(self, part: str, names: Iterable[str]) -> "dict[str, torch.Tensor]":
+        """Some tensors of a part, in fp32, from its files alone: those of these names that it has."""
+        from safetensors import safe_open
+
+        found: dict[str, torch.Tensor] = {}
+        for file in self.files(part):
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    found |= {name: opened.get_tensor(name).float() for name in set(names) & set(opened.keys())}
+        return found
 
     def _read(self, part: str, dtype: str, bits: str | None = None) -> Any:
         folder = self.folder(part)
@@ -180,8 +193,11 @@ class Weights:
 
     def content(self, parts: Iterable[str]) -> str:
         """A hash of the files that these parts are read from, wherever they lie."""
-        files = {part: weight_files.opened(self.folder(part), part in MODELS, self.variant) for part in parts}
-        return weight_files.fingerprint(files, self.cache_folder)
+        return weight_files.fingerprint({part: self.files(part) for part in parts}, self.cache_folder)
+
+    def files(self, part: str) -> list[Path]:
+        """Those that loading a part opens."""
+        return weight_files.opened(self.folder(part), part in MODELS, self.variant)
 
 
 def _read_part(part: str, folder: Path, dtype: str, variant: str | None, bits: str | None) -> Any:

@@ -35,14 +35,14 @@ SIDES = {
 PIPELINES = {"prior": "KandinskyV22PriorPipeline", "decoder": "KandinskyV22Pipeline"}
 
 
-def write(architectures: Path, folder: Path) -> None:
-    """`folder/prior` and `folder/decoder`."""
+def write(architectures: Path, folder: Path, dtype: str = "F32") -> None:
+    """`folder/prior` and `folder/decoder`, their weights of a type of the format's: F32, F16."""
     for side, parts in SIDES.items():
         for part in parts:
             target = folder / side / part.replace(f"{side}_scheduler", "scheduler")
             target.mkdir(parents=True)
             if part in FROM_CONFIG or part in CLIP:
-                write_network(part, settings_of(architectures, part), target)
+                write_network(part, settings_of(architectures, part), target, dtype)
             elif part == "image_processor":
                 size = settings_of(architectures, "image_encoder")["image_size"]
                 crop = {"height": size, "width": size}
@@ -57,7 +57,7 @@ def settings_of(architectures: Path, part: str) -> dict[str, Any]:
     return settings
 
 
-def write_network(part: str, settings: dict[str, Any], folder: Path) -> None:
+def write_network(part: str, settings: dict[str, Any], folder: Path, dtype: str) -> None:
     with torch.device("meta"):
         if part in CLIP:
             cls, config_class = CLIP[part]
@@ -68,15 +68,15 @@ def write_network(part: str, settings: dict[str, Any], folder: Path) -> None:
             network = FROM_CONFIG[part].from_config(settings)
             network.save_config(folder)
     name = "model" if part in CLIP else "diffusion_pytorch_model"
-    write_hole(network.state_dict(), folder / f"{name}.safetensors")
+    write_hole(network.state_dict(), folder / f"{name}.safetensors", dtype)
 
 
-def write_hole(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """A safetensors file of float32, without its data."""
+def write_hole(tensors: dict[str, torch.Tensor], file: Path, dtype: str) -> None:
+    """A safetensors file without its data."""
     header, end = {}, 0
     for key, value in tensors.items():
-        start, end = end, end + 4 * value.numel()
-        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, end]}
+        start, end = end, end + {"F32": 4, "F16": 2}[dtype] * value.numel()
+        header[key] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [start, end]}
     content = json.dumps(header).encode()
     with file.open("wb") as opened:
         opened.write(len(content).to_bytes(8, "little") + content)

@@ -1,10 +1,14 @@
 """The benchmarks at toy size: that they measure what they say, not what comes out."""
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import doors
 import machine
@@ -15,9 +19,12 @@ import report
 import rows
 import torch
 import turns
+from PIL import Image
 
 from kandinsky_exp.data import sources
+from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.parts import PARTS
+from kandinsky_exp.stages.prior import PriorStage
 from kandinsky_exp.weights import Weights
 
 BENCH = Path(machine.HERE)
@@ -141,18 +148,131 @@ def test_a_cheap_cache_is_the_one_that_a_run_looks_for(tmp_path: Path) -> None:
 # --- the programs
 
 
-@pytest.mark.slow
-def test_gpu_py_without_a_gpu_and_without_mlflow(tmp_path: Path) -> None:
-    answer = tmp_path / "out.json"
-    flags = ["--quick", "--device=cpu", "--peak-tflops=0.1", "--rows", "prior-b4-*d", f"--json={answer}"]
-    done = subprocess.run([sys.executable, str(BENCH / "gpu.py"), *flags], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(answer.read_text("utf-8"))
-    assert [row["row"] for row in found["rows"]] == ["prior-b4-cached", "prior-b4-published"]
-    for row in found["rows"]:
+# What the machine of a GPU may lack.
+ABSENT = ["datasets", "matplotlib", "mlflow", "optuna", "plotly", "sqlalchemy", "torchvision"]
+
+# As much of a published script as the measurement meets.
+SCRIPT = """
+import argparse, accelerate
+from datasets import load_dataset
+parser = argparse.ArgumentParser()
+for name in ("train_data_dir", "max_train_steps", "mixed_precision"):
+    parser.add_argument(f"--{name}")
+given, _ = parser.parse_known_args()
+assert given.mixed_precision == "bf16"
+rows = load_dataset("imagefolder", data_files={"train": f"{given.train_data_dir}/**"})["train"]
+rows = rows.with_transform(lambda some: some)
+accelerator = accelerate.Accelerator(log_with="tensorboard")
+for step in range(int(given.max_train_steps)):
+    assert rows[step]["text"]
+    accelerator.log({"train_loss": 1.0}, step=step)
+raise SystemExit("nobody stopped it")
+"""
+
+
+def gpu_arguments(**given: Any) -> argparse.Namespace:
+    plain = {"device": "cpu", "quick": True, "architecture": None, "reference": None, "peak_tflops": 0.1}
+    return argparse.Namespace(**plain | given)
+
+
+def test_rows_are_on_disk_when_they_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gpu
+
+    chosen = [gpu.Row("prior", 2, 64, "cached"), gpu.Row("decoder", 2, 65, "cached"), gpu.Row("prior", 2, 64, "lora")]
+    answer, on_disk = tmp_path / "out.json", []
+
+    class Noting(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for row in super().__iter__():
+                yield row
+                on_disk.append([one["row"] for one in json.loads(answer.read_text("utf-8"))["rows"]])
+
+    gpu.measure_all(Noting(chosen), gpu_arguments(json=answer), tmp_path)
+    names = [row.name for row in chosen]
+    assert on_disk == [names[:1], names[:2], names]
+    first, wrong, last = json.loads(answer.read_text("utf-8"))["rows"]
+    assert "multiple of 64" in wrong["problem"]
+    for row in (first, last):
         assert row["samples_per_second"] > 0
         assert row["utilisation"] == pytest.approx(row["tflops"] / 0.1)
-    assert set(found["over_published"]) == {"prior-b4-cached"}
+    assert first["tflop_per_step"] > last["tflop_per_step"], "an adapter has no gradients of the other weights"
+    assert len(FeatureTable(tmp_path / "tables" / "prior")) == gpu.ROWS
+
+
+def test_the_compiled_rows_come_last() -> None:
+    import gpu
+
+    kinds = [row.kind for row in gpu.rows(quick=False, published=True)]
+    assert kinds.index("compiled") == len(kinds) - kinds.count("compiled") > 0
+    assert "published" not in {row.kind for row in gpu.rows(quick=False, published=False)}
+    assert networks.config(gpu.TRUE_SIZE, "prior")["num_layers"] == 20
+
+
+def test_the_published_scripts_own_loop_is_timed(tmp_path: Path) -> None:
+    import gpu
+
+    (tmp_path / "train_text_to_image_prior.py").write_text(SCRIPT)
+    plan = gpu.Plan(networks.BENCH, torch.device("cpu"), 2, 1, None, tmp_path, tmp_path)
+    found = gpu.measure(gpu.Row("prior", 2, 64, "published"), plan)
+    assert found.get("problem") is None
+    assert found["ms_per_step"] > 0
+
+
+def test_parts_of_the_first_minutes_note_what_they_find(tmp_path: Path) -> None:
+    import gpu
+    import gpu_first
+
+    found: dict[str, dict[str, Any]] = {}
+    plan = gpu.Plan(networks.BENCH, torch.device("cpu"), 1, 1, None, tmp_path)
+    work = gpu_first.Work(plan, True, lambda name, **result: found.update({name: result}))
+    gpu_first.attention(work)
+    gpu_first.waits(work)
+    gpu_first.planned(work, work.row("prior"))
+    gpu_first.folded_clip(work, work.row("prior"))
+    gpu_first.measured(work, work.row("decoder"), "norms", prepare=lambda stage: gpu_first.bf16_norms(stage.network))
+    with work.caught("mine"):
+        raise ValueError("of mine")
+    assert found["attention masked 81"]["ms"] > 0
+    assert found["prior-cached: no wait for the device"] == {"problem": gpu_first.NEEDS_CUDA}
+    assert found["prefetched batches"] == {"batches": 20, "wrong": 0}
+    assert found["prior-b2-cached: planned memory"]["planned_gb"] > 0.1
+    assert found["prior-b2-cached folded clip"]["ms_per_step"] > 0
+    assert "problem" not in found["decoder-64px-b2-cached norms"]
+    assert found["mine"] == {"problem": "ValueError: of mine"}
+
+
+def test_a_part_that_is_over_its_time_is_ended(tmp_path: Path) -> None:
+    import gpu_first
+
+    arguments = gpu_arguments(out=tmp_path, limit=0.01 - gpu_first.STARTS)
+    gpu_first.limited(5, arguments, tmp_path)
+    ended, done = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
+    assert "ended after" in ended["problem"]
+    assert done["what"] == "done"
+
+
+@pytest.mark.slow
+def test_the_first_minutes_need_no_more_than_the_package_trains_with(tmp_path: Path) -> None:
+    program = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); import gpu_first; gpu_first.main()"
+    command = [sys.executable, "-c", program, str(tmp_path), "--quick", "--parts", "1,4"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCH)}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [one for one in found if "problem" in one] == []
+    assert {one["what"] for one in found} >= {"prior-bf16-full-cached", "decoder-bf16-lora-online", "prior-b2-cached"}
+
+
+def test_true_size_weights_are_numbers_that_a_picture_gets_through(tmp_path: Path) -> None:
+    import filled
+
+    folder = filled.write(networks.BENCH, tmp_path / "weights")
+    stage = PriorStage(Weights(str(folder / "prior"), str(folder / "decoder"), cache_folder=tmp_path))
+    given = stage.preprocess(Image.new("RGB", (64, 64), "red"), "a red square")
+    features = stage.encode({name: value.unsqueeze(0) for name, value in given.items()})
+    assert all(bool(value.isfinite().all()) for value in features.values())
+    assert features["text_embeds"].std() > 0.1
+    assert bool((stage.network.clip_std == 1).all())
 
 
 @pytest.mark.slow

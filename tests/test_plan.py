@@ -6,7 +6,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hollow
 import psutil
@@ -26,6 +26,8 @@ from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.live_bytes import LiveBytes
 from kandinsky_exp.plan import Planner, plan
 from kandinsky_exp.rehearsal import Rehearsal
+from kandinsky_exp.run import run
+from kandinsky_exp.stages.prior import PriorStage
 
 BENCH = Path(__file__).parent / "bench" / "architecture"
 BATCH = 3
@@ -131,6 +133,59 @@ def test_the_peak_of_a_real_run_is_near_the_planned_one(tmp_path: Path) -> None:
     found = json.loads(printed.splitlines()[-1])
     assert found["peak"] > 2 * found["before"]  # else it says nothing of tensors
     assert found["planned"] == pytest.approx(found["peak"], rel=0.15)
+
+
+# --- what loading holds
+
+
+class Watched(PriorStage):
+    """Encodes, and knows whether what trains was in memory by then."""
+
+    loaded_before: ClassVar[list[bool]] = []
+
+    def encode(self, examples: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.loaded_before.append("network" in vars(self))
+        return super().encode(examples)
+
+
+def test_what_trains_loads_once_all_is_encoded(tmp_path: Path) -> None:
+    cfg = composed(tmp_path, "tracker=none", "model=prior", f"model._target_={__name__}.Watched", "adapter=lora")
+    Watched.loaded_before.clear()
+    run(cfg, [__name__])
+    assert Watched.loaded_before
+    assert not any(Watched.loaded_before)
+
+
+def test_a_frozen_network_is_read_as_it_will_be_and_its_statistics_exactly(tmp_path: Path) -> None:
+    def prior(*overrides: str) -> Any:
+        cfg = settings(tmp_path, "model=prior", *overrides)
+        return build.stage(cfg, build.weights(cfg))
+
+    whole, adapted = prior(), prior("adapter=lora", "precision=bf16")
+    for name in ("mean", "std"):
+        assert torch.equal(getattr(adapted, name), getattr(whole, name))
+    assert not torch.equal(whole.mean, whole.mean.bfloat16().float()), "else it says nothing"
+    assert adapted.weights.load_trainable("prior").dtype == torch.bfloat16
+    frozen = dict(adapted.network.named_parameters())
+    for name, value in whole.network.named_parameters():
+        name = name if name in frozen else re.sub(r"\.(weight|bias)$", r".base_layer.\1", name)
+        assert torch.equal(frozen[name], value.bfloat16())
+
+
+def test_files_that_are_cast_lie_beside_what_is_read_from_them(tmp_path: Path, accelerator: Accelerator) -> None:
+    hollow.write(BENCH, tmp_path / "weights", "F16")
+    weights = [f"weights.{side}={tmp_path / 'weights' / side}" for side in ("prior", "decoder")]
+    overrides = ["model=prior", "precision=bf16", "adapter=lora"]
+    planner = Planner(settings(tmp_path, *overrides, *weights), accelerator)
+    counts = {part: planner.made.part(part)[0] for part in ("image_encoder", "text_encoder")}
+    loading = next(phase for phase in planner.phases if phase.name == "loading")
+    assert loading.parts["frozen encoders"] == 2 * sum(counts.values())
+    assert loading.parts["mapped files"] == 2 * counts["text_encoder"]
+    assert loading.needed == loading.total - loading.parts["mapped files"]
+    encoding = next(phase for phase in planner.phases if phase.name == "encoding")
+    assert "frozen weights" not in encoding.parts
+    assert planner.made.mapped("text_encoder", "float16") == 0, "what has the type of its file stays in it"
+    assert planner.made.mapped("text_encoder", "float32") == 2 * counts["text_encoder"]
 
 
 # --- parts of a plan
@@ -257,6 +312,7 @@ def test_weights_without_data_are_enough(tmp_path: Path, capsys: pytest.CaptureF
     assert "drawing" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="clip_std has zeros"):  # what loading makes of them
         train(tmp_path, "tracker=none", *overrides)
+    assert not list((tmp_path / "cache").rglob("images.arrow")), "told before anything is encoded"
 
 
 def from_hub(cache: Path, words: list[str]) -> None:

@@ -117,6 +117,14 @@ class DiffusionStage(ABC):
         """What trains; loaded when first asked for, which to encode is not."""
         return self.load_network()
 
+    @classmethod  # noqa: B027 - most stages have nothing to refuse
+    def check_weights(cls, weights: Weights) -> None:
+        """Refuse weights that cannot train, before anything loads.
+
+        Raises:
+            ConfigError: they are none that training can begin with.
+        """
+
     def load_network(self) -> nn.Module:
         network: nn.Module = self.weights.load_trainable(self.part)
         return network

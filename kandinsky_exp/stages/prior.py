@@ -15,6 +15,8 @@ from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.weights import Weights
 
+STATISTICS = ("clip_mean", "clip_std")  # of image embeddings: what is normalised by them stays exact in any precision
+
 
 class PriorStage(DiffusionStage):
     """Trains `PriorTransformer` to predict the normalised image embedding from its noised self and the caption.
@@ -41,6 +43,11 @@ class PriorStage(DiffusionStage):
         self.preprocess = Preprocess(weights.load("image_processor"), weights.load("tokenizer"), None)
         self._zero_embed: Tensor | None = None  # (1, E): what the decoder guides away from
 
+    @classmethod
+    def check_weights(cls, weights: Weights) -> None:
+        for std in weights.tensors(cls.part, STATISTICS[1:]).values():
+            _refuse_zeros(std)
+
     def load_network(self) -> nn.Module:
         network = super().load_network()
         self._freeze_statistics(network)
@@ -50,12 +57,11 @@ class PriorStage(DiffusionStage):
         """No forward uses the parameters `clip_mean` and `clip_std`: trainable, they break distributed training."""
         network.clip_mean.requires_grad_(False)
         network.clip_std.requires_grad_(False)
-        if not bool((network.clip_std > 0).all()):
-            raise ConfigError(
-                "weights.prior: its clip_std has zeros, so embeddings cannot be normalised; a prior made from scratch "
-                "needs clip_mean and clip_std set to those of its image embeddings"
-            )
-        self.mean, self.std = network.clip_mean.detach().clone(), network.clip_std.detach().clone()
+        exact = {name: getattr(network, name).detach().clone() for name in STATISTICS}
+        if network.clip_std.dtype != torch.float32:
+            exact |= self.weights.tensors(self.part, STATISTICS)
+        _refuse_zeros(exact["clip_std"])
+        self.mean, self.std = exact["clip_mean"], exact["clip_std"]
 
     @torch.no_grad()
     def encode(self, examples: dict[str, Tensor]) -> Features:
@@ -112,3 +118,11 @@ class PriorStage(DiffusionStage):
             embeds = pipelines.embed_prompts(pipeline, prompts, settings)
         with self.weights.on_device(("unet", "movq"), device):
             return pipelines.decode(pipelines.decoder_pipeline(self.weights), embeds, settings)
+
+
+def _refuse_zeros(std: Tensor) -> None:
+    if not bool((std > 0).all()):
+        raise ConfigError(
+            "weights.prior: its clip_std has zeros, so embeddings cannot be normalised; a prior made from scratch "
+            "needs clip_mean and clip_std set to those of its image embeddings"
+        )

@@ -12,12 +12,12 @@ OWN_MODULES = ("cheap", "schedule")  # of the benchmarks, which a config may not
 TABLE_FILE = "images.arrow"  # one per encoded table
 
 
-def compose(overrides: list[str]) -> Any:
-    """A config of `train`."""
+def compose(overrides: list[str], verb: str = "train") -> Any:
+    """A config of a verb."""
     import hydra
 
     with hydra.initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        return hydra.compose("train", overrides)
+        return hydra.compose(verb, overrides)
 
 
 def train(config: Any) -> None:

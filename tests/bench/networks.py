@@ -1,8 +1,8 @@
 """Kandinsky 2.2 at any size with random weights, from architecture files: as pipeline folders, or straight on a device.
 
 `architecture/` beside this file holds the five networks at the `bench` size: prior 4.3 M, text encoder 10.4 M, image
-encoder 6.5 M at 224 px, UNet 15.3 M over 4 levels, MoVQ 1.2 M with factor 8. A folder with files of the same names
-gives any other size.
+encoder 6.5 M at 224 px, UNet 15.3 M over 4 levels, MoVQ 1.2 M with factor 8; `architecture/kandinsky22` at
+true size: 1,026, 695, 1,845, 1,253 and 68 M. A folder with files of the same names gives any other size.
 """
 
 import json
@@ -30,6 +30,7 @@ from kandinsky_exp.tiny import architecture as tiny
 from kandinsky_exp.weights import Weights
 
 BENCH = Path(__file__).parent / "architecture"
+TRUE_SIZE = BENCH / "kandinsky22"
 FROM_CONFIG = {"prior": PriorTransformer, "unet": UNet2DConditionModel, "movq": VQModel}
 CLIP = {
     "image_encoder": (CLIPVisionModelWithProjection, CLIPVisionConfig),
@@ -55,7 +56,10 @@ def network(folder: Path, part: str, device: str = "cpu", dtype: torch.dtype = t
             made = FROM_CONFIG[part].from_config(settings)
     if part == "prior":  # an untrained one has zeros there, and divides by them
         torch.nn.init.ones_(made.clip_std)
-    return torch.nn.Module.to(made, dtype)
+    made = torch.nn.Module.to(made, dtype)
+    if part == "prior":  # a stage wants its statistics in full
+        made.clip_mean.data, made.clip_std.data = made.clip_mean.data.float(), made.clip_std.data.float()
+    return made
 
 
 def image_processor(folder: Path) -> CLIPImageProcessorPil:

@@ -1,0 +1,91 @@
+"""An encoded table of random features, written and read by the runner's own classes: no encoder has to be there."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from networks import config
+
+from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.data.features import CachedFeatures
+from kandinsky_exp.data.journal import Journal
+from kandinsky_exp.data.layout import CAPTIONS, IMAGES
+from kandinsky_exp.data.table import FeatureTable
+from kandinsky_exp.readers import FeatureReader, ReadSettings
+from kandinsky_exp.stages.base import Features
+
+TOKENS = range(10, 26)  # of a caption, as those of the emoji have
+LENGTH = 77
+CHUNK = 256  # rows
+
+
+def latents(architecture: Path, resolution: int) -> tuple[int, int, int]:
+    side = resolution >> len(config(architecture, "movq")["block_out_channels"]) - 1
+    return config(architecture, "movq")["latent_channels"], side, side
+
+
+def batch(stage: str, architecture: Path, resolution: int, size: int) -> Features:
+    """What a table gives, without its numbers."""
+    width = config(architecture, "prior")["embedding_dim"]
+    features = {"image_embeds": torch.zeros(size, width)}
+    if stage == "decoder":
+        return features | {"latents": torch.zeros(size, *latents(architecture, resolution))}
+    mask = (torch.arange(LENGTH) < TOKENS[len(TOKENS) // 2]).expand(size, LENGTH)
+    states = torch.zeros(size, LENGTH, width)
+    return features | {"text_embeds": torch.zeros(size, width), "text_states": states, "text_mask": mask.contiguous()}
+
+
+def null(stage: str, architecture: Path) -> Features:
+    """What stands for «no condition»: of the right shapes."""
+    found = batch(stage, architecture, 8, 1)
+    return {name: value for name, value in found.items() if (name == "image_embeds") == (stage == "decoder")}
+
+
+def write(folder: Path, stage: str, architecture: Path, resolution: int, rows: int) -> FeatureTable:
+    """The table in `folder`, made when it is not there."""
+    if not folder.is_dir():
+        journal, random = Journal(folder.with_name(f"{folder.name}.partial"), 1, print), np.random.default_rng(0)
+        for first in range(0, rows, CHUNK):
+            _append(journal, random, stage, architecture, resolution, np.arange(first, min(rows, first + CHUNK)))
+        length = LENGTH if stage == "prior" else 0
+        journal.finish({"views": 1, "text_length": length, "dtype": "fp16", "buckets": False}, folder)
+    return FeatureTable(folder)
+
+
+def _append(journal: Journal, random: Any, stage: str, architecture: Path, resolution: int, rows: Any) -> None:
+    def numbers(*shape: int) -> Any:
+        return random.standard_normal(shape, np.float32).astype(np.float16)
+
+    width, count, texts = config(architecture, "prior")["embedding_dim"], len(rows), int(stage == "prior")
+    images = {"source_row": rows, "caption_start": rows * texts, "caption_count": np.full(count, texts)}
+    images |= {"id": [str(row) for row in rows], "image_embeds": numbers(count, width)}
+    if not texts:
+        images["latents"] = numbers(count, *latents(architecture, resolution))
+    else:
+        states = [numbers(tokens, width) for tokens in random.choice(TOKENS, count)]
+        journal.append(CAPTIONS, {"text_embeds": numbers(count, width), "text_states": states})
+        journal.progress.captions += count
+    journal.append(IMAGES, images)
+    journal.progress.images += count
+    journal.progress.source_rows += count
+    journal.commit()
+
+
+def reader(table: FeatureTable, device: torch.device, batch_size: int) -> FeatureReader:
+    source: Any = None  # nobody asks for a picture
+    return FeatureReader(CachedFeatures(table, 0), source, "random", settings(batch_size), device, None)
+
+
+def settings(batch_size: int) -> ReadSettings:
+    """Of a run with the default ones, except where it keeps its tables."""
+    return ReadSettings(
+        cache=Path(),
+        cached=True,
+        how=EncodeSettings(),
+        seed=0,
+        fraction=0.0,
+        workers=0,
+        batch_size=batch_size,
+        grad_accumulation=1,
+    )
