@@ -264,14 +264,13 @@ def _hydra_checked(line: command_line.CommandLine) -> Iterator[None]:
 
 @contextmanager
 def _full_error() -> Iterator[None]:
-    before = os.environ.get("HYDRA_FULL_ERROR")
+    before = {name: value for name, value in os.environ.items() if name == "HYDRA_FULL_ERROR"}
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     finally:
-        del os.environ["HYDRA_FULL_ERROR"]
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        os.environ.update(before)
 
 
 def _report(error: BaseException, verbose: bool) -> int:
@@ -296,7 +295,6 @@ def _tells(error: BaseException) -> bool:
 
 
 def _message(error: BaseException) -> str:
-    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    if len(problems) == 1:
-        return f"error: {problems[0]}"
-    return "\n".join([f"error: {len(problems)} settings are wrong", *(f"  {problem}" for problem in problems)])
+    if not isinstance(error, ConfigError) or len(error.problems) == 1:
+        return f"error: {error}"
+    return "\n".join([f"error: {len(error.problems)} settings are wrong", *(f"  {text}" for text in error.problems)])

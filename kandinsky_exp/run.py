@@ -15,8 +15,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import (
-    adapters,
-    averaging,
     build,
     checkpoint,
     class_images,
@@ -28,12 +26,10 @@ from kandinsky_exp import (
     loop,
     memory_advice,
     nonfinite,
-    pipelines,
     processes,
     pruning,
-    read_back,
     records,
-    registry,
+    results,
     resuming,
     run_log,
     run_settings,
@@ -44,9 +40,8 @@ from kandinsky_exp import (
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.data.layout import PICTURE_RULES
-from kandinsky_exp.errors import Interrupted, Pruned, RunFailure, UserError, reason_of
+from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
 from kandinsky_exp.events import Events
-from kandinsky_exp.parts import PARTS
 from kandinsky_exp.randomness import NoiseSource
 from kandinsky_exp.readers import open_readers
 from kandinsky_exp.weights import Weights
@@ -84,10 +79,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
         space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, optimizer, held))
         with run_log.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
-            for note in space.notes:
-                logger.warning("%s", note)
-            if slow := device_limits.cost_of(cfg, accelerator.device):
-                logger.info("%s", slow)
+            tell(cfg, accelerator, space)
             if is_finished(cfg, count, space):
                 return nothing_left(cfg, accelerator, space)
             tracker = processes.on_all_processes(lambda: records.start_tracker(cfg, accelerator, space))
@@ -130,13 +122,21 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                             stop=stop,
                             identify=data.train.id,
                         )
-                processes.on_main_process(lambda: save_result(accelerator, space, training, weights))
+                processes.on_main_process(lambda: results.save(accelerator, space, training, weights))
                 result = events.validator.loss if data.held_out is not None else train_loss
                 space.record.validation_loss = result
             stop.last_words.clear()  # what is recorded stays true, whatever ends the upload
             if accelerator.is_main_process:
-                share(cfg, space)
+                results.share(cfg, space)
         return float("nan") if result is None else result
+
+
+def tell(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> None:
+    """What a user should know before it begins."""
+    for note in space.notes:
+        logger.warning("%s", note)
+    if slow := device_limits.cost_of(cfg, accelerator.device):
+        logger.info("%s", slow)
 
 
 def prepare(
@@ -267,42 +267,9 @@ def is_finished(cfg: DictConfig, count: int, space: workspace.Workspace) -> bool
 def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> float:
     if accelerator.is_main_process:
         records.deliver_left(cfg, space)
-        share(cfg, space)  # an earlier start may have been stopped in the middle of it
+        results.share(cfg, space)  # an earlier start may have been stopped in the middle of it
     logger.info(
         "%s is finished: nothing left to do. Raise trainer.max_steps to train on, or choose another name", space.folder
     )
     loss = space.record.validation_loss
     return float("nan") if loss is None else loss
-
-
-def save_result(
-    accelerator: Accelerator, space: workspace.Workspace, training: loop.Training, weights: Weights
-) -> None:
-    """`adapter/` or `pipeline/`, with the averaged weights where there are any. Main process only."""
-    network = accelerator.unwrap_model(training.network)
-    with averaging.averaged_weights(training):
-        bare = training.stage.snapshot(training.stage.network, {}).tensors
-
-        def save(folder: Path) -> None:
-            training.stage.save(network, folder)
-            read_back.check(read_back.written(folder), bare, folder)
-
-        if adapters.has_adapter(network):
-            result = space.folder / "adapter"
-            save(result)
-        else:
-            result = space.folder / "pipeline"
-            pipelines.save_result(weights, PARTS[training.stage.part][0], result, save)
-    logger.info("result: %s", result)
-
-
-def share(cfg: DictConfig, space: workspace.Workspace) -> None:
-    """What others get of a finished run, if asked: a version in MLflow's registry, a repository on the hub."""
-    result = space.folder / ("adapter" if (space.folder / "adapter").is_dir() else "pipeline")
-    if cfg.tracker.register is not None and space.record.run_id is not None:
-        registry.register(records.tracker_uri(cfg), cfg.tracker.register, result, space.record.run_id)
-    if cfg.hub.push:
-        try:
-            hub.push(space.folder, cfg.hub.repo_id, cfg.hub.private)
-        except RunFailure as failure:
-            logger.error("%s", failure)

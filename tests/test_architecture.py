@@ -104,7 +104,8 @@ ENTRY_POINTS = {
     *("__main__", "cli", "compare", "demo", "encode", "export", "generate", "plan", "push", "run", "tiny.make", "ui"),
 }
 KNOW_OMEGACONF = {
-    *("cli", "command_line", "config", "schema", "trust", "build", "run", "events", "records", "generate", "encode"),
+    *("cli", "command_line", "config", "schema", "trust", "build", "run", "results", "events", "records", "generate"),
+    "encode",
     *("compare", "export", "forking", "locating", "memory_advice", "mistakes", "origins", "push"),
     *("plan", "phases", "rehearsal", "cheaper", "device_limits", "disk_need", "run_settings", "ui"),
     *("job_records", "launching", "job_process", "pruning", "supervision", "sweep", "sweep_check"),

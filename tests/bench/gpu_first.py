@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from kandinsky_exp import adapters, build, processes
 from kandinsky_exp.plan import Planner
+from kandinsky_exp.stages.base import DiffusionStage
 
 sys.path.append(str(Path(__file__).parents[1]))
 import hollow
@@ -187,6 +188,12 @@ def measured(work: Work, row: gpu.Row, what: str = "", **changes: Any) -> None:
     work.note(f"{name} {what}".strip(), **found)
 
 
+def ordered(stage: DiffusionStage, form: torch.memory_format) -> None:
+    """Weights in this order on any device: the stage itself chooses for the CPU alone."""
+    stage.memory_format = form  # type: ignore[misc]
+    stage.network.to(memory_format=form)  # type: ignore[call-overload]
+
+
 def decoder_step(work: Work) -> None:
     row, first = work.row("decoder"), [False, True]
     if work.quick:
@@ -194,7 +201,7 @@ def decoder_step(work: Work) -> None:
     for channels_last in first:
         form = torch.channels_last if channels_last else torch.contiguous_format
         what = "channels-last" if channels_last else "contiguous"
-        measured(work, row, what, prepare=lambda stage, form=form: setattr(stage, "memory_format", form))
+        measured(work, row, what, prepare=lambda stage, form=form: ordered(stage, form))
     measured(work, row, "GroupNorm in bf16", prepare=lambda stage: bf16_norms(stage.network))
     folded_clip(work, row)
     if not work.on_cuda:

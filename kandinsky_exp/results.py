@@ -1,0 +1,47 @@
+"""The result of a run: written, read back, and shared where that is asked for."""
+
+import logging
+from pathlib import Path
+
+from accelerate import Accelerator
+from omegaconf import DictConfig
+
+from kandinsky_exp import adapters, averaging, hub, pipelines, read_back, records, registry
+from kandinsky_exp.errors import RunFailure
+from kandinsky_exp.loop import Training
+from kandinsky_exp.parts import PARTS
+from kandinsky_exp.weights import Weights
+from kandinsky_exp.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+def save(accelerator: Accelerator, space: Workspace, training: Training, weights: Weights) -> None:
+    """`adapter/` or `pipeline/`, with the averaged weights where there are any. Main process only."""
+    network = accelerator.unwrap_model(training.network)
+    with averaging.averaged_weights(training):
+        bare = training.stage.snapshot(training.stage.network, {}).tensors
+
+        def write(folder: Path) -> None:
+            training.stage.save(network, folder)
+            read_back.check(read_back.written(folder), bare, folder)
+
+        if adapters.has_adapter(network):
+            result = space.folder / "adapter"
+            write(result)
+        else:
+            result = space.folder / "pipeline"
+            pipelines.save_result(weights, PARTS[training.stage.part][0], result, write)
+    logger.info("result: %s", result)
+
+
+def share(cfg: DictConfig, space: Workspace) -> None:
+    """What others get of a finished run, if asked: a version in MLflow's registry, a repository on the hub."""
+    result = space.folder / ("adapter" if (space.folder / "adapter").is_dir() else "pipeline")
+    if cfg.tracker.register is not None and space.record.run_id is not None:
+        registry.register(records.tracker_uri(cfg), cfg.tracker.register, result, space.record.run_id)
+    if cfg.hub.push:
+        try:
+            hub.push(space.folder, cfg.hub.repo_id, cfg.hub.private)
+        except RunFailure as failure:
+            logger.error("%s", failure)
