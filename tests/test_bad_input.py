@@ -497,7 +497,7 @@ TABLE["data folders"] = [
     Bad(ON_FOLDER, "not a Parquet file that can be read", data(b"PAR1 no", name="metadata.parquet")),
     Bad(
         ON_FOLDER,
-        "pictures inside are read by data=hub",
+        "pictures inside are read by data=list data.path={tmp}/data/metadata.parquet",
         data(parquet(image=[b"1", b"2"], text=["a", "b"]), name="metadata.parquet"),
     ),
     Bad([*ON_FOLDER, STRICT], "validation.fraction: one image cannot be divided; add images", data(rows("a"), 1)),

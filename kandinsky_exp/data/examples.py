@@ -170,9 +170,20 @@ class Subset(Indexed):
 
 
 def picture_digests(source: Indexed, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What tells the content of these rows' image files from others, (n, 2); all of them are read."""
-    found = in_threads(lambda place: of_content(source[int(rows[place])].read()), len(rows))
-    return np.array(list(found), np.int64).reshape(-1, 2)
+    """What tells the content of these rows' image files from others, (n, 2); all of them are read.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+
+    def digest(place: int) -> NDArray[np.int64]:
+        example = source[int(rows[place])]
+        try:
+            return of_content(example.read())
+        except OSError as error:
+            raise DataError(f"{example.where}: image {example.id}: {error.strerror or error}") from error
+
+    return np.array(list(in_threads(digest, len(rows))), np.int64).reshape(-1, 2)
 
 
 def in_threads(function: Callable[[int], Any], rows: int) -> Iterator[Any]:

@@ -253,7 +253,7 @@ def announced(
 
 
 def _not_there(name: str, revision: str | None, subset: str | None, error: Exception) -> DataError:
-    known = _subsets(name, revision)
+    known = _subsets(name, revision) if isinstance(error, ValueError) else []  # what a wrong configuration is
     if known and (subset not in known if subset else len(known) > 1):
         wrong = f"{name} has no configuration '{subset}'" if subset else f"{name} has several configurations"
         return DataError(f"data.subset: {wrong}; give one of {', '.join(known)}")
