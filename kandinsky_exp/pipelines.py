@@ -155,7 +155,7 @@ def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Imag
 def slices(count: int) -> int:
     """In how many parts MoVQ decodes so many pictures: two at once, or three, hold little memory.
 
-    Not one by one: on a CPU the numbers of one alone differ in their last bits from those in any company.
+    Not one by one: on a CPU the numbers of one alone can differ in their last bits from those in company.
     """
     return max(1, count // 2)
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from commands import Forked
 from diffusers.training_utils import EMAModel
-from PIL import Image
+from PIL import Image, ImageChops
 from running import composed, prepare
 
 from kandinsky_exp import adapters, averaging, build, checkpoint, device_limits, pipelines, processes, run_settings
@@ -353,7 +353,8 @@ def test_pictures_are_decoded_a_few_at_a_time_and_stay_what_they_were(
     generators = [settings.generator(index) for index in range(count)]
     whole = pipeline(*embeds, height=64, width=64, num_inference_steps=1, generator=generators).images
     assert at_once == expected
-    assert [image.tobytes() for image in found] == [image.tobytes() for image in whole]
+    for mine, theirs in zip(found, whole, strict=True):  # equal here; other CPUs may round other batches otherwise
+        assert max(high for _, high in ImageChops.difference(mine, theirs).getextrema()) <= 1
 
 
 def test_a_plan_counts_the_pictures_that_are_decoded_at_once(tmp_path: Path, accelerator: Accelerator) -> None:
