@@ -459,7 +459,7 @@ def test_a_foreign_interpolation_is_not_expanded_in_the_message(
     (tmp_path / "run.json").write_text('{"step": 1}')
     (tmp_path / "config.yaml").write_text("weights:\n  prior: /x/${oc.env:SOME_PLACE}\n  decoder: tiny\n")
     cfg = composed(f"prior={tmp_path}", "prompts=[a]", verb="generate")
-    with pytest.raises(ConfigError, match=r"no folder '/x/\$\{oc\.env:SOME_PLACE\}'"):
+    with pytest.raises(ConfigError, match=r"weights in '/x/\$\{oc\.env:SOME_PLACE\}', which are not"):
         generate.find_origins(cfg)
 
 
