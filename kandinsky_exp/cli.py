@@ -190,7 +190,7 @@ def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
 
 def _settled(verb: str, line: command_line.CommandLine) -> command_line.CommandLine:
     """The line, knowing whether it sweeps. What is wrong with a sweep is told before the sweeper makes its folder."""
-    line, found = command_line.settled(verb, line)
+    line, found = command_line.settled(verb, line, VERBS[verb].trains)
     if line.sweeps or found:
         try:
             found += mistakes.find_problems(line.root(verb), line)

@@ -113,8 +113,8 @@ def composing(line: CommandLine) -> Iterator[ConfigLoaderImpl]:
         yield loader
 
 
-def settled(verb: str, line: CommandLine) -> tuple[CommandLine, list[str]]:
-    """(the line, knowing whether it sweeps; what is typed for a sweep only and is in vain for a single run).
+def settled(verb: str, line: CommandLine, trains: bool = True) -> tuple[CommandLine, list[str]]:
+    """(the line, knowing whether it sweeps; what is typed of a sweep and does not go with this).
 
     Hydra takes `hydra.mode=MULTIRUN`, typed or from a file, for --multirun, which wins over `hydra.mode=RUN`.
 
@@ -123,11 +123,14 @@ def settled(verb: str, line: CommandLine) -> tuple[CommandLine, list[str]]:
     """
     section = _of_hydra(line.root(verb), line)
     mode = None if section is None else section.mode
+    problems = []
+    if not trains and section is not None and "n_trials" in section.sweeper:
+        problems.append(f"hydra/sweeper: it learns from what jobs have trained, and {verb} trains none; list values")
     if line.sweeps and mode == RunMode.RUN:
         note = "hydra.mode=RUN: --multirun was given too, and wins; leave one of them out"
-        return line.with_override("hydra.mode=MULTIRUN", note), []
+        return line.with_override("hydra.mode=MULTIRUN", note), problems
     if line.sweeps or mode == RunMode.MULTIRUN:
-        return replace(line, sweeps=True), []
+        return replace(line, sweeps=True), problems
     if mode == RunMode.RUN:  # it was said that a single run is meant
         return line, []
     found = [key for key in sorted(grammar.keys(line.overrides)) if OF_SWEEPS.fullmatch(key)]

@@ -108,6 +108,12 @@ def test_what_is_for_a_sweep_is_refused_for_a_run(word: str) -> None:
     assert settled(word, "hydra.mode=RUN").sweeps is False
 
 
+def test_what_learns_from_jobs_is_refused_where_none_trains() -> None:
+    line = command_line.parse([*TINY, "-m", "hydra/sweeper=optuna", "optimizer.lr=interval(1e-6,1e-3)"], cli.VERBS)
+    _, (problem,) = command_line.settled("plan", line, trains=False)
+    assert problem == "hydra/sweeper: it learns from what jobs have trained, and plan trains none; list values"
+
+
 @pytest.mark.parametrize("words", [["hydra.mode=MULTIRUN"], ["--config-dir=mine", "experiment=swept"]])
 def test_a_mode_makes_the_same_sweep(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
