@@ -204,7 +204,7 @@ def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
         except Exception as error:
             composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
             if composing and not job.called:
-                raise mistakes.explain(error, verb, line) from error
+                raise mistakes.explain(error, line.root(verb), line) from error
             raise
         if job.failure is not None:
             raise job.failure
@@ -212,12 +212,12 @@ def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
 
 def _settled(verb: str, line: command_line.CommandLine) -> command_line.CommandLine:
     """The line, knowing whether it sweeps. What is wrong with a sweep is told before the sweeper makes its folder."""
-    line, found = command_line.settled(verb, line)
+    line, found = command_line.settled(verb, line, VERBS[verb].trains)
     if line.sweeps or found:
         try:
-            found += mistakes.find_problems(verb, line)
+            found += mistakes.find_problems(line.root(verb), line)
         except Exception as error:
-            raise mistakes.explain(error, verb, line) from error
+            raise mistakes.explain(error, line.root(verb), line) from error
     if found:
         raise ConfigError(found)
     for note in line.notes if os.environ.get("RANK", "0") == "0" else ():

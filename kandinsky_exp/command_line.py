@@ -35,6 +35,11 @@ class CommandLine:
     config_dir: str | None
     trusted: tuple[str, ...]  # modules that `_target_` may name too
     notes: tuple[str, ...] = ()  # what the user should know, a line each
+    config_name: str | None = None  # a root config of the user's, in place of the verb's
+
+    def root(self, verb: str) -> str:
+        """The name of the root config."""
+        return self.config_name or verb
 
     @property
     def search_path(self) -> list[str]:
@@ -76,6 +81,7 @@ def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
         sweeps=known.multirun,  # `settled` knows of other ways to ask for it
         shows_something=bool(known.help or known.hydra_help or known.cfg or known.info or known.shell_completion),
         config_dir=known.config_dir,
+        config_name=known.config_name,
         trusted=tuple(dict.fromkeys(grammar.names(overrides, trust.KEY))),  # typed: a file cannot add any
     )
 
@@ -107,21 +113,24 @@ def composing(line: CommandLine) -> Iterator[ConfigLoaderImpl]:
         yield loader
 
 
-def settled(verb: str, line: CommandLine) -> tuple[CommandLine, list[str]]:
-    """(the line, knowing whether it sweeps; what is typed for a sweep only and is in vain for a single run).
+def settled(verb: str, line: CommandLine, trains: bool = True) -> tuple[CommandLine, list[str]]:
+    """(the line, knowing whether it sweeps; what is typed of a sweep and does not go with this).
 
     Hydra takes `hydra.mode=MULTIRUN`, typed or from a file, for --multirun, which wins over `hydra.mode=RUN`.
 
     Raises:
         UserError: Hydra may not act on what a file says.
     """
-    section = _of_hydra(verb, line)
+    section = _of_hydra(line.root(verb), line)
     mode = None if section is None else section.mode
+    problems = []
+    if not trains and section is not None and "n_trials" in section.sweeper:
+        problems.append(f"hydra/sweeper: it learns from what jobs have trained, and {verb} trains none; list values")
     if line.sweeps and mode == RunMode.RUN:
         note = "hydra.mode=RUN: --multirun was given too, and wins; leave one of them out"
-        return line.with_override("hydra.mode=MULTIRUN", note), []
+        return line.with_override("hydra.mode=MULTIRUN", note), problems
     if line.sweeps or mode == RunMode.MULTIRUN:
-        return replace(line, sweeps=True), []
+        return replace(line, sweeps=True), problems
     if mode == RunMode.RUN:  # it was said that a single run is meant
         return line, []
     found = [key for key in sorted(grammar.keys(line.overrides)) if OF_SWEEPS.fullmatch(key)]

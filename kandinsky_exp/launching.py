@@ -75,8 +75,8 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
         UserError: nothing was started.
         Interrupted: a signal came.
     """
-    cfg = sweep_check.composed(verb, line)
-    varied = sweep_check.checked(verb, line, cfg)
+    cfg = sweep_check.composed(line.root(verb), line)
+    varied = sweep_check.checked(line.root(verb), line, cfg)
     if str(cfg.hydra.sweeper._target_).startswith("hydra_plugins.kandinsky_optuna"):
         _register_sweeper()
     _try_plugins(line, cfg, varied)

@@ -43,7 +43,9 @@ def command() -> str | None:
     if ("hydra.mode" not in said) == (settings.mode == RunMode.MULTIRUN):
         overrides.append("hydra.mode=RUN")
     folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
-    words = ["kandinsky-exp", str(settings.job.config_name), *(f"--config-dir={folder}" for folder in folders)]
+    words = ["kandinsky-exp", "train", *(f"--config-dir={folder}" for folder in folders)]
+    if settings.job.config_name not in (None, "train"):
+        words.append(f"--config-name={settings.job.config_name}")
     return shlex.join([*words, *map(shown, overrides)])
 
 

@@ -32,6 +32,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "experiment/swept": "hydra: {mode: MULTIRUN}",
         "experiment/params": "hydra: {sweeper: {params: {seed: '1,2'}}}",
         "experiment/plain": "seed: 7",
+        "own": "defaults: [train, _self_]\nhydra: {mode: MULTIRUN}",
         "scheduler/own": "_target_: kandinsky_exp.schedules.constant\n_partial_: true\nwarmup_steps: 0",
     }.items():
         file = tmp_path / "mine" / f"{name}.yaml"
@@ -54,9 +55,10 @@ def problems(*words: str) -> list[str]:
     try:
         line = command_line.parse([*TINY, *words], cli.VERBS)
         line, found = command_line.settled("train", line)
-        found += mistakes.find_problems("train", line)
+        root = line.root("train")
+        found += mistakes.find_problems(root, line)
         if line.sweeps and not found:
-            sweep_check.checked("train", line, sweep_check.composed("train", line))
+            sweep_check.checked(root, line, sweep_check.composed(root, line))
     except ConfigError as error:
         return error.problems
     return found
@@ -75,6 +77,7 @@ def problems(*words: str) -> list[str]:
         (["sweep=lr"], True),
         (["--config-dir=mine", "experiment=swept"], True),
         (["hydra.searchpath=[mine]", "experiment=swept"], True),
+        (["--config-dir=mine", "--config-name=own"], True),
         (["--multirun", "hydra.mode=RUN"], True),
         (["hydra.mode=MULTIRUN", "model=pior", "trainer.stepz=1"], True),  # what is wrong elsewhere does not matter
         (["--config-dir=mine", "experiment=swept", "model=pior", "name=[["], True),
@@ -103,6 +106,12 @@ def test_what_is_for_a_sweep_is_refused_for_a_run(word: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}: is for a sweep, and this is a single run; add --multirun"):
         settled(word)
     assert settled(word, "hydra.mode=RUN").sweeps is False
+
+
+def test_what_learns_from_jobs_is_refused_where_none_trains() -> None:
+    line = command_line.parse([*TINY, "-m", "hydra/sweeper=optuna", "optimizer.lr=interval(1e-6,1e-3)"], cli.VERBS)
+    _, (problem,) = command_line.settled("plan", line, trains=False)
+    assert problem == "hydra/sweeper: it learns from what jobs have trained, and plan trains none; list values"
 
 
 @pytest.mark.parametrize("words", [["hydra.mode=MULTIRUN"], ["--config-dir=mine", "experiment=swept"]])
@@ -163,6 +172,7 @@ GOOD = [
     ["-m", "hydra.searchpath=[file://mine]", "experiment=plain", "seed=1,2"],
     ["-m", "--config-dir=mine", "scheduler=glob(own)"],
     ["-m", "--config-dir=mine", "experiment=params"],
+    ["--config-dir=mine", "--config-name=own", "seed=1,2"],
     ["~experiment"],
 ]
 
