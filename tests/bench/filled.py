@@ -32,16 +32,19 @@ def write(architecture: Path, folder: Path) -> Path:
 
 def fill(file: Path) -> None:
     """Norms do nothing, matrices keep the size of what they multiply."""
-    with file.open("rb") as opened:
+    random = np.random.default_rng(2022)
+    with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
-    content = np.memmap(file, np.float16, "r+", offset=8 + length)
-    block = np.random.default_rng(2022).standard_normal(min(BLOCK, len(content)), np.float32)
-    for name, entry in header.items():
-        start, end = (place // 2 for place in entry["data_offsets"])
-        if len(entry["shape"]) < 2 or name.startswith("clip_"):
-            content[start:end] = name == "clip_std" or ("norm" in name and name.endswith("weight"))
-        else:
-            numbers = (block * math.prod(entry["shape"][1:]) ** -0.5).astype(np.float16)
-            for first in range(start, end, len(numbers)):
-                content[first : min(end, first + len(numbers))] = numbers[: end - first]
+        block = random.standard_normal(min(BLOCK, (file.stat().st_size - 8 - length) // 2), np.float32)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            opened.seek(8 + length + start)
+            count = (end - start) // 2
+            if len(entry["shape"]) < 2 or name.startswith("clip_"):
+                is_one = name == "clip_std" or ("norm" in name and name.endswith("weight"))
+                opened.write(np.full(count, is_one, np.float16).tobytes())
+                continue
+            numbers = (block[:count] * math.prod(entry["shape"][1:]) ** -0.5).astype(np.float16)
+            for first in range(0, count, len(numbers)):
+                opened.write(numbers[: count - first].tobytes())
