@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from safetensors import safe_open
 
-from kandinsky_exp import adapter_files, adapters, architectures, build, integrity, weight_files
+from kandinsky_exp import adapter_files, adapters, architectures, build, integrity, paths, weight_files
 from kandinsky_exp.errors import CheckpointError
 from kandinsky_exp.parts import PARTS
 from kandinsky_exp.weights import Weights
@@ -37,8 +37,8 @@ def check(cfg: DictConfig, weights: Weights, start: Path, optimizer: str) -> Non
         listed = "\n  ".join(problems)
         raise CheckpointError(
             f"checkpoint.resume: a run with these settings cannot go on from {start}\n  {listed}\nSet these as they "
-            f"were there; or leave checkpoint.resume off and start from that run's result, by weights.{side}=<its "
-            "folder>, or what `kandinsky-exp export` makes of it where that is an adapter"
+            f"were there; or leave checkpoint.resume off and start from that run's result, by "
+            f"{paths.setting(f'weights.{side}', start.parents[1])}"
         )
 
 

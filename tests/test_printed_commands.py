@@ -73,7 +73,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(command: str) -> None:
     words = shlex.split(command)
-    {"kandinsky-exp": run_ours, "pip": check_pip, "hf": run_hf, "mlflow": check_mlflow}[words[0]](words[1:])
+    programs = {"kandinsky-exp": run_ours, "pip": check_pip, "hf": run_hf, "mlflow": check_mlflow}
+    {**programs, "accelerate": check_accelerate}[words[0]](words[1:])
 
 
 def run_ours(words: list[str]) -> None:
@@ -101,6 +102,16 @@ def run_hf(words: list[str]) -> None:
     code = f"from huggingface_hub.cli.hf import main; import sys; sys.argv = {['hf', *words, '--help']!r}; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def check_accelerate(words: list[str]) -> None:
+    """It would ask for settings, or launch: only that there is such a command, with these options."""
+    from accelerate.commands.config import get_config_parser
+    from accelerate.commands.launch import launch_command_parser
+
+    command, *options = words
+    parser, rest = {"config": (get_config_parser(), []), "launch": (launch_command_parser(), ["script.py"])}[command]
+    parser.parse_args([*options, *rest])
 
 
 def check_mlflow(words: list[str]) -> None:
