@@ -25,9 +25,9 @@ class _Blind(Preprocess):
         tensors = {} if image is None else {"clip_pixels": torch.zeros(1)}
         return tensors if caption is None else tensors | self.tokenize([caption])[0][0]
 
-    def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], bool]]:
+    def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], str | None]]:
         mask = torch.arange(self.tokenizer.model_max_length) < TOKENS  # type: ignore[union-attr]
-        return [({"input_ids": torch.zeros_like(mask, dtype=torch.int64), "text_mask": mask}, False) for _ in captions]
+        return [({"input_ids": torch.zeros_like(mask, dtype=torch.int64), "text_mask": mask}, None) for _ in captions]
 
 
 class CheapPrior(PriorStage):
@@ -40,7 +40,7 @@ class CheapPrior(PriorStage):
 
     def encode(self, examples: dict[str, Tensor]) -> Features:
         features: Features = {}
-        width = len(self.mean.flatten())
+        width = self.weights.load("image_encoder").config.projection_dim
         if "clip_pixels" in examples:
             features["image_embeds"] = torch.randn(len(examples["clip_pixels"]), width)
         if "text_mask" in examples:
