@@ -108,7 +108,7 @@ def check_verb(environment: Environment, verb: str) -> None:
     if verb not in TOGETHER and count != "1":
         raise ConfigError(
             f"WORLD_SIZE={count}: {verb} is the work of one process, and each of these would do all of it; start it "
-            f"without a launcher, kandinsky-exp {verb} …, or unset the variable"
+            "without a launcher, or unset the variable"
         )
 
 
