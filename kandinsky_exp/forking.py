@@ -79,11 +79,12 @@ def _misfits(cfg: DictConfig, weights: Weights, folder: Path) -> Iterator[str]:
     theirs = weight_files.header(folder / adapter_files.WEIGHTS_NAME)
     times = 2 if cfg.adapter.init in adapters.TAKEN_FROM_WEIGHTS else 1  # what it began with is in the file too
     yield from _other_settings(folder / adapter_files.WEIGHTS_NAME, files.metadata, times)
-    if _patterns(ours) != _patterns(theirs):
-        yield f"adapter.target_modules: it changes {len(_patterns(theirs))} layers, this run {len(_patterns(ours))}"
+    if _layers(ours) != _layers(theirs):
+        yield f"adapter.target_modules: it changes {len(_layers(theirs))} layers, this run {len(_layers(ours))}"
 
 
-def _patterns(shapes: Shapes) -> set[str]:
+def _layers(shapes: Shapes) -> set[str]:
+    """The layers that an adapter changes."""
     return {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
 
 

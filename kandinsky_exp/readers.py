@@ -289,7 +289,7 @@ class _Opener:
         self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
     ) -> None:
         self.notes += tally.lines(noted)
-        unused = source.beside if isinstance(source, Shards) else source.left_out()  # this was said before
+        unused = source.beside if isinstance(source, Shards) else source.left_out()  # the check of the data has said it
         self.skipped += [*tally.lines(unused), *tally.lines(noted), *skipped]
         if skipped:
             self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")
