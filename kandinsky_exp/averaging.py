@@ -13,6 +13,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from kandinsky_exp.errors import is_out_of_memory
+
 
 class Trained(Protocol):
     """What trains, and what averages it: `loop.Training`."""
@@ -67,14 +69,24 @@ def _trade_places(ema: EMAModel, parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def _its_average(optimizer: Any, trainable: list[nn.Parameter]) -> Iterator[None]:
-    kept = [parameter.detach().clone() for parameter in trainable]
-    optimizer.eval()
+    kept = _copies(trainable)
     try:
+        optimizer.eval()  # may run out of memory half-way
         yield
     finally:
         optimizer.train()
         with torch.no_grad():
             torch._foreach_copy_([*trainable], kept)
+
+
+def _copies(trainable: list[nn.Parameter]) -> list[Tensor]:
+    """Of the weights; in host memory where the device has no room for as many once more."""
+    try:
+        return [parameter.detach().clone() for parameter in trainable]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return [parameter.detach().to("cpu", copy=True) for parameter in trainable]
 
 
 def averages(training: Trained) -> list[Tensor] | None:

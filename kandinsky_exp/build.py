@@ -1,6 +1,7 @@
 """From a validated config to the objects of a run. The only place that calls Hydra's `instantiate`."""
 
 import inspect
+import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -202,7 +203,9 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     ema = None
     if cfg.trainer.ema_decay is not None:
         ema = EMAModel(trainable, decay=cfg.trainer.ema_decay, foreach=True)
-    prepared, prepared_optimizer = device.prepare(network, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # Accelerate knows no other name for it
+        prepared, prepared_optimizer = device.prepare(network, optimizer)
     return Training(made, prepared, prepared_optimizer, scheduler, ema)
 
 

@@ -38,7 +38,7 @@ from kandinsky_exp import (
     terminal,
     trust,
 )
-from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
+from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, reason_of
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
@@ -139,7 +139,7 @@ def _answer(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
         return job_process.Answer("FAILED", message=f"the job called sys.exit({leaving.code!r})")
     except BaseException as error:
         _report(error, job.verbose)
-        message = redaction.masked(cut(reason_of(error)))
+        message = redaction.masked(reason_of(error))
         return job_process.Answer("FAILED", message=message, is_user_error=isinstance(error, UserError))
 
 
@@ -189,8 +189,7 @@ def _plain(text: str, verb: Verb) -> str:
 def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
     # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
     with _full_error(), _hydra_checked(line):
-        if not line.shows_something:
-            line = _settled(verb, line)
+        line = line if line.shows_something else _settled(verb, line)
         if line.sweeps and VERBS[verb].trains and not line.shows_something:
             swept = job_process.Call(answered, VERBS[verb].function, line.trusted, verbose)
             if code := launching.launch(verb, line, swept, functools.partial(_start, verb, line)):
@@ -212,6 +211,7 @@ def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
 
 def _settled(verb: str, line: command_line.CommandLine) -> command_line.CommandLine:
     """The line, knowing whether it sweeps. What is wrong with a sweep is told before the sweeper makes its folder."""
+    launch_environment.check_verb(os.environ, verb)
     line, found = command_line.settled(verb, line, VERBS[verb].trains)
     if line.sweeps or found:
         try:

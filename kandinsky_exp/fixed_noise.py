@@ -78,8 +78,7 @@ def _summed(
         for draw in range(draws):
             generators = [validation_generator(seed, row, draw) for row in chunk]
             timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)
-            with accelerator.autocast():
-                losses = stage.loss(network, features, generators, timesteps).per_sample
+            losses = stage.loss(network, features, generators, timesteps).per_sample
             total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
     return total
 

@@ -37,6 +37,7 @@ NAMES = {
     "LOCAL_RANK": ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
     "LOCAL_WORLD_SIZE": ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 }
+TOGETHER = ("train", "encode", "plan")  # verbs that know of several processes
 PLACE = ("MASTER_ADDR", "MASTER_PORT")
 NUMBERS = (*NAMES, "MASTER_PORT")
 BY_HAND = "start it with `python -m torch.distributed.run` or `accelerate launch`, which set all of these, or unset it"
@@ -95,6 +96,20 @@ def adopted(environment: Environment) -> dict[str, str]:
         found["MASTER_ADDR"] = environment.get("MASTER_ADDR", "127.0.0.1")
     found["MASTER_PORT"] = environment.get("MASTER_PORT", "29500")
     return found
+
+
+def check_verb(environment: Environment, verb: str) -> None:
+    """Refuse several processes for what each of them would do in full.
+
+    Raises:
+        ConfigError: naming the variable.
+    """
+    count = environment.get("WORLD_SIZE", "1")
+    if verb not in TOGETHER and count != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={count}: {verb} is the work of one process, and each of these would do all of it; start it "
+            f"without a launcher, kandinsky-exp {verb} …, or unset the variable"
+        )
 
 
 def passed_over(environment: Environment, mixed_precision: str, grad_accumulation: int) -> Iterator[str]:

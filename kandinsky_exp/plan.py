@@ -32,16 +32,17 @@ def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     config.validate(cfg, trusted_modules)
     processes.quiet_libraries()
     with processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
-        if cfg.device_memory is None:  # else it is planned for a device that is not here
-            device_limits.check_training(
-                cfg, accelerator.device, "; device_memory=24 plans for a GPU of 24 GB elsewhere"
-            )
-        planner = Planner(cfg, accelerator)
-        if accelerator.is_main_process:
-            for line in planner.lines():
-                print(line)
-            sys.stdout.flush()
-        return planner.peak.total / GB
+        return processes.on_main_process(lambda: tell(cfg, accelerator))
+
+
+def tell(cfg: DictConfig, accelerator: Accelerator) -> float:
+    if cfg.device_memory is None:  # else it is planned for a device that is not here
+        device_limits.check_training(cfg, accelerator.device, "; device_memory=24 plans for a GPU of 24 GB elsewhere")
+    planner = Planner(cfg, accelerator)
+    for line in planner.lines():
+        print(line)
+    sys.stdout.flush()
+    return planner.peak.total / GB
 
 
 class Planner:
@@ -50,7 +51,7 @@ class Planner:
     def __init__(self, cfg: DictConfig, accelerator: Accelerator) -> None:
         self.cfg, self.accelerator = cfg, accelerator
         self.python = psutil.Process().memory_info().rss  # before anything is made, with all that a run imports
-        self.capacity = capacity(cfg, accelerator.device)
+        self.capacity = capacity(cfg, accelerator.device, accelerator.num_processes)
         splits = known(cfg)
         self.train, self.held_out = rows(cfg, splits)
         self.made = Rehearsal(cfg, accelerator)  # what is learned from it counts for other settings, too
@@ -157,13 +158,14 @@ class Planner:
         return need.least() <= self.capacity and all(phase.needed <= self.capacity for phase in need.phases())
 
 
-def capacity(cfg: DictConfig, device: torch.device) -> int:
-    """Bytes that a run may use."""
+def capacity(cfg: DictConfig, device: torch.device, processes: int) -> int:
+    """Bytes that each of a run's processes may use."""
     if cfg.device_memory is not None:
         return int(cfg.device_memory * GB)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return host_memory.available() + int(psutil.Process().memory_info().rss)  # the run has that in this one's place
+    here = int(psutil.Process().memory_info().rss)  # the run has that in this one's place
+    return host_memory.available() // processes + here
 
 
 def known(cfg: DictConfig) -> sources.Splits:

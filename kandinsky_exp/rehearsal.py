@@ -101,7 +101,9 @@ class Rehearsal:
     """
 
     def __init__(self, cfg: DictConfig, accelerator: Accelerator, answers: dict[Any, Any] | None = None) -> None:
-        self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
+        self.cfg, self.accelerator = cfg, accelerator
+        is_cpu = accelerator.device.type == "cpu"  # with a number where processes are several: fakes take it seriously
+        self.device = torch.device("cpu") if is_cpu else accelerator.device
         self.answers = {} if answers is None else answers
         self.weights = build.weights(cfg, DescribedWeights)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)

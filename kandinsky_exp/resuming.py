@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from kandinsky_exp import integrity, recorded_paths
+from kandinsky_exp import integrity, paths, recorded_paths
 from kandinsky_exp.data.layout import PICTURE_RULES
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.workspace import Workspace
@@ -15,6 +15,11 @@ FIXED = (
     *("seed", "model", "adapter", "optimizer._target_"),
     *("data.resolution", "data.flip", "data.buckets"),
     *("data.class_prompt", "data.num_class_images", "data.prior_loss_weight"),  # of images that may be drawn later
+)
+# Of these, what no checkpoint fits that was made with others: not even one that a new run begins at.
+OF_STATE = (
+    *("adapter.name", "adapter.rank", "adapter.alpha", "adapter.use_rslora", "adapter.target_modules"),
+    "optimizer._target_",
 )
 # Of a run that does the steps after its last checkpoint again, these change nothing that is measured.
 PLACE = ("name", "output_root")
@@ -89,9 +94,11 @@ def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
         )
     if problems:
         listed = "\n  ".join(problems)
+        weights = f"weights.{space.record.stage}" if any(_is_in(key, OF_STATE) for key in different) else None
+        way, what = (weights, "result") if weights else ("checkpoint.resume", "weights")
         raise ConfigError(
             f"name: {space.folder} cannot go on with other\n  {listed}\nSet these as they were; or start anew under "
-            f"another name, with checkpoint.resume={space.folder} from the weights of this run"
+            f"another name, with {paths.setting(way, space.folder)} from the {what} of this run"
         )
     space.changed = different
     space.notes += _notes(different, state["processes"], facts.processes)

@@ -29,7 +29,7 @@ OWN_IMPORTS = {
     "adapters": {"adapter_files", "adapter_tensors", "errors"},
     "adapter_tensors": {"adapter_files", "weight_files"},
     "adapter_files": {"errors", "parts", "weight_files"},
-    "averaging": set(),
+    "averaging": {"errors"},
     "optimizers": {"errors"},
     "paths": set(),
     "texts": set(),

@@ -18,7 +18,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from running import SMALL, same
 from safetensors.torch import load_file
 
-from kandinsky_exp import accelerators, launch_environment, processes, redaction, store
+from kandinsky_exp import accelerators, cli, launch_environment, processes, redaction, store
 from kandinsky_exp.agreement import Agreement
 from kandinsky_exp.errors import ConfigError, DataError, Interrupted, TrackingError
 
@@ -187,6 +187,22 @@ def test_a_refused_environment_ends_each_verb_before_anything_loads(tmp_path: Pa
         assert process.code == 2, output
         assert "Traceback" not in output
         assert all(f"{name}=true: " in output for name in refused)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_one_process_does_is_refused_to_several(tmp_path: Path) -> None:
+    verbs = [verb for verb in cli.VERBS if verb not in ("train", "encode", "plan")]
+    first, second = ({**LAUNCHED, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    by_mpi = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    started = [
+        (verb, environment, Forked(command, [verb, f"output_root={tmp_path}"], environment=environment))
+        for verb in verbs
+        for environment in ([first, second, by_mpi] if verb == "generate" else [first])
+    ]
+    for verb, environment, process in started:
+        output = process.finish()
+        assert process.code == 2, output
+        assert output.startswith(f"error: WORLD_SIZE=2: {verb} is ") or (environment is second and not output), output
     assert not list(tmp_path.iterdir())
 
 

@@ -17,14 +17,16 @@ from PIL import Image
 from running import PROMPTS, composed, history, network, prepare, runs, same, train
 from safetensors import SafetensorError
 from tight import ABSURD, Failing, SpentPrior
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import build, integrity, memory_advice, processes
+from kandinsky_exp import averaging, build, integrity, memory_advice, processes
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.encode import encode_table
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.errors import ConfigError, DataError, OutOfMemory, is_of_host, is_out_of_memory
 from kandinsky_exp.generate import generate
 from kandinsky_exp.halving import Halving
+from kandinsky_exp.loop import Training
 from kandinsky_exp.run import run
 from kandinsky_exp.weights import Weights
 
@@ -104,9 +106,46 @@ def test_of_two_processes_one_fails_to_validate(tmp_path: Path) -> None:
     outputs = [process.finish() for process in both]
     assert [process.code for process in both] == [1, 1], outputs
     assert "the machine has no memory left (MemoryError)" in outputs[0]
+    assert "Warning" not in "".join(outputs)  # of a library, about what no user can change
     (folder,) = (tmp_path / "p" / "checkpoints").iterdir()
     assert integrity.damage(folder) is None
     assert integrity.read_state(folder)["validated"] is False
+
+
+class NoRoom(TorchDispatchMode):
+    """The device has no room for a copy."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "clone":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return func(*args, **(kwargs or {}))
+
+
+class Averaging(torch.optim.SGD):
+    """Has an average as a schedule-free optimizer does: zeros."""
+
+    fails = False
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None:
+        for weight in self.param_groups[0]["params"]:
+            weight.detach().zero_()
+        if self.fails:
+            raise MemoryError
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_average_needs_no_room_on_the_device(fails: bool) -> None:
+    network = torch.nn.ParameterList([torch.ones(3), torch.ones(2, 2)])
+    optimizer = Averaging(network, lr=1.0)
+    optimizer.fails = fails
+    training = Training(None, network, optimizer, None, None)  # type: ignore[arg-type]
+    judged: list[bool] = []
+    with contextlib.suppress(MemoryError), NoRoom(), averaging.averaged_weights(training):
+        judged += [not weight.any() for weight in network]
+    assert judged == ([] if fails else [True, True])
+    assert all(bool((weight == 1).all()) for weight in network)
 
 
 def test_a_step_that_fails_costs_nothing_but_itself(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from commands import Forked, command
+from commands import Forked, command, launched
 from huggingface_hub import constants
 from omegaconf import DictConfig
 from running import SMALL, composed, prepare, train
@@ -42,6 +42,18 @@ def settings(root: Path, *overrides: str) -> DictConfig:
 def accelerator() -> Iterator[Accelerator]:
     with processes.accelerated(lambda: Accelerator(cpu=True)) as made:
         yield made
+
+
+def test_several_processes_plan_together(tmp_path: Path) -> None:
+    """One of them says it; they share the samples of a step, and on the CPU the memory."""
+    prepare(tmp_path, ["tracker=none"])
+    words = ["plan", *SMALL, "tracker=none", f"output_root={tmp_path}"]
+    first, second = [Forked(command, words, environment=told) for told in launched(2)]
+    output = first.finish()
+    assert first.code == 0, output
+    assert (second.finish(), second.code) == ("", 0)
+    assert "12 images, 8 a step" in output, output
+    assert output.count("memory      ") == 1
 
 
 def size_of(folder: Path) -> int:

@@ -19,9 +19,9 @@ import pytest
 from commands import Forked, command, start_server
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
-from running import SMALL, client, prepare, runs
+from running import SMALL, client, composed, prepare, runs
 
-from kandinsky_exp import cli, devices, mistakes, mlflow_names, sweep, sweep_jobs, workspace
+from kandinsky_exp import cli, devices, job_process, mistakes, mlflow_names, sweep, sweep_jobs, workspace
 
 # A schedule whose jobs come to different ends, until they are mended.
 FAULTS = """
@@ -78,6 +78,14 @@ def faulty(root: Path, ways: Sequence[str]) -> list[str]:
         f"+scheduler.how={','.join(ways)}", f"+scheduler.mended={root}/mended", "validation.every=4",
         "checkpoint.behind=false",
     ]  # fmt: skip
+
+
+def test_why_a_job_failed_is_told_whole(tmp_path: Path) -> None:
+    """It becomes the tag `error`, over the one that the job's run may have set."""
+    cfg = composed(tmp_path, *[f"{key}=-1" for key in ("trainer.batch_size", "trainer.max_steps", "optimizer.lr")])
+    answer = cli.answered(job_process.Call(cli.answered, "kandinsky_exp.run:run", (), False), cfg)
+    assert answer.message.count("\n") == 2
+    assert all(f"{key}: " in answer.message for key in ("trainer.batch_size", "trainer.max_steps", "optimizer.lr"))
 
 
 def family(root: Path, name: str) -> tuple[Any, dict[str, Any]]:
