@@ -49,6 +49,8 @@ def correct_sqlite(file: Path) -> None:
         return
     prefix = here.as_uri() + "/"
     with contextlib.closing(sqlite3.connect(file, timeout=BUSY)) as connection, connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone():
+            return  # an empty file: MLflow makes its tables
         query = "SELECT run_uuid, artifact_uri FROM runs WHERE substr(artifact_uri, 1, ?) != ?"
         strangers = [row for row in connection.execute(query, (len(prefix), prefix)) if _belongs_to(here, *row)]
         moved = [(_of_run(here.as_uri(), run_id), run_id) for run_id, _ in strangers]

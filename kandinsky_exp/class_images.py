@@ -15,11 +15,15 @@ import torch
 from kandinsky_exp import architectures, long_prompts, pipelines, workspace
 from kandinsky_exp.data.dreambooth import MADE, ClassImages, drawn_name
 from kandinsky_exp.data.progress import EVERY_SECONDS
-from kandinsky_exp.errors import ConfigError, DataError, first_line, is_out_of_memory
+from kandinsky_exp.errors import ConfigError, DataError, memory_told
 from kandinsky_exp.parts import PARTS, Side, check_source, is_hub_id, side_parts
 from kandinsky_exp.pipelines import SampleSettings
 from kandinsky_exp.weights import Weights
 
+OUT_OF_MEMORY = (
+    "drawing class images ran out of memory ({}); set precision=fp16 or bf16, or give pictures of the class in "
+    "data.class_path"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -203,16 +207,10 @@ def writing(folder: Path) -> Iterator[None]:
         DataError: the folder cannot be written, or memory ran out. What was drawn stays.
     """
     try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise DataError(
-                f"drawing class images ran out of memory ({first_line(error)}); set precision=fp16 or bf16, or give "
-                "pictures of the class in data.class_path"
-            ) from error
-        if isinstance(error, OSError):
-            raise DataError(
-                f"data.class_path: class images cannot be written to {folder} ({error.strerror or error}); make room, "
-                "or give a folder that can"
-            ) from error
-        raise
+        with memory_told(DataError, OUT_OF_MEMORY):
+            yield
+    except OSError as error:
+        raise DataError(
+            f"data.class_path: class images cannot be written to {folder} ({error.strerror or error}); make room, or "
+            "give a folder that can"
+        ) from error

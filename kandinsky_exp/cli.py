@@ -264,7 +264,7 @@ def _hydra_checked(line: command_line.CommandLine) -> Iterator[None]:
 
 @contextmanager
 def _full_error() -> Iterator[None]:
-    before = {name: value for name, value in os.environ.items() if name == "HYDRA_FULL_ERROR"}
+    before = {name: os.environ[name] for name in ("HYDRA_FULL_ERROR",) if name in os.environ}
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -289,7 +289,7 @@ def _report(error: BaseException, verbose: bool) -> int:
 
 
 def _tells(error: BaseException) -> bool:
-    """Whether it is for this process of several to say: what came before they met, the first on each machine says."""
+    """Whether this process prints an error: it is its `teller`; or there is none yet, and it is a machine's first."""
     teller, rank = getattr(error, "teller", None), os.environ.get("RANK", "0")
     return os.environ.get("LOCAL_RANK", rank) in ("0", "-1") if teller is None else str(teller) == rank
 

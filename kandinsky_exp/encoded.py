@@ -8,7 +8,7 @@ import torch
 
 from kandinsky_exp import processes
 from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.data.encode import cache_key, encode_table, memory_told
+from kandinsky_exp.data.encode import cache_key, encode_table, encoding_told
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.table import FeatureTable
@@ -56,7 +56,7 @@ def stay_on_device(stage: DiffusionStage, device: torch.device) -> None:
     Raises:
         DataError: the device has no room for them.
     """
-    with memory_told("data.cache=true or "):
+    with encoding_told("data.cache=true or "):
         for part in stage.encoders:
             stage.weights.load(part).to(device)
 

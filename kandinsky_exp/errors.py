@@ -4,7 +4,8 @@ import errno
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 # CUDA, HIP, XPU and NCCL have the words, cuBLAS, cuDNN and their kin a status; MPS has words of its own as well.
 OF_DEVICE = re.compile(
@@ -119,6 +120,22 @@ def is_of_host(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, in one line that fits a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextmanager
+def memory_told(kind: type[Exception], message: str) -> Iterator[None]:
+    """Around what may need more memory than there is.
+
+    Args:
+        kind: raised in place of what the libraries raise.
+        message: with `{}` for what they say.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise kind(message.format(first_line(error))) from error
 
 
 def is_own_mistake(error: Exception) -> bool:

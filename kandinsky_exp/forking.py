@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from safetensors import safe_open
 
 from kandinsky_exp import adapter_files, adapters, architectures, build, integrity, paths, weight_files
 from kandinsky_exp.errors import CheckpointError
@@ -73,21 +72,19 @@ def _misfits(cfg: DictConfig, weights: Weights, folder: Path) -> Iterator[str]:
     files = adapters.snapshot(network, {})
     ours = {name: tuple(value.shape) for name, value in files.tensors.items()}
     if not adapts:
-        theirs: Shapes = {name: shape for file in folder.glob("*.safetensors") for name, shape in _header(file)}
+        headers = map(weight_files.header, folder.glob("*.safetensors"))
+        theirs: Shapes = {name: shape for header in headers for name, shape in header.items()}
         yield from _difference(f"weights.{PARTS[part][0]}: its network is another", ours, theirs)
         return
-    theirs = dict(_header(folder / adapter_files.WEIGHTS_NAME))
+    theirs = weight_files.header(folder / adapter_files.WEIGHTS_NAME)
     times = 2 if cfg.adapter.init in adapters.TAKEN_FROM_WEIGHTS else 1  # what it began with is in the file too
     yield from _other_settings(folder / adapter_files.WEIGHTS_NAME, files.metadata, times)
-    if _patterns(ours) != _patterns(theirs):
-        yield f"adapter.target_modules: it changes {len(_patterns(theirs))} layers, this run {len(_patterns(ours))}"
+    if _layers(ours) != _layers(theirs):
+        yield f"adapter.target_modules: it changes {len(_layers(theirs))} layers, this run {len(_layers(ours))}"
 
 
-def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from weight_files.header(file).items()
-
-
-def _patterns(shapes: Shapes) -> set[str]:
+def _layers(shapes: Shapes) -> set[str]:
+    """The layers that an adapter changes."""
     return {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
 
 
@@ -104,9 +101,7 @@ def _shown(shape: tuple[int, ...] | None) -> str:
 
 def _other_settings(file: Path, metadata: dict[str, str], times: int) -> Iterator[str]:
     """Settings of an adapter that its file tells, and that make it another function of the same weights."""
-    with safe_open(file, "pt") as opened:
-        theirs = _settings(opened.metadata() or {})
-    ours = _settings(metadata)
+    theirs, ours = _settings(weight_files.metadata(file)), _settings(metadata)
     if not theirs:
         return
     if theirs["use_dora"] != ours["use_dora"]:
@@ -123,10 +118,8 @@ def _other_settings(file: Path, metadata: dict[str, str], times: int) -> Iterato
 
 def _settings(metadata: dict[str, str]) -> dict[str, Any]:
     """Rank, scale and kind; nothing where a file does not tell."""
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-
     try:
-        told = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
+        told = json.loads(metadata[adapter_files.METADATA])
         rank, alpha = told["r"], told["lora_alpha"]
         scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
         return {"rank": rank, "scale": scale, "use_dora": bool(told.get("use_dora"))}

@@ -24,12 +24,14 @@ from kandinsky_exp import (
     tracking,
     workspace,
 )
-from kandinsky_exp.errors import ConfigError, OutOfMemory, first_line, is_out_of_memory
+from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
 from kandinsky_exp.grid import labelled_grid
 from kandinsky_exp.halving import Halving
 from kandinsky_exp.origins import Origin, check_networks, find_origins, load_network, use
 from kandinsky_exp.parts import Side
 from kandinsky_exp.weights import Weights
+
+OUT_OF_MEMORY = "drawing ran out of memory ({}); set precision=bf16, or smaller height and width"
 
 
 def generate(cfg: DictConfig) -> float:
@@ -52,7 +54,7 @@ def generate(cfg: DictConfig) -> float:
         workspace.make_root(Path(cfg.output_root).expanduser())
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         check_networks(weights, origins)
-        with memory_told():
+        with memory_told(OutOfMemory, OUT_OF_MEMORY):
             images = draw(cfg, weights, origins, prompts, accelerator.device)
         root = Path(cfg.output_root).expanduser().absolute() / "generate"
         folder = workspace.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
@@ -110,23 +112,6 @@ def draw(
         return Halving("the decoder", settings.batch_size).run(
             lambda size: pipelines.decode(pipeline, embeds, replace(settings, batch_size=size))
         )
-
-
-@contextmanager
-def memory_told() -> Iterator[None]:
-    """Around drawing: there is no memory for one picture at a time.
-
-    Raises:
-        OutOfMemory: in place of what the libraries raise.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"drawing ran out of memory ({first_line(error)}); set precision=bf16, or smaller height and width"
-        ) from error
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Training:
         network: the stage's network as Accelerate prepared it.
         scheduler: the learning-rate schedule, stepped once per optimizer step.
         step: optimizer steps done.
-        is_whole: whether it is that of a step, and not in the middle of the next one's changes.
+        is_whole: False while a step changes weights, optimizer and schedule: what is saved then is of no step.
         used: the schedule's rate in the last of them, and Prodigy's factor on it, `d`.
         unread: of the meter, at the last checkpoint: what was measured and not reported yet.
     """

@@ -23,7 +23,6 @@ ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+) ([KMGT])iB")
 UNUSED = re.compile(r"([\d.]+) ([KMGT])iB is reserved by PyTorch but unallocated")
 # Parts of the activations that a setting takes away: guesses that nobody measured, good enough to rank settings by.
 CHECKPOINTED, HALVED, QUARTERED = 0.7, 0.45, 0.5
-FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kandinsky_exp.data.encode import memory_told
+from kandinsky_exp.data.encode import encoding_told
 from kandinsky_exp.stages.base import DiffusionStage, Features
 
 
@@ -27,7 +27,7 @@ def null_condition(stage: DiffusionStage, cache: Path, encoders: str, device: to
         with _alone(file):  # runs of a parallel sweep ask for it together: one encodes it
             features = _kept(file)
             if features is None:
-                with memory_told(), stage.weights.on_device(stage.encoders, device):
+                with encoding_told(), stage.weights.on_device(stage.encoders, device):
                     features = {key: value.cpu() for key, value in stage.encode_null().items()}
                 _keep(features, file)
     return features

@@ -20,7 +20,7 @@ from kandinsky_exp.errors import ConfigError, cut, first_line
 from kandinsky_exp.locating import NETWORK, located, recorded_id, run_of, source_of, trained_network
 from kandinsky_exp.parts import PARTS, Side, check_source, is_hub_id
 from kandinsky_exp.weight_files import passed_over, untrusted
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.weights import Weights, fetched
 
 logger = logging.getLogger(__name__)
 
@@ -213,16 +213,7 @@ def _with_file(place: Path, key: str, source: str) -> Path:
 
 
 def _fetched(repo: str, key: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=list(adapter_files.NAMES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"{key}: '{repo}' is no folder here, and could not be fetched from the hub ({first_line(error)}); check "
-            "the id, your access (hf auth login) and the network, or give a local folder"
-        ) from error
+    folder = fetched(repo, key, list(adapter_files.NAMES))
     if not adapter_files.is_adapter(folder):
         raise ConfigError(f"{key}: '{repo}' on the hub has no {adapter_files.WEIGHTS_NAME}; check the id")
     return folder

@@ -69,7 +69,12 @@ def check_source(source: str, side: Side, variant: str | None = None) -> str | N
     except (OSError, ValueError):
         return f"'{source}': model_index.json cannot be read; fetch or save the pipeline again"
     problems = [problem for part in side_parts(side) if (problem := _check_part(folder, part, variant))]
-    return f"'{source}': {'; '.join(problems)}; give a Kandinsky 2.2 {side}, or fetch it again" if problems else None
+    if not problems:
+        return None
+    is_whole = all(weight_files.SET_VARIANT in problem for problem in problems)
+    return f"'{source}': {'; '.join(problems)}" + (
+        "" if is_whole else f"; give a Kandinsky 2.2 {side}, or fetch it again"
+    )
 
 
 def _status(run_folder: Path) -> str:

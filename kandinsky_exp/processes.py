@@ -101,7 +101,7 @@ def on_all_processes(action: Callable[[], Result]) -> Result:
 
 
 def _for_others(error: BaseException) -> BaseException:
-    """What a process raises of another's error: its kind decides the exit code, and that one tells it."""
+    """What the other processes raise for it: of the same kind, for the exit code; its own process prints it."""
     if isinstance(error, UserError | RunFailure | Interrupted | KeyboardInterrupt):
         return error
     told = PeerFailure(f"process {PartialState().process_index} failed: {type(error).__name__}: {first_line(error)}")

@@ -13,13 +13,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kandinsky_exp import processes
-from kandinsky_exp.data import cache, sources, tally
+from kandinsky_exp.data import sources, tally
 from kandinsky_exp.data.checks import find_bad
 from kandinsky_exp.data.cut import cut_captions
 from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.data.encoding import EncodeSettings
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
+from kandinsky_exp.data.layout import command
 from kandinsky_exp.data.loading import from_workers, leave_signals
 from kandinsky_exp.data.metadata import first_few
 from kandinsky_exp.data.prefetch import changed, prefetch
@@ -264,7 +265,7 @@ class _Opener:
             self.notes.append(
                 f"{whole.source.name} was encoded by an earlier version, which did not tell pictures apart: rows of "
                 "one picture may both train and be held out; to have that mended, remove its table: "
-                f"{cache.command(table, f'remove={table.name}')}"
+                f"{command(table, f'remove={table.name}')}"
             )
         return found
 
@@ -288,7 +289,7 @@ class _Opener:
         self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
     ) -> None:
         self.notes += tally.lines(noted)
-        unused = source.beside if isinstance(source, Shards) else source.left_out()  # this was said before
+        unused = source.beside if isinstance(source, Shards) else source.left_out()  # the check of the data has said it
         self.skipped += [*tally.lines(unused), *tally.lines(noted), *skipped]
         if skipped:
             self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")

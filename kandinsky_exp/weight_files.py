@@ -27,6 +27,7 @@ TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of the forma
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER = 100 << 20  # bytes, as the format has it
 
+SET_VARIANT = "set weights.variant="  # the way out where all is there, under other names
 OBJECTS = {  # files with one JSON object, of the parts that are no networks
     "tokenizer": "tokenizer.json",
     "scheduler": "scheduler_config.json",
@@ -57,7 +58,7 @@ def lacking(folder: Path, variant: str | None) -> str | None:
     if any(file.suffix == ".safetensors" for file in opened(folder, True, variant)):
         return None
     if others := sorted(variants(folder)):
-        return f"has weights of the variant {' or '.join(others)} alone; set weights.variant={others[0]}"
+        return f"has weights of the variant {' or '.join(others)} alone; {SET_VARIANT}{others[0]}"
     return alone(folder) or "has no .safetensors file"
 
 

@@ -67,18 +67,8 @@ class Weights:
         return part
 
     def _snapshot(self, repo: str, side: Side, patterns: list[str]) -> Path:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
         revision = self.prior_revision if side == "prior" else self.decoder_revision
-        try:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ConfigError(
-                f"weights.{side}: '{repo}' is no folder here, and could not be fetched from the hub "
-                f"({first_line(error)}); check the id, weights.*_revision, your access (hf auth login) and the "
-                "network, or give a local folder"
-            ) from error
+        return fetched(repo, f"weights.{side}", patterns, revision)
 
     def _tensors(self, name: str) -> list[str]:
         """Patterns of the files of a part that hold tensors."""
@@ -198,6 +188,28 @@ class Weights:
     def files(self, part: str) -> list[Path]:
         """Those that loading a part opens."""
         return weight_files.opened(self.folder(part), part in MODELS, self.variant)
+
+
+def fetched(repo: str, key: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The folder of a hub repository's files of these names.
+
+    Args:
+        key: of the setting that names the repository, for messages.
+
+    Raises:
+        ConfigError: it is not there, or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = "" if revision is None else f"{key}_revision, "
+        raise ConfigError(
+            f"{key}: '{repo}' is no folder here, and could not be fetched from the hub ({first_line(error)}); check "
+            f"the id, {at}your access (hf auth login) and the network, or give a local folder"
+        ) from error
 
 
 def _read_part(part: str, folder: Path, dtype: str, variant: str | None, bits: str | None) -> Any:

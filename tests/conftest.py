@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores: m
 # The CPU, also on a machine with a GPU, where several tests at a time would share it and numbers are others; who wants
 # a test to use one names it: CUDA_VISIBLE_DEVICES=0.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the server of `commands.py` first: Python has one at a time, and a sweep in a test would start its own."""
+    if (commands := sys.modules.get("commands")) is not None and not session.config.option.collectonly:
+        commands.start_server()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,10 +4,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -261,11 +261,17 @@ def test_processes_agree_and_hear_of_each_others_errors(mpi: bool, tmp_path: Pat
     assert second == [*stopped, told, *first[-2:]]
 
 
+def is_open(port: int) -> bool:
+    """Whether a process waits for others there."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
 def test_a_process_that_waits_for_others_hears_a_signal(tmp_path: Path) -> None:
     alone, _ = launched(2)
     process = start(tmp_path, "model=prior", "name=p", **alone)
-    time.sleep(1.5)
-    assert process.code is None
+    process.wait_until(lambda: is_open(int(alone["MASTER_PORT"])))
     process.signal(signal.SIGTERM)
     output = process.finish(20)
     assert process.code == 143, output

@@ -123,6 +123,13 @@ def test_where_an_experiment_keeps_artifacts(location: str, is_kept: bool, root:
     assert (len([name for name in files(root) if name.endswith(".png")]) == 1) == is_kept
 
 
+def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
+    (tmp_path / "mlartifacts").mkdir()
+    (tmp_path / "mlflow.db").touch()
+    client, _ = store.connect(default_uri(tmp_path))
+    assert client.get_experiment("0").name == "Default"
+
+
 def test_a_run_is_found_by_its_id_after_a_move(root: Path, tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 

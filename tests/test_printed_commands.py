@@ -23,7 +23,7 @@ from running import composed
 import hydra_plugins.kandinsky_optuna
 import kandinsky_exp
 from kandinsky_exp import cli, command_line, config, mistakes, parts, store_schema, sweep, sweep_jobs, targets, trust
-from kandinsky_exp.data import cache
+from kandinsky_exp.data import cache, layout
 from kandinsky_exp.data.layout import META
 from kandinsky_exp.errors import ConfigError
 
@@ -185,7 +185,7 @@ def remove_table(root: Path) -> str:
     folder = root / "my out" / "cache" / "t1"
     folder.mkdir(parents=True)
     (folder / META).write_text("{}")
-    return cache.command(folder, f"remove={folder.name}")
+    return layout.command(folder, f"remove={folder.name}")
 
 
 def adapter_as_weights(root: Path) -> str:
@@ -257,7 +257,7 @@ def test_no_command_is_left_out() -> None:
     """A message that fills in a part of a command needs a row here, or a test of its own file."""
     assert len(WHOLE) > 5
     here = {
-        *("kandinsky_exp/command_line.py", "kandinsky_exp/mistakes.py", "kandinsky_exp/data/cache.py"),
+        *("kandinsky_exp/command_line.py", "kandinsky_exp/mistakes.py", "kandinsky_exp/data/layout.py"),
         *("kandinsky_exp/sweep.py", "kandinsky_exp/store_schema.py", "kandinsky_exp/targets.py"),
         "kandinsky_exp/parts.py",
     }

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from kandinsky_exp import paths
-from kandinsky_exp.data.layout import IMAGES, META, PICTURE_RULES, PROGRESS
+from kandinsky_exp.data.layout import IMAGES, META, PICTURE_RULES, PROGRESS, command
 from kandinsky_exp.data.progress import Log
 from kandinsky_exp.errors import ConfigError, DataError
 
@@ -118,11 +117,6 @@ def _about_disk(folder: Path, error: OSError) -> str:
         f"output_root: encoded features cannot be written to {folder.parent} ({_reason(error)}); set output_root to a "
         "folder that can, or data.cache=false to train without them"
     )
-
-
-def command(folder: Path, what: str = "list=true") -> str:
-    """What to type about a table, or about all that lie beside it."""
-    return f"kandinsky-exp encode {what} {paths.setting('output_root', folder.parent.parent)}"
 
 
 def _reason(error: BaseException) -> str:

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from kandinsky_exp.data.metadata import SHOWN, first_few
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.progress import Log
 from kandinsky_exp.data.table import FORMAT, FeatureTable
-from kandinsky_exp.errors import DataError, first_line, is_out_of_memory
+from kandinsky_exp.errors import DataError, memory_told
 
 
 def cache_key(source_fingerprint: str, encoder_fingerprint: str, preprocess: Preprocess, how: EncodeSettings) -> str:
@@ -63,25 +63,13 @@ def encode_table(
         return _accepted(table, how, log)
 
 
-@contextmanager
-def memory_told(advice: str = "") -> Iterator[None]:
-    """Around encoding, and around moving what encodes: the end of memory becomes a message.
+def encoding_told(advice: str = "") -> AbstractContextManager[None]:
+    """Around encoding, and around moving what encodes: the end of memory becomes a DataError.
 
     Args:
         advice: a setting that helps, before the one that always does.
-
-    Raises:
-        DataError: in place of what the libraries raise.
     """
-    reason = None
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-    if reason is not None:  # here, where no traceback keeps the workers and what lies on the device
-        raise DataError(f"the encoders ran out of memory ({reason}); set {advice}precision=bf16")
+    return memory_told(DataError, f"the encoders ran out of memory ({{}}); set {advice}precision=bf16")
 
 
 def _found(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
@@ -118,7 +106,7 @@ def _encode(
     with closing(journal):
         _refuse_gaps(progress.skipped, folder, how)
         size = progress.batch_size
-        with memory_told(f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""), encoders:
+        with encoding_told(f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""), encoders:
             Walk(source, stage, replace(how, batch_size=size), journal, log).encode_all()
         if not progress.images:
             reasons = first_few(progress.skipped) or "it holds no image"

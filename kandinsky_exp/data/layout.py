@@ -1,8 +1,9 @@
 """What lies where in the folder of encoded features; nothing here needs torch, and listing them is quick."""
 
-import re
 import shlex
 from pathlib import Path
+
+from kandinsky_exp import paths
 
 IMAGES, CAPTIONS = "images.arrow", "captions.arrow"
 META = "table.json"  # of a complete table
@@ -14,10 +15,10 @@ DEFAULT_ROOT = Path("outputs")
 
 def removal(folder: Path) -> str:
     """The command that removes a table, as a shell takes it."""
-    words = ["kandinsky-exp", "encode", f"remove=[{folder.name[:8]}]"]
-    root = folder.parent.parent
-    if root != DEFAULT_ROOT:
-        plain = re.fullmatch(r"[\w./~-]+", str(root))
-        value = str(root) if plain else "'{}'".format(str(root).replace("\\", "\\\\").replace("'", "\\'"))
-        words.append(f"output_root={value}")
-    return " ".join(map(shlex.quote, words))
+    names = shlex.quote(f"remove=[{folder.name[:8]}]")
+    return command(folder, names) if folder.parent.parent != DEFAULT_ROOT else f"kandinsky-exp encode {names}"
+
+
+def command(folder: Path, what: str = "list=true") -> str:
+    """What to type about a table, or about all that lie beside it."""
+    return f"kandinsky-exp encode {what} {paths.setting('output_root', folder.parent.parent)}"
