@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
 from kandinsky_exp.data.examples import Example, Indexed
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
 from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, PROGRESS, removal
-from kandinsky_exp.data.loading import from_workers
+from kandinsky_exp.data.loading import Loader, from_workers
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler, choose_mirror
 from kandinsky_exp.data.table import FeatureTable
@@ -312,6 +313,20 @@ class Choosy:
         if images.width == 17:
             raise IndexError("list index out of range")
         return self.processor(images=images, return_tensors=return_tensors)
+
+
+def test_a_file_is_read_once(tmp_path):
+    (source,) = sources.folder(write_pictures(tmp_path / "set", [(16, 16)])).train.examples()
+    reads = []
+
+    def read():
+        reads.append(1)
+        return source.read()
+
+    loaded = Loader(PriorEncoders().preprocess, mirrored=True)[replace(source, read=read)]
+    assert not loaded.problem
+    assert loaded.picture is not None
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

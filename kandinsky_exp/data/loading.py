@@ -4,6 +4,7 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -86,6 +87,7 @@ class Loader(Dataset[Loaded]):
             return Loaded(example.id, problem=f"{example.where}: image {example.id}: {reason}")
 
     def _load(self, example: Example) -> Loaded:
+        example = replace(example, read=cache(example.read))  # for the pixels, and for the digest of the file
         wants_captions = self.preprocess.tokenizer is not None
         if wants_captions and example.caption_problem:
             raise DataError(f"{example.where}: {example.caption_problem}")
