@@ -16,6 +16,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from yaml import YAMLError
 
 from kandinsky_exp import config, grammar, paths, trust
 from kandinsky_exp.errors import ConfigError, UserError, cut
@@ -173,7 +174,7 @@ def group_options(loader: ConfigLoaderImpl, group: str, verb: str, search_path: 
     """The files of a group; none for what is no group."""
     try:
         return loader.get_group_options(group, config_name=verb, overrides=list(search_path))
-    except (OSError, ValueError):  # no name of a folder: too long, say
+    except (OSError, ValueError, YAMLError):  # no name of a folder: too long, say; or the root config is no yaml
         return []
 
 

@@ -209,6 +209,16 @@ BAD_MEMBERS = {
 }
 
 
+def test_members_that_lie_apart_are_told_how_to_be_packed(tmp_path):
+    """`tar cf a.tar -C folder .` packs as the file system lists; WebDataset reads what lies side by side."""
+    members = [("a.png", png(1)), ("b.txt", b"b"), ("b.png", png(2)), ("a.txt", b"a")]
+    splits = sources.webdataset(write_tar(tmp_path / "a.tar", members))
+    apart, whole, rest = splits.train.examples()
+    assert sources.problem_of(whole, requires_captions=True) is None
+    for example in (apart, rest):
+        assert "or pack them side by side (tar --sort=name)" in sources.problem_of(example, requires_captions=True)
+
+
 @pytest.mark.parametrize("case", BAD_MEMBERS)
 def test_bad_members_are_rows_with_a_problem(tmp_path, case):
     members, options, message = BAD_MEMBERS[case]

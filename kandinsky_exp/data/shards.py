@@ -30,6 +30,7 @@ from kandinsky_exp.errors import DataError
 from kandinsky_exp.texts import decode
 
 MAX_TEXT = 4 << 20  # bytes of a member with a caption, or with the JSON around it
+APART = "or pack them side by side (tar --sort=name)"  # the way out where the rest lies further on in the file
 BOMB = 100  # bytes unpacked for each one read; pictures hardly shrink at all
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 MAX_HEADER = 1 << 20
@@ -163,12 +164,13 @@ class Shards(Source):
 
     def _no_image(self, group: Group) -> str:
         there = f"; there are {', '.join(group.beside)}" if group.beside else ""
-        return f"no image ({', '.join(self.image_keys)}) has this name{there}; set data.image_column"
+        way_out = "set data.image_column" + ("" if there else f", {APART}")
+        return f"no image ({', '.join(self.image_keys)}) has this name{there}; {way_out}"
 
     def _captions(self, group: Group) -> Captions:
         key, is_json = self._text_key, self.caption_key.startswith("json.")
         if key not in group.members:
-            return (), group.refused.get(key, f"no .{key} has this name; set data.caption_column")
+            return (), group.refused.get(key, f"no .{key} has this name; set data.caption_column, {APART}")
         try:
             text = decode(group.members[key]).strip()
             row = json.loads(text) if is_json else {key: text}
