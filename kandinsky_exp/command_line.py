@@ -159,8 +159,7 @@ def _of_hydra(verb: str, line: CommandLine) -> Any:
                 return None
 
         section = composed(line.overrides)
-        if section is None and composed(line.search_path) is not None:  # else the root config itself is broken
-            # What chooses files, and is for Hydra, one by one.
+        if section is None:  # what chooses files, and is for Hydra, one by one
             good: list[str] = []
             for override in grammar.readable(line.overrides):
                 is_group = override.is_hydra_override() or bool(group_options(loader, override.key_or_group, verb))
