@@ -43,13 +43,17 @@ class Training:
         self.newest = ""
         self.begun: float | None = None
 
-    def seconds(self, root: Path) -> float:
-        """Since the first line of the log that speaks of a step; negative before."""
+    def lines(self, root: Path) -> int:
+        """How often the log has spoken of a step."""
         log = root / "killed" / "train.log"
         text = log.read_text() if log.is_file() else ""
         if self.size is None:
             self.size, self.newest = len(text), newest(root)
-        if self.begun is None and "step " in text[self.size :]:
+        return text[self.size :].count("step ")
+
+    def seconds(self, root: Path, lines: int = 1) -> float:
+        """Since the log has spoken of a step so often; negative before."""
+        if self.begun is None and self.lines(root) >= lines:
             self.begun = time.monotonic()
         return -1.0 if self.begun is None else time.monotonic() - self.begun
 
@@ -61,10 +65,10 @@ def newest(root: Path) -> str:
     return max((path.name for path in root.glob("killed/checkpoints/step-*")), default="")
 
 
-def after(seconds: float) -> Moment:
-    """So long after the first step that the log speaks of."""
+def after(seconds: float, lines: int = 1) -> Moment:
+    """So long after the log has spoken of a step so often."""
     training = Training()
-    return lambda root: training.seconds(root) >= seconds
+    return lambda root: training.seconds(root, lines) >= seconds
 
 
 def finds(pattern: str) -> Moment:
@@ -140,6 +144,8 @@ def test_killed_fifty_times(tmp_path: Path) -> None:
     chance = random.Random(0)
     moments: list[Moment] = [RECORDED, ENCODING]
     while len(moments) < 50:
-        some = [finds_later(CHECKPOINT), finds_later(WRITING), *(after(chance.uniform(0, 1.5)) for _ in range(4))]
+        # By lines, a checkpoint and a log point every few steps: by seconds, a quick machine comes to the end before.
+        anywhere = [after(chance.uniform(0, 0.1), chance.randint(1, 5)) for _ in range(4)]
+        some = [finds_later(CHECKPOINT), finds_later(WRITING), *anywhere]
         moments.append(chance.choice(some))
     assert killed_over_and_over(tmp_path, moments, steps=800) == 50
