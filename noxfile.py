@@ -77,7 +77,7 @@ def sweep(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Train the tiny prior and decoder on the shipped emoji and generate; arguments after `--` are overrides."""
     python = project_environment(session)
-    session.run(python, "-m", "kandinsky_exp.demo", *session.posargs, env=ENVIRONMENT)
+    session.run(python, "-m", "kandinsky_exp.verbs.demo", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session(venv_backend="none", default=False)

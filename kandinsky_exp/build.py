@@ -15,17 +15,21 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kandinsky_exp import accelerators, adapters, architectures, averaging, host_memory, run_settings, targets, trust
+from kandinsky_exp import run_settings
+from kandinsky_exp.config import allowlist, targets
+from kandinsky_exp.config.verb_schemas import Train
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
-from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.errors import ConfigError, UserError
-from kandinsky_exp.loop import Training
-from kandinsky_exp.parts import PARTS, side_parts
-from kandinsky_exp.readers import ReadSettings
-from kandinsky_exp.roots import Train
+from kandinsky_exp.models import adapters, compatibility
+from kandinsky_exp.models.components import PARTS, side_parts
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.system import accelerators, host_memory
+from kandinsky_exp.training.ema import is_schedule_free
+from kandinsky_exp.training.feature_loader import ReadSettings
+from kandinsky_exp.training.loop import Training
 
 
 def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
@@ -71,12 +75,12 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
         needed |= set(PARTS)
     for part in sorted(needed):
         parts.folder(part)
-    notes = architectures.check(parts, needed)
+    notes = compatibility.check(parts, needed)
     cls.check_weights(parts)
     if cfg.adapter.name != "none":
-        check_adapter(cfg, architectures.without_data(cls.part, parts.folder(cls.part)))
+        check_adapter(cfg, compatibility.without_data(cls.part, parts.folder(cls.part)))
     if "movq" in {*cls.encoders, *also}:
-        architectures.check_resolution(parts, cfg.data.resolution)
+        compatibility.check_resolution(parts, cfg.data.resolution)
     return notes
 
 
@@ -101,7 +105,7 @@ def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
     """
     settings = OmegaConf.to_container(cfg[key], resolve=True)
     assert isinstance(settings, dict)  # nosec B101 # narrows the type
-    if found := targets.problems({key: settings}, Train, trust.user_modules(cfg)):
+    if found := targets.problems({key: settings}, Train, allowlist.user_modules(cfg)):
         raise ConfigError(found)
     return {str(name): value for name, value in settings.items()}
 
@@ -247,7 +251,7 @@ def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device:
         made = instantiate(settings, _convert_="all")(trainable)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {cfg.optimizer._target_} refuses its settings: {error}") from error
-    if averaging.is_schedule_free(made):
+    if is_schedule_free(made):
         made.train()
     assert isinstance(made, torch.optim.Optimizer)  # nosec B101 # narrows the type
     return made

@@ -6,12 +6,16 @@ from pathlib import Path
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from kandinsky_exp import adapters, averaging, hub, pipelines, read_back, records, registry
+from kandinsky_exp import records
 from kandinsky_exp.errors import RunFailure
-from kandinsky_exp.loop import Training
-from kandinsky_exp.parts import PARTS
-from kandinsky_exp.weights import Weights
-from kandinsky_exp.workspace import Workspace
+from kandinsky_exp.models import adapters, pipelines, read_back
+from kandinsky_exp.models.components import PARTS
+from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.runs import hub
+from kandinsky_exp.runs.run_folder import Workspace
+from kandinsky_exp.tracking import registry
+from kandinsky_exp.training import ema
+from kandinsky_exp.training.loop import Training
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +23,7 @@ logger = logging.getLogger(__name__)
 def save(accelerator: Accelerator, space: Workspace, training: Training, weights: Weights) -> None:
     """`adapter/` or `pipeline/`, with the averaged weights where there are any. Main process only."""
     network = accelerator.unwrap_model(training.network)
-    with averaging.averaged_weights(training):
+    with ema.averaged_weights(training):
         bare = training.stage.snapshot(training.stage.network, {}).tensors
 
         def write(folder: Path) -> None:

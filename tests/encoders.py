@@ -2,8 +2,8 @@
 
 import torch
 
-from kandinsky_exp.data.encode import encode_table
-from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.data.encoded.encode import encode_table
+from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.tiny import architecture
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kandinsky_exp.adapter_files import PEFT_CONFIG, PEFT_NAME, WEIGHTS_NAME
+from kandinsky_exp.models.adapter_files import PEFT_CONFIG, PEFT_NAME, WEIGHTS_NAME
 
 Tensors = dict[str, Tensor]
 

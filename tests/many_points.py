@@ -7,7 +7,7 @@ from pathlib import Path
 from commands import FORKS, Forked
 from mlflow import MlflowClient
 
-from kandinsky_exp.tracking import MlflowTracker, probe, tracked
+from kandinsky_exp.tracking.tracker import MlflowTracker, probe, tracked
 
 PROCESSES = 4
 STEPS = 1000  # of two metrics each

@@ -25,11 +25,11 @@ from mlflow import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from kandinsky_exp import store
-from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny import pipelines
+from kandinsky_exp.tracking import store
+from kandinsky_exp.verbs.encode import encode
 
 SMALL = [
     "weights=tiny",

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from kandinsky_exp import adapter_files, adapters, architectures, pipelines
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.models import adapter_files, adapters, compatibility, pipelines
+from kandinsky_exp.models.weights import Weights
 
 PARTS = ["prior", "unet"]
 EACH = pytest.mark.parametrize("part", PARTS)
@@ -118,7 +118,7 @@ def test_an_adapter_that_the_network_does_not_take_is_refused(settings, message,
     with pytest.raises(ConfigError, match=message):
         attach(weights.load_trainable("unet"), **settings)
     values = {"rank": 4, "target_modules": None, "init": "default", **settings}
-    assert len(adapters.problems(architectures.without_data("unet", weights.folder("unet")), **values)) == 1
+    assert len(adapters.problems(compatibility.without_data("unet", weights.folder("unet")), **values)) == 1
 
 
 def test_the_largest_rank_is_accepted(weights):
@@ -230,7 +230,7 @@ def test_an_adapter_counts_the_same_under_other_trainers_names(form, part, plain
     other = foreign.write(form, folder, tmp_path / "other", part, 12.0, 4)
     shapes = adapter_files.read(other)
     assert adapter_files.stage(shapes) == {"prior": "prior", "unet": "decoder"}[part]
-    assert adapter_files.misfit(shapes, architectures.described(part, weights.folder(part))) is None
+    assert adapter_files.misfit(shapes, compatibility.described(part, weights.folder(part))) is None
     found, base = merged(weights, part, other), weights.load(part).state_dict()
     assert found.keys() == expected.keys()
     changed = [name for name, value in expected.items() if not torch.equal(value, base[name])]
@@ -306,7 +306,7 @@ def test_the_file_tells_whose_it_is_and_whom_it_fits(weights, tmp_path):
         adapters.save(attach(weights.load_trainable(part)), tmp_path / part)
         shapes = adapter_files.read(tmp_path / part)
         assert adapter_files.stage(shapes) == side
-        network = architectures.described(part, weights.folder(part))
+        network = compatibility.described(part, weights.folder(part))
         assert adapter_files.misfit(shapes, network) is None
         wider = {name: (shape[0], *(size + 1 for size in shape[1:])) for name, shape in network.items()}
         assert "inputs, the base's has" in str(adapter_files.misfit(shapes, wider))

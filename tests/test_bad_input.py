@@ -28,8 +28,8 @@ from PIL import Image
 from running import train
 
 from kandinsky_exp import cli
-from kandinsky_exp import generate as _generate  # noqa: F401 - what a verb imports takes seconds, once
 from kandinsky_exp import run as _run  # noqa: F401
+from kandinsky_exp.verbs import generate as _generate  # noqa: F401 - what a verb imports takes seconds, once
 
 LONGEST = 700  # characters of a message about one mistake
 SLOWEST = 5.0  # seconds

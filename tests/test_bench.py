@@ -22,10 +22,10 @@ import turns
 from PIL import Image
 
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.table import FeatureTable
-from kandinsky_exp.parts import PARTS
+from kandinsky_exp.data.encoded.table import FeatureTable
+from kandinsky_exp.models.components import PARTS
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.prior import PriorStage
-from kandinsky_exp.weights import Weights
 
 BENCH = Path(machine.HERE)
 

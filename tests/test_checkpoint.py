@@ -18,20 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import (
-    adapters,
-    averaging,
-    build,
-    checkpoint,
-    cli,
-    host_memory,
-    integrity,
-    processes,
-    read_back,
-    state_file,
-)  # fmt: skip
-from kandinsky_exp.behind import CheckpointWriter
+from kandinsky_exp import build, cli
 from kandinsky_exp.errors import CheckpointFailure, RunFailure
+from kandinsky_exp.models import adapters, read_back
+from kandinsky_exp.runs import integrity  # fmt: skip
+from kandinsky_exp.system import distributed, host_memory
+from kandinsky_exp.training import checkpoint, ema, state_file
+from kandinsky_exp.training.async_checkpoint import CheckpointWriter
 
 STAGES = pytest.mark.parametrize("stage", ["prior", "decoder"])
 PART = {"prior": "prior", "decoder": "unet"}
@@ -46,7 +39,7 @@ def trained(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
         def make(stage: str, *overrides: str) -> Any:
             weights = [f"weights.prior={tiny_folder}", f"weights.decoder={tiny_folder}"]
             cfg = composed(tmp_path, f"model={stage}", *weights, *overrides)
-            accelerator = stack.enter_context(processes.accelerated(lambda: build.accelerator(cfg)))
+            accelerator = stack.enter_context(distributed.accelerated(lambda: build.accelerator(cfg)))
             made = build.training(cfg, build.stage(cfg, build.weights(cfg)), accelerator, 100)
             step(made)
             return made, accelerator
@@ -299,13 +292,13 @@ def test_averages_take_the_place_of_weights_without_a_copy(trained: Any) -> None
         [value.detach().clone() for value in values] for values in (training.trainable, training.ema.shadow_params)
     )
     places = [value.data_ptr() for value in (*training.trainable, *training.ema.shadow_params)]
-    with pytest.raises(ZeroDivisionError), Recorder() as recorder, averaging.averaged_weights(training):
+    with pytest.raises(ZeroDivisionError), Recorder() as recorder, ema.averaged_weights(training):
         raise ZeroDivisionError
     assert not {"clone", "_to_copy", "copy_", "_foreach_copy_"} & {*recorder.asked}
     assert all(map(torch.equal, training.trainable, weights))
     assert all(map(torch.equal, training.ema.shadow_params, averages))
     assert places == [value.data_ptr() for value in (*training.trainable, *training.ema.shadow_params)]
-    with averaging.averaged_weights(training):
+    with ema.averaged_weights(training):
         assert all(map(torch.equal, training.trainable, averages))
         assert not any(map(torch.equal, training.trainable, weights))
 

@@ -19,10 +19,12 @@ from mlflow import MlflowClient
 from PIL import Image
 from running import PROMPTS, SMALL, first_run, prepare, runs
 
-from kandinsky_exp import album, cli, comparison, mlflow_names, report, report_figures, report_html, report_png
-from kandinsky_exp.album import Album, Row, Stored
-from kandinsky_exp.comparison import Run, Scores
-from kandinsky_exp.tracking import MlflowTracker, default_uri
+from kandinsky_exp import cli
+from kandinsky_exp.reports import figures, html, images, png, report, run_data
+from kandinsky_exp.reports.images import Album, Row, Stored
+from kandinsky_exp.reports.run_data import Run, Scores
+from kandinsky_exp.tracking import mlflow_names
+from kandinsky_exp.tracking.tracker import MlflowTracker, default_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 EVIL = """</script><script>document.title="stolen"</script>, 'q' & $x^2$ %{x} <b>"""
@@ -133,7 +135,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(sweep: Sweep) -> Page:
     file = report.write_report(
-        sweep.client, comparison.children(sweep.client, sweep.parent), sweep.root / "out", EVIL, sweep.parent
+        sweep.client, run_data.children(sweep.client, sweep.parent), sweep.root / "out", EVIL, sweep.parent
     )
     return Page(file.read_text("utf-8"))
 
@@ -143,7 +145,7 @@ def page(sweep: Sweep) -> Page:
 
 def test_the_table_says_what_differed_and_how_it_went(page: Page, sweep: Sweep) -> None:
     heads = [text for text, _ in page.rows[0]]
-    assert heads == ["run", "status", "stage", "lr", "snr", *report_html.SCORES, "MLflow run id"]
+    assert heads == ["run", "status", "stage", "lr", "snr", *html.SCORES, "MLflow run id"]
     assert list(page.column("run")) == ["good", EVIL, "killed", "failed", "no validation"]
     statuses = [text for text, _ in page.column("status").values()]
     assert statuses == ["FINISHED", "FINISHED", "KILLED", "FAILED", "FINISHED"]
@@ -159,7 +161,7 @@ def test_the_table_says_what_differed_and_how_it_went(page: Page, sweep: Sweep) 
 
 
 def test_what_a_run_does_not_have_is_left_open(page: Page) -> None:
-    for head in ("stage", "lr", *report_html.SCORES[:4], "samples/s"):
+    for head in ("stage", "lr", *html.SCORES[:4], "samples/s"):
         assert page.column(head)["failed"] == ("–", None), head
     assert page.column("best val. loss")["no validation"] == ("–", None)
     assert page.column("last train loss")["no validation"][0] == "0.25"
@@ -251,9 +253,9 @@ def test_the_pictures_show_something(page: Page, sweep: Sweep) -> None:
 
 def test_scores_pass_over_what_is_not_finite() -> None:
     curves = {"validation/loss": [(0, math.nan), (5, 2.0), (9, math.inf)], "train/loss": [(1, math.nan)]}
-    assert comparison.scores(curves, None) == Scores(best=2.0, best_step=5, last=2.0)
-    assert report_figures.smoothed([(0, math.nan), (1, 3.0), (2, 3.0)]) == [(1, 3.0), (2, pytest.approx(3.0))]
-    page = Page(report_html.page("t", [Run("0" * 32, "one", "FINISHED", curves=curves)], Album()))
+    assert run_data.scores(curves, None) == Scores(best=2.0, best_step=5, last=2.0)
+    assert figures.smoothed([(0, math.nan), (1, 3.0), (2, 3.0)]) == [(1, 3.0), (2, pytest.approx(3.0))]
+    page = Page(html.page("t", [Run("0" * 32, "one", "FINISHED", curves=curves)], Album()))
     assert page.traces("validation")[0]["y"] == [None, 2.0, None]
 
 
@@ -264,7 +266,7 @@ def test_a_step_that_was_done_twice_has_its_later_value() -> None:
         value: float
         timestamp: int
 
-    assert comparison.in_order([Point(2, 5.0, 9), Point(1, 1.0, 1), Point(2, 3.0, 2)]) == [(1, 1.0), (2, 5.0)]
+    assert run_data.in_order([Point(2, 5.0, 9), Point(1, 1.0, 1), Point(2, 3.0, 2)]) == [(1, 1.0), (2, 5.0)]
 
 
 @pytest.mark.parametrize(
@@ -283,15 +285,15 @@ def test_columns_have_the_shortest_names_that_tell_them_apart(keys: list[str], n
 
 def test_runs_of_one_name_are_told_apart(sweep: Sweep) -> None:
     ids = [str(sweep.track("twin").run_id) for _ in range(2)]
-    assert [run.label for run in comparison.read(sweep.client, ids)] == [f"twin ({run_id[:6]})" for run_id in ids]
+    assert [run.label for run in run_data.read(sweep.client, ids)] == [f"twin ({run_id[:6]})" for run_id in ids]
 
 
 def test_a_prompt_is_that_of_its_step() -> None:
     prompts = [(0, {"a": "first", "b": "other"}), (100, {"a": "second"})]
-    found = [album.prompt_at(prompts, "a", step) for step in (0, 99, 100, 500)]
+    found = [images.prompt_at(prompts, "a", step) for step in (0, 99, 100, 500)]
     assert found == ["first", "first", "second", "second"]
-    assert album.prompt_at(prompts, "b", 500) == "other"
-    assert album.prompt_at(prompts, "c", 500) == ""
+    assert images.prompt_at(prompts, "b", 500) == "other"
+    assert images.prompt_at(prompts, "c", 500) == ""
 
 
 def stored(count: int, rows: int, steps: int) -> list[Stored]:
@@ -306,18 +308,18 @@ def stored(count: int, rows: int, steps: int) -> list[Stored]:
 def test_too_many_images_are_thinned_out_steps_first() -> None:
     notes: list[str] = []
     every = stored(3, 2, 50)
-    kept = album.thinned(every, notes, limit=60)
+    kept = images.thinned(every, notes, limit=60)
     assert len({image.step for image in kept}) == 10
     assert {0, 490} <= {image.step for image in kept}
     assert notes == ["Images of 10 of 50 steps are shown, besides the last of each run."]
-    assert album.thinned(every, notes, limit=300) == every
-    few = album.thinned(stored(30, 10, 4), notes, limit=90)
+    assert images.thinned(every, notes, limit=300) == every
+    few = images.thinned(stored(30, 10, 4), notes, limit=90)
     assert (len(few), len({image.run for image in few}), {image.step for image in few}) == (90, 30, {30})
     assert "of 3 of 10 prompts and 30 of 30 runs" in notes[-1]
 
 
 def test_the_last_images_come_first() -> None:
-    order = [image.step for image in album.by_importance(stored(2, 1, 9))]
+    order = [image.step for image in images.by_importance(stored(2, 1, 9))]
     assert order == [80, 80, 0, 0, 40, 40, 20, 20, 60, 60, 10, 10, 30, 30, 50, 50, 70, 70]
 
 
@@ -328,7 +330,7 @@ def test_images_stay_below_their_size(sweep: Sweep, caplog: pytest.LogCaptureFix
     for step, picture in enumerate(pixels):
         one.log_image("validation/00", Image.fromarray(picture), step)
     one.finish("FINISHED")
-    found = album.collect(sweep.client, comparison.read(sweep.client, [sweep.ids["noise"]]), max_bytes=500_000)
+    found = images.collect(sweep.client, run_data.read(sweep.client, [sweep.ids["noise"]]), max_bytes=500_000)
     assert sum(map(len, found.images)) < 2_000_000
     assert 0 in found.steps
     assert 39 in found.steps
@@ -350,7 +352,7 @@ def test_a_damaged_image_is_only_noted(sweep: Sweep) -> None:
 
 def made(count: int, points: int, **params: Any) -> list[Run]:
     curve = [(step, 1 / (step + 1) + index) for index in [0.0] for step in range(points)]
-    curves = dict.fromkeys(("train/loss", *comparison.QUARTILES), curve) | {"validation/loss": curve[::10]}
+    curves = dict.fromkeys(("train/loss", *run_data.QUARTILES), curve) | {"validation/loss": curve[::10]}
     return [
         Run(f"{index:032x}", f"run {index}", "FINISHED", "decoder", {"optimizer.lr": f"{10.0**-(index % 5)}"}, curves,
             Scores(best=float(index), train=1.0))
@@ -360,30 +362,30 @@ def made(count: int, points: int, **params: Any) -> list[Run]:
 
 def test_hundreds_of_long_runs_make_a_file_that_opens(tmp_path: Path) -> None:
     every = made(300, 2000)
-    text = report_html.page("many", every, Album())
-    assert len(text.encode()) + album.MAX_BYTES * 4 / 3 < 30_000_000
+    text = html.page("many", every, Album())
+    assert len(text.encode()) + images.MAX_BYTES * 4 / 3 < 30_000_000
     page = Page(text)
     assert len(page.column("run")) == 300
     assert len(page.traces("train")) == 300, "no unsmoothed curves"
     assert all(trace["x"][-1] == 1999 for trace in page.traces("train"))
-    report_png.curves(every, tmp_path / "curves.png")
+    png.curves(every, tmp_path / "curves.png")
     width, height = struct.unpack(">II", (tmp_path / "curves.png").read_bytes()[16:24])
     assert max(width, height) < 3000
 
 
 def test_one_parameter_is_a_scatter_and_none_is_said() -> None:
-    kinds = [figure.kind for figure in report_figures.scores(made(3, 2))]
+    kinds = [figure.kind for figure in figures.scores(made(3, 2))]
     assert kinds == ["scatter"]
     same = made(2, 2)
     same[1].params = same[0].params
-    assert "no two finished runs that differ" in report_html.page("t", same, Album())
+    assert "no two finished runs that differ" in html.page("t", same, Album())
 
 
 def test_the_best_of_each_stage_are_marked() -> None:
     every = made(5, 2)
     for run, (stage, best) in zip(every, [("a", 2.0), ("a", 1.0), ("b", 9.0), ("a", 1.0), ("b", None)], strict=True):
         run.stage, run.scores = stage, Scores(best=best)
-    text = report_html.page("t", every, Album())
+    text = html.page("t", every, Album())
     marked = [index for index, row in enumerate(text.split("<tr>")[2:7]) if 'class="number best"' in row]
     assert marked == [1, 2, 3]
 
@@ -392,18 +394,18 @@ def test_the_picture_shows_the_best_of_each_stage() -> None:
     every = made(4, 2)
     for run, (stage, best) in zip(every, [("a", 0.1), ("a", 0.2), ("b", 9.0), ("b", 8.0)], strict=True):
         run.stage, run.scores = stage, Scores(best=best)
-    assert [report_png._rank(every, index) for index in range(4)] == [0, 1, 1, 0]
+    assert [png._rank(every, index) for index in range(4)] == [0, 1, 1, 0]
 
 
 def test_a_single_point_is_seen() -> None:
-    (trace,) = (trace for trace in report_figures.losses(made(1, 1))[0].spec["data"] if "opacity" not in trace)
+    (trace,) = (trace for trace in figures.losses(made(1, 1))[0].spec["data"] if "opacity" not in trace)
     assert trace["mode"] == "lines+markers"
 
 
 def test_stages_are_said_not_to_compare() -> None:
     both = made(2, 2)
     both[0].stage = "prior"
-    page = Page(report_html.page("t", both, Album()))
+    page = Page(html.page("t", both, Album()))
     assert "Losses of different stages (decoder, prior) do not compare with each other." in page.notes
     assert page.column("stage")["run 0"][0] == "prior"
     (parallel,) = page.traces("parallel")
@@ -415,7 +417,7 @@ def test_runs_that_never_validated_are_compared_by_their_training(sweep: Sweep) 
     for run, train in zip(two, (0.5, 0.25), strict=True):
         run.curves = {"train/loss": [(1, train)]}
         run.scores = Scores(train=train)
-    page = Page(report_html.page("t", two, Album()))
+    page = Page(html.page("t", two, Album()))
     assert page.notes[0] == "No run has validated: what counts as the score is the last training loss."
     assert [trace["y"] for trace in page.traces("scatter-0")] == [[0.5], [0.25]]
 

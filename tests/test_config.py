@@ -13,11 +13,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from running import SMALL, hydra_compose, quick_compose
 
-from kandinsky_exp import config, targets
+from kandinsky_exp.config import targets, validation
+from kandinsky_exp.config.rules import at_least
+from kandinsky_exp.config.schema import Optimizer
+from kandinsky_exp.config.types import fits, misfit
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.fitting import fits, misfit
-from kandinsky_exp.rules import at_least
-from kandinsky_exp.schema import Optimizer
 
 CONF = Path(__file__).parent.parent / "conf"
 PROJECT = tomllib.loads((CONF.parent / "pyproject.toml").read_text("utf-8"))["project"]
@@ -65,7 +65,7 @@ def test_what_hydra_refuses_is_refused_as_hydra_does_it(word: str) -> None:
 
 
 def problems(*overrides: str) -> list[str]:
-    return config.problems(composed(*TINY, *overrides))
+    return validation.problems(composed(*TINY, *overrides))
 
 
 # --- conf/
@@ -95,7 +95,7 @@ def test_every_option_composes_and_binds(name: str, tmp_path: Path) -> None:
         overrides += [f"data.instance_path={tmp_path}", "data.instance_prompt=a sks dog"]
     if name == "data/hub":
         overrides += ["data.name=someone/something"]
-    found = config.problems(composed(*overrides))
+    found = validation.problems(composed(*overrides))
     if name in EXTRAS and find_spec(EXTRAS[name]) is None:
         assert [text for text in found if f"'{EXTRAS[name]}', which is not installed; pip install" in text] == found
         assert len(found) == 1
@@ -116,11 +116,11 @@ def test_every_value_of_a_sweep_is_good(name: str) -> None:
 
 
 def test_generate_composes_and_binds() -> None:
-    assert config.problems(composed("weights=tiny", "prompts=[a fox]", verb="generate")) == []
+    assert validation.problems(composed("weights=tiny", "prompts=[a fox]", verb="generate")) == []
 
 
 def test_defaults_of_the_contract() -> None:
-    values = config.flatten(composed())
+    values = validation.flatten(composed())
     expected = {
         "name": None,
         "output_root": str(Path("outputs").absolute()),
@@ -180,7 +180,7 @@ def test_defaults_of_the_contract() -> None:
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_naruto_is_the_guides_command(stage: str) -> None:
-    values = config.flatten(composed(f"experiment=naruto_{stage}"))
+    values = validation.flatten(composed(f"experiment=naruto_{stage}"))
     expected = {
         f"weights.{stage}": f"kandinsky-community/kandinsky-2-2-{stage}",
         "data.name": "lambdalabs/naruto-blip-captions",
@@ -239,7 +239,7 @@ def test_everything_wrong_is_listed_at_once() -> None:
         ]
     )
     with pytest.raises(ConfigError) as caught:
-        config.validate(composed(*TINY, "trainer.max_steps=-1", "seed=x"))
+        validation.validate(composed(*TINY, "trainer.max_steps=-1", "seed=x"))
     assert len(caught.value.problems) == 2
 
 
@@ -311,7 +311,7 @@ def test_refuses(override: str, message: str) -> None:
 
 
 def test_missing_path_says_what_to_give() -> None:
-    (found,) = config.problems(composed())
+    (found,) = validation.problems(composed())
     assert found.startswith("data.path: is not set; give the folder of your images")
 
 
@@ -393,7 +393,7 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
     assert "is empty" in problems(f"validation.prompts={empty}")[0]
     assert "not a text file" in problems(f"validation.prompts={binary}")[0]
     assert "is a file" in problems(f"output_root={prompts}")[0]
-    assert "there is no folder" in config.problems(composed(f"data.path={tmp_path / 'nowhere'}"))[0]
+    assert "there is no folder" in validation.problems(composed(f"data.path={tmp_path / 'nowhere'}"))[0]
     assert "no folder" in problems(f"checkpoint.resume={tmp_path / 'nowhere'}")[0]
 
 
@@ -413,7 +413,7 @@ def test_a_name_that_the_outputs_folder_needs(name: str, tmp_path: Path) -> None
 
 
 def test_generate_wants_prompts() -> None:
-    found = config.problems(composed("weights=tiny", verb="generate"))
+    found = validation.problems(composed("weights=tiny", verb="generate"))
     assert found == ["prompts: is empty; give a list, or a text file with one prompt per line"]
 
 
@@ -423,8 +423,8 @@ def test_a_users_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.syspath_prepend(tmp_path)
     mine = ["optimizer._target_=my_parts.Mine", "+optimizer.anything=goes"]
     trusted = ["my_parts", "my_broken"]
-    assert config.problems(composed(*TINY, *mine), trusted=trusted) == []
-    (found,) = config.problems(composed(*TINY, "optimizer._target_=my_broken.Mine"), trusted=trusted)
+    assert validation.problems(composed(*TINY, *mine), trusted=trusted) == []
+    (found,) = validation.problems(composed(*TINY, "optimizer._target_=my_broken.Mine"), trusted=trusted)
     assert "importing my_broken failed: ModuleNotFoundError: No module named 'no_such_thing'" in found
 
 
@@ -465,36 +465,37 @@ def test_fits(value: Any, annotation: Any, expected: bool) -> None:
 
 def test_flat_and_written_forms_hide_passwords() -> None:
     cfg = composed(*TINY, "tracker.uri=postgresql+psycopg2://me:pa55w0rd@host/db", "validation.prompts=[a, b]")
-    flat = config.flatten(cfg)
+    flat = validation.flatten(cfg)
     assert flat["tracker.uri"] == "postgresql+psycopg2://***@host/db"
     assert flat["validation.prompts"] == ["a", "b"]
-    assert "pa55w0rd" not in config.to_yaml(cfg)
+    assert "pa55w0rd" not in validation.to_yaml(cfg)
     assert cfg.tracker.uri.count("pa55w0rd") == 1  # the run itself still has it
 
 
 def test_the_token_of_a_signed_address_is_hidden() -> None:
     address = "https://host/{000..007}.tar"
     cfg = composed(*TINY[1:], "data=webdataset", f'data.path="{address}?token=pa55w0rd&x=1"')
-    assert config.flatten(cfg)["data.path"] == f"{address}?***"
+    assert validation.flatten(cfg)["data.path"] == f"{address}?***"
     assert cfg.data.path.endswith("pa55w0rd&x=1")
 
 
 def test_a_list_is_a_file_and_shards_are_found_by_their_reader(tmp_path: Path) -> None:
     for data, path in (("list", tmp_path), ("list", tmp_path / "nowhere.csv")):
         assert (
-            f"data.path: there is no file '{path}'" in config.problems(composed(f"data={data}", f"data.path={path}"))[0]
+            f"data.path: there is no file '{path}'"
+            in validation.problems(composed(f"data={data}", f"data.path={path}"))[0]
         )
     (tmp_path / "list.csv").touch()
     good = ["data=list", f"data.path={tmp_path / 'list.csv'}"]
-    assert config.problems(composed(*good, *TINY[1:])) == []
-    found = config.problems(composed(*good, "data.validation_path=nowhere", *TINY[1:]))
+    assert validation.problems(composed(*good, *TINY[1:])) == []
+    found = validation.problems(composed(*good, "data.validation_path=nowhere", *TINY[1:]))
     assert [problem.partition(":")[0] for problem in found] == ["data.validation_path"]
-    assert config.problems(composed("data=webdataset", "data.path=[a.tar, b.tar]", *TINY[1:])) == []
+    assert validation.problems(composed("data=webdataset", "data.path=[a.tar, b.tar]", *TINY[1:])) == []
 
 
 def test_written_form_is_resolved_and_loads_again() -> None:
     cfg = composed("weights=tiny", "prompts=[a]", "output_root=/somewhere", verb="generate")  # paths become absolute
-    text = config.to_yaml(cfg)
+    text = validation.to_yaml(cfg)
     assert "${" not in text
     assert OmegaConf.to_container(OmegaConf.create(text)) == OmegaConf.to_container(cfg, resolve=True)
 
@@ -513,16 +514,16 @@ def test_written_form_is_resolved_and_loads_again() -> None:
     ],
 )
 def test_suggestions(typed: str, meant: str) -> None:
-    assert config.suggest(typed, config.all_keys()) == f"; did you mean {meant}?"
+    assert validation.suggest(typed, validation.all_keys()) == f"; did you mean {meant}?"
 
 
 def test_no_far_fetched_suggestion() -> None:
-    assert config.suggest("foo.bar.baz", config.all_keys()) == ""
+    assert validation.suggest("foo.bar.baz", validation.all_keys()) == ""
 
 
 def test_imports_no_torch() -> None:
     code = (
-        "import sys, kandinsky_exp.cli, kandinsky_exp.config, kandinsky_exp.errors\n"
+        "import sys, kandinsky_exp.cli, kandinsky_exp.config.validation, kandinsky_exp.errors\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'mlflow', 'datasets', 'accelerate'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kandinsky_exp import demo, tracking, workspace
 from kandinsky_exp.data import sources
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.runs import run_folder
+from kandinsky_exp.tracking import tracker
+from kandinsky_exp.verbs import demo
 
 CAPTIONS = 3
 FEW_STEPS = (
@@ -95,9 +97,9 @@ def test_pictures_come_through_both_trained_stages(outcome: demo.Outcome, root: 
 
 
 def test_both_runs_and_the_score_are_recorded(outcome: demo.Outcome, root: Path) -> None:
-    client = mlflow.MlflowClient(tracking.default_uri(root))
+    client = mlflow.MlflowClient(tracker.default_uri(root))
     for experiment in demo.EXPERIMENTS:
-        record = workspace.read_record(root / experiment)
+        record = run_folder.read_record(root / experiment)
         assert record is not None
         assert record.run_id is not None
         run = client.get_run(record.run_id)

@@ -16,19 +16,23 @@ from diffusers.training_utils import EMAModel
 from PIL import Image, ImageChops
 from running import composed, prepare
 
-from kandinsky_exp import adapters, averaging, build, checkpoint, device_limits, pipelines, processes, run_settings
-from kandinsky_exp.described import DescribedWeights
-from kandinsky_exp.device_limits import Facts
+from kandinsky_exp import build, run_settings
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.loop import Training
-from kandinsky_exp.plan import Planner, plan
-from kandinsky_exp.rehearsal import Mixed
+from kandinsky_exp.memory import device_limits
+from kandinsky_exp.memory.device_limits import Facts
+from kandinsky_exp.memory.dry_run import Mixed
+from kandinsky_exp.memory.meta_weights import DescribedWeights
+from kandinsky_exp.models import adapters, pipelines
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
-from kandinsky_exp.tracking import NullTracker
-from kandinsky_exp.validation import Validator
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.system import distributed
+from kandinsky_exp.tracking.tracker import NullTracker
+from kandinsky_exp.training import checkpoint, ema
+from kandinsky_exp.training.loop import Training
+from kandinsky_exp.training.validation import Validator
+from kandinsky_exp.verbs.plan import Planner, plan
 
 STAGES = ("prior", "decoder")
 KINDS = ("full", "lora", "dora")
@@ -79,7 +83,7 @@ def null_of(stage: DiffusionStage) -> Features:
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    with processes.accelerated(lambda: Accelerator(cpu=True)) as made:
+    with distributed.accelerated(lambda: Accelerator(cpu=True)) as made:
         yield made
 
 
@@ -99,7 +103,7 @@ def test_a_step_and_its_checkpoint_need_no_data(
     loss.loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(trainable, 1.0)
     optimizer.step()
-    averaging.update(training.ema, trainable)  # type: ignore[arg-type]
+    ema.update(training.ema, trainable)  # type: ignore[arg-type]
     found = checkpoint.snapshot(training, stage.part, accelerator, validated=False, validation_loss=None, total_batch=1)
     assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == META
     assert set(found.networks) == {stage.part, f"{stage.part}_ema"}
@@ -324,7 +328,7 @@ def test_the_network_that_trains_draws_in_mixed_precision_and_frozen_parts_do_no
     ]
     cfg = composed(tmp_path, *overrides, "tracker=none", "validation.prompts=[a dog, a cat, a hat]")
     seen: dict[str, set[bool]] = {}
-    with processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+    with distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         weights = build.weights(cfg)
         training = build.training(cfg, build.stage(cfg, weights), accelerator, total_steps=1)
         for part, module in parts_that_draw(weights, training.network, training.stage.part).items():

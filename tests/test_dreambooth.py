@@ -18,17 +18,18 @@ from PIL import Image
 from running import composed, network, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import class_images, config
+from kandinsky_exp.config import validation
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.dreambooth import MADE, ClassImages
 from kandinsky_exp.data.features import Paired
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
-from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import ConfigError, DataError, Interrupted
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.run import run
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.training import class_images
+from kandinsky_exp.verbs.encode import encode
 
 SUBJECT = "a 3d emoji of sks animal"
 CLASS = "a 3d emoji of animal"
@@ -390,7 +391,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_contradictions_are_told_with_the_settings(override: str, root: Path) -> None:
-    (found,) = config.problems(composed(root, *settings(root, *override.format(root=root).split())))
+    (found,) = validation.problems(composed(root, *settings(root, *override.format(root=root).split())))
     assert found.startswith(REFUSED[override].format(root=root))
 
 

@@ -26,17 +26,18 @@ from running import SMALL, composed, prepare, train
 from torch.utils.data import DataLoader, Dataset
 
 from kandinsky_exp import cli
-from kandinsky_exp.data import cache, encoding, sources
+from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
+from kandinsky_exp.data.encoded import catalog, encode_loop
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS, removal
+from kandinsky_exp.data.encoded.table import FeatureTable
+from kandinsky_exp.data.encoded.workers import Loader, from_workers
 from kandinsky_exp.data.examples import Example, Indexed
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
-from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META, PROGRESS, removal
-from kandinsky_exp.data.loading import Loader, from_workers
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler, choose_mirror
-from kandinsky_exp.data.table import FeatureTable
-from kandinsky_exp.encode import encode as encode_verb
 from kandinsky_exp.errors import ConfigError, DataError
+from kandinsky_exp.verbs.encode import encode as encode_verb
 
 
 def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
@@ -72,26 +73,26 @@ class Stopping(PriorEncoders):
 
 
 def test_an_interrupted_encoding_goes_on_where_it_stopped(prior, tmp_path):
-    rows = encoding.CHUNK + 12
+    rows = encode_loop.CHUNK + 12
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     whole = encode(source, prior, tmp_path / "whole", batch_size=8)
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encoding.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
     torch.manual_seed(0)
     second, said = PriorEncoders(), []
     parts = encode(source, second, tmp_path / "parts", batch_size=8, log=said.append)
     assert second.images == 12
-    assert f"encoding 12 images, after {encoding.CHUNK} that are there already" in said[0]
+    assert f"encoding 12 images, after {encode_loop.CHUNK} that are there already" in said[0]
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
     assert parts.meta == {**whole.meta}
 
 
 def test_another_batch_size_begins_anew(prior, tmp_path):
-    rows = encoding.CHUNK + 4
+    rows = encode_loop.CHUNK + 4
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encoding.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
     stage, said = PriorEncoders(), []
     encode(source, stage, tmp_path / "parts", batch_size=4, log=said.append)
     assert stage.images == rows
@@ -99,11 +100,11 @@ def test_another_batch_size_begins_anew(prior, tmp_path):
 
 
 def test_a_batch_size_that_nobody_chose_is_that_of_the_first_process(prior, tmp_path):
-    rows = encoding.CHUNK + 4
+    rows = encode_loop.CHUNK + 4
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encoding.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
     torch.manual_seed(0)
     stage = PriorEncoders()
     table = encode(source, stage, tmp_path / "parts", batch_size=64, fixed_batch=False)
@@ -120,7 +121,7 @@ def encode_in_a_group(source: Path, target: Path) -> None:
 
 
 def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, tmp_path):
-    source = write_pictures(tmp_path / "many", [(16, 16)] * (2 * encoding.CHUNK + 20))
+    source = write_pictures(tmp_path / "many", [(16, 16)] * (2 * encode_loop.CHUNK + 20))
     target, partial = tmp_path / "cache" / "key", tmp_path / "cache" / "key.partial"
     process = Forked(encode_in_a_group, source, target)
     process.wait_until((partial / "progress.json").is_file)
@@ -129,7 +130,7 @@ def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, 
     assert not target.exists()
     second = PriorEncoders()
     encode(sources.folder(source).train, second, target, batch_size=8)
-    assert second.images <= encoding.CHUNK + 20
+    assert second.images <= encode_loop.CHUNK + 20
     encode(sources.folder(source).train, prior, tmp_path / "whole", batch_size=8)
     assert content(target) == content(tmp_path / "whole")
 
@@ -178,16 +179,16 @@ def test_what_the_machine_cannot_read_now_is_not_removed(prior, tmp_path):
 def test_a_damaged_table_is_removed_only_by_who_may_make_it_again(prior, tmp_path):
     encode(sources.folder(write_pictures(tmp_path / "set", [(16, 16)])).train, prior, tmp_path / "key")
     (tmp_path / "key" / META).write_text("{")
-    assert cache.open_table(tmp_path / "key", print) is None
+    assert catalog.open_table(tmp_path / "key", print) is None
     assert (tmp_path / "key" / META).exists()
-    assert cache.open_table(tmp_path / "key", print, mend=True) is None
+    assert catalog.open_table(tmp_path / "key", print, mend=True) is None
     assert not (tmp_path / "key").exists()
 
 
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path):
     with pytest.raises(DataError, match=r"need 1,000,000,000\.00 GB and the disk .* GB left; set output_root"):
-        cache.refuse_if_no_room(tmp_path, 10**18)
-    cache.refuse_if_no_room(tmp_path, 1000)
+        catalog.refuse_if_no_room(tmp_path, 10**18)
+    catalog.refuse_if_no_room(tmp_path, 1000)
 
 
 def test_a_cache_that_cannot_be_written_is_named(prior, tmp_path):
@@ -224,7 +225,7 @@ def test_a_table_on_a_read_only_disk_serves(prior, tmp_path):
         assert len(said) == 1
         assert "are damaged" in said[0]
         with pytest.raises(ConfigError, match=r"remove: .* cannot be removed \(Read-only file system\)"):
-            cache.remove(tmp_path / "cache", ["key"])
+            catalog.remove(tmp_path / "cache", ["key"])
 
 
 def test_the_verb_needs_no_writable_disk_for_what_is_encoded(tmp_path, capfd):
@@ -363,9 +364,9 @@ def test_encoders_without_memory_ask_for_smaller_batches(tmp_path, size, cure):
 
 
 def test_it_is_announced_once_also_with_batches_as_large_as_a_chunk(prior, tmp_path):
-    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * (encoding.CHUNK * 2 + 1))).train
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * (encode_loop.CHUNK * 2 + 1))).train
     said = []
-    encode(source, prior, tmp_path / "key", batch_size=encoding.CHUNK, log=said.append)
+    encode(source, prior, tmp_path / "key", batch_size=encode_loop.CHUNK, log=said.append)
     assert [text.split()[0] for text in said] == ["encoding", "encoded"]
 
 
@@ -426,11 +427,11 @@ def test_a_table_with_gaps_is_refused_where_gaps_are_errors(prior, tmp_path):
 
 
 def test_a_part_with_gaps_is_refused_at_once_where_gaps_are_errors(tmp_path):
-    folder = write_pictures(tmp_path / "set", [(16, 16)] * (encoding.CHUNK + 4))
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * (encode_loop.CHUNK + 4))
     (folder / "1.png").write_text("no picture")
     source = sources.folder(folder).train
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encoding.CHUNK - 1), tmp_path / "key", batch_size=8, skip_bad=True)
+        encode(source, Stopping(encode_loop.CHUNK - 1), tmp_path / "key", batch_size=8, skip_bad=True)
     stage = PriorEncoders()
     with pytest.raises(DataError, match=r"image 1\.png(.|\n)*remove=\[key\]"):
         encode(source, stage, tmp_path / "key", batch_size=8)
@@ -608,11 +609,11 @@ def test_tables_are_listed_and_removed(tmp_path, capsys):
     name = next(line.split()[0] for line in lines if "prior" in line)
     verb(tmp_path, f"remove=[{name[:8]}]")
     assert "0.0 MB removed" in (out := capsys.readouterr().out) or "MB removed" in out
-    assert len(cache.entries(tmp_path / "cache")) == 3
+    assert len(catalog.entries(tmp_path / "cache")) == 3
     with pytest.raises(ConfigError, match="no encoded features are named zzz"):
         verb(tmp_path, "remove=[zzz]")
     verb(tmp_path, "remove=[all]")
-    assert cache.entries(tmp_path / "cache") == []
+    assert catalog.entries(tmp_path / "cache") == []
     assert "holds no encoded features" in capsys.readouterr().out
 
 
@@ -621,19 +622,19 @@ def test_a_beginning_that_several_tables_have_removes_none(tmp_path, capsys):
         (tmp_path / "cache" / name).mkdir(parents=True)
         file = PROGRESS if name.endswith(".partial") else META
         (tmp_path / "cache" / name / file).write_text(json.dumps({"images": 3, "stage": "prior", "source": "cats"}))
-    before = {entry.name for entry in cache.entries(tmp_path / "cache")}
+    before = {entry.name for entry in catalog.entries(tmp_path / "cache")}
     for name, several in (("t", 4), ("t1", 3)):
         listed = rf"{name} fits {several} of the tables(.|\n)*t1aa \(3 images.*prior cats"
         with pytest.raises(ConfigError, match=listed):
             verb(tmp_path, f"remove=[t2,{name}]")
-        assert {entry.name for entry in cache.entries(tmp_path / "cache")} == before
+        assert {entry.name for entry in catalog.entries(tmp_path / "cache")} == before
     capsys.readouterr()
     verb(tmp_path, "remove=[t1ab]")  # the whole name counts, though another begins with it
     said = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[1] for line in said if line.startswith("removed")) == ["t1ab", "t1ab.partial"]
     verb(tmp_path, "remove=t1aa")
     verb(tmp_path, "remove=t1")
-    assert [entry.name for entry in cache.entries(tmp_path / "cache")] == ["t2"]
+    assert [entry.name for entry in catalog.entries(tmp_path / "cache")] == ["t2"]
 
 
 def test_the_command_that_a_message_gives_works_as_typed(tmp_path, monkeypatch, capsys):
@@ -649,9 +650,9 @@ def test_the_command_that_a_message_gives_works_as_typed(tmp_path, monkeypatch, 
 
 def test_one_name_needs_no_brackets(tmp_path):
     verb(tmp_path, "model=prior", "data.max_samples=4")
-    first, second = cache.entries(tmp_path / "cache")
+    first, second = catalog.entries(tmp_path / "cache")
     verb(tmp_path, f"remove={first.name[:8]}")
-    assert [entry.name for entry in cache.entries(tmp_path / "cache")] == [second.name]
+    assert [entry.name for entry in catalog.entries(tmp_path / "cache")] == [second.name]
 
 
 def test_removing_all_leaves_nothing_behind(tmp_path):
@@ -662,7 +663,7 @@ def test_removing_all_leaves_nothing_behind(tmp_path):
     (folder / "null-x.part").write_bytes(b"half")
     (folder / ".files-abc").write_bytes(b"half")
     (folder / "mine.txt").write_text("not ours")
-    with cache.locked(folder / "null-y", print):  # another run is at it
+    with catalog.locked(folder / "null-y", print):  # another run is at it
         verb(tmp_path, "remove=[all]")
         left = {path.name for path in folder.iterdir() if not path.name.startswith("tiny-")}
         assert left == {"mine.txt", "null-y.lock"}
@@ -673,11 +674,11 @@ def test_removing_all_leaves_nothing_behind(tmp_path):
 def test_a_table_in_the_making_is_not_removed(tmp_path):
     (tmp_path / "t01.partial").mkdir()
     (tmp_path / "t01.partial" / IMAGES).touch()
-    with cache.locked(tmp_path / "t01", print):
+    with catalog.locked(tmp_path / "t01", print):
         for names in (["t01"], ["all"]):
             with pytest.raises(ConfigError, match="another process is encoding into t01; wait for it"):
-                cache.remove(tmp_path, names)
-    assert [entry.about for entry in cache.entries(tmp_path)] == ["not complete"]
+                catalog.remove(tmp_path, names)
+    assert [entry.about for entry in catalog.entries(tmp_path)] == ["not complete"]
 
 
 def test_what_vanishes_meanwhile_is_not_listed(tmp_path):
@@ -696,7 +697,7 @@ def test_what_vanishes_meanwhile_is_not_listed(tmp_path):
     try:
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
-            cache.listing(tmp_path)
+            catalog.listing(tmp_path)
     finally:
         stop.set()
         other.join()
@@ -710,10 +711,10 @@ def test_listing_needs_no_torch(tmp_path):
 
 def test_the_last_use_is_that_of_the_last_run(tmp_path):
     verb(tmp_path, "model=prior", "data.max_samples=4")
-    for entry in cache.entries(tmp_path / "cache"):
+    for entry in catalog.entries(tmp_path / "cache"):
         os.utime(tmp_path / "cache" / entry.name / META, (0, 0))
     train(tmp_path, "model=prior", "data.max_samples=4", "trainer.max_steps=1", "tracker=none")
-    assert all(time.time() - entry.used < 600 for entry in cache.entries(tmp_path / "cache"))
+    assert all(time.time() - entry.used < 600 for entry in catalog.entries(tmp_path / "cache"))
 
 
 def test_the_verb_on_the_command_line(tmp_path, capsys, monkeypatch):
@@ -738,7 +739,7 @@ def test_two_sets_of_one_name_are_two_tables(tmp_path):
         folder = write_pictures(tmp_path / place / "pictures", [(size, size)] * 4)
         settings = ["data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1", "tracker=none"]
         train(tmp_path, *settings)
-    assert len(cache.entries(tmp_path / "cache")) == 2
+    assert len(catalog.entries(tmp_path / "cache")) == 2
 
 
 @pytest.mark.usefixtures("nothing_encoded")
@@ -748,10 +749,10 @@ def test_a_warm_start_reads_no_image_and_a_changed_one_encodes_anew(tmp_path, ca
     train(tmp_path, *run, "tracker=none")
     os.utime(folder / "3.png")  # touched, not changed
     train(tmp_path, *run, "tracker=none")
-    assert len(cache.entries(tmp_path / "cache")) == 1
+    assert len(catalog.entries(tmp_path / "cache")) == 1
     Image.new("RGB", (16, 16), "red").save(folder / "3.png")
     train(tmp_path, *run, "tracker=none")
-    assert len(cache.entries(tmp_path / "cache")) == 2
+    assert len(catalog.entries(tmp_path / "cache")) == 2
 
 
 @pytest.mark.usefixtures("nothing_encoded")
@@ -760,4 +761,4 @@ def test_the_held_out_part_may_change_without_encoding_anew(tmp_path):
     run = ["model=prior", "data=folder", f"data.path={folder}", "data.resolution=64", "trainer.max_steps=1"]
     for fraction in (0, 0.25, 0.5):
         train(tmp_path, *run, "tracker=none", f"validation.fraction={fraction}")
-    assert len(cache.entries(tmp_path / "cache")) == 1
+    assert len(catalog.entries(tmp_path / "cache")) == 1

@@ -10,9 +10,10 @@ from running import composed, network, same, train
 from safetensors.torch import load_file
 from test_generate import drawn
 
-from kandinsky_exp import adapters, cli
+from kandinsky_exp import cli
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.export import export
+from kandinsky_exp.models import adapters
+from kandinsky_exp.verbs.export import export
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from commands import start_server
 from running import client, composed, history, network, runs, same, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import cli, encoded, state_file
+from kandinsky_exp import cli
+from kandinsky_exp.data.encoded.table import HEAD, FeatureTable
 from kandinsky_exp.data.sources import EMOJI
-from kandinsky_exp.data.table import HEAD, FeatureTable
 from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, RunFailure
-from kandinsky_exp.generate import generate
 from kandinsky_exp.run import run
+from kandinsky_exp.training import encoded_tables, state_file
+from kandinsky_exp.verbs.generate import generate
 
 QUICK = ["tracker=none", "trainer.max_steps=2"]
 LATEST = "step-00000002"
@@ -283,7 +284,7 @@ def damage(folder: Path) -> None:
 
 def test_a_table_that_only_some_processes_see(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="output_root has to be on a disk that all machines share"):
-        encoded.opened_by_all(tmp_path / "nothing")
+        encoded_tables.opened_by_all(tmp_path / "nothing")
 
 
 # --- weights that are none

@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerFast
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
-from kandinsky_exp.data.encode import cache_key
-from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.data.encoded.encode import cache_key
+from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
+from kandinsky_exp.data.encoded.journal import Journal
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META
+from kandinsky_exp.data.encoded.table import FeatureTable
+from kandinsky_exp.data.encoded.workers import collate
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
-from kandinsky_exp.data.journal import Journal
-from kandinsky_exp.data.layout import CAPTIONS, IMAGES, META
-from kandinsky_exp.data.loading import collate
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler
-from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.tiny import architecture
 

@@ -51,7 +51,7 @@ def test_a_base_of_other_shapes(root: Path, tmp_path: Path) -> None:
     """A checkpoint of a prior whose embeddings are called otherwise."""
     from safetensors.torch import load_file, save_file
 
-    from kandinsky_exp import integrity
+    from kandinsky_exp.runs import integrity
 
     folder = root / "full" / "checkpoints" / "step-00000002"
     copied = tmp_path / "run" / "checkpoints" / folder.name

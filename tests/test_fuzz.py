@@ -25,12 +25,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from kandinsky_exp import cli, command_line, config, integrity, mistakes, workspace
+from kandinsky_exp import cli
+from kandinsky_exp.config import command_line, hydra_errors, validation
+from kandinsky_exp.config.saved_config import value as saved_value
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, UserError
-from kandinsky_exp.saved_config import value as saved_value
+from kandinsky_exp.runs import integrity, run_folder
 
 SLOWEST = 3.0  # seconds of this process for one input
 
@@ -138,7 +140,7 @@ def explained(text: str, sweeps: bool) -> None:
     if line is not None:
         line = command_line.CommandLine(line.arguments, line.overrides, sweeps, False, None, ())
         with Quick():
-            error = mistakes.explain(ValueError("it does not compose"), "train", line)
+            error = hydra_errors.explain(ValueError("it does not compose"), "train", line)
         assert isinstance(error, UserError)
         assert 0 < len(str(error)) < 2000
 
@@ -179,7 +181,7 @@ def composed() -> dict[str, DictConfig]:
 @given(st.data())
 def test_any_value_anywhere_is_judged(composed: dict[str, DictConfig], data: st.DataObject) -> None:
     cfg = composed[data.draw(st.sampled_from(sorted(composed)))].copy()
-    keys = [*config.dotted_keys(cfg), *(str(key) for key in cfg), "modle", "trainer.stepz"]
+    keys = [*validation.dotted_keys(cfg), *(str(key) for key in cfg), "modle", "trainer.stepz"]
     key = data.draw(st.sampled_from(keys))
     judged(cfg, key, data.draw(plain))
 
@@ -207,7 +209,7 @@ def judged(cfg: DictConfig, key: str, value: Any) -> list[str]:
     except OmegaConfBaseException:  # no yaml and no command line could have set it
         return ["refused"]
     with Quick():
-        found = config.problems(cfg, quick=True)
+        found = validation.problems(cfg, quick=True)
     assert all(": " in problem for problem in found)
     return found
 
@@ -435,8 +437,8 @@ anything = st.binary(max_size=30) | json_like | fields.map(lambda value: json.du
 @example(b"3")
 def test_any_record(home: Path, content: bytes) -> None:
     folder = emptied(home / "run")
-    (folder / workspace.RECORD).write_bytes(content)
-    record = workspace.read_record(folder)
+    (folder / run_folder.RECORD).write_bytes(content)
+    record = run_folder.read_record(folder)
     assert record is None or isinstance(record.step, int)
 
 
@@ -463,8 +465,8 @@ def test_a_state_beyond_all_measure(home: Path, content: bytes) -> None:
 
 def test_a_record_beyond_all_measure(home: Path) -> None:
     folder = emptied(home / "run")
-    (folder / workspace.RECORD).write_bytes(b"[" * 100_000)
-    assert workspace.read_record(folder) is None
+    (folder / run_folder.RECORD).write_bytes(b"[" * 100_000)
+    assert run_folder.read_record(folder) is None
 
 
 YAML = [b"weights:\n  prior: tiny\n  decoder: tiny\nmodel:\n  _target_: x.PriorStage\n"]

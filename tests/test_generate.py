@@ -15,12 +15,12 @@ from PIL import Image
 from running import client, composed, runs, train
 from safetensors.torch import load_file, save_file
 
-from kandinsky_exp import workspace
-from kandinsky_exp.adapter_files import WEIGHTS_NAME
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.generate import generate
-from kandinsky_exp.origins import Origin, find_origins
-from kandinsky_exp.parts import Side
+from kandinsky_exp.models.adapter_files import WEIGHTS_NAME
+from kandinsky_exp.models.components import Side
+from kandinsky_exp.runs.model_sources import Origin, find_origins
+from kandinsky_exp.runs.run_folder import occupied
+from kandinsky_exp.verbs.generate import generate
 
 STEPS = ["inference_steps=2", "prior_inference_steps=2", "prompts=[a red heart, a dog]"]
 
@@ -296,4 +296,4 @@ HELD = contextlib.ExitStack()
 
 def hold(folder: Path) -> None:
     """Keep a run's folder as a process does that trains there."""
-    HELD.enter_context(workspace.occupied(folder))
+    HELD.enter_context(occupied(folder))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from kandinsky_exp import grid
-from kandinsky_exp.grid import labelled_grid
+from kandinsky_exp.models import image_grid
+from kandinsky_exp.models.image_grid import labelled_grid
 
 
 def red(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> Image.Image:
@@ -19,7 +19,7 @@ def count(image: Image.Image, colour: tuple[int, int, int]) -> int:
 def test_small_pictures_are_enlarged_by_a_whole_factor_and_their_pixels_kept() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 200, (64, 64, 3), dtype=np.uint8))
     sheet = labelled_grid([noise], [""])
-    part = sheet.crop((grid.GAP, grid.GAP, grid.GAP + 192, grid.GAP + 192))
+    part = sheet.crop((image_grid.GAP, image_grid.GAP, image_grid.GAP + 192, image_grid.GAP + 192))
     assert np.array_equal(np.asarray(part)[1::3, 1::3], np.asarray(noise))
 
 
@@ -32,12 +32,15 @@ def test_every_picture_is_there_in_full() -> None:
 @pytest.mark.parametrize(("columns", "across"), [(None, 3), (1, 1), (2, 2), (7, 7), (99, 7)])
 def test_columns(columns: int | None, across: int) -> None:
     sheet = labelled_grid([red() for _ in range(7)], ["a cat"] * 7, columns)
-    assert sheet.width == across * (192 + grid.GAP) + grid.GAP
+    assert sheet.width == across * (192 + image_grid.GAP) + image_grid.GAP
     assert count(sheet, (255, 0, 0)) == 7 * 192 * 192
 
 
 def test_large_pictures_are_reduced() -> None:
-    assert labelled_grid([red((1024, 1024)), red((512, 256))], ["a", "b"]).width == 2 * (512 + grid.GAP) + grid.GAP
+    assert (
+        labelled_grid([red((1024, 1024)), red((512, 256))], ["a", "b"]).width
+        == 2 * (512 + image_grid.GAP) + image_grid.GAP
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16"])
@@ -52,18 +55,18 @@ def test_what_is_transparent_is_white() -> None:
 
 def test_labels_are_drawn_below() -> None:
     sheet = labelled_grid([red()], ["a cat"])
-    assert np.asarray(sheet.crop((0, grid.GAP + 192, sheet.width, sheet.height))).min() < 100
+    assert np.asarray(sheet.crop((0, image_grid.GAP + 192, sheet.width, sheet.height))).min() < 100
 
 
 def test_labels_wrap_and_end_in_an_ellipsis() -> None:
-    font = ImageFont.load_default(grid.FONT_SIZE)
-    lines = grid._wrapped("a very long caption about nothing at all " * 9, font, 192)
-    assert len(lines) == grid.LINES
+    font = ImageFont.load_default(image_grid.FONT_SIZE)
+    lines = image_grid._wrapped("a very long caption about nothing at all " * 9, font, 192)
+    assert len(lines) == image_grid.LINES
     assert lines[-1].endswith("…")
     assert all(font.getlength(line) <= 192 for line in lines)
-    assert grid._wrapped("a cat", font, 192) == ["a cat"]
-    assert grid._wrapped("  \n ", font, 192) == []
-    broken = grid._wrapped("x" * 60, font, 192)
+    assert image_grid._wrapped("a cat", font, 192) == ["a cat"]
+    assert image_grid._wrapped("  \n ", font, 192) == []
+    broken = image_grid._wrapped("x" * 60, font, 192)
     assert "".join(broken) == "x" * 60
     assert all(font.getlength(line) <= 192 for line in broken)
 

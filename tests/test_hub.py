@@ -18,11 +18,11 @@ from running import PROMPTS, client, composed, mlflow, network, runs, same, stop
 from safetensors.torch import load_file
 
 from kandinsky_exp import cli
-from kandinsky_exp import hub as publishing
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.model_card import Result, model_card
-from kandinsky_exp.origins import find_origins
-from kandinsky_exp.workspace import Record, read_record
+from kandinsky_exp.runs import hub as publishing
+from kandinsky_exp.runs.model_card import Result, model_card
+from kandinsky_exp.runs.model_sources import find_origins
+from kandinsky_exp.runs.run_folder import Record, read_record
 
 pytestmark = [  # how huggingface_hub calls httpx, and how diffusers calls huggingface_hub
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),

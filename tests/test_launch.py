@@ -18,9 +18,12 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from running import SMALL, same
 from safetensors.torch import load_file
 
-from kandinsky_exp import accelerators, cli, launch_environment, processes, redaction, store
-from kandinsky_exp.agreement import Agreement
+from kandinsky_exp import cli
 from kandinsky_exp.errors import ConfigError, DataError, Interrupted, TrackingError
+from kandinsky_exp.system import accelerators, launch_environment, redaction
+from kandinsky_exp.system import distributed as processes
+from kandinsky_exp.system.agreement import Agreement
+from kandinsky_exp.tracking import store
 
 
 @contextmanager

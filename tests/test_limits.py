@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from kandinsky_exp.data import beside, examples, metadata, preprocess, shards, sources
+from kandinsky_exp.data import examples, preprocess, sources
 from kandinsky_exp.data.examples import Example, given
+from kandinsky_exp.data.formats import metadata, shards, sidecar
 from kandinsky_exp.errors import DataError
 
 MEGABYTE = 1 << 20
@@ -143,7 +144,7 @@ def test_a_giant_text_beside_an_image(tmp_path: Path) -> None:
     assert "b.txt: a caption of 65,537 characters, more than 65,536; cut it" in problems(tmp_path)
     (tmp_path / "b.txt").write_text("x" * metadata.MAX_CAPTION)
     assert sources.check(sources.folder(tmp_path), True).captions == 2
-    assert beside.MAX_TEXT >= metadata.MAX_CAPTION * 4
+    assert sidecar.MAX_TEXT >= metadata.MAX_CAPTION * 4
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

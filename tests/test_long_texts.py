@@ -8,7 +8,7 @@ from PIL import Image
 from running import client, composed, prepare, runs, train
 
 from kandinsky_exp import build
-from kandinsky_exp.readers import open_readers
+from kandinsky_exp.training.feature_loader import open_readers
 
 LONG = "a cat and a dog " * 30
 CUT = r"is longer than 77 tokens: it is read up to '…"

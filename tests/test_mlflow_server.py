@@ -22,7 +22,7 @@ from commands import Forked, start
 from many_points import check_all_is_recorded
 from mlflow import MlflowClient
 
-from kandinsky_exp import registry
+from kandinsky_exp.tracking import registry
 
 pytestmark = pytest.mark.slow
 STEPS = 80

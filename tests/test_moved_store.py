@@ -15,10 +15,12 @@ from mlflow.tracking._tracking_service import utils
 from PIL import Image
 from running import first_run
 
-from kandinsky_exp import album, comparison, locating, store, workspace
 from kandinsky_exp.errors import ConfigError, TrackingError
-from kandinsky_exp.store import default_uri
-from kandinsky_exp.tracking import MlflowTracker
+from kandinsky_exp.reports import images, run_data
+from kandinsky_exp.runs import lookup, run_folder
+from kandinsky_exp.tracking import store
+from kandinsky_exp.tracking.store import default_uri
+from kandinsky_exp.tracking.tracker import MlflowTracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -52,11 +54,11 @@ def only_run(root: Path) -> str:
     return str(run_id)
 
 
-def collected(root: Path, run_id: str) -> album.Album:
+def collected(root: Path, run_id: str) -> images.Album:
     """What a report finds in a store that is opened anew."""
     utils._artifact_repos_cache.clear()
     client, _ = store.connect(default_uri(root))
-    return album.collect(client, comparison.read(client, [run_id]))
+    return images.collect(client, run_data.read(client, [run_id]))
 
 
 def test_images_of_a_folder_that_was_moved_are_found(root: Path, tmp_path: Path) -> None:
@@ -136,14 +138,14 @@ def test_a_run_is_found_by_its_id_after_a_move(root: Path, tmp_path: Path) -> No
     run_id = only_run(root)
     folder = root / "a run"
     folder.mkdir()
-    workspace.Workspace(folder, workspace.Record(run_id=run_id)).write_record()
+    run_folder.Workspace(folder, run_folder.Record(run_id=run_id)).write_record()
     MlflowClient(default_uri(root)).set_tag(run_id, "run_folder", str(folder))
     moved = root.rename(tmp_path / "second")
     cfg = OmegaConf.create({"output_root": str(moved), "tracker": {"uri": None}})
-    assert locating.folder_of_run(cfg, run_id, "decoder") == str(moved / "a run")
+    assert lookup.folder_of_run(cfg, run_id, "decoder") == str(moved / "a run")
     shutil.rmtree(moved / "a run")
     with pytest.raises(ConfigError, match="not on this machine"):
-        locating.folder_of_run(cfg, run_id, "decoder")
+        lookup.folder_of_run(cfg, run_id, "decoder")
 
 
 # --- what was deleted

@@ -16,12 +16,16 @@ from safetensors.torch import load_file
 from test_checkpoint import step
 from torch import Tensor
 
-from kandinsky_exp import averaging, build, checkpoint, integrity, memory_advice, processes, schedules, state_file
+from kandinsky_exp import build, schedules
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.memory import advice
 from kandinsky_exp.optimizers import Muon
 from kandinsky_exp.run import run
-from kandinsky_exp.state_file import mapped
+from kandinsky_exp.runs import integrity
+from kandinsky_exp.system import distributed
 from kandinsky_exp.tiny.pipelines import build as build_tiny
+from kandinsky_exp.training import checkpoint, ema, state_file
+from kandinsky_exp.training.state_file import mapped
 
 CONF = Path(__file__).parents[1] / "conf" / "optimizer"
 # A rate for a few steps from nothing; 3e-3 where none is given.
@@ -129,7 +133,7 @@ def built(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
 
         def make(*overrides: str) -> Any:
             cfg = composed(tmp_path, *weights, *overrides)
-            accelerator = stack.enter_context(processes.accelerated(lambda: build.accelerator(cfg)))
+            accelerator = stack.enter_context(distributed.accelerated(lambda: build.accelerator(cfg)))
             return build.training(cfg, build.stage(cfg, build.weights(cfg)), accelerator, 100), accelerator
 
         yield make
@@ -156,7 +160,7 @@ def test_its_state_survives_a_checkpoint(name: str, trains: str, built: Any, tmp
     for _ in range(2):
         step(whole)
     begun, _ = state_of(whole, accelerator)
-    with averaging.averaged_weights(whole):  # as a validation has it
+    with ema.averaged_weights(whole):  # as a validation has it
         pass
     checkpoint.load(resumed, begun.write(tmp_path), resumed.stage.part, other)
     for _ in range(2):
@@ -171,7 +175,7 @@ def assert_the_advice_on_memory_knows_its_state(name: str, training: Any) -> Non
     large = [weight for weight in training.trainable if weight.numel() >= 4096]  # 8 bits are for these alone
     held = {id(value): value for weight in large for value in training.optimizer.state[weight].values()}
     measured = sum(value.nbytes for value in held.values() if isinstance(value, Tensor))
-    told = sum(weight.nbytes * memory_advice.state_per_weight(target(name), weight) for weight in large)
+    told = sum(weight.nbytes * advice.state_per_weight(target(name), weight) for weight in large)
     assert measured == pytest.approx(told, rel=0.05)
 
 

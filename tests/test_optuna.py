@@ -17,8 +17,11 @@ from optuna.distributions import CategoricalDistribution as Choice  # noqa: E402
 from optuna.distributions import FloatDistribution as Float  # noqa: E402
 from optuna.distributions import IntDistribution as Int  # noqa: E402
 
-from kandinsky_exp import cli, grammar, search_space, studies, sweep_jobs  # noqa: E402
+from kandinsky_exp import cli  # noqa: E402
+from kandinsky_exp.config import grammar  # noqa: E402
 from kandinsky_exp.errors import ConfigError  # noqa: E402
+from kandinsky_exp.sweeps import optuna_study, search_space  # noqa: E402
+from kandinsky_exp.sweeps.outcomes import JobFolder  # noqa: E402
 
 OPTUNA = ["hydra/sweeper=optuna"]
 # Jobs that cost next to nothing: their loss is a function of what varies.
@@ -40,7 +43,7 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def study(folder: Path, storage: str | None = None) -> "optuna.Study":
-    return optuna.load_study(study_name="s", storage=studies.storage(storage or str(folder / "study.journal")))
+    return optuna.load_study(study_name="s", storage=optuna_study.storage(storage or str(folder / "study.journal")))
 
 
 def train_is(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +120,7 @@ def test_a_hopeless_job_is_given_up(tmp_path: Path, capfd: pytest.CaptureFixture
     ]  # fmt: skip
     assert swept(tmp_path, *settings, "optimizer.lr=3e-3") == 2  # a grid of one value is no sweep
     assert swept(tmp_path, *settings, "optimizer.lr=3e-3,1e2") == 0
-    outcomes = {job.varied["optimizer.lr"]: job for job in sweep_jobs.JobFolder(tmp_path / "s").outcomes()}
+    outcomes = {job.varied["optimizer.lr"]: job for job in JobFolder(tmp_path / "s").outcomes()}
     states = {trial.params["optimizer.lr"]: trial.state.name for trial in study(tmp_path, storage).trials}
     assert states == {"0.003": "COMPLETE", "100.0": "PRUNED"}
     assert outcomes["100.0"].status == "PRUNED"
@@ -262,14 +265,14 @@ def test_what_is_wrong_is_told_in_a_line(
 def test_where_a_study_may_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for place in ("sqlite:///studies.db", "my.journal", "studies/mine", f"{tmp_path}/mine"):
-        assert studies.place_problem(place) is None
+        assert optuna_study.place_problem(place) is None
     for place in ("nonsense", "sqlite:studies.db"):
-        assert "is no data base's URL" in str(studies.place_problem(place))
-    assert "is a folder" in str(studies.place_problem(str(tmp_path)))
+        assert "is no data base's URL" in str(optuna_study.place_problem(place))
+    assert "is a folder" in str(optuna_study.place_problem(str(tmp_path)))
     Path("nonsense").touch()  # of an earlier start
-    assert studies.place_problem("nonsense") is None
+    assert optuna_study.place_problem("nonsense") is None
     with pytest.raises(ConfigError, match=r"hydra.sweeper.storage: cannot be used \(.*URL"):
-        studies.storage("no-such://host")
+        optuna_study.storage("no-such://host")
 
 
 @pytest.mark.usefixtures("functions")
@@ -288,7 +291,7 @@ def test_a_trial_that_draws_the_same_is_told_and_the_table_keeps_its_numbers(
         first = drawn.index(value)
         text = f"trial {number} draws what trial {first} has: trainer.batch_size={value}; one job counts for both"
         assert (text in caplog.messages) == (first < number)
-    jobs = {job.varied["trainer.batch_size"]: job.number for job in sweep_jobs.JobFolder(tmp_path / "s").outcomes()}
+    jobs = {job.varied["trainer.batch_size"]: job.number for job in JobFolder(tmp_path / "s").outcomes()}
     assert jobs == {value: drawn.index(value) for value in drawn}
     assert len({trial.value for trial in study(tmp_path / "s").trials}) == len(jobs)
 

@@ -19,16 +19,20 @@ from safetensors import SafetensorError
 from tight import ABSURD, Failing, SpentPrior
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import averaging, build, integrity, memory_advice, processes
+from kandinsky_exp import build
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.encode import encode_table
-from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.data.encoded.encode import encode_table
+from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.errors import ConfigError, DataError, OutOfMemory, is_of_host, is_out_of_memory
-from kandinsky_exp.generate import generate
-from kandinsky_exp.halving import Halving
-from kandinsky_exp.loop import Training
+from kandinsky_exp.memory import advice
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.run import run
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.runs import integrity
+from kandinsky_exp.system import distributed
+from kandinsky_exp.system.halving import Halving
+from kandinsky_exp.training import ema
+from kandinsky_exp.training.loop import Training
+from kandinsky_exp.verbs.generate import generate
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB of which 1.1 GiB is free. "
@@ -142,7 +146,7 @@ def test_an_average_needs_no_room_on_the_device(fails: bool) -> None:
     optimizer.fails = fails
     training = Training(None, network, optimizer, None, None)  # type: ignore[arg-type]
     judged: list[bool] = []
-    with contextlib.suppress(MemoryError), NoRoom(), averaging.averaged_weights(training):
+    with contextlib.suppress(MemoryError), NoRoom(), ema.averaged_weights(training):
         judged += [not weight.any() for weight in network]
     assert judged == ([] if fails else [True, True])
     assert all(bool((weight == 1).all()) for weight in network)
@@ -265,9 +269,9 @@ def test_a_real_one_is_the_hosts() -> None:
 )
 def test_the_message_names_settings(error: Exception, words: str, tiny_folder: Path, tmp_path: Path) -> None:
     cfg = composed(tmp_path, "model=prior", f"weights.prior={tiny_folder}", f"weights.decoder={tiny_folder}")
-    with processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+    with distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         stage = build.stage(cfg, build.weights(cfg))
-        with pytest.raises(OutOfMemory) as caught, memory_advice.given(cfg, accelerator.device, stage):
+        with pytest.raises(OutOfMemory) as caught, advice.given(cfg, accelerator.device, stage):
             raise error
     assert words in str(caught.value)
     assert ("expandable" in str(caught.value)) == ("unallocated" in str(error))

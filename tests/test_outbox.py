@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky_exp.lane import Lane, Record, Segment, read
-from kandinsky_exp.outbox import Outbox
-from kandinsky_exp.writer import BATCH, Courier, Refused, first_batch
+from kandinsky_exp.tracking.disk_queue import Lane, Record, Segment, read
+from kandinsky_exp.tracking.outbox import Outbox
+from kandinsky_exp.tracking.sender import BATCH, Courier, Refused, first_batch
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_killed_process_loses_nothing_that_it_handed_over(tmp_path: Path) -> N
     code = """
 import os, signal, sys
 from pathlib import Path
-from kandinsky_exp.outbox import Outbox
+from kandinsky_exp.tracking.outbox import Outbox
 lane = Outbox(Path(sys.argv[1])).records
 for step in range(1000):
     lane.append({"kind": "metrics", "step": step, "time": step, "values": {"a": 1.0}})
@@ -118,7 +118,7 @@ def test_any_text_can_wait(lane: Lane) -> None:
 FULL_DISK = """
 import logging, resource, signal, sys, time
 from pathlib import Path
-from kandinsky_exp.outbox import Outbox
+from kandinsky_exp.tracking.outbox import Outbox
 logging.basicConfig(format="%(message)s")
 lane = Outbox(Path(sys.argv[1])).records
 text = "x" * 100
@@ -211,7 +211,7 @@ def test_a_status_is_kept_by_a_signal_handler_amid_a_write(tmp_path: Path) -> No
     code = """
 import os, signal, sys, threading
 from pathlib import Path
-from kandinsky_exp.outbox import Outbox
+from kandinsky_exp.tracking.outbox import Outbox
 outbox = Outbox(Path(sys.argv[1]))
 def stop(number, frame):
     outbox.set_status({"status": "KILLED", "time": 1})

@@ -11,8 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from kandinsky_exp import cli, command_line, grammar, launching, mistakes, run_notes, supervision, sweep_check
+from kandinsky_exp import cli
+from kandinsky_exp.config import command_line, grammar, hydra_errors
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.runs import run_notes
+from kandinsky_exp.sweeps import check, launch, supervise
 
 TINY = ["model=prior", "weights=tiny", "data=emoji", "tracker=none"]
 MODULE = """
@@ -56,9 +59,9 @@ def problems(*words: str) -> list[str]:
         line = command_line.parse([*TINY, *words], cli.VERBS)
         line, found = command_line.settled("train", line)
         root = line.root("train")
-        found += mistakes.find_problems(root, line)
+        found += hydra_errors.find_problems(root, line)
         if line.sweeps and not found:
-            sweep_check.checked(root, line, sweep_check.composed(root, line))
+            check.checked(root, line, check.composed(root, line))
     except ConfigError as error:
         return error.problems
     return found
@@ -225,9 +228,9 @@ def test_a_mode_that_there_is_not(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_settings_of_plugins_are_tried_before_there_is_a_folder() -> None:
     line = replace(command_line.parse([*TINY, "-m", "seed=1,2", "+hydra.launcher.foo=1"], cli.VERBS))
-    cfg = sweep_check.composed("train", line)
+    cfg = check.composed("train", line)
     with pytest.raises(ConfigError, match=r"hydra.launcher: .*unexpected keyword argument 'foo'"):
-        launching._try_plugins(line, cfg, sweep_check.checked("train", line, cfg))
+        launch._try_plugins(line, cfg, check.checked("train", line, cfg))
 
 
 def test_a_home_folder_in_a_list() -> None:
@@ -284,4 +287,4 @@ def test_what_tells_a_job_from_the_others() -> None:
     settings = HydraConfig.get()
     OmegaConf.set_readonly(settings, False)
     settings.job.config.override_dirname.exclude_keys = ["seed"]
-    assert supervision.varied(settings) == {"scheduler": "cosine", "optimizer.foo": "'a=b'"}
+    assert supervise.varied(settings) == {"scheduler": "cosine", "optimizer.foo": "'a=b'"}

@@ -16,10 +16,11 @@ from PIL import Image, ImageCms
 from running import composed, train
 
 from kandinsky_exp import build
-from kandinsky_exp.data import cache, sources
+from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import notes_on_rare
 from kandinsky_exp.data.colour import NOTE
-from kandinsky_exp.data.digests import FileDigests
+from kandinsky_exp.data.encoded import catalog
+from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.preprocess import Preprocess, open_rgb
 from kandinsky_exp.data.sampler import StreamBatchSampler
 from kandinsky_exp.errors import DataError
@@ -553,7 +554,7 @@ def test_a_run_says_what_it_did_not_use_and_by_which_rules_it_reads(tmp_path: Pa
     table = next((tmp_path / "cache").glob("t*/table.json"))
     forget(tmp_path / "one" / "run.json", "rules")
     forget(table, "rules", "noted")  # as an older version left it: one of another name would not be found
-    assert "no longer used" in cache.listing(tmp_path / "cache")
+    assert "no longer used" in catalog.listing(tmp_path / "cache")
     train(tmp_path, *words, "trainer.max_steps=2")
     assert "since this run began, colour profiles" in (tmp_path / "one" / "train.log").read_text("utf-8")
     train(tmp_path, *words, "trainer.max_steps=3")

@@ -19,15 +19,17 @@ from omegaconf import DictConfig
 from running import SMALL, composed, prepare, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import build, cheaper, optimizer_state, processes
-from kandinsky_exp.data import hub_rows
+from kandinsky_exp import build
+from kandinsky_exp.data.formats import hub_rows
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.live_bytes import LiveBytes
-from kandinsky_exp.plan import Planner, plan
-from kandinsky_exp.rehearsal import Rehearsal
+from kandinsky_exp.memory import optimizer_state, savings
+from kandinsky_exp.memory.dry_run import Rehearsal
+from kandinsky_exp.memory.tensor_tracker import LiveBytes
 from kandinsky_exp.run import run
 from kandinsky_exp.stages.prior import PriorStage
+from kandinsky_exp.system import distributed
+from kandinsky_exp.verbs.plan import Planner, plan
 
 BENCH = Path(__file__).parent / "bench" / "architecture"
 BATCH = 3
@@ -40,7 +42,7 @@ def settings(root: Path, *overrides: str) -> DictConfig:
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    with processes.accelerated(lambda: Accelerator(cpu=True)) as made:
+    with distributed.accelerated(lambda: Accelerator(cpu=True)) as made:
         yield made
 
 
@@ -293,12 +295,12 @@ def test_settings_are_added_up_and_the_dear_ones_left_out_again(tmp_path: Path) 
     def fits(changed: DictConfig) -> bool:
         return bool(changed.trainer.gradient_checkpointing and changed.adapter.name == "lora")
 
-    assert cheaper.cheapest(cfg, device, fits) == ("trainer.gradient_checkpointing=true", "adapter=lora")
-    assert cheaper.cheapest(cfg, device, lambda changed: changed.trainer.batch_size == 1) == (
+    assert savings.cheapest(cfg, device, fits) == ("trainer.gradient_checkpointing=true", "adapter=lora")
+    assert savings.cheapest(cfg, device, lambda changed: changed.trainer.batch_size == 1) == (
         "trainer.batch_size=1",
         "trainer.grad_accumulation=4",
     )
-    assert cheaper.cheapest(cfg, device, lambda changed: False) is None
+    assert savings.cheapest(cfg, device, lambda changed: False) is None
 
 
 def test_nothing_fits_into_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ import sqlalchemy
 from many_points import check_all_is_recorded
 from running import composed
 
-from kandinsky_exp import ui
 from kandinsky_exp.errors import ConfigError, TrackingError
-from kandinsky_exp.tracking import MlflowTracker, probe
+from kandinsky_exp.tracking.tracker import MlflowTracker, probe
+from kandinsky_exp.verbs import ui
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 

@@ -22,10 +22,14 @@ from running import composed
 
 import hydra_plugins.kandinsky_optuna
 import kandinsky_exp
-from kandinsky_exp import cli, command_line, config, mistakes, parts, store_schema, sweep, sweep_jobs, targets, trust
-from kandinsky_exp.data import cache, layout
-from kandinsky_exp.data.layout import META
+from kandinsky_exp import cli
+from kandinsky_exp.config import allowlist, command_line, hydra_errors, targets, validation
+from kandinsky_exp.data.encoded import catalog, layout
+from kandinsky_exp.data.encoded.layout import META
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.models import components
+from kandinsky_exp.sweeps import outcomes, session
+from kandinsky_exp.tracking import store_schema
 
 PACKAGE = Path(kandinsky_exp.__file__).parent
 PLUGIN = Path(hydra_plugins.kandinsky_optuna.__path__[0])
@@ -145,11 +149,11 @@ def verb_first(root: Path) -> str:
 
 def unknown_setting(root: Path) -> str:
     line = command_line.parse(["weights=tiny", "data=emoji", "zzzzzz=1"], cli.VERBS)
-    return only_command(*mistakes.find_problems("train", line))
+    return only_command(*hydra_errors.find_problems("train", line))
 
 
 def full_disk(root: Path) -> str:
-    with pytest.raises(Exception, match="is full") as error, cache.writing(root / "my, out" / "cache" / "t1"):
+    with pytest.raises(Exception, match="is full") as error, catalog.writing(root / "my, out" / "cache" / "t1"):
         raise OSError(errno.ENOSPC, "No space left on device")
     return only_command(error.value.args[0].replace("my, out", "my out"))
 
@@ -158,7 +162,7 @@ def no_room(root: Path) -> str:
     folder = root / "my out" / "cache" / "t1"
     folder.mkdir(parents=True)
     with pytest.raises(Exception, match="GB left") as error:
-        cache.refuse_if_no_room(folder, 10**18)
+        catalog.refuse_if_no_room(folder, 10**18)
     return only_command(error.value)
 
 
@@ -166,17 +170,17 @@ def no_report(root: Path) -> str:
     """The report of a sweep whose store does not know its jobs."""
     cfg = composed(root / "my out", "name=s")
     folder = root / "my out" / "s"
-    sweep_jobs.JobFolder(folder).write(sweep_jobs.Outcome(0, "seed=1", "seed=1", run_id="nobody"))
-    started = sweep.Session(folder, 1, is_study=True)
+    outcomes.JobFolder(folder).write(outcomes.Outcome(0, "seed=1", "seed=1", run_id="nobody"))
+    started = session.Session(folder, 1, is_study=True)
     started.tracker = SimpleNamespace(run_id="nobody")  # type: ignore[assignment]
     texts: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("kandinsky_exp.sweep").addHandler(handler)
+    logging.getLogger("kandinsky_exp.sweeps.session").addHandler(handler)
     try:
-        sweep.report(cfg, started)
+        session.report(cfg, started)
     finally:
-        logging.getLogger("kandinsky_exp.sweep").removeHandler(handler)
+        logging.getLogger("kandinsky_exp.sweeps.session").removeHandler(handler)
     return texts[0].rpartition(": ")[2]
 
 
@@ -192,7 +196,7 @@ def adapter_as_weights(root: Path) -> str:
     folder = root / "out" / "optimizer.lr=1e-4,my seed=1"
     (folder / "adapter").mkdir(parents=True)
     (folder / "config.yaml").write_text("weights: {prior: tiny}\nmodel: {_target_: x}\n")
-    return str(parts.check_source(str(folder), "prior")).rpartition("make one: ")[2]
+    return str(components.check_source(str(folder), "prior")).rpartition("make one: ")[2]
 
 
 def older_store(root: Path) -> str:
@@ -204,14 +208,14 @@ def older_store(root: Path) -> str:
 
 
 def not_installed(root: Path) -> Iterator[str]:
-    yield from map(targets.how_to_install, [name for name in trust.MODULES if name != "kandinsky_exp"])
+    yield from map(targets.how_to_install, [name for name in allowlist.MODULES if name != "kandinsky_exp"])
 
 
 def launcher(root: Path) -> Iterator[str]:
-    for group, options in mistakes.EXTRAS.items():
+    for group, options in hydra_errors.EXTRAS.items():
         for option in options:
             override = OverridesParser.create().parse_override(f"{group}={option}")
-            yield only_command(mistakes._wrong_option(override, ["basic"]))
+            yield only_command(hydra_errors._wrong_option(override, ["basic"]))
 
 
 @pytest.mark.parametrize("message", [verb_first, unknown_setting, full_disk, no_room, remove_table, older_store])
@@ -230,7 +234,7 @@ def composed_as_printed(command: str) -> DictConfig:
     with command_line.composing(line) as loader:
         cfg = loader.load_configuration(verb, line.overrides, run_mode=RunMode.RUN)
     cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    assert config.problems(cfg) == []
+    assert validation.problems(cfg) == []
     return cfg
 
 

@@ -10,12 +10,13 @@ from PIL import Image
 from running import client, composed, runs, train
 from test_generate import STEPS
 
-from kandinsky_exp import config, hub, recorded_paths
+from kandinsky_exp.config import recorded_paths, validation
+from kandinsky_exp.config.recorded_paths import Move
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.export import export
-from kandinsky_exp.generate import generate
-from kandinsky_exp.origins import find_origins
-from kandinsky_exp.recorded_paths import Move
+from kandinsky_exp.runs import hub
+from kandinsky_exp.runs.model_sources import find_origins
+from kandinsky_exp.verbs.export import export
+from kandinsky_exp.verbs.generate import generate
 
 SHORT = ["model=prior", "name=short", "adapter=lora", "output_root=outputs", "trainer.batch_size=2"]
 SHORT += ["validation.every=100", "validation.reconstructions=0", "checkpoint.every=100"]
@@ -118,9 +119,9 @@ def test_weights_that_are_gone_are_never_looked_up_on_a_hub(
 @pytest.mark.parametrize("name", ["./pictures", "../pictures", "/nowhere/pictures", "~/no pictures", "a/b/c"])
 def test_what_can_only_be_a_path_is_not_asked_for_on_a_hub(name: str, tmp_path: Path) -> None:
     data = ["model=prior", "weights=tiny", "data=hub", f"data.name='{name}'"]
-    found = config.problems(composed(tmp_path, *data, small=[]))
+    found = validation.problems(composed(tmp_path, *data, small=[]))
     assert [text for text in found if text.startswith("data.name: there is no folder")]
-    found = config.problems(composed(tmp_path, "data=emoji", f"weights.prior='{name}'", small=[]))
+    found = validation.problems(composed(tmp_path, "data=emoji", f"weights.prior='{name}'", small=[]))
     assert [text for text in found if text.startswith("weights.prior: there is no folder")]
 
 

@@ -9,9 +9,9 @@ import pytest
 from browsing import By, Chrome, Keys, WebElement, errors, head, names, open_report, shown, started, wait
 from PIL import Image
 
-from kandinsky_exp import report_html
-from kandinsky_exp.album import Album, Row
-from kandinsky_exp.comparison import Run, Scores
+from kandinsky_exp.reports import html
+from kandinsky_exp.reports.images import Album, Row
+from kandinsky_exp.reports.run_data import Run, Scores
 
 pytestmark = pytest.mark.slow
 EVIL = """</script><script>document.title="stolen"</script>, 'q' & $x^2$ %{x} <b>"""
@@ -50,7 +50,7 @@ ALBUM = Album(
 
 def opened(folder: Path, *flags: str) -> Chrome:
     file = folder / "report.html"
-    file.write_text(report_html.page(EVIL, RUNS, ALBUM), "utf-8")
+    file.write_text(html.page(EVIL, RUNS, ALBUM), "utf-8")
     browser = started(folder / "profile", *flags)
     try:
         open_report(browser, file.as_uri())

@@ -9,7 +9,7 @@ import pytest
 from running import PROMPTS, client, history, network, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import integrity
+from kandinsky_exp.runs import integrity
 
 PART = {"prior": "prior", "decoder": "unet"}
 STEPS = 5

@@ -15,8 +15,9 @@ from PIL import Image
 from running import PROMPTS, client, composed, history, network, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
-from kandinsky_exp import adapters, architectures, run_settings
+from kandinsky_exp import run_settings
 from kandinsky_exp.errors import ConfigError, NonFiniteLoss
+from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny.pipelines import build as build_tiny
 
@@ -332,7 +333,7 @@ def test_at_true_size_a_checkpoint_of_rank_8_is_a_three_hundredth(part: str, tmp
     if not file.is_file():
         pytest.skip("LOUD: the true-size architectures are not beside this checkout")
     shutil.copyfile(file, tmp_path / "config.json")
-    network = architectures.without_data(part, tmp_path)
+    network = compatibility.without_data(part, tmp_path)
     whole = sum(value.nbytes for value in network.parameters())
     adapters.attach_lora(
         network, rank=8, alpha=None, dropout=0.0, target_modules=None, use_dora=False, dtype=torch.float16
@@ -393,7 +394,7 @@ def test_checkpoints_are_pruned_but_the_best_stays(tmp_path: Path) -> None:
 
 
 def test_unnamed_runs_of_one_second_get_a_suffix(tmp_path: Path) -> None:
-    from kandinsky_exp.workspace import claim
+    from kandinsky_exp.runs.run_folder import claim
 
     with contextlib.ExitStack() as held:
         names = {claim(tmp_path, None, "prior", "auto", held).folder.name for _ in range(3)}

@@ -15,8 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from kandinsky_exp.data import shards, sources
-from kandinsky_exp.data.digests import FileDigests
+from kandinsky_exp.data import sources
+from kandinsky_exp.data.file_hashes import FileDigests
+from kandinsky_exp.data.formats import shards
 from kandinsky_exp.errors import DataError
 
 

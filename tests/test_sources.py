@@ -18,8 +18,8 @@ from PIL import Image
 
 from kandinsky_exp import run_settings
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.digests import MISSING, FileDigests
 from kandinsky_exp.data.examples import Example, given
+from kandinsky_exp.data.file_hashes import MISSING, FileDigests
 from kandinsky_exp.data.preprocess import center_crop_resize, crop_resize
 from kandinsky_exp.errors import DataError
 

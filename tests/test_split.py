@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from running import composed, prepare, train
 
-from kandinsky_exp import build, workspace
-from kandinsky_exp.data.digests import of_content
-from kandinsky_exp.data.layout import IMAGES, META
-from kandinsky_exp.data.table import ColumnWriter, MappedColumns, head_checksum
-from kandinsky_exp.readers import Readers, open_readers
+from kandinsky_exp import build
+from kandinsky_exp.data.encoded.layout import IMAGES, META
+from kandinsky_exp.data.encoded.table import ColumnWriter, MappedColumns, head_checksum
+from kandinsky_exp.data.file_hashes import of_content
+from kandinsky_exp.runs import run_folder
+from kandinsky_exp.training.feature_loader import Readers, open_readers
 
 PICTURES, TIMES = 6, 3
 
@@ -132,8 +133,8 @@ def test_a_run_goes_on_with_the_split_that_it_began_with(tmp_path, capfd):
     by_row, by_picture = (opened(tmp_path, *settings, by_row=by_row).train.fingerprint for by_row in (True, False))
     assert by_row != by_picture
 
-    def record() -> workspace.Record:
-        return workspace.read_record(tmp_path / "a")
+    def record() -> run_folder.Record:
+        return run_folder.read_record(tmp_path / "a")
 
     train(tmp_path, *settings, "name=a", "trainer.max_steps=2")
     assert "15 images train, 3 held out" in capfd.readouterr().err

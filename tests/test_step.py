@@ -22,14 +22,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_exp import averaging, build, fixed_noise, loop, pipelines, processes, run_settings
+from kandinsky_exp import build, run_settings
 from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.errors import DataError, Interrupted, NonFiniteLoss, RunFailure
-from kandinsky_exp.halving import Halving
-from kandinsky_exp.meter import Meter, StepResult
-from kandinsky_exp.parts import MODELS
-from kandinsky_exp.randomness import NoiseSource
-from kandinsky_exp.tracking import NullTracker
+from kandinsky_exp.models import pipelines
+from kandinsky_exp.models.components import MODELS
+from kandinsky_exp.system import distributed
+from kandinsky_exp.system.halving import Halving
+from kandinsky_exp.tracking.tracker import NullTracker
+from kandinsky_exp.training import ema, fixed_noise, loop
+from kandinsky_exp.training.metrics import Meter, StepResult
+from kandinsky_exp.training.seeding import NoiseSource
 
 CPU = torch.device("cpu")
 EVERYTHING = [
@@ -229,7 +232,7 @@ class Bench:
 
     def validate(self) -> float:
         network = self.accelerator.unwrap_model(self.training.network)
-        with averaging.averaged_weights(self.training), fixed_noise.uncompiled(network):
+        with ema.averaged_weights(self.training), fixed_noise.uncompiled(network):
             return fixed_noise.validate(
                 self.stage,
                 network,
@@ -267,7 +270,7 @@ def bench(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
             weights = [f"weights.prior={tiny_folder}", f"weights.decoder={tiny_folder}"]
             quiet = ["validation.every=1000", "checkpoint.every=1000"]
             cfg = composed(tmp_path, f"model={stage}", *weights, *quiet, *overrides)
-            accelerator = stack.enter_context(processes.accelerated(lambda: build.accelerator(cfg)))
+            accelerator = stack.enter_context(distributed.accelerated(lambda: build.accelerator(cfg)))
             return Bench(cfg, accelerator, tiny_folder)
 
         yield make
@@ -340,7 +343,7 @@ def test_the_average_is_that_of_diffusers() -> None:
     for _ in range(200):
         for parameter in parameters:
             parameter.data += torch.randn(parameter.shape, generator=random)
-        averaging.update(ours, parameters)
+        ema.update(ours, parameters)
         theirs.step(parameters)
     assert ours.optimization_step == theirs.optimization_step
     assert ours.cur_decay_value == theirs.cur_decay_value == 0.95
@@ -353,7 +356,7 @@ def test_the_average_is_that_of_diffusers() -> None:
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    with processes.accelerated(lambda: Accelerator(cpu=True)) as made:
+    with distributed.accelerated(lambda: Accelerator(cpu=True)) as made:
         yield made
 
 

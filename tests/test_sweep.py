@@ -21,7 +21,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from running import SMALL, client, composed, prepare, runs
 
-from kandinsky_exp import cli, devices, job_process, mistakes, mlflow_names, sweep, sweep_jobs, workspace
+from kandinsky_exp import cli
+from kandinsky_exp.config import hydra_errors
+from kandinsky_exp.runs import run_folder
+from kandinsky_exp.sweeps import devices, job_process, outcomes, session
+from kandinsky_exp.tracking import mlflow_names
 
 # A schedule whose jobs come to different ends, until they are mended.
 FAULTS = """
@@ -196,7 +200,7 @@ def test_a_job_that_came_to_no_run_is_one_run_in_mlflow(
     ids = {name.rpartition("/")[2]: run.info for name, run in first.items()}
     assert {name: info.status for name, info in ids.items()} == {"good": "FINISHED", "bad": "FAILED"}
     assert "1.png" in first[f"path={bad}"].data.tags["error"]
-    assert workspace.read_record(next((root / "s").glob("data.path=*_bad"))) is None
+    assert run_folder.read_record(next((root / "s").glob("data.path=*_bad"))) is None
     shutil.copy(good / "1.txt", bad / "1.txt")
     assert swept(root, *settings) == 0
     _, mended = family(root, "s")
@@ -206,7 +210,7 @@ def test_a_job_that_came_to_no_run_is_one_run_in_mlflow(
     (job,) = (path for path in (root / "s").glob("data.path=*_good"))
     shutil.rmtree(job)
     assert swept(root, *settings) == 0
-    record = workspace.read_record(job)
+    record = run_folder.read_record(job)
     assert record is not None
     assert record.run_id not in {info.run_id for info in ids.values()}
 
@@ -257,7 +261,7 @@ def test_a_killed_sweep_ends_its_jobs_after_a_checkpoint(tmp_path: Path) -> None
     job = root / "s" / "optimizer.lr=1e-05"
     process.wait_for("step 10 ", job / "train.log")
     process.kill()
-    wait(lambda: (record := workspace.read_record(job)) is not None and record.status == "KILLED")
+    wait(lambda: (record := run_folder.read_record(job)) is not None and record.status == "KILLED")
     assert list((job / "checkpoints").glob("step-*"))
 
 
@@ -333,7 +337,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
     assert swept(tmp_path, "hydra/sweeper=optuna", "seed=1,2", "tracker=none") == 2
     assert 'optuna is not installed; pip install "kandinsky-exp[sweep]"' in capfd.readouterr().err
     override = OverridesParser.create().parse_override("hydra/launcher=ray")
-    problem = mistakes._wrong_option(override, ["basic"])  # all that Hydra brings
+    problem = hydra_errors._wrong_option(override, ["basic"])  # all that Hydra brings
     assert problem == 'hydra/launcher: ray is not installed; pip install "kandinsky-exp[ray]"'
 
 
@@ -348,7 +352,7 @@ def test_two_sweeps_into_one_folder(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 def hold(folder: str) -> None:
-    with workspace.occupied(Path(folder), ".jobs/lock"):
+    with run_folder.occupied(Path(folder), ".jobs/lock"):
         print("held", flush=True)
         time.sleep(600)
 
@@ -364,33 +368,33 @@ def test_the_name_of_a_run_is_no_name_for_a_sweep(tmp_path: Path, capfd: pytest.
 # --- names
 
 
-def outcome(number: int, score: float | None, **further: Any) -> sweep_jobs.Outcome:
+def outcome(number: int, score: float | None, **further: Any) -> outcomes.Outcome:
     name = f"job{number}"
-    return sweep_jobs.Outcome(number, name, name, {"model": name}, "FINISHED", score, **further)
+    return outcomes.Outcome(number, name, name, {"model": name}, "FINISHED", score, **further)
 
 
 def test_the_best_job_is_the_best_of_its_stage() -> None:
     """A prior's loss says nothing beside a decoder's."""
     jobs = [outcome(number, score, stage="prior") for number, score in enumerate([0.3, 0.2])]
-    assert sweep.table(jobs, 2).splitlines()[-1] == "best: job1 (0.2)"
+    assert session.table(jobs, 2).splitlines()[-1] == "best: job1 (0.2)"
     both = [*jobs, outcome(2, 0.02, stage="decoder"), outcome(3, 0.01, stage="decoder"), outcome(4, None)]
-    assert sweep.table(both, 5).splitlines()[-2:] == ["best decoder: job3 (0.01)", "best prior: job1 (0.2)"]
+    assert session.table(both, 5).splitlines()[-2:] == ["best decoder: job3 (0.01)", "best prior: job1 (0.2)"]
 
 
 def test_a_training_loss_is_not_called_the_best_loss() -> None:
     trained = [outcome(0, 0.5, stage="prior", is_training=True), outcome(1, 0.4, stage="prior", is_training=True)]
-    lines = sweep.table(trained, 2).splitlines()
+    lines = session.table(trained, 2).splitlines()
     assert "last training loss" in lines[0]
     assert "best" not in "".join(lines)
     assert lines[-1] == "lowest last training loss: job1 (0.4)"
-    names, rows = sweep.rows([*trained, outcome(2, 0.9, stage="prior")])
+    names, rows = session.rows([*trained, outcome(2, 0.9, stage="prior")])
     assert names[2:5] == ["status", "best loss", "last training loss"]
     assert [row[3:5] for row in rows] == [["–", "0.5"], ["–", "0.4"], ["0.9", "–"]]
 
 
 def test_jobs_are_named_by_what_they_vary() -> None:
-    assert sweep_jobs.job_name({"optimizer.lr": 1e-05, "model.snr_gamma": 5.0}) == "lr=1e-05 snr=5"
-    assert sweep_jobs.job_name({"model": "prior", "model.snr_gamma": None}) == "model=prior snr=null"
+    assert outcomes.job_name({"optimizer.lr": 1e-05, "model.snr_gamma": 5.0}) == "lr=1e-05 snr=5"
+    assert outcomes.job_name({"model": "prior", "model.snr_gamma": None}) == "model=prior snr=null"
     names = mlflow_names.short_names(["trainer.batch_size", "validation.batch_size", "seed"])
     assert list(names.values()) == ["trainer.batch_size", "validation.batch_size", "seed"]
 

@@ -14,8 +14,8 @@ import pytest
 from commands import Forked, command, start
 from running import history, network, prepare, runs, same, train
 
-from kandinsky_exp import run_log, terminal
 from kandinsky_exp.errors import RunFailure
+from kandinsky_exp.system import logs, terminal
 
 
 def shown_on(descriptor: int) -> None:
@@ -125,7 +125,7 @@ def test_a_run_that_fails_says_why_in_its_records(tmp_path: Path) -> None:
 
 
 def test_what_nobody_expected_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), run_log.logging_to(tmp_path / "train.log", is_main=True):
+    with pytest.raises(ZeroDivisionError), logs.logging_to(tmp_path / "train.log", is_main=True):
         print(1 // 0)
     log = (tmp_path / "train.log").read_text()
     assert "ERROR ZeroDivisionError: integer division or modulo by zero\nTraceback" in log

@@ -31,13 +31,21 @@ from mlflow import MlflowClient
 from PIL import Image
 from running import train
 
-from kandinsky_exp.data.shards import Shards
+from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.errors import Interrupted, TrackingError
-from kandinsky_exp.mlflow_names import MAX_PARAM, dataset_source, masked, param_text, value_text
-from kandinsky_exp.outbox import Outbox
-from kandinsky_exp.provenance import git_commit, pip_freeze
 from kandinsky_exp.records import named
-from kandinsky_exp.tracking import MlflowTracker, NullTracker, Tracker, default_uri, deliver_left, probe, tracked
+from kandinsky_exp.tracking.mlflow_names import MAX_PARAM, dataset_source, masked, param_text, value_text
+from kandinsky_exp.tracking.outbox import Outbox
+from kandinsky_exp.tracking.provenance import git_commit, pip_freeze
+from kandinsky_exp.tracking.tracker import (
+    MlflowTracker,
+    NullTracker,
+    Tracker,
+    default_uri,
+    deliver_left,
+    probe,
+    tracked,
+)
 
 # MLflow's own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -172,7 +180,8 @@ def test_nothing_is_recorded_without_a_store(tmp_path: Path) -> None:
 
 
 def test_mlflow_is_imported_only_where_it_is_used() -> None:
-    code = "import kandinsky_exp.tracking, sys; assert not {'mlflow', 'torch', 'sqlalchemy', 'PIL'} & set(sys.modules)"
+    heavy = {"mlflow", "torch", "sqlalchemy", "PIL"}
+    code = f"import sys, kandinsky_exp.tracking.tracker; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -207,7 +216,7 @@ def test_processes_that_first_touch_a_store_together_lose_nothing(tmp_path: Path
 
 def test_a_store_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
     """It takes seconds, in the first of all runs: a likely moment for Ctrl-C."""
-    code = "import sys; from kandinsky_exp.store import connect; connect(sys.argv[1])"
+    code = "import sys; from kandinsky_exp.tracking.store import connect; connect(sys.argv[1])"
     process = subprocess.Popen([sys.executable, "-c", code, default_uri(tmp_path)])
     files = [tmp_path / name for name in ("mlflow.db", ".mlflow.db.part")]
     while not any(file.exists() and file.stat().st_size > 200_000 for file in files):  # of some 950,000
@@ -601,7 +610,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from PIL import Image
-from kandinsky_exp.tracking import MlflowTracker, default_uri
+from kandinsky_exp.tracking.tracker import MlflowTracker, default_uri
 root, outbox = Path(sys.argv[1]), Path(sys.argv[2])
 tracker = MlflowTracker(default_uri(root), "tests", "a run", root / "mlartifacts", outbox, token="killed" + outbox.name)
 print(tracker.run_id, flush=True)

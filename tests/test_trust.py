@@ -17,23 +17,15 @@ from omegaconf.errors import InterpolationKeyError
 from PIL import Image
 from running import quick_compose
 
-from kandinsky_exp import (
-    architectures,
-    build,
-    cli,
-    config,
-    generate,
-    locating,
-    parts,
-    saved_config,
-    trust,
-    weight_files,
-    weights,
-)
+from kandinsky_exp import build, cli
+from kandinsky_exp.config import allowlist, saved_config, validation
 from kandinsky_exp.data import sources
-from kandinsky_exp.encode import encode
 from kandinsky_exp.errors import ConfigError, DataError
+from kandinsky_exp.models import compatibility, components, weight_files, weights
 from kandinsky_exp.run import run
+from kandinsky_exp.runs import lookup
+from kandinsky_exp.verbs import generate
+from kandinsky_exp.verbs.encode import encode
 
 TINY = ["data=emoji", "weights=tiny", "tracker=none", "trainer.max_steps=1"]
 EVIL = """
@@ -122,10 +114,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "diffusers.DiffusionPipeline.from_pretrained": {"_args_": ["{root}"], "custom_pipeline": "{root}"},
     "transformers.AutoModel.from_pretrained": {"_args_": ["{root}"], "trust_remote_code": True},
     "accelerate.utils.os.system": {"_args_": [TOUCH]},
-    "kandinsky_exp.provenance.subprocess.run": {"_args_": [ARGUMENTS]},
+    "kandinsky_exp.tracking.provenance.subprocess.run": {"_args_": [ARGUMENTS]},
     "kandinsky_exp.__main__.main": {},
     "kandinsky_exp.cli.main": {"_args_": [["--version"]]},
-    "kandinsky_exp.workspace.make_root": {"_args_": ["{marker}"]},
+    "kandinsky_exp.runs.run_folder.make_root": {"_args_": ["{marker}"]},
     ".evil_parts": {},
     "evil_parts": {},
     "torch..optim.AdamW": {},
@@ -146,7 +138,7 @@ PLACES: dict[str, tuple[str, Any]] = {
     "a stage": ("model", {"_target_": "evil_parts.Optimizer", "_partial_": True}),
     "a model as stage": ("model", {"_target_": "torch.nn.Linear", "_partial_": True}),
     "a source": ("data._target_", "evil_parts.mark"),
-    "a source that is none": ("data._target_", "kandinsky_exp.hub.push"),
+    "a source that is none": ("data._target_", "kandinsky_exp.runs.hub.push"),
     "borrowed by the sources": ("data._target_", "kandinsky_exp.data.sources.load"),
     "where nothing is built": ("trainer.max_steps", MARK),
     "a key that nobody reads": ("surprise", MARK),
@@ -191,7 +183,7 @@ def theirs(tmp_path: Path, marker: Path) -> Path:
 def test_a_hostile_target_is_refused_and_does_not_run(case: str, theirs: Path, marker: Path, tmp_path: Path) -> None:
     key, node = CASES[case]
     cfg = with_node(key, filled(node, marker=marker, root=theirs), tmp_path)
-    found = config.problems(cfg)
+    found = validation.problems(cfg)
     assert any(text.startswith(key.partition(".")[0]) for text in found), found
     for function in (run, lambda cfg: build.target_settings(cfg, key.partition(".")[0])):
         if function is run or key.partition(".")[0] in ("optimizer", "scheduler", "model", "data"):
@@ -228,7 +220,7 @@ GOOD = [
 @pytest.mark.parametrize(("key", "node"), GOOD, ids=[node["_target_"] for _, node in GOOD])
 def test_what_the_packages_offer_is_taken(key: str, node: dict[str, Any], tmp_path: Path) -> None:
     cfg = with_node(key, node, tmp_path)
-    assert config.problems(cfg) == []
+    assert validation.problems(cfg) == []
     assert build.target_settings(cfg, key) == node
 
 
@@ -268,7 +260,7 @@ def my_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trust_covers_what_the_users_module_makes(target: str, taken: bool, my_parts: None, tmp_path: Path) -> None:
     """Not what it has imported: a config could reach everything from there."""
     cfg = with_node("optimizer", {"_target_": target, "_partial_": True}, tmp_path)
-    found = config.problems(cfg, trusted=["my_parts"])
+    found = validation.problems(cfg, trusted=["my_parts"])
     assert (found == []) is taken, found
 
 
@@ -277,8 +269,8 @@ def test_a_nested_target_of_the_users(my_parts: None, tmp_path: Path) -> None:
 
     node = {"_target_": "my_parts.Loud", "_partial_": True, "wrapped": {"_target_": "my_parts.make", "_partial_": True}}
     cfg = with_node("optimizer", node, tmp_path)
-    assert len(config.problems(cfg)) == 2
-    config.validate(cfg, ["my_parts"])
+    assert len(validation.problems(cfg)) == 2
+    validation.validate(cfg, ["my_parts"])
     made = build.make_optimizer(cfg, [torch.nn.Parameter(torch.zeros(1))], build.accelerator(cfg).device)
     assert (type(made).__name__, made.wrapped.func.__name__) == ("Loud", "make")
 
@@ -286,10 +278,10 @@ def test_a_nested_target_of_the_users(my_parts: None, tmp_path: Path) -> None:
 def test_a_file_adds_nothing_to_what_is_trusted(my_parts: None, tmp_path: Path) -> None:
     cfg = with_node("optimizer", {"_target_": "my_parts.Mine", "_partial_": True, "lr": 0.1}, tmp_path)
     cfg.trusted_modules = ["my_parts"]
-    found = config.problems(cfg)
+    found = validation.problems(cfg)
     assert found[0].startswith("trusted_modules: a config file may not add my_parts; if you trust that code, type")
     assert found[1].startswith("optimizer._target_: my_parts.Mine is outside of the modules that a config may name")
-    for refused in (lambda: run(cfg), lambda: config.validate(cfg, ["others"]), lambda: encode(cfg)):
+    for refused in (lambda: run(cfg), lambda: validation.validate(cfg, ["others"]), lambda: encode(cfg)):
         with pytest.raises(ConfigError, match="trusted_modules: a config file may not add my_parts"):
             refused()
     with pytest.raises(ConfigError, match="outside of the modules"):
@@ -299,23 +291,23 @@ def test_a_file_adds_nothing_to_what_is_trusted(my_parts: None, tmp_path: Path) 
 
 def test_what_was_validated_as_trusted_stays_so_and_is_recorded(my_parts: None, tmp_path: Path) -> None:
     cfg = with_node("optimizer", {"_target_": "my_parts.Mine", "_partial_": True, "lr": 0.1}, tmp_path)
-    config.validate(cfg, ["my_parts"])
-    config.validate(cfg)  # as `run` does once the command has
-    assert "trusted_modules:\n- my_parts\n" in config.to_yaml(cfg)
+    validation.validate(cfg, ["my_parts"])
+    validation.validate(cfg)  # as `run` does once the command has
+    assert "trusted_modules:\n- my_parts\n" in validation.to_yaml(cfg)
     assert build.target_settings(cfg, "optimizer")["_target_"] == "my_parts.Mine"
-    again = OmegaConf.create(config.to_yaml(cfg))
-    assert trust.refused(again, ()) == ["my_parts"]
+    again = OmegaConf.create(validation.to_yaml(cfg))
+    assert allowlist.refused(again, ()) == ["my_parts"]
     merged = OmegaConf.merge(cfg, {"trusted_modules": ["my_parts", "evil_parts"]})
-    assert trust.refused(merged, ()) == ["evil_parts"]
+    assert allowlist.refused(merged, ()) == ["evil_parts"]
 
 
 def test_without_the_key_all_is_as_before(tmp_path: Path) -> None:
     cfg = composed(f"output_root={tmp_path}")
     with open_dict(cfg):
         del cfg["trusted_modules"]
-    config.validate(cfg)
+    validation.validate(cfg)
     for wrong in ("[3]", "[a-b]", "my_parts"):
-        (found,) = config.problems(composed(f"trusted_modules={wrong}"))
+        (found,) = validation.problems(composed(f"trusted_modules={wrong}"))
         assert found.startswith("trusted_modules: has to be")
 
 
@@ -501,11 +493,11 @@ def test_pickles_beside_good_weights_are_passed_over_and_named_once(their_weight
     for name, write in PICKLED.items():
         (their_weights / name).parent.mkdir(exist_ok=True)
         write(their_weights / name)
-    assert parts.check_source(str(their_weights), "prior") is None
-    config.validate(composed("model=prior", f"weights.prior={their_weights}"))
+    assert components.check_source(str(their_weights), "prior") is None
+    validation.validate(composed("model=prior", f"weights.prior={their_weights}"))
     theirs = weights.Weights(str(their_weights), "tiny", their_weights / "cache")
-    sides = {part for part, (side, _) in parts.PARTS.items() if side == "prior"}
-    (note,) = architectures.check(theirs, sides)
+    sides = {part for part, (side, _) in components.PARTS.items() if side == "prior"}
+    (note,) = compatibility.check(theirs, sides)
     assert re.search(r"passed over.*prior_image_encoder/flax_model\.msgpack' and 5 more", note)
     for part in sorted(sides):
         theirs.load(part)
@@ -517,19 +509,19 @@ def test_a_pickle_that_calls_itself_a_file_that_is_read_is_refused(
     name: str, their_weights: Path, marker: Path
 ) -> None:
     DISGUISED[name](their_weights / name)
-    problem = parts.check_source(str(their_weights), "prior")
+    problem = components.check_source(str(their_weights), "prior")
     assert problem is not None
     assert f"'{name}' is a pickle or an archive" in problem
     assert "remove it, or convert it to .safetensors" in problem
     with pytest.raises(ConfigError, match=re.escape(f"weights.prior: '{their_weights}': '{name}'")):
-        config.validate(composed("model=prior", f"weights.prior={their_weights}"))
+        validation.validate(composed("model=prior", f"weights.prior={their_weights}"))
     assert not marker.exists()
 
 
 def test_a_folder_with_pickles_alone_is_refused(their_weights: Path) -> None:
     (their_weights / "prior_prior" / "diffusion_pytorch_model.bin").write_bytes(b"")
     (their_weights / "prior_prior" / "diffusion_pytorch_model.safetensors").unlink()
-    problem = str(parts.check_source(str(their_weights), "prior"))
+    problem = str(components.check_source(str(their_weights), "prior"))
     assert "'prior_prior' has no .safetensors file, but 'diffusion_pytorch_model.bin': it is a pickle" in problem
 
 
@@ -550,15 +542,15 @@ def test_a_foreign_checkpoint_of_pickles_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prior").mkdir()
     (tmp_path / "prior" / "adapter.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"prior: .*has no \.safetensors file, but 'adapter\.bin': it is a pickle"):
-        locating.trained_network(tmp_path, "prior")
+        lookup.trained_network(tmp_path, "prior")
     (tmp_path / "prior" / "pytorch_lora_weights.safetensors").write_bytes(b"")
-    assert locating.trained_network(tmp_path, "prior") == tmp_path / "prior"
+    assert lookup.trained_network(tmp_path, "prior") == tmp_path / "prior"
 
 
 def test_a_model_that_asks_for_a_repositorys_kernel(their_weights: Path) -> None:
     """transformers would fetch it from the hub and run it, whoever calls from_pretrained."""
     change(their_weights / "prior_text_encoder" / "config.json", _attn_implementation="someone/kernel")
-    assert "asks for the code of 'someone/kernel'" in str(parts.check_source(str(their_weights), "prior"))
+    assert "asks for the code of 'someone/kernel'" in str(components.check_source(str(their_weights), "prior"))
     theirs = weights.Weights(str(their_weights), "tiny", their_weights / "cache")  # as from the hub, without that check
     assert theirs.load("text_encoder").config._attn_implementation == "sdpa"
 
@@ -567,7 +559,7 @@ def test_a_model_that_asks_for_a_repositorys_kernel(their_weights: Path) -> None
 def test_shards_that_lead_out(name: str, their_weights: Path) -> None:
     index = their_weights / "prior_prior" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
-    assert "leads out of its folder" in str(parts.check_source(str(their_weights), "prior"))
+    assert "leads out of its folder" in str(components.check_source(str(their_weights), "prior"))
     assert all(file.parent == index.parent for file in weight_files.opened(index.parent, True, None))
 
 

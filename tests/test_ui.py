@@ -17,9 +17,9 @@ from commands import Forked, command
 from PIL import Image
 from running import composed
 
-from kandinsky_exp import ui
 from kandinsky_exp.errors import ConfigError, TrackingError
-from kandinsky_exp.tracking import MlflowTracker, default_artifact_root, default_uri
+from kandinsky_exp.tracking.tracker import MlflowTracker, default_artifact_root, default_uri
+from kandinsky_exp.verbs import ui
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -137,5 +137,5 @@ def test_names_by_which_it_may_be_called() -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, kandinsky_exp.ui; print(*({'torch', 'mlflow', 'accelerate'} & sys.modules.keys()))"
+    code = "import sys, kandinsky_exp.verbs.ui; print(*({'torch', 'mlflow', 'accelerate'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

@@ -10,9 +10,10 @@ from diffusers import AutoPipelineForText2Image
 from running import composed, train
 from test_generate import drawn
 
-from kandinsky_exp import architectures, config, parts, pipelines, weight_files
+from kandinsky_exp.config import validation
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.models import compatibility, components, pipelines, weight_files
+from kandinsky_exp.models.weights import Weights
 
 NETWORKS = ("prior", "text_encoder", "image_encoder", "unet", "movq")
 
@@ -38,7 +39,7 @@ def sharded(request, tiny_folder: Path, tmp_path_factory) -> Path:
     shutil.copytree(tiny_folder, folder)
     plain = Weights(str(tiny_folder), str(tiny_folder), cache_folder=folder.parent, frozen_dtype="float16")
     for part in NETWORKS:
-        place = folder / parts.subfolder(folder, part)
+        place = folder / components.subfolder(folder, part)
         for file in place.glob("*.safetensors"):
             file.unlink()
         size = sum(value.nbytes for value in plain.load(part).state_dict().values())
@@ -54,11 +55,11 @@ def load(folder: Path, variant: str | None = "fp16") -> Weights:
 
 
 def test_shards_of_a_variant_are_read(sharded: Path, tiny_folder: Path) -> None:
-    config.validate(
+    validation.validate(
         composed(sharded.parent, f"weights.prior={sharded}", f"weights.decoder={sharded}", "weights.variant=fp16")
     )
     theirs, ours = load(sharded), load(tiny_folder, None)
-    assert architectures.check(theirs, set(parts.PARTS)) == []
+    assert compatibility.check(theirs, set(components.PARTS)) == []
     for part in NETWORKS:
         expected = ours.load(part).state_dict()
         for name, value in theirs.load(part).state_dict().items():
@@ -69,12 +70,12 @@ def test_without_the_variants_name_the_message_has_it(sharded: Path) -> None:
     cfg = composed(sharded.parent, f"weights.prior={sharded}", f"weights.decoder={sharded}")
     message = r"weights\.prior: .*'prior_prior' has weights of the variant fp16 alone; set weights\.variant=fp16"
     with pytest.raises(ConfigError, match=message) as caught:
-        config.validate(cfg)
+        validation.validate(cfg)
     assert "fetch it again" not in str(caught.value)  # nothing is wrong with the folder
     with pytest.raises(
         ConfigError, match=r"set weights\.variant=fp16"
     ):  # as of a hub's folder, which nobody has looked at
-        architectures.check(load(sharded, None), {"unet"})
+        compatibility.check(load(sharded, None), {"unet"})
 
 
 def test_every_shard_counts_for_the_fingerprint(sharded: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from kandinsky_exp.pipelines import SampleSettings
+from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.stages.base import StageLoss
 from kandinsky_exp.stages.prior import PriorStage
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kandinsky_exp.data.digests import FileDigests, of_content
+from kandinsky_exp.data.file_hashes import FileDigests, of_content
 from kandinsky_exp.data.preprocess import open_rgb
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
-from kandinsky_exp.paths import on_disk
+from kandinsky_exp.system.files import on_disk
 
 MAX_BYTES = 256 << 20  # of one image's file
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kandinsky_exp.data.buckets import Size, nearest_bucket
 from kandinsky_exp.data.colour import NOTE, WIDE, as_srgb, eight_bits, opacity
-from kandinsky_exp.data.layout import PICTURE_RULES
+from kandinsky_exp.data.encoded.layout import PICTURE_RULES
 
 MIN_SIDE = 8  # pixels
 MAX_SHAPE = 50  # long sides per short side: CLIP scales the short side to 224, and the long one with it

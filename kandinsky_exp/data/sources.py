@@ -7,21 +7,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kandinsky_exp.data import metadata, tally
-from kandinsky_exp.data.beside import read_beside
+from kandinsky_exp.data import tally
 from kandinsky_exp.data.checks import Report, check, find_bad, problem_of
-from kandinsky_exp.data.download import shown
 from kandinsky_exp.data.dreambooth import of_class, subject
 from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
-from kandinsky_exp.data.folders import outside, unlisted
-from kandinsky_exp.data.hub_rows import hub_rows, load, parquet_rows
-from kandinsky_exp.data.rows import FileRows, image_columns, read_listed
+from kandinsky_exp.data.formats import metadata
+from kandinsky_exp.data.formats.download import shown
+from kandinsky_exp.data.formats.file_rows import FileRows, image_columns, read_listed
+from kandinsky_exp.data.formats.folders import outside, unlisted
+from kandinsky_exp.data.formats.hub_rows import hub_rows, load, parquet_rows
+from kandinsky_exp.data.formats.shard_names import expand, files_beside
+from kandinsky_exp.data.formats.shards import Shards
+from kandinsky_exp.data.formats.sidecar import read_beside
 from kandinsky_exp.data.sampler import order
-from kandinsky_exp.data.shard_names import expand, files_beside
-from kandinsky_exp.data.shards import Shards
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError
-from kandinsky_exp.paths import expanded, is_file, is_folder
+from kandinsky_exp.system.files import expanded, is_file, is_folder
 
 __all__ = [
     "Example",

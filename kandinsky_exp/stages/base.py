@@ -16,13 +16,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp import adapters
-from kandinsky_exp.adapters import NetworkFiles
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.pipelines import SampleSettings
+from kandinsky_exp.models import adapters
+from kandinsky_exp.models.adapters import NetworkFiles
+from kandinsky_exp.models.pipelines import SampleSettings
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
-from kandinsky_exp.weights import Weights
 
 Features = dict[str, Tensor]
 Generators = torch.Generator | list[torch.Generator]

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp import architectures, pipelines
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.models import compatibility, pipelines
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
 from kandinsky_exp.stages.base import DiffusionStage, Features
-from kandinsky_exp.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class DecoderStage(DiffusionStage):
         vlb_weight: float = 0.001,
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
-        architectures.check_resolution(weights, resolution)
+        compatibility.check_resolution(weights, resolution)
         self.resolution = resolution
         schedule = weights.load("decoder_scheduler")
         self.alphas_cumprod = schedule.alphas_cumprod

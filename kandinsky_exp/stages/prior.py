@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kandinsky_exp import pipelines
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.models import pipelines
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, Features
-from kandinsky_exp.weights import Weights
 
 STATISTICS = ("clip_mean", "clip_std")  # of image embeddings: what is normalised by them stays exact in any precision
 

@@ -1,0 +1,294 @@
+"""A run's networks and what it does with them, on tensors that have shapes and no data: how much memory it needs.
+
+The real code runs – the stage's loss, its adapter, checkpointing, mixed precision, the backward pass – and takes the
+kernels that it would take with data; `LiveBytes` follows what is alive. What a kernel takes inside itself is not seen.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kandinsky_exp import build, run_settings
+from kandinsky_exp.memory import optimizer_state
+from kandinsky_exp.memory.meta_weights import DescribedWeights, give_fakes
+from kandinsky_exp.memory.optimizer_state import StepNeed
+from kandinsky_exp.memory.tensor_tracker import LiveBytes, Peak
+from kandinsky_exp.models import adapters, weight_files
+from kandinsky_exp.stages.base import DiffusionStage, Features
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+NETWORK = ("adapter", "precision.name", "model")  # the settings that decide what the network is
+BASE = "adapter.base_precision"
+BASE_BYTES = {"int8": 1.0, "nf4": 0.53}  # per frozen weight of a linear layer, scales included
+OF_IMAGES, OF_CAPTIONS = ("clip_pixels", "pixels"), ("input_ids", "text_mask")
+
+
+def once(*settings: str) -> Callable[[Method], Method]:
+    """One answer for all rehearsals that share their answers and agree in these settings."""
+
+    def remembered(method: Method) -> Method:
+        @functools.wraps(method)
+        def ask(self: "Rehearsal", *arguments: Any) -> Any:
+            values = [str(OmegaConf.select(self.cfg, setting)) for setting in settings]
+            key = (method.__name__, arguments, *values)
+            if key not in self.answers:
+                self.answers[key] = method(self, *arguments)
+            return self.answers[key]
+
+        return cast(Method, ask)
+
+    return remembered
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of weights, and bytes.
+
+    Args:
+        saved: bytes of what a checkpoint holds of the network.
+    """
+
+    trained: int
+    frozen: int
+    trained_bytes: int
+    frozen_bytes: int
+    saved: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes that the passes of one optimizer step need beyond weights, optimizer and average.
+
+    Args:
+        gradients: what is left after the last one.
+        activations: what the forward pass leaves, or the peak holds beside all gradients.
+        peak: of both together: gradients come while activations go.
+    """
+
+    gradients: int
+    activations: int
+    peak: Peak
+
+
+class Mixed(nn.Module):
+    """A network with a run's mixed precision around it, as Accelerate puts it there."""
+
+    def __init__(self, network: nn.Module, autocast: Callable[[], torch.autocast]) -> None:
+        super().__init__()
+        self.network, self.autocast = network, autocast
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        with self.autocast():
+            return self.network(*arguments, **options)
+
+
+class Rehearsal:
+    """The stage of a run, built as the run builds it, once something is asked that is not known.
+
+    Args:
+        cfg: settings of a run.
+        accelerator: of the device that would train.
+        answers: shared by the rehearsals of several settings.
+    """
+
+    def __init__(self, cfg: DictConfig, accelerator: Accelerator, answers: dict[Any, Any] | None = None) -> None:
+        self.cfg, self.accelerator = cfg, accelerator
+        is_cpu = accelerator.device.type == "cpu"  # with a number where processes are several: fakes take it seriously
+        self.device = torch.device("cpu") if is_cpu else accelerator.device
+        self.answers = {} if answers is None else answers
+        self.weights = build.weights(cfg, DescribedWeights)
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._faked: set[int] = set()
+
+    @cached_property
+    def stage(self) -> DiffusionStage:
+        cfg = self.cfg.copy()
+        OmegaConf.update(cfg, BASE, None)  # there is nothing to quantise: `sizes` counts what it would come to
+        OmegaConf.update(cfg, "adapter.init", "default")  # nor weights to begin with: `sizes` counts these too
+        if cfg.trainer.attention == "xformers":  # it has kernels for data alone; fused attention keeps as little
+            OmegaConf.update(cfg, "trainer.attention", "sdpa")
+        return build.stage(cfg, self.weights)
+
+    @cached_property
+    def network(self) -> Any:
+        network = self.stage.order_weights(self.device)  # it has no data to be placed
+        self.stage.place_constants(self.device)
+        return network
+
+    @cached_property
+    def mixed(self) -> Mixed:
+        return Mixed(self.network, self._autocast)
+
+    # --- sizes
+
+    @once(*NETWORK)
+    def sizes(self) -> Sizes:
+        """Of the network that trains, its buffers among what is frozen; a quantised base takes fewer bytes."""
+        trained, frozen = self._trainable(), {}
+        for name, value in self.network.named_parameters():
+            if not value.requires_grad:
+                frozen[name] = value
+        each = BASE_BYTES.get(self.cfg.adapter.base_precision)
+        linear = {f"{name}.weight" for name, part in self.network.named_modules() if isinstance(part, nn.Linear)}
+        sizes = [value.numel() * each if each and name in linear else value.nbytes for name, value in frozen.items()]
+        return Sizes(
+            sum(value.numel() for value in trained),
+            sum(value.numel() for value in frozen.values()),
+            sum(value.nbytes for value in trained),
+            int(sum(sizes)) + sum(value.nbytes for value in self.network.buffers()),
+            sum(value.nbytes for value in self.stage.snapshot(self.network, {}).tensors.values())
+            * (2 if self.cfg.adapter.init in adapters.TAKEN_FROM_WEIGHTS else 1),  # both go into the file
+        )
+
+    @once("precision.name")
+    def part(self, name: str) -> tuple[int, int]:
+        """(weights, bytes) of a frozen part."""
+        weights = [*self.weights.load(name).parameters()]
+        return sum(value.numel() for value in weights), sum(value.nbytes for value in weights)
+
+    @once("weights")
+    def mapped(self, name: str, dtype: str) -> int:
+        """Bytes of a part's files that lie in memory beside it while it is read: what has its type stays in them."""
+        files = [file for file in self.weights.files(name) if file.suffix == ".safetensors"]
+        if files:
+            return weight_files.bytes_to_cast(files, dtype)
+        return self.part(name)[0] * (2 if dtype == "float32" else 4)  # not fetched yet: of the other type
+
+    @once(*NETWORK, "optimizer")
+    def optimizer(self) -> StepNeed:
+        """State and temporaries of the real optimizer."""
+
+        def make(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return build.make_optimizer(self.cfg, weights, self.accelerator.device)
+
+        return optimizer_state.measure(make, self._trainable(), self.device)
+
+    def _trainable(self) -> list[Tensor]:
+        return [value for value in self.network.parameters() if value.requires_grad]
+
+    # --- what happens in a run
+
+    @once(*NETWORK, "trainer", "data")
+    def passes(self) -> Passes:
+        """Forward and backward, of two batches where gradients accumulate: the second one finds them there."""
+        with self._fakes(self.network, *self._encoders()):
+            features = self._features(run_settings.shown(self.cfg))
+            network = self.mixed.train()
+            with LiveBytes(self._held(network, features), run_settings.large_blocks(self.cfg)) as live:
+                forward = 0
+                for _ in range(min(2, self.cfg.trainer.grad_accumulation)):
+                    loss = self.stage.loss(network, features, torch.Generator(self.device)).loss
+                    forward = forward or live.peak
+                    loss.backward()  # type: ignore[no-untyped-call]  # untyped
+                    del loss
+                gradients = live.now
+            network.zero_grad()
+        return Passes(gradients, max(forward, live.peak - gradients), live.at_most)
+
+    @once("precision.name", "data.resolution", "model")
+    def encoding(self, batch: int) -> Peak:
+        """Activations of the encoders, which see images and captions apart."""
+        with self._fakes(*self._encoders()):
+            batches = [self._examples(batch, keys) for keys in (OF_IMAGES, OF_CAPTIONS)]
+            needs = [self._need(partial(self.stage.encode, some), *self._encoders()) for some in batches if some]
+        return max(needs, key=lambda need: need.total)
+
+    @once("precision.name", "data.resolution", "model")
+    def encoded(self) -> dict[str, torch.Size]:
+        """The shapes of what the encoders make of a picture and a caption."""
+        with self._fakes(*self._encoders()), torch.no_grad():
+            return {name: value.shape[1:] for name, value in self.stage.encode(self._examples(1)).items()}
+
+    @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
+    def validation(self, batch: int) -> Peak:
+        """Activations of the fixed-noise loss."""
+        with self._fakes(self.network, *self._encoders()):
+            features = self._features(batch)
+            network, steps = self.mixed.eval(), torch.zeros(batch, dtype=torch.long, device=self.device)
+            action = partial(self.stage.loss, network, features, torch.Generator(self.device), steps)
+            return self._need(action, network, held=features.values())
+
+    @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
+    def answering(self, part: str, batch: int, trains: bool = False) -> Peak:
+        """Activations of a network that answers a batch while images are drawn: the one that trains, or a frozen one.
+
+        Only the first draws in mixed precision.
+        """
+        network = self.network if trains else self.weights.load(part)
+        with self._fakes(network), self._autocast() if trains else contextlib.nullcontext():
+            return self._need(partial(self._ask, part, network.eval(), batch), network)
+
+    def _ask(self, part: str, network: Any, batch: int) -> object:
+        config, dtype = network.config, next(network.parameters()).dtype
+
+        def some(*sides: int) -> Tensor:
+            return torch.empty(batch, *sides, device=self.device, dtype=dtype)
+
+        if part == "image_encoder":
+            return network(some(3, config.image_size, config.image_size))
+        if part == "text_encoder":
+            return network(torch.zeros(batch, config.max_position_embeddings, device=self.device, dtype=torch.long))
+        if part == "prior":
+            embed, length = config.embedding_dim, config.num_embeddings
+            return network(some(embed), 0, some(embed), some(length, embed), some(length).bool())
+        side = self.cfg.data.resolution // self.weights.latent_scale()
+        if part == "movq":
+            return network.decode(some(config.latent_channels, side, side), force_not_quantize=True)
+        condition = {"image_embeds": some(config.encoder_hid_dim)}
+        return network(some(config.in_channels, side, side), 0, None, added_cond_kwargs=condition)
+
+    # --- tensors without data
+
+    def _encoders(self) -> list[Any]:
+        return [self.weights.load(part) for part in self.stage.encoders]
+
+    @contextlib.contextmanager
+    def _fakes(self, *networks: Any) -> Iterator[None]:
+        """Tensors without data are made inside; the networks have theirs, on the device of the run."""
+        with self._mode:
+            for network in networks:
+                if id(network) not in self._faked:
+                    give_fakes(network, self.device)
+                    self._faked.add(id(network))
+            yield
+
+    def _autocast(self) -> torch.autocast:
+        """Mixed precision of these settings; the accelerator may have another."""
+        name = self.cfg.precision.mixed_precision
+        dtype = torch.float16 if name == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=name != "no")
+
+    def _examples(self, batch: int, keys: Iterable[str] = OF_IMAGES + OF_CAPTIONS) -> Features:
+        """A blank picture and an empty caption have the shapes of all others."""
+        side = self.cfg.data.resolution
+        example = self.stage.preprocess(Image.new("RGB", (side, side)), "")
+        chosen = {key: example[key] for key in keys if key in example}
+        return {key: torch.empty((batch, *row.shape), dtype=row.dtype) for key, row in chosen.items()}
+
+    def _features(self, batch: int) -> Features:
+        with torch.no_grad():
+            self.stage.use_null_condition(self.stage.encode_null())
+            return {key: value.to(self.device) for key, value in self.stage.encode(self._examples(batch)).items()}
+
+    @staticmethod
+    def _held(network: nn.Module, features: Features) -> list[Tensor]:
+        return [*network.parameters(), *network.buffers(), *features.values()]
+
+    def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> Peak:
+        """What is needed beyond what is there, without gradients."""
+        weights = [value for network in networks for value in (*network.parameters(), *network.buffers())]
+        live = LiveBytes([*weights, *held], run_settings.large_blocks(self.cfg))
+        with torch.no_grad(), live:
+            action()
+        return live.at_most

@@ -1,0 +1,142 @@
+"""The pictures of a report for a README: loss curves, and the last validation images."""
+
+import io
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from kandinsky_exp.reports.figures import SMOOTHING, colour, dash, smoothed
+from kandinsky_exp.reports.images import Album
+from kandinsky_exp.reports.run_data import TRAIN, VALIDATION, Run, finite
+
+LINES: dict[str, Literal["-", "--", ":", "-."]] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+MOST_NAMES = 24  # in the legend
+MOST_COLUMNS, MOST_ROWS = 8, 8  # of images
+NAME = 38  # characters
+
+
+def curves(runs: Sequence[Run], path: Path) -> None:
+    """Training loss (smoothed) and validation loss of all runs, over the steps."""
+    with _quiet():
+        figure = Figure(figsize=(12, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw(left, runs, TRAIN, f"training loss (moving average, {SMOOTHING:g})")
+        _draw(right, runs, VALIDATION, "validation loss (fixed noise)")
+        _legend(figure, runs)
+        _write(figure, path)
+
+
+def _draw(axes: Axes, runs: Sequence[Run], key: str, title: str) -> None:
+    is_empty = True
+    for index, run in enumerate(runs):
+        curve = smoothed(run.curves.get(key, [])) if key == TRAIN else finite(run.curves.get(key, []))
+        if curve:
+            is_empty = False
+            marker = "o" if len(curve) == 1 or (key == VALIDATION and len(curve) <= 20) else ""
+            steps, values = zip(*curve, strict=True)
+            axes.plot(steps, values, color=colour(index), linestyle=LINES[dash(index)], marker=marker, markersize=4)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if is_empty:
+        axes.text(0.5, 0.5, "none recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
+
+
+def _legend(figure: Figure, runs: Sequence[Run]) -> None:
+    """Beside the panels; texts are set afterwards, for a label would be left out if it began with an underscore."""
+    shown = list(enumerate(runs))[:MOST_NAMES]
+    names = [run.label if len(run.label) <= NAME else run.label[: NAME - 1] + "…" for _, run in shown]
+    handles = [Line2D([], [], color=colour(index), linestyle=LINES[dash(index)]) for index, _ in shown]
+    if len(runs) > len(shown):
+        handles.append(Line2D([], [], linestyle=""))
+        names.append(f"and {len(runs) - len(shown)} more")
+    legend = figure.legend(handles, ["."] * len(handles), loc="outside right upper", frameon=False, fontsize=9)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        _set(text, name)
+
+
+def images(runs: Sequence[Run], album: Album, path: Path) -> bool:
+    """Prompts in rows, runs in columns, each run at its last step; where there are many, the best of each stage.
+
+    Returns:
+        Whether there was an image to show; else no file is left at `path`.
+    """
+    path.unlink(missing_ok=True)
+    having = {run for _, run in album.cells}
+    if not having:
+        return False
+    columns = sorted(sorted(having, key=lambda run: _rank(runs, run))[:MOST_COLUMNS])
+    rows = [row for row in range(len(album.rows)) if any((row, run) in album.cells for run in columns)][:MOST_ROWS]
+    with _quiet():
+        figure = Figure(figsize=(1.6 + 1.9 * len(columns), 0.7 + 2.1 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for line, row in enumerate(rows):
+            for place, run in enumerate(columns):
+                _show(grid[line][place], album.last(row, run))
+            prompt = album.rows[row].prompt or album.rows[row].key
+            label = grid[line][0].set_ylabel("", rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
+            _set(label, _wrapped(prompt, 18, 6))
+        for place, run in enumerate(columns):
+            title = grid[0][place].set_title("", fontsize=9, color="black")
+            _set(title, _wrapped(runs[run].label, 24, 3))
+        if len(columns) < len(having):
+            figure.supxlabel(f"{len(columns)} best of {len(having)} runs", fontsize=9)
+        _write(figure, path)
+    return True
+
+
+def _rank(runs: Sequence[Run], index: int) -> float:
+    """How many runs of its own stage are better: losses of different stages do not compare."""
+    one = runs[index]
+    if one.scores.best is None:
+        return float("inf")
+    same = (run.scores.best for run in runs if run.stage == one.stage)
+    return sum(best is not None and best < one.scores.best for best in same)
+
+
+def _show(axes: Axes, found: tuple[int, bytes] | None) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if found is None:
+        axes.text(0.5, 0.5, "–", transform=axes.transAxes, ha="center", va="center", color="gray")
+        return
+    step, data = found
+    with Image.open(io.BytesIO(data)) as picture:
+        axes.imshow(picture.convert("RGB"), interpolation="nearest" if picture.width < 128 else "antialiased")
+    axes.set_xlabel(f"step {step}", fontsize=8, color="dimgray")
+
+
+def _wrapped(text: str, width: int, lines: int) -> str:
+    return textwrap.fill(text, width, max_lines=lines, placeholder=" …")
+
+
+def _set(text: Any, content: str) -> None:
+    """A text as it is: a prompt with two `$` is no formula."""
+    text.set_parse_math(False)
+    text.set_text(content)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Letters that the font lacks become boxes, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def _write(figure: Figure, path: Path) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    figure.savefig(aside, format="png", dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.12)
+    aside.replace(path)
