@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
-from kandinsky_exp.config import recorded_paths, validation
+from kandinsky_exp.config import recorded_paths, saved_config
 from kandinsky_exp.data import long_prompts
 from kandinsky_exp.data.buckets import notes_on_rare
 from kandinsky_exp.data.examples import Source
@@ -20,6 +20,7 @@ from kandinsky_exp.models.components import PARTS
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import integrity, run_folder, run_notes
 from kandinsky_exp.sweeps import outcomes, parent_run
+from kandinsky_exp.system import files
 from kandinsky_exp.tracking import store
 from kandinsky_exp.tracking import tracker as tracking
 from kandinsky_exp.tracking.mlflow_names import masked
@@ -96,7 +97,7 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
     """The MLflow run that holds a sweep's jobs together: the command has made it, or else the first job does."""
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    with run_folder.locked(folder / ".sweep.lock"):
+    with files.locked(folder / ".sweep.lock"):
         record = run_folder.read_record(folder)
         if record is not None and record.run_id is not None:
             return record.run_id
@@ -145,13 +146,13 @@ def describe(
         logger.warning(note)
     side = PARTS[build.stage_class(cfg).part][0]
     goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
-    before = validation.flatten_saved(space.folder) if goes_on else {}
+    before = saved_config.flatten_saved(space.folder) if goes_on else {}
     if accelerator.is_main_process:
-        run_folder.write_atomically(space.folder / "config.yaml", validation.to_yaml(cfg))
+        files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))
         space.record.revision = weights.revision(side)
     if isinstance(tracker, tracking.NullTracker):
         return
-    flat = validation.flatten(cfg)
+    flat = saved_config.flatten(cfg)
     bookkeeping = run_notes.split(flat)[1]
     tracker.log_params(run_notes.split(recorded_paths.news(flat, before))[0])
     revision = space.record.revision

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, records, results, run_settings
-from kandinsky_exp.config import validation
+from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES
 from kandinsky_exp.data.file_hashes import FileDigests
@@ -24,7 +24,7 @@ from kandinsky_exp.memory import advice, device_limits
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import forking, hub, resuming, run_folder
 from kandinsky_exp.sweeps import pruning
-from kandinsky_exp.system import distributed, launch_environment, logs, terminal
+from kandinsky_exp.system import distributed, files, launch_environment, logs, signals, terminal
 from kandinsky_exp.tracking.tracker import Tracker, probe, tracked
 from kandinsky_exp.training import checkpoint, class_images, loop, nonfinite
 from kandinsky_exp.training.callbacks import Events
@@ -49,10 +49,10 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         Interrupted: a signal came; a checkpoint was written.
     """
     validation.validate(cfg, trusted_modules)
-    distributed.quiet_libraries()
+    logs.quiet_libraries()
     with (
         terminal.lasting(),
-        distributed.stop_signals() as stop,
+        signals.stop_signals() as stop,
         stop.after(cfg.trainer.max_minutes),
         distributed.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
@@ -63,7 +63,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         splits = distributed.on_all_processes(lambda: build.data(cfg))
         count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
         space = distributed.on_main_process(lambda: prepare(cfg, weights, splits, count, optimizer, held))
-        with logs.logging_to(space.folder / run_folder.LOG, accelerator.is_main_process):
+        with logs.logging_to(space.folder / files.LOG, accelerator.is_main_process):
             tell(cfg, accelerator, space)
             if is_finished(cfg, count, space):
                 return nothing_left(cfg, accelerator, space)
@@ -134,7 +134,7 @@ def prepare(
         optimizer: name of the class that trains.
         held: keeps the folder to this run.
     """
-    run_folder.make_root(Path(cfg.output_root).expanduser())
+    files.make_root(Path(cfg.output_root).expanduser())
     if cfg.tracker.name == "mlflow":
         probe(records.tracker_uri(cfg))
     note = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
@@ -165,7 +165,7 @@ def prepare(
         space.record.token = records.noted_token(space.folder) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true for whoever never comes to the first step
         space.write_record()  # first: from now on the folder is a run
-        run_folder.write_atomically(space.folder / "config.yaml", validation.to_yaml(cfg))
+        files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))
     print(f"{space.folder}\n{report}", file=sys.stderr)
     return space
 
@@ -190,8 +190,8 @@ def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: in
         total_batch=run_settings.total_batch(cfg, count),
         processes=count,
     )
-    before = validation.flatten_saved(space.folder) if space.is_resumed else {}
-    resuming.check(space, before, now := validation.flatten(cfg), facts)
+    before = saved_config.flatten_saved(space.folder) if space.is_resumed else {}
+    resuming.check(space, before, now := saved_config.flatten(cfg), facts)
     space.repeats = resuming.repeats(space, now, facts)
     space.notes += resuming.notes_on_rules(space) if reads else []
     space.record.encoders = encoders
@@ -209,7 +209,7 @@ def place(cfg: DictConfig) -> tuple[Path, str | None]:
 
 @contextlib.contextmanager
 def recorded(
-    space: run_folder.Workspace, accelerator: Accelerator, tracker: Tracker, stop: distributed.Stop
+    space: run_folder.Workspace, accelerator: Accelerator, tracker: Tracker, stop: signals.Stop
 ) -> Iterator[None]:
     """The run folder's own record of how the run ended, true without any tracker."""
     before = space.record.status

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from running import SMALL, hydra_compose, quick_compose
 
-from kandinsky_exp.config import targets, validation
+from kandinsky_exp.config import saved_config, suggestions, targets, validation
 from kandinsky_exp.config.rules import at_least
 from kandinsky_exp.config.schema import Optimizer
 from kandinsky_exp.config.types import fits, misfit
@@ -120,7 +120,7 @@ def test_generate_composes_and_binds() -> None:
 
 
 def test_defaults_of_the_contract() -> None:
-    values = validation.flatten(composed())
+    values = saved_config.flatten(composed())
     expected = {
         "name": None,
         "output_root": str(Path("outputs").absolute()),
@@ -180,7 +180,7 @@ def test_defaults_of_the_contract() -> None:
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_naruto_is_the_guides_command(stage: str) -> None:
-    values = validation.flatten(composed(f"experiment=naruto_{stage}"))
+    values = saved_config.flatten(composed(f"experiment=naruto_{stage}"))
     expected = {
         f"weights.{stage}": f"kandinsky-community/kandinsky-2-2-{stage}",
         "data.name": "lambdalabs/naruto-blip-captions",
@@ -465,17 +465,17 @@ def test_fits(value: Any, annotation: Any, expected: bool) -> None:
 
 def test_flat_and_written_forms_hide_passwords() -> None:
     cfg = composed(*TINY, "tracker.uri=postgresql+psycopg2://me:pa55w0rd@host/db", "validation.prompts=[a, b]")
-    flat = validation.flatten(cfg)
+    flat = saved_config.flatten(cfg)
     assert flat["tracker.uri"] == "postgresql+psycopg2://***@host/db"
     assert flat["validation.prompts"] == ["a", "b"]
-    assert "pa55w0rd" not in validation.to_yaml(cfg)
+    assert "pa55w0rd" not in saved_config.to_yaml(cfg)
     assert cfg.tracker.uri.count("pa55w0rd") == 1  # the run itself still has it
 
 
 def test_the_token_of_a_signed_address_is_hidden() -> None:
     address = "https://host/{000..007}.tar"
     cfg = composed(*TINY[1:], "data=webdataset", f'data.path="{address}?token=pa55w0rd&x=1"')
-    assert validation.flatten(cfg)["data.path"] == f"{address}?***"
+    assert saved_config.flatten(cfg)["data.path"] == f"{address}?***"
     assert cfg.data.path.endswith("pa55w0rd&x=1")
 
 
@@ -495,7 +495,7 @@ def test_a_list_is_a_file_and_shards_are_found_by_their_reader(tmp_path: Path) -
 
 def test_written_form_is_resolved_and_loads_again() -> None:
     cfg = composed("weights=tiny", "prompts=[a]", "output_root=/somewhere", verb="generate")  # paths become absolute
-    text = validation.to_yaml(cfg)
+    text = saved_config.to_yaml(cfg)
     assert "${" not in text
     assert OmegaConf.to_container(OmegaConf.create(text)) == OmegaConf.to_container(cfg, resolve=True)
 
@@ -514,11 +514,11 @@ def test_written_form_is_resolved_and_loads_again() -> None:
     ],
 )
 def test_suggestions(typed: str, meant: str) -> None:
-    assert validation.suggest(typed, validation.all_keys()) == f"; did you mean {meant}?"
+    assert suggestions.suggest(typed, validation.all_keys()) == f"; did you mean {meant}?"
 
 
 def test_no_far_fetched_suggestion() -> None:
-    assert validation.suggest("foo.bar.baz", validation.all_keys()) == ""
+    assert suggestions.suggest("foo.bar.baz", validation.all_keys()) == ""
 
 
 def test_imports_no_torch() -> None:

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from kandinsky_exp import cli
-from kandinsky_exp.config import command_line, hydra_errors, validation
+from kandinsky_exp.config import command_line, hydra_errors, saved_config, validation
 from kandinsky_exp.config.saved_config import value as saved_value
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.examples import Example
@@ -181,7 +181,7 @@ def composed() -> dict[str, DictConfig]:
 @given(st.data())
 def test_any_value_anywhere_is_judged(composed: dict[str, DictConfig], data: st.DataObject) -> None:
     cfg = composed[data.draw(st.sampled_from(sorted(composed)))].copy()
-    keys = [*validation.dotted_keys(cfg), *(str(key) for key in cfg), "modle", "trainer.stepz"]
+    keys = [*saved_config.dotted_keys(cfg), *(str(key) for key in cfg), "modle", "trainer.stepz"]
     key = data.draw(st.sampled_from(keys))
     judged(cfg, key, data.draw(plain))
 

@@ -19,7 +19,7 @@ from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models.adapter_files import WEIGHTS_NAME
 from kandinsky_exp.models.components import Side
 from kandinsky_exp.runs.model_sources import Origin, find_origins
-from kandinsky_exp.runs.run_folder import occupied
+from kandinsky_exp.system.files import occupied
 from kandinsky_exp.verbs.generate import generate
 
 STEPS = ["inference_steps=2", "prior_inference_steps=2", "prompts=[a red heart, a dog]"]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from kandinsky_exp import cli
 from kandinsky_exp.errors import ConfigError, DataError, Interrupted, TrackingError
-from kandinsky_exp.system import accelerators, launch_environment, redaction
+from kandinsky_exp.system import accelerators, launch_environment, redaction, signals
 from kandinsky_exp.system import distributed as processes
 from kandinsky_exp.system.agreement import Agreement
 from kandinsky_exp.tracking import store
@@ -214,7 +214,7 @@ def test_what_one_process_does_is_refused_to_several(tmp_path: Path) -> None:
 
 def in_concert(folder: Path) -> None:
     """What two processes say to each other, beside any run."""
-    stop = processes.Stop(handled=False)
+    stop = signals.Stop(handled=False)
     with processes.accelerated(lambda: accelerators.make("no", 1, tf32=False)) as accelerator:
         rank, found = accelerator.process_index, []
         assert (accelerator.num_processes, accelerator.device.type) == (2, "cpu")

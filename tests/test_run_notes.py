@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from running import composed
 
-from kandinsky_exp.config import validation
+from kandinsky_exp.config import saved_config
 from kandinsky_exp.runs import run_notes
 
 
@@ -26,7 +26,7 @@ def typed(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 
 def test_what_nobody_compares_by_is_a_tag(tmp_path: Path) -> None:
-    flat = validation.flatten(
+    flat = saved_config.flatten(
         composed(tmp_path, "data=dreambooth", "data.instance_path=.", "data.instance_prompt=a sks dog")
     )
     params, tags = run_notes.split(flat | {"sweep.devices": "auto"})

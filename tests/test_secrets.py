@@ -16,7 +16,7 @@ from commands import Forked, command
 from hydra import compose, initialize_config_module
 
 from kandinsky_exp import cli
-from kandinsky_exp.config import validation
+from kandinsky_exp.config import saved_config
 from kandinsky_exp.system import redaction
 from kandinsky_exp.system.redaction import masked, redacted
 from kandinsky_exp.tracking import mlflow_names
@@ -256,8 +256,8 @@ def test_an_address_by_the_environment_is_used_whole_and_written_masked(monkeypa
     with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
         cfg = compose("train", ["data=emoji", "weights=tiny", "tracker.uri=${oc.env:MY_URI}"])
     assert cfg.tracker.uri == "postgresql+psycopg2://me:pa55@host/db"
-    assert validation.flatten(cfg)["tracker.uri"] == "postgresql+psycopg2://***@host/db"
-    assert "uri: postgresql+psycopg2://***@host/db" in validation.to_yaml(cfg)
+    assert saved_config.flatten(cfg)["tracker.uri"] == "postgresql+psycopg2://***@host/db"
+    assert "uri: postgresql+psycopg2://***@host/db" in saved_config.to_yaml(cfg)
 
 
 def descendants(pid: int) -> Iterator[int]:

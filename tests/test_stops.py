@@ -23,7 +23,7 @@ from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.memory import advice as memory_advice
 from kandinsky_exp.run import run
 from kandinsky_exp.runs import integrity
-from kandinsky_exp.system import distributed
+from kandinsky_exp.system import signals
 
 ENDLESS = ["trainer.max_steps=1000000", "validation.every=1000000", "checkpoint.every=1000000"]
 STARTED = "step 2 of"
@@ -72,7 +72,7 @@ def test_a_limit_on_time_stops_like_a_signal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_limit_on_time_says_whether_anything_trained(trains: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with distributed.stop_signals() as stop, contextlib.suppress(Interrupted), contextlib.ExitStack() as held:
+    with signals.stop_signals() as stop, contextlib.suppress(Interrupted), contextlib.ExitStack() as held:
         if trains:
             held.enter_context(stop.deferred())
         held.enter_context(stop.after(1e-4))

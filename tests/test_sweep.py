@@ -25,6 +25,7 @@ from kandinsky_exp import cli
 from kandinsky_exp.config import hydra_errors
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import devices, job_process, outcomes, session
+from kandinsky_exp.system import files
 from kandinsky_exp.tracking import mlflow_names
 
 # A schedule whose jobs come to different ends, until they are mended.
@@ -352,7 +353,7 @@ def test_two_sweeps_into_one_folder(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 def hold(folder: str) -> None:
-    with run_folder.occupied(Path(folder), ".jobs/lock"):
+    with files.occupied(Path(folder), ".jobs/lock"):
         print("held", flush=True)
         time.sleep(600)
 

@@ -293,9 +293,9 @@ def test_what_was_validated_as_trusted_stays_so_and_is_recorded(my_parts: None, 
     cfg = with_node("optimizer", {"_target_": "my_parts.Mine", "_partial_": True, "lr": 0.1}, tmp_path)
     validation.validate(cfg, ["my_parts"])
     validation.validate(cfg)  # as `run` does once the command has
-    assert "trusted_modules:\n- my_parts\n" in validation.to_yaml(cfg)
+    assert "trusted_modules:\n- my_parts\n" in saved_config.to_yaml(cfg)
     assert build.target_settings(cfg, "optimizer")["_target_"] == "my_parts.Mine"
-    again = OmegaConf.create(validation.to_yaml(cfg))
+    again = OmegaConf.create(saved_config.to_yaml(cfg))
     assert allowlist.refused(again, ()) == ["my_parts"]
     merged = OmegaConf.merge(cfg, {"trusted_modules": ["my_parts", "evil_parts"]})
     assert allowlist.refused(merged, ()) == ["evil_parts"]

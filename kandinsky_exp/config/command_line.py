@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from yaml import YAMLError
 
-from kandinsky_exp.config import allowlist, grammar, validation
+from kandinsky_exp.config import allowlist, grammar, suggestions, validation
 from kandinsky_exp.errors import ConfigError, UserError, cut
 from kandinsky_exp.system import files
 
@@ -64,7 +64,7 @@ def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
 
     def refuse(message: str) -> NoReturn:
         flag = message.partition("unrecognized arguments: --")[2].replace("=", " ").partition(" ")[0]
-        meant = validation.suggest(flag, validation.all_keys()) if flag else ""
+        meant = suggestions.suggest(flag, validation.all_keys()) if flag else ""
         raise ConfigError(f"{message}; settings are written key=value, without dashes; see kandinsky-exp --help{meant}")
 
     vars(parser)["error"] = refuse

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp.config import grammar, validation
+from kandinsky_exp.config import grammar, saved_config, suggestions, validation
 from kandinsky_exp.config.command_line import SEARCH_PATH, CommandLine, composing, did_you_mean, group_options
 from kandinsky_exp.errors import ConfigError, cut
 
@@ -194,7 +194,7 @@ def _wrong_key(override: Override, cfg: DictConfig, verb: str, loader: ConfigLoa
         if _exists(override, other):
             return f"{key}: not a setting of the {group} that is chosen; it is one of {group}={option}"
     groups = [name for name in loader.list_groups("") if name != "hydra"]
-    meant = validation.suggest(key, [*validation.dotted_keys(cfg), *groups])
+    meant = suggestions.suggest(key, [*saved_config.dotted_keys(cfg), *groups])
     return f"{cut(key)}: no such setting{meant or f'; for all of them: kandinsky-exp {verb} --cfg job'}"
 
 

@@ -7,21 +7,19 @@ otherwise, or has arguments that no schema knows: a misspelt number is answered 
 import typing
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp.config import allowlist, consistency, recorded_paths, saved_config, targets
+from kandinsky_exp.config import allowlist, consistency, targets
+from kandinsky_exp.config.saved_config import Values, _leaves, _resolved
 from kandinsky_exp.config.schema import OpenNode
+from kandinsky_exp.config.suggestions import suggest
 from kandinsky_exp.config.types import misfit
 from kandinsky_exp.config.verb_schemas import ROOTS
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.system import redaction
 
-Values = dict[str, Any]
 NEEDED = {  # what to do about a key that is not set
     "run": "give the folder of a finished run, run=outputs/my_decoder",
     "data.path": "give the folder of your images (or the list, or the shards), data.path=<folder>, or take data=hub",
@@ -31,28 +29,6 @@ NEEDED = {  # what to do about a key that is not set
     "data.instance_prompt": "give what they show, with a rare word for it, such as a photo of sks dog",
 }
 TYPE_IT = "if you trust that code, type trusted_modules=[{}], or hand it to the function from Python"
-ALIASES = {  # what the diffusers scripts and other trainers call these
-    "learning_rate": "optimizer.lr",
-    "lr_scheduler": "scheduler",
-    "lr_warmup_steps": "scheduler.warmup_steps",
-    "steps": "trainer.max_steps",
-    "max_train_steps": "trainer.max_steps",
-    "num_train_epochs": "trainer.max_epochs",
-    "train_batch_size": "trainer.batch_size",
-    "gradient_accumulation_steps": "trainer.grad_accumulation",
-    "mixed_precision": "precision",
-    "dataset_name": "data.name",
-    "train_data_dir": "data.path",
-    "output_dir": "output_root",
-    "checkpointing_steps": "checkpoint.every",
-    "checkpoints_total_limit": "checkpoint.keep",
-    "resume_from_checkpoint": "checkpoint.resume",
-    "push_to_hub": "hub.push",
-    "use_ema": "trainer.ema_decay",
-    "instance_data_dir": "data.instance_path",
-    "class_data_dir": "data.class_path",
-    "lora_rank": "adapter.rank",
-}
 
 
 def validate(cfg: DictConfig, trusted: Collection[str] = ()) -> None:
@@ -68,25 +44,6 @@ def validate(cfg: DictConfig, trusted: Collection[str] = ()) -> None:
     if found:
         raise ConfigError(found)
     allowlist.note(cfg, trusted)
-
-
-def flatten(cfg: DictConfig) -> Values:
-    """The resolved config as {dotted key: value}, secrets aside, paths absolute. Lists, empty mappings stay values."""
-    return dict(_leaves(redaction.redacted(recorded_paths.absolute(_resolved(cfg)))))
-
-
-def flatten_saved(run_folder: Path) -> Values:
-    """The config that a run wrote, as `flatten` gives it; nothing where there is none.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    return dict(_leaves(saved_config.read(run_folder))) if (run_folder / saved_config.NAME).is_file() else {}
-
-
-def to_yaml(cfg: DictConfig) -> str:
-    """The resolved config as yaml, secrets aside, paths absolute."""
-    return OmegaConf.to_yaml(OmegaConf.create(redaction.redacted(recorded_paths.absolute(_resolved(cfg)))))
 
 
 def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = False) -> list[str]:
@@ -113,18 +70,6 @@ def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = Fa
             f"trusted_modules: a config file may not add {', '.join(files)}; {TYPE_IT.format(','.join(files))}"
         )
     return found + targets.problems(values, root, allowlist.user_modules(cfg, trusted), quick=quick or bool(found))
-
-
-def _resolved(cfg: DictConfig) -> Values:
-    return typing.cast(Values, OmegaConf.to_container(cfg, resolve=True))
-
-
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and (node or not key):
-        for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
 
 
 # --- the schema
@@ -182,23 +127,6 @@ def _schema_keys(schemas: Iterable[type[Any]], prefix: str = "") -> Iterator[str
                 yield from _schema_keys([annotation], f"{prefix}{name}.")
 
 
-def dotted_keys(cfg: DictConfig) -> list[str]:
-    """The dotted keys of all settings of an unresolved config."""
-    return [key for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False))]
-
-
 def all_keys() -> list[str]:
     """The dotted keys of all verbs."""
     return list(_schema_keys(ROOTS))
-
-
-def suggest(key: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` for a key that does not exist, or nothing; a right last part counts most."""
-    choices = list(dict.fromkeys(known))
-    last = key.rpartition(".")[2]
-    close = [ALIASES[last]] if ALIASES.get(last) in choices else []
-    close = close or [choice for choice in choices if choice.rpartition(".")[2] == last]
-    close = close or get_close_matches(key, choices, n=1, cutoff=0.75)
-    by_last = {choice.rpartition(".")[2]: choice for choice in reversed(choices)}
-    close = close or [by_last[text] for text in get_close_matches(last, by_last, n=1, cutoff=0.65)]
-    return f"; did you mean {' or '.join(close[:3])}?" if close else ""

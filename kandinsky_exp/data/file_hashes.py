@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from kandinsky_exp.data.encoded.progress import Log
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.files import exists, on_disk
+from kandinsky_exp.system.logs import Log
 
 MISSING = bytes(32)  # stands for a file that cannot be read
 CHUNK = 4096

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kandinsky_exp.reports import html, images, png, run_data
-from kandinsky_exp.runs import run_folder
+from kandinsky_exp.system.files import write_atomically
 from kandinsky_exp.tracking import store
 from kandinsky_exp.tracking.mlflow_names import reason
 
@@ -47,7 +47,7 @@ def write_report(
         pictures = images.collect(client, runs)
     folder.mkdir(parents=True, exist_ok=True)
     page = html.page(title, runs, pictures)
-    run_folder.write_atomically(folder / REPORT, page.encode("utf-8", "replace").decode("utf-8"))
+    write_atomically(folder / REPORT, page.encode("utf-8", "replace").decode("utf-8"))
     png.curves(runs, folder / CURVES)
     png.images(runs, pictures, folder / IMAGES)
     if parent_run_id is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kandinsky_exp.config import validation
+from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, RunFailure, first_line
 from kandinsky_exp.models.components import COMBINED, read_object
 from kandinsky_exp.models.weight_files import PART_FILES
@@ -163,7 +163,7 @@ def read_result(run_folder: Path) -> Result:
     is_adapter = (run_folder / "adapter").is_dir()
     if record.status != "FINISHED" or not (is_adapter or (run_folder / "pipeline").is_dir()):
         raise ConfigError(f"run: {run_states.no_result(run_folder, None, '')}")
-    return Result(validation.flatten_saved(run_folder), record, is_adapter)
+    return Result(saved_config.flatten_saved(run_folder), record, is_adapter)
 
 
 def _files(run_folder: Path, result: Result) -> dict[str, Path | bytes]:

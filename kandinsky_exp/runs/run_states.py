@@ -5,8 +5,9 @@ from pathlib import Path
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import CheckpointError, ConfigError
 from kandinsky_exp.runs import integrity
-from kandinsky_exp.runs.run_folder import LOG, occupied, read_record
+from kandinsky_exp.runs.run_folder import read_record
 from kandinsky_exp.system import files
+from kandinsky_exp.system.files import LOG, occupied
 
 
 def no_result(run_folder: Path, key: str | None, part: str) -> str:

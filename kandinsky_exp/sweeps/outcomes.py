@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kandinsky_exp.runs.run_folder import write_atomically
+from kandinsky_exp.system.files import write_atomically
 from kandinsky_exp.tracking.mlflow_names import short_names, shortened
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "PRUNED"]

@@ -21,8 +21,7 @@ from kandinsky_exp.errors import ConfigError, Interrupted
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import parent_run
 from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome
-from kandinsky_exp.system import redaction
-from kandinsky_exp.system.files import setting
+from kandinsky_exp.system import files, redaction
 from kandinsky_exp.tracking import store
 from kandinsky_exp.tracking.mlflow_names import reason, short_names
 from kandinsky_exp.tracking.tracker import NullTracker, Status, Tracker, tracked
@@ -64,9 +63,9 @@ def place(cfg: DictConfig) -> Path:
         ConfigError: the name is that of something else.
     """
     root = Path(cfg.output_root).expanduser().absolute()
-    run_folder.make_root(root)
+    files.make_root(root)
     if cfg.name is None:
-        return run_folder.fresh_folder(root, f"sweep-{datetime.now():%Y%m%d-%H%M%S}")
+        return files.fresh_folder(root, f"sweep-{datetime.now():%Y%m%d-%H%M%S}")
     folder = root / str(cfg.name)
     record = run_folder.read_record(folder)
     if record is not None and record.stage != "sweep":
@@ -86,7 +85,7 @@ def occupied(folder: Path) -> Iterator[None]:
     (folder / ".jobs").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(run_folder.occupied(folder, LOCK))
+            held.enter_context(files.occupied(folder, LOCK))
         except ConfigError as error:
             raise ConfigError(
                 f"name: another process runs a sweep in {folder}; wait for it, stop it, or choose another name"
@@ -105,19 +104,19 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
         TrackingError: the store does not answer.
         Interrupted: a signal came; the running jobs have ended.
     """
-    files = JobFolder(folder)
-    files.forget_signals()
+    job_folder = JobFolder(folder)
+    job_folder.forget_signals()
     started = Session(folder, jobs, is_study="n_trials" in cfg.hydra.sweeper)
     if cfg.tracker.name != "none":
         started.tracker = parent_run.parent_run(cfg, folder, command)
-    with noted_signals(files), tracked(_Parent(started)):
+    with noted_signals(job_folder), tracked(_Parent(started)):
         try:
             yield started
         finally:
             tell(started)
             report(cfg, started)
             forget_pickles(folder)
-        if numbers := files.signals():
+        if numbers := job_folder.signals():
             raise Interrupted(numbers[0])
 
 
@@ -135,12 +134,12 @@ class _Parent(NullTracker):
 
 
 @contextlib.contextmanager
-def noted_signals(files: JobFolder) -> Iterator[None]:
+def noted_signals(job_folder: JobFolder) -> Iterator[None]:
     """The first signal stops the running jobs safely, the second at once, the third ends this process."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        files.ask_to_stop(number)
-        if len(files.signals()) > 2:
+        job_folder.ask_to_stop(number)
+        if len(job_folder.signals()) > 2:
             os._exit(128 + number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -181,9 +180,9 @@ def report(cfg: DictConfig, started: Session) -> None:
         page = write_report(client, run_ids, started.folder / "report", f"Sweep {started.folder.name}", parent)
         print(page, flush=True)
     except Exception as error:
-        words = [setting("sweep", started.folder), setting("output_root", started.folder.parent)]
+        words = [files.setting("sweep", started.folder), files.setting("output_root", started.folder.parent)]
         if cfg.tracker.uri is not None:
-            words.append(setting("tracker.uri", redaction.masked(cfg.tracker.uri)))
+            words.append(files.setting("tracker.uri", redaction.masked(cfg.tracker.uri)))
         command = f"kandinsky-exp compare {' '.join(words)}"
         logger.warning("the report was not written (%s); once that is mended: %s", reason(error), command)
 

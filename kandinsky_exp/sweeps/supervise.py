@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp.config import grammar, recorded_paths, validation
+from kandinsky_exp.config import grammar, recorded_paths, saved_config
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import devices, parent_run
@@ -103,13 +103,13 @@ def finished(cfg: DictConfig, folder: Path) -> float | None:
     if record is None or record.status != "FINISHED" or (folder / "outbox").exists() or cfg.checkpoint.resume != "auto":
         return None
     try:
-        before = validation.flatten_saved(folder)
+        before = saved_config.flatten_saved(folder)
     except ConfigError:
         return None  # the job itself will say it
     place = ("output_root", "name", "sweep.")
     saved, now = (
         {key: value for key, value in values.items() if not key.startswith(place)}
-        for values in (before, recorded_paths.as_before(validation.flatten(cfg), before))
+        for values in (before, recorded_paths.as_before(saved_config.flatten(cfg), before))
     )
     if saved != now:
         return None

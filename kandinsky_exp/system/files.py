@@ -3,8 +3,15 @@
 import os
 import re
 import shlex
+import tempfile
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
+
+from kandinsky_exp.errors import ConfigError
 
 
 def expanded(path: str | Path) -> Path:
@@ -65,3 +72,70 @@ def _same_name(folder: str, name: str) -> str | None:
         return next((other for other in os.listdir(folder) if unicodedata.normalize("NFC", other) == wanted), None)  # noqa: PTH208
     except (OSError, ValueError):
         return None
+
+
+LOG = "train.log"
+
+
+def make_root(folder: Path) -> None:
+    """Make the folder that everything is written to.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"output_root: {folder} cannot be written ({error.strerror}); choose another") from error
+
+
+@contextmanager
+def occupied(folder: Path, file: str = LOG) -> Iterator[None]:
+    """Keep other processes out of a run's folder by a lock on its `train.log`, which goes when this process does.
+
+    A POSIX lock: unlike flock's, it is not handed on to worker processes, which outlive a killed one by seconds.
+
+    Raises:
+        ConfigError: another process is training there.
+    """
+    with (folder / file).open("a") as locked_file:
+        try:
+            import fcntl
+
+            fcntl.lockf(locked_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX leaves it open which of the two it is
+            raise ConfigError(
+                f"name: another process is training in {folder}; wait for it, stop it, or choose another name"
+            ) from error
+        except (ImportError, OSError):  # Windows, or a file system without locks: then nobody is kept out
+            pass
+        yield
+
+
+def fresh_folder(root: Path, name: str) -> Path:
+    """A new folder of that name, with a suffix where it is taken."""
+    for suffix in ("", *(f"-{count}" for count in range(2, 1000))):
+        folder = root / f"{name}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise ConfigError(f"name: a thousand folders are called {name}; choose another")
+
+
+def locked(file: Path) -> FileLock:
+    """A lock that other processes of this machine respect."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, whole."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

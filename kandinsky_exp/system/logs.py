@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,3 +53,16 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
             handler.close()
         root.setLevel(level)
         root.propagate = propagate
+
+
+Log = Callable[[str], None]
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries that load weights: a run says itself what it does."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

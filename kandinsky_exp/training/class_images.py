@@ -20,7 +20,7 @@ from kandinsky_exp.models import compatibility, pipelines
 from kandinsky_exp.models.components import PARTS, Side, check_source, is_hub_id, side_parts
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs import run_folder
+from kandinsky_exp.system import files
 
 OUT_OF_MEMORY = (
     "drawing class images ran out of memory ({}); set precision=fp16 or bf16, or give pictures of the class in "
@@ -126,7 +126,7 @@ def _note_origin(wanted: ClassImages, weights: Weights, how: SampleSettings) -> 
     sources = _sources(weights)
     base = {side: weights.content(side_parts(side)) for side in sources}
     facts = _settings(wanted.prompt, how) | base | {f"{side}_source": source for side, source in sources.items()}
-    run_folder.write_atomically(wanted.folder / MADE, json.dumps(facts, indent=2) + "\n")
+    files.write_atomically(wanted.folder / MADE, json.dumps(facts, indent=2) + "\n")
 
 
 def _sources(weights: Weights) -> dict[Side, str]:
@@ -166,7 +166,7 @@ def complete(
     if wanted is None or wanted.folder is None or not wanted.missing():
         return wanted
     compatibility.check_resolution(weights, how.height)  # the verb `encode` draws for the prior, too
-    with writing(wanted.folder), run_folder.locked(wanted.folder / ".lock"):
+    with writing(wanted.folder), files.locked(wanted.folder / ".lock"):
         refuse_others(wanted, weights, how, lambda: True)  # another process may have drawn meanwhile
         if missing := wanted.missing():
             _note_origin(wanted, weights, how)

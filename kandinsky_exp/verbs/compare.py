@@ -15,7 +15,7 @@ from kandinsky_exp.errors import ConfigError, cut
 from kandinsky_exp.reports import report, run_data
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.runs.lookup import RUN_ID
-from kandinsky_exp.system import logs
+from kandinsky_exp.system import files, logs
 from kandinsky_exp.tracking import mlflow_names, store, store_probe
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def compare(cfg: DictConfig) -> float:
         if cfg.sweep.source is not None:
             parent = named[0]
             run_ids, name = jobs_of(client, cfg.sweep.source, parent), folder_name(client, cfg.sweep.source, parent)
-        run_folder.make_root(root)
+        files.make_root(root)
         folder = root / "compare" / (cfg.name or name)
         with logs.logging_to(None, is_main=True):
             report.write_report(client, run_ids, folder, cfg.name or name, parent)

@@ -23,7 +23,7 @@ from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.image_grid import labelled_grid
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import run_folder
-from kandinsky_exp.system import distributed
+from kandinsky_exp.system import files, logs
 from kandinsky_exp.tracking import mlflow_names, store, tracker
 from kandinsky_exp.training.validation import to_image
 
@@ -83,7 +83,7 @@ def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | N
 
 def draw(output_root: Path, captions: list[str]) -> list[Image.Image]:
     """Captions through the trained prior and the trained decoder, as the runs left them behind."""
-    distributed.quiet_libraries()
+    logs.quiet_libraries()
     weights = Weights(
         prior=str(output_root / "demo_prior"),
         decoder=str(output_root / "demo_decoder"),
@@ -120,7 +120,7 @@ def write(
         pairs.append(pair)
         labels.append(caption if nearest[index] == index else f"(missed) {caption}")
     labelled_grid(pairs, labels).save(folder / "grid.png")
-    run_folder.write_atomically(folder / "captions.txt", "\n".join(captions) + "\n")
+    files.write_atomically(folder / "captions.txt", "\n".join(captions) + "\n")
     return folder
 
 

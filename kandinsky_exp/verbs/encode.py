@@ -42,19 +42,18 @@ def _encode(cfg: DictConfig) -> None:
     from kandinsky_exp import build
     from kandinsky_exp.memory import device_limits
     from kandinsky_exp.models import compatibility
-    from kandinsky_exp.runs import run_folder
-    from kandinsky_exp.system import distributed, logs
+    from kandinsky_exp.system import distributed, files, logs, signals
     from kandinsky_exp.training import class_images
     from kandinsky_exp.training.feature_loader import ReadSettings, open_readers
 
     folder = build.cache_folder(cfg)
-    distributed.quiet_libraries()
-    with distributed.stop_signals(), distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+    logs.quiet_libraries()
+    with signals.stop_signals(), distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         distributed.on_all_processes(lambda: device_limits.check_precision(cfg, accelerator.device))
         weights = build.weights(cfg)
         splits = distributed.on_all_processes(lambda: build.data(cfg))
         if accelerator.is_main_process and not folder.is_dir():  # one on a read-only disk may hold all that is needed
-            run_folder.make_root(folder)
+            files.make_root(folder)
         report = distributed.on_all_processes(lambda: build.check_data(cfg, splits))
         encoders, how = set(build.stage_class(cfg).encoders), class_images.settings(cfg.seed, cfg.data.resolution)
         notes = distributed.on_main_process(

@@ -8,11 +8,10 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from kandinsky_exp import build
-from kandinsky_exp.config import validation
+from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
 from kandinsky_exp.models.components import Side
-from kandinsky_exp.runs import run_folder
 from kandinsky_exp.runs.lookup import NETWORK
 from kandinsky_exp.runs.model_sources import (
     Adapter,
@@ -27,7 +26,7 @@ from kandinsky_exp.runs.model_sources import (
     use,
     with_adapters,
 )
-from kandinsky_exp.system import distributed
+from kandinsky_exp.system import files, logs, signals
 
 
 def export(cfg: DictConfig) -> None:
@@ -37,12 +36,12 @@ def export(cfg: DictConfig) -> None:
         ConfigError: an adapter cannot be read, does not fit its base, or there is nothing to merge.
     """
     validation.validate(cfg)
-    distributed.quiet_libraries()
-    with distributed.stop_signals():
+    logs.quiet_libraries()
+    with signals.stop_signals():
         found = [find_adapter(cfg, "adapter", text) for text in names_of(cfg.adapter.source)]
         check_together(cfg, found)
         root = Path(cfg.output_root).expanduser().absolute() / "export"
-        run_folder.make_root(root.parent)
+        files.make_root(root.parent)
         place = (found[0].run_folder or found[0].folder).absolute()
         name = cfg.name or (place.stem if place.is_file() else place.name)
         if cfg.merge:
@@ -76,7 +75,7 @@ def alone(cfg: DictConfig, adapter: Adapter, root: Path, name: str) -> None:
         part = NETWORK[adapter.side]
         network = compatibility.without_data(part, origins[adapter.side].network or weights.folder(part))
         tensors, _ = adapter_tensors.read(adapter.folder, adapter_tensors.layers(network))
-    folder = run_folder.fresh_folder(root, name)
+    folder = files.fresh_folder(root, name)
     (target := folder / "adapter" / adapter_files.WEIGHTS_NAME).parent.mkdir()
     if tensors is None:
         shutil.copyfile(source, target)
@@ -96,13 +95,13 @@ def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None
     dtype, weights.frozen_dtype = getattr(torch, weights.frozen_dtype), "float32"
     network = load_network(weights, side, origins[side])
     adapters.merge(network)
-    folder = run_folder.fresh_folder(root, name)
+    folder = files.fresh_folder(root, name)
 
     def save(place: Path) -> None:
         network.to(dtype).save_pretrained(place)
 
     pipelines.save_result(weights, side, folder / "pipeline", save)
-    run_folder.write_atomically(folder / "config.yaml", validation.to_yaml(cfg))
+    files.write_atomically(folder / "config.yaml", saved_config.to_yaml(cfg))
     print(folder)
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from kandinsky_exp import build, run_settings
-from kandinsky_exp.config import validation
+from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.data import long_prompts
 from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
 from kandinsky_exp.memory import device_limits
@@ -21,9 +21,8 @@ from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.components import Side
 from kandinsky_exp.models.image_grid import labelled_grid
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs import run_folder
 from kandinsky_exp.runs.model_sources import Origin, check_networks, find_origins, load_network, use
-from kandinsky_exp.system import distributed
+from kandinsky_exp.system import distributed, files, logs, signals
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.tracking import store, tracker
 
@@ -40,27 +39,27 @@ def generate(cfg: DictConfig) -> float:
         ConfigError: a source is none, or does not fit its side.
     """
     validation.validate(cfg)
-    distributed.quiet_libraries()
-    with distributed.stop_signals(), distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+    logs.quiet_libraries()
+    with signals.stop_signals(), distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         device_limits.check_precision(cfg, accelerator.device)
         prompts = [prompt for prompt in run_settings.prompts(cfg.prompts) for _ in range(cfg.num_images)]
         origins = find_origins(cfg)
         weights = build.weights(cfg)
         use(weights, origins)
-        run_folder.make_root(Path(cfg.output_root).expanduser())
+        files.make_root(Path(cfg.output_root).expanduser())
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         check_networks(weights, origins)
         with memory_told(OutOfMemory, OUT_OF_MEMORY):
             images = draw(cfg, weights, origins, prompts, accelerator.device)
         root = Path(cfg.output_root).expanduser().absolute() / "generate"
-        folder = run_folder.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
+        folder = files.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
         grid = labelled_grid(images, prompts)
         for index, image in enumerate(images):
             image.save(folder / f"{index:02d}.png")
         grid.save(folder / "grid.png")
         lines = [f"{index:02d}.png\t{prompt}" for index, prompt in enumerate(prompts)]
-        run_folder.write_atomically(folder / "prompts.txt", "\n".join(lines) + "\n")
-        run_folder.write_atomically(folder / "config.yaml", validation.to_yaml(cfg))
+        files.write_atomically(folder / "prompts.txt", "\n".join(lines) + "\n")
+        files.write_atomically(folder / "config.yaml", saved_config.to_yaml(cfg))
         if run_to_log is not None:
             log_to_run(cfg, run_to_log, folder)
         print(folder)

@@ -18,7 +18,7 @@ from kandinsky_exp.memory import device_limits, disk, savings
 from kandinsky_exp.memory.dry_run import Rehearsal
 from kandinsky_exp.memory.estimate import MAPPED, Phase, Phases
 from kandinsky_exp.system import distributed as processes
-from kandinsky_exp.system import files, host_memory
+from kandinsky_exp.system import files, host_memory, logs
 
 TIGHT = 0.85  # of the memory: beyond it, what the estimate may be wrong by counts
 GB = 1e9
@@ -35,7 +35,7 @@ def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         UserError: the config or the data is not usable.
     """
     validation.validate(cfg, trusted_modules)
-    processes.quiet_libraries()
+    logs.quiet_libraries()
     with processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
         return processes.on_main_process(lambda: tell(cfg, accelerator))
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp.config import consistency, validation
 from kandinsky_exp.errors import ConfigError, cut
-from kandinsky_exp.runs import hub, run_folder
+from kandinsky_exp.runs import hub
 from kandinsky_exp.system import files, logs
 
 
@@ -25,7 +25,7 @@ def push(cfg: DictConfig) -> float:
     folder = files.expanded(cfg.run).absolute()
     params = hub.read_result(folder).params
     repo, private = find_repository(cfg, params)
-    with run_folder.occupied(folder), logs.logging_to(folder / run_folder.LOG, is_main=True):
+    with files.occupied(folder), logs.logging_to(folder / files.LOG, is_main=True):
         if (why := hub.check_access(repo, private)) is not None:
             raise ConfigError(f"hub: it could not be asked ({why}); try again when it answers")
         hub.push(folder, repo, private)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from kandinsky_exp.data.encoded.layout import IMAGES, META, PICTURE_RULES, PROGRESS, command
-from kandinsky_exp.data.encoded.progress import Log
 from kandinsky_exp.errors import ConfigError, DataError
+from kandinsky_exp.system.logs import Log
 
 if TYPE_CHECKING:
     from kandinsky_exp.data.encoded.table import FeatureTable

@@ -12,12 +12,12 @@ from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.encode_loop import Encoder, EncodeSettings, Walk
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES, removal
-from kandinsky_exp.data.encoded.progress import Log
 from kandinsky_exp.data.encoded.table import FORMAT, FeatureTable
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.formats.metadata import SHOWN, first_few
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import DataError, memory_told
+from kandinsky_exp.system.logs import Log
 
 
 def cache_key(source_fingerprint: str, encoder_fingerprint: str, preprocess: Preprocess, how: EncodeSettings) -> str:

@@ -15,13 +15,14 @@ from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.chunk import Chunk
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES
-from kandinsky_exp.data.encoded.progress import Log, Report
+from kandinsky_exp.data.encoded.progress import Report
 from kandinsky_exp.data.encoded.table import DTYPES, Array
 from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, collate, is_of_workers, workers_failed
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.formats.metadata import first_few
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import DataError
+from kandinsky_exp.system.logs import Log
 
 CHUNK = 256  # examples between commits: what a killed process does again at most
 LOOK_ON_SECONDS = 5.0  # how long to look for further problems when one was found

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from kandinsky_exp.data.encoded.catalog import writing
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS
-from kandinsky_exp.data.encoded.progress import Log
 from kandinsky_exp.data.encoded.table import FORMAT, NO_FEATURES, Columns, ColumnWriter, head_checksum
 from kandinsky_exp.data.long_texts import cut_caption
 from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.system.logs import Log
 
 NAMED = 1000  # captions that were cut, so that a table of millions stays readable
 

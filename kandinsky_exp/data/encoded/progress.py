@@ -2,14 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
-EVERY_SECONDS = 10.0
+from kandinsky_exp.system.logs import Log
 
-Log = Callable[[str], None]
+EVERY_SECONDS = 10.0
 
 
 class Report:
