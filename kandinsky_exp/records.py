@@ -21,9 +21,10 @@ from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import integrity, run_folder, run_notes
 from kandinsky_exp.sweeps import outcomes, parent_run
 from kandinsky_exp.system import files
-from kandinsky_exp.tracking import store
+from kandinsky_exp.tracking import delivery, provenance, store
 from kandinsky_exp.tracking import tracker as tracking
 from kandinsky_exp.tracking.mlflow_names import masked
+from kandinsky_exp.tracking.store import artifact_root
 from kandinsky_exp.training.feature_loader import FeatureReader, Readers
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.W
         tracker_uri(cfg),
         cfg.tracker.experiment,
         name,
-        tracking.default_artifact_root(cfg.output_root),
+        artifact_root(cfg.output_root),
         run_id=space.record.run_id,
         tags=tags,
         outbox=space.folder / "outbox",
@@ -90,7 +91,7 @@ def redone_from(space: run_folder.Workspace) -> int | None:
 def deliver_left(cfg: DictConfig, space: run_folder.Workspace) -> None:
     """What an earlier start of a finished run could not deliver, and the true status."""
     if cfg.tracker.name != "none" and space.record.run_id is not None:
-        tracking.deliver_left(tracker_uri(cfg), space.folder / "outbox", space.record.run_id)
+        delivery.deliver_left(tracker_uri(cfg), space.folder / "outbox", space.record.run_id)
 
 
 def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
@@ -159,11 +160,11 @@ def describe(
     tags = {
         "weights": flat[f"weights.{side}"] + (f"@{revision}" if revision else ""),
         "data_fingerprint": data.train.fingerprint,
-        "git_commit": tracking.git_commit() or "unknown",
+        "git_commit": provenance.git_commit() or "unknown",
     }
     tracker.set_tags(bookkeeping | tags)
     tracker.log_artifact(space.folder / "config.yaml")
-    tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
+    tracker.log_text(provenance.pip_freeze(), "pip_freeze.txt")
     if data.skipped:
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
     if data.cut:

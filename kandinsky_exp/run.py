@@ -25,7 +25,8 @@ from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import forking, hub, resuming, run_folder
 from kandinsky_exp.sweeps import pruning
 from kandinsky_exp.system import distributed, files, launch_environment, logs, signals, terminal
-from kandinsky_exp.tracking.tracker import Tracker, probe, tracked
+from kandinsky_exp.tracking.store_probe import probe
+from kandinsky_exp.tracking.tracker import Tracker, tracked
 from kandinsky_exp.training import checkpoint, class_images, loop, nonfinite
 from kandinsky_exp.training.callbacks import Events
 from kandinsky_exp.training.feature_loader import open_readers

@@ -13,7 +13,7 @@ from kandinsky_exp.models.weight_files import alone, untrusted
 from kandinsky_exp.runs import run_states
 from kandinsky_exp.runs.run_folder import read_record
 from kandinsky_exp.system import files
-from kandinsky_exp.tracking import mlflow_names, store, tracker
+from kandinsky_exp.tracking import mlflow_names, store, store_probe
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 NETWORK: dict[Side, str] = {"prior": "prior", "decoder": "unet"}
@@ -111,7 +111,7 @@ def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
     from mlflow.exceptions import MlflowException
 
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
-    tracker.probe(uri)
+    store_probe.probe(uri)
     client, _ = store.connect(uri)
     try:
         folder = client.get_run(run_id).data.tags.get("run_folder")

@@ -11,7 +11,8 @@ from kandinsky_exp.runs import run_folder, run_notes
 from kandinsky_exp.sweeps.outcomes import Outcome
 from kandinsky_exp.tracking import store
 from kandinsky_exp.tracking.mlflow_names import JOB
-from kandinsky_exp.tracking.tracker import MlflowTracker, Status, Tracker, default_artifact_root
+from kandinsky_exp.tracking.store import artifact_root
+from kandinsky_exp.tracking.tracker import MlflowTracker, Status, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> Tra
         uri,
         cfg.tracker.experiment,
         folder.name,
-        default_artifact_root(cfg.output_root),
+        artifact_root(cfg.output_root),
         outbox=folder / "outbox",
         run_id=record.run_id,
         token=record.token,
@@ -87,7 +88,7 @@ def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
             uri,
             cfg.tracker.experiment,
             outcome.name,
-            default_artifact_root(cfg.output_root),
+            artifact_root(cfg.output_root),
             outbox=folder / "outbox",
             run_id=None if record is None else record.run_id,
             token=outcome.token if record is None else record.token,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kandinsky_exp.errors import Interrupted, Pruned
-from kandinsky_exp.tracking.delivery import Delivery, deliver_left, settle
+from kandinsky_exp.tracking.delivery import Delivery, settle
 from kandinsky_exp.tracking.disk_queue import Record
 from kandinsky_exp.tracking.mlflow_names import legal_name, param_text, reason, run_tags, tag_texts
 from kandinsky_exp.tracking.mlflow_run import (
@@ -29,28 +29,11 @@ from kandinsky_exp.tracking.mlflow_run import (
     steps_logged,
 )
 from kandinsky_exp.tracking.outbox import Outbox
-from kandinsky_exp.tracking.provenance import git_commit, pip_freeze
 from kandinsky_exp.tracking.sender import described
-from kandinsky_exp.tracking.store import artifact_location, connect, default_uri, explained, impatient
-from kandinsky_exp.tracking.store import artifact_root as default_artifact_root
-from kandinsky_exp.tracking.store_probe import probe
+from kandinsky_exp.tracking.store import artifact_location, connect, explained, impatient
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = [
-    "MlflowTracker",
-    "NullTracker",
-    "Status",
-    "Tracker",
-    "default_artifact_root",
-    "default_uri",
-    "deliver_left",
-    "git_commit",
-    "pip_freeze",
-    "probe",
-    "tracked",
-]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 

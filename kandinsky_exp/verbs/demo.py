@@ -24,7 +24,7 @@ from kandinsky_exp.models.image_grid import labelled_grid
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.system import files, logs
-from kandinsky_exp.tracking import mlflow_names, store, tracker
+from kandinsky_exp.tracking import mlflow_names, store
 from kandinsky_exp.training.validation import to_image
 
 EXPERIMENTS = ("demo_prior", "demo_decoder")
@@ -129,7 +129,7 @@ def record(output_root: Path, folder: Path, score: float) -> None:
     run = run_folder.read_record(output_root / "demo_decoder")
     if run is None or run.run_id is None:
         return
-    client, _ = store.connect(tracker.default_uri(output_root))
+    client, _ = store.connect(store.default_uri(output_root))
     client.log_metric(run.run_id, METRIC, score, step=run.step)
     with Image.open(folder / "grid.png") as grid:
         key = mlflow_names.legal_name("demo/grid")

@@ -24,7 +24,7 @@ from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs.model_sources import Origin, check_networks, find_origins, load_network, use
 from kandinsky_exp.system import distributed, files, logs, signals
 from kandinsky_exp.system.halving import Halving
-from kandinsky_exp.tracking import store, tracker
+from kandinsky_exp.tracking import store, store_probe
 
 OUT_OF_MEMORY = "drawing ran out of memory ({}); set precision=bf16, or smaller height and width"
 
@@ -123,7 +123,7 @@ def find_run_to_log(cfg: DictConfig, origins: dict[Side, Origin]) -> str:
     run_id = origins["decoder"].trained_by or origins["prior"].trained_by
     if run_id is None:
         raise ConfigError("log_to_run: neither the prior nor the decoder comes from an MLflow run; leave it off")
-    tracker.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
+    store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
     return run_id
 
 

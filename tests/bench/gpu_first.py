@@ -47,7 +47,7 @@ from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import distributed
 from kandinsky_exp.verbs.plan import Planner
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 import hollow
 
 LIMITS = {0: 120, 1: 90, 2: 20, 3: 10, 4: 120, 5: 60, 6: 150, 7: 60, 8: 90}  # seconds

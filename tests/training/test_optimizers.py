@@ -27,7 +27,7 @@ from kandinsky_exp.tiny.pipelines import build as build_tiny
 from kandinsky_exp.training import checkpoint, ema, state_file
 from kandinsky_exp.training.state_file import mapped
 
-CONF = Path(__file__).parents[1] / "conf" / "optimizer"
+CONF = Path(__file__).parents[2] / "conf" / "optimizer"
 # A rate for a few steps from nothing; 3e-3 where none is given.
 RATES = {"prodigy": ["optimizer.lr=1", "optimizer.d0=1e-3"], "sgd": ["optimizer.lr=3e-2"]}
 

@@ -16,7 +16,8 @@ from many_points import check_all_is_recorded
 from running import composed
 
 from kandinsky_exp.errors import ConfigError, TrackingError
-from kandinsky_exp.tracking.tracker import MlflowTracker, probe
+from kandinsky_exp.tracking.store_probe import probe
+from kandinsky_exp.tracking.tracker import MlflowTracker
 from kandinsky_exp.verbs import ui
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

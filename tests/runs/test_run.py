@@ -329,7 +329,7 @@ def test_lora_run_leaves_an_adapter_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["prior", "unet"])
 def test_at_true_size_a_checkpoint_of_rank_8_is_a_three_hundredth(part: str, tmp_path: Path) -> None:
-    file = Path(__file__).parents[2] / "shared" / "data" / "kandinsky22" / f"{part}.json"
+    file = Path(__file__).parents[3] / "shared" / "data" / "kandinsky22" / f"{part}.json"
     if not file.is_file():
         pytest.skip("LOUD: the true-size architectures are not beside this checkout")
     shutil.copyfile(file, tmp_path / "config.json")

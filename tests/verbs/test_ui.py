@@ -18,7 +18,8 @@ from PIL import Image
 from running import composed
 
 from kandinsky_exp.errors import ConfigError, TrackingError
-from kandinsky_exp.tracking.tracker import MlflowTracker, default_artifact_root, default_uri
+from kandinsky_exp.tracking.store import artifact_root, default_uri
+from kandinsky_exp.tracking.tracker import MlflowTracker
 from kandinsky_exp.verbs import ui
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 def output_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one run, which left an image and a report."""
     root = tmp_path_factory.mktemp("a b") / "outputs"
-    tracker = MlflowTracker(default_uri(root), "kandinsky-2-2", "a", default_artifact_root(root))
+    tracker = MlflowTracker(default_uri(root), "kandinsky-2-2", "a", artifact_root(root))
     tracker.log_image("validation/00", Image.new("RGB", (8, 8), "red"), 0)
     tracker.log_text("<h1>a report</h1>", "report.html")
     tracker.finish("FINISHED")

@@ -1,6 +1,6 @@
 """Pipeline folders of any size that take no room: files of weights with their headers, and a hole for each tensor.
 
-    python tests/hollow.py ARCHITECTURE FOLDER
+    python tests/support/hollow.py ARCHITECTURE FOLDER
 
 ARCHITECTURE holds the five networks as JSON, like `tests/bench/architecture`. What `kandinsky-exp plan` needs is there;
 whoever loads such weights finds zeros.

@@ -37,7 +37,7 @@ STAGES = {"prior": PriorStage, "decoder": DecoderStage}
 ROWS = 4
 TIMESTEPS = torch.tensor([3, 200, 600, 990])
 BOTH = pytest.mark.parametrize("name", list(STAGES))
-VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "clip_bpe" / "vocab.json"
+VOCABULARY = Path(__file__).parents[3] / "shared" / "data" / "clip_bpe" / "vocab.json"
 
 
 def seeded(seed=0):

@@ -7,7 +7,8 @@ from pathlib import Path
 from commands import FORKS, Forked
 from mlflow import MlflowClient
 
-from kandinsky_exp.tracking.tracker import MlflowTracker, probe, tracked
+from kandinsky_exp.tracking.store_probe import probe
+from kandinsky_exp.tracking.tracker import MlflowTracker, tracked
 
 PROCESSES = 4
 STEPS = 1000  # of two metrics each

@@ -19,7 +19,7 @@ from kandinsky_exp.config.schema import Optimizer
 from kandinsky_exp.config.types import fits, misfit
 from kandinsky_exp.errors import ConfigError
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 PROJECT = tomllib.loads((CONF.parent / "pyproject.toml").read_text("utf-8"))["project"]
 YAMLS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
 GROUPED = [name for name in YAMLS if "/" in name and not name.startswith("hydra/")]

@@ -31,7 +31,7 @@ from kandinsky_exp.stages.prior import PriorStage
 from kandinsky_exp.system import distributed
 from kandinsky_exp.verbs.plan import Planner, plan
 
-BENCH = Path(__file__).parent / "bench" / "architecture"
+BENCH = Path(__file__).parents[1] / "bench" / "architecture"
 BATCH = 3
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from kandinsky_exp.data import sources
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import run_folder
-from kandinsky_exp.tracking import tracker
+from kandinsky_exp.tracking import store
 from kandinsky_exp.verbs import demo
 
 CAPTIONS = 3
@@ -97,7 +97,7 @@ def test_pictures_come_through_both_trained_stages(outcome: demo.Outcome, root: 
 
 
 def test_both_runs_and_the_score_are_recorded(outcome: demo.Outcome, root: Path) -> None:
-    client = mlflow.MlflowClient(tracker.default_uri(root))
+    client = mlflow.MlflowClient(store.default_uri(root))
     for experiment in demo.EXPERIMENTS:
         record = run_folder.read_record(root / experiment)
         assert record is not None

@@ -34,18 +34,13 @@ from running import train
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.errors import Interrupted, TrackingError
 from kandinsky_exp.records import named
+from kandinsky_exp.tracking.delivery import deliver_left
 from kandinsky_exp.tracking.mlflow_names import MAX_PARAM, dataset_source, masked, param_text, value_text
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.provenance import git_commit, pip_freeze
-from kandinsky_exp.tracking.tracker import (
-    MlflowTracker,
-    NullTracker,
-    Tracker,
-    default_uri,
-    deliver_left,
-    probe,
-    tracked,
-)
+from kandinsky_exp.tracking.store import default_uri
+from kandinsky_exp.tracking.store_probe import probe
+from kandinsky_exp.tracking.tracker import MlflowTracker, NullTracker, Tracker, tracked
 
 # MLflow's own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

@@ -24,7 +24,8 @@ from kandinsky_exp.reports import figures, html, images, png, report, run_data
 from kandinsky_exp.reports.images import Album, Row, Stored
 from kandinsky_exp.reports.run_data import Run, Scores
 from kandinsky_exp.tracking import mlflow_names
-from kandinsky_exp.tracking.tracker import MlflowTracker, default_uri
+from kandinsky_exp.tracking.store import default_uri
+from kandinsky_exp.tracking.tracker import MlflowTracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 EVIL = """</script><script>document.title="stolen"</script>, 'q' & $x^2$ %{x} <b>"""
