@@ -34,7 +34,7 @@ def tracker_uri(cfg: DictConfig) -> str:
     return store.chosen_uri(cfg.tracker.uri, cfg.output_root)
 
 
-def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.Workspace) -> tracking.Tracker:
+def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> tracking.Tracker:
     """The MLflow run, new or gone on with; only the main process records."""
     if cfg.tracker.name == "none" or not accelerator.is_main_process:
         return tracking.NullTracker()
@@ -78,7 +78,7 @@ def noted_token(folder: Path) -> str | None:
     return None if job is None else job.token
 
 
-def redone_from(space: run_folder.Workspace) -> int | None:
+def redone_from(space: run_folder.RunFolder) -> int | None:
     """The step from which on a run that goes on may have been recorded already, by a process that was killed.
 
     None where what is done again comes to other numbers: then both are recorded.
@@ -88,7 +88,7 @@ def redone_from(space: run_folder.Workspace) -> int | None:
     return 0 if space.start is None else int(integrity.read_state(space.start)["step"])
 
 
-def deliver_left(cfg: DictConfig, space: run_folder.Workspace) -> None:
+def deliver_left(cfg: DictConfig, space: run_folder.RunFolder) -> None:
     """What an earlier start of a finished run could not deliver, and the true status."""
     if cfg.tracker.name != "none" and space.record.run_id is not None:
         delivery.deliver_left(tracker_uri(cfg), space.folder / "outbox", space.record.run_id)
@@ -109,7 +109,7 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
         return parent.run_id
 
 
-def note_data(space: run_folder.Workspace, data: Readers) -> None:
+def note_data(space: run_folder.RunFolder, data: Readers) -> None:
     """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
     logger.info("%s", data)
     before, fingerprint = space.record.data, data.train.fingerprint
@@ -137,7 +137,7 @@ def describe(
     cfg: DictConfig,
     accelerator: Accelerator,
     tracker: tracking.Tracker,
-    space: run_folder.Workspace,
+    space: run_folder.RunFolder,
     weights: Weights,
     data: Readers,
 ) -> None:

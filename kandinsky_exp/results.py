@@ -12,7 +12,7 @@ from kandinsky_exp.models import adapters, pipelines, read_back
 from kandinsky_exp.models.components import PARTS
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import hub
-from kandinsky_exp.runs.run_folder import Workspace
+from kandinsky_exp.runs.run_folder import RunFolder
 from kandinsky_exp.tracking import registry
 from kandinsky_exp.training import ema
 from kandinsky_exp.training.loop import Training
@@ -20,7 +20,7 @@ from kandinsky_exp.training.loop import Training
 logger = logging.getLogger(__name__)
 
 
-def save(accelerator: Accelerator, space: Workspace, training: Training, weights: Weights) -> None:
+def save(accelerator: Accelerator, space: RunFolder, training: Training, weights: Weights) -> None:
     """`adapter/` or `pipeline/`, with the averaged weights where there are any. Main process only."""
     network = accelerator.unwrap_model(training.network)
     with ema.averaged_weights(training):
@@ -39,7 +39,7 @@ def save(accelerator: Accelerator, space: Workspace, training: Training, weights
     logger.info("result: %s", result)
 
 
-def share(cfg: DictConfig, space: Workspace) -> None:
+def share(cfg: DictConfig, space: RunFolder) -> None:
     """What others get of a finished run, if asked: a version in MLflow's registry, a repository on the hub."""
     result = space.folder / ("adapter" if (space.folder / "adapter").is_dir() else "pipeline")
     if cfg.tracker.register is not None and space.record.run_id is not None:

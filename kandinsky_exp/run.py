@@ -28,7 +28,7 @@ from kandinsky_exp.system import distributed, files, launch_environment, logs, s
 from kandinsky_exp.tracking.store_probe import probe
 from kandinsky_exp.tracking.tracker import Tracker, tracked
 from kandinsky_exp.training import checkpoint, class_images, loop, nonfinite
-from kandinsky_exp.training.callbacks import Events
+from kandinsky_exp.training.callbacks import Callbacks
 from kandinsky_exp.training.feature_loader import open_readers
 from kandinsky_exp.training.seeding import NoiseSource
 
@@ -88,7 +88,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 with advice.given(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
                     judge = pruning.judge(cfg, steps)
-                    events = Events(cfg, accelerator, space, training, tracker, data.held_out, judge)
+                    events = Callbacks(cfg, accelerator, space, training, tracker, data.held_out, judge)
                     if space.start is not None:
                         events.restored(checkpoint.load(training, space.start, stage.part, accelerator))
                         logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
@@ -117,7 +117,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         return float("nan") if result is None else result
 
 
-def tell(cfg: DictConfig, accelerator: Accelerator, space: run_folder.Workspace) -> None:
+def tell(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> None:
     """What a user should know before it begins."""
     for note in space.notes:
         logger.warning("%s", note)
@@ -127,7 +127,7 @@ def tell(cfg: DictConfig, accelerator: Accelerator, space: run_folder.Workspace)
 
 def prepare(
     cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, optimizer: str, held: contextlib.ExitStack
-) -> run_folder.Workspace:
+) -> run_folder.RunFolder:
     """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only.
 
     Args:
@@ -180,7 +180,7 @@ def has_trained_on(cfg: DictConfig, splits: sources.Splits) -> bool:
     return splits.fingerprint(FileDigests(build.cache_folder(cfg))) in (None, record.source)
 
 
-def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: run_folder.Workspace) -> None:
+def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: run_folder.RunFolder) -> None:
     """Refuse to go on as another run; `space` learns what is different."""
     encoders = weights.content(build.stage_class(cfg).encoders)
     reads = space.is_resumed and not is_finished(cfg, count, space)
@@ -210,7 +210,7 @@ def place(cfg: DictConfig) -> tuple[Path, str | None]:
 
 @contextlib.contextmanager
 def recorded(
-    space: run_folder.Workspace, accelerator: Accelerator, tracker: Tracker, stop: signals.Stop
+    space: run_folder.RunFolder, accelerator: Accelerator, tracker: Tracker, stop: signals.Stop
 ) -> Iterator[None]:
     """The run folder's own record of how the run ended, true without any tracker."""
     before = space.record.status
@@ -244,13 +244,13 @@ def recorded(
             space.write_record()
 
 
-def is_finished(cfg: DictConfig, count: int, space: run_folder.Workspace) -> bool:
+def is_finished(cfg: DictConfig, count: int, space: run_folder.RunFolder) -> bool:
     """Whether an earlier start has done all that is asked for, as far as that is known without the data."""
     steps = run_settings.total_steps(cfg, space.record.rows, count)
     return space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps
 
 
-def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: run_folder.Workspace) -> float:
+def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> float:
     if accelerator.is_main_process:
         records.deliver_left(cfg, space)
         results.share(cfg, space)  # an earlier start may have been stopped in the middle of it

@@ -123,10 +123,12 @@ def _prompts(key: str, prompts: Any) -> str | None:
 
 
 def _weights(good: Values) -> Found:
-    sides: tuple[components.Side, ...] = ("prior", "decoder")
+    sides: tuple[components.PipelineHalf, ...] = ("prior", "decoder")
     if good["model._target_"].endswith(".PriorStage") and not good.get("validation.prompts"):
         sides = ("prior",)  # nothing will be drawn: the decoder is never opened
-    sources: dict[components.Side, str] = {side: good[f"weights.{side}"] for side in sides if f"weights.{side}" in good}
+    sources: dict[components.PipelineHalf, str] = {
+        side: good[f"weights.{side}"] for side in sides if f"weights.{side}" in good
+    }
     variant = good.get("weights.variant")
     found = {side: components.check_source(source, side, variant) for side, source in sources.items()}
     wrong = {side: problem for side, problem in found.items() if problem is not None}

@@ -14,7 +14,7 @@ from kandinsky_exp.data.encoded.table import DTYPES
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.splits import Splits
-from kandinsky_exp.memory.dry_run import Rehearsal
+from kandinsky_exp.memory.dry_run import DryRun
 
 LOOKED_AT = 1000  # rows whose captions are counted and tokenized
 OF_A_ROW = 76  # bytes of an image beside its features: id, row, captions, digest, checksum
@@ -41,7 +41,7 @@ class Cache:
         return 0 if self.is_there else int(OF_A_TABLE + (self.images or 0) * self.each)
 
 
-def of_caches(cfg: DictConfig, made: Rehearsal, splits: Splits) -> Iterator[Cache]:
+def of_caches(cfg: DictConfig, made: DryRun, splits: Splits) -> Iterator[Cache]:
     """Without a look at the content of images and encoders: what has changed meanwhile is encoded anew."""
     reads_captions = made.stage.preprocess.tokenizer is not None
     for source in splits.both:
@@ -52,14 +52,14 @@ def of_caches(cfg: DictConfig, made: Rehearsal, splits: Splits) -> Iterator[Cach
         yield _cache(cfg, made, str(kept.folder), kept.count, (1.0, tokens))
 
 
-def _cache(cfg: DictConfig, made: Rehearsal, name: str, count: int | None, captions: tuple[float, float]) -> Cache:
+def _cache(cfg: DictConfig, made: DryRun, name: str, count: int | None, captions: tuple[float, float]) -> Cache:
     about = f"{made.stage.name} {name} {cfg.data.cache_dtype}"
     found = catalog.entries(build.cache_folder(cfg))
     is_there = any(entry.about == about and entry.images == count for entry in found)
     return Cache(count, _each(cfg, made, *captions), is_there)
 
 
-def _each(cfg: DictConfig, made: Rehearsal, captions: float, tokens: float) -> float:
+def _each(cfg: DictConfig, made: DryRun, captions: float, tokens: float) -> float:
     """Bytes per image, which has so many captions of so many tokens."""
     itemsize = np.dtype(DTYPES[cfg.data.cache_dtype]).itemsize
     features = {name: shape.numel() * itemsize for name, shape in made.encoded().items()}

@@ -1,7 +1,7 @@
 """A run's networks and what it does with them, on tensors that have shapes and no data: how much memory it needs.
 
 The real code runs – the stage's loss, its adapter, checkpointing, mixed precision, the backward pass – and takes the
-kernels that it would take with data; `LiveBytes` follows what is alive. What a kernel takes inside itself is not seen.
+kernels that it would take with data; `TensorTracker` follows what is alive. What a kernel takes inside is not seen.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.memory import optimizer_state
-from kandinsky_exp.memory.meta_weights import DescribedWeights, give_fakes
+from kandinsky_exp.memory.meta_weights import MetaWeights, give_fakes
 from kandinsky_exp.memory.optimizer_state import StepNeed
-from kandinsky_exp.memory.tensor_tracker import LiveBytes, Peak
+from kandinsky_exp.memory.tensor_tracker import Peak, TensorTracker
 from kandinsky_exp.models import adapters, weight_files
 from kandinsky_exp.stages.base import DiffusionStage, Features
 
@@ -39,7 +39,7 @@ def once(*settings: str) -> Callable[[Method], Method]:
 
     def remembered(method: Method) -> Method:
         @functools.wraps(method)
-        def ask(self: "Rehearsal", *arguments: Any) -> Any:
+        def ask(self: "DryRun", *arguments: Any) -> Any:
             values = [str(OmegaConf.select(self.cfg, setting)) for setting in settings]
             key = (method.__name__, arguments, *values)
             if key not in self.answers:
@@ -93,7 +93,7 @@ class Mixed(nn.Module):
             return self.network(*arguments, **options)
 
 
-class Rehearsal:
+class DryRun:
     """The stage of a run, built as the run builds it, once something is asked that is not known.
 
     Args:
@@ -107,7 +107,7 @@ class Rehearsal:
         is_cpu = accelerator.device.type == "cpu"  # with a number where processes are several: fakes take it seriously
         self.device = torch.device("cpu") if is_cpu else accelerator.device
         self.answers = {} if answers is None else answers
-        self.weights = build.weights(cfg, DescribedWeights)
+        self.weights = build.weights(cfg, MetaWeights)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._faked: set[int] = set()
 
@@ -185,7 +185,7 @@ class Rehearsal:
         with self._fakes(self.network, *self._encoders()):
             features = self._features(run_settings.shown(self.cfg))
             network = self.mixed.train()
-            with LiveBytes(self._held(network, features), run_settings.large_blocks(self.cfg)) as live:
+            with TensorTracker(self._held(network, features), run_settings.large_blocks(self.cfg)) as live:
                 forward = 0
                 for _ in range(min(2, self.cfg.trainer.grad_accumulation)):
                     loss = self.stage.loss(network, features, torch.Generator(self.device)).loss
@@ -288,7 +288,7 @@ class Rehearsal:
     def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> Peak:
         """What is needed beyond what is there, without gradients."""
         weights = [value for network in networks for value in (*network.parameters(), *network.buffers())]
-        live = LiveBytes([*weights, *held], run_settings.large_blocks(self.cfg))
+        live = TensorTracker([*weights, *held], run_settings.large_blocks(self.cfg))
         with torch.no_grad(), live:
             action()
         return live.at_most

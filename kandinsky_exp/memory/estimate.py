@@ -11,7 +11,7 @@ from functools import cached_property
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
-from kandinsky_exp.memory.dry_run import Passes, Rehearsal
+from kandinsky_exp.memory.dry_run import DryRun, Passes
 from kandinsky_exp.memory.tensor_tracker import Peak
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.stages.base import DiffusionStage
@@ -60,7 +60,7 @@ class Phases:
     """
 
     cfg: DictConfig
-    rehearsal: Rehearsal
+    rehearsal: DryRun
     images: int | None
     held_out: int | None
     encodes: bool

@@ -11,7 +11,7 @@ from kandinsky_exp.models.components import MODELS
 from kandinsky_exp.models.weights import Weights
 
 
-class DescribedWeights(Weights):
+class MetaWeights(Weights):
     """Networks on the meta device, where all that builds a run works and nothing takes memory. No tensor is fetched."""
 
     def _tensors(self, name: str) -> list[str]:

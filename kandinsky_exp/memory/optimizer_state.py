@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from kandinsky_exp.memory.tensor_tracker import LiveBytes
+from kandinsky_exp.memory.tensor_tracker import TensorTracker
 
 # By number of dimensions. All are prime, so that the size of a tensor tells which sides it has: rows, columns or all.
 # More than 4,096 weights in each: of fewer, 8-bit optimizers keep a state in 32 bits.
@@ -81,7 +81,7 @@ def _extra(make: Make, weights: list[nn.Parameter]) -> float:
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     state = (value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor))
-    with LiveBytes([*weights, *(weight.grad for weight in weights if weight.grad is not None), *state]) as live:
+    with TensorTracker([*weights, *(weight.grad for weight in weights if weight.grad is not None), *state]) as live:
         optimizer.step()
     return float(live.peak / weights[0].nbytes)
 

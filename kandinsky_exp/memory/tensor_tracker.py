@@ -25,7 +25,7 @@ class Peak:
     small: int
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped
+class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped
     """Follows the storages of all tensors that are made while it is open, for as long as they live.
 
     A storage that several tensors share counts once. What a kernel takes and gives back inside itself is not seen.

@@ -13,7 +13,7 @@ from typing import Any
 
 from kandinsky_exp.errors import first_line
 from kandinsky_exp.models import weight_files
-from kandinsky_exp.models.components import Side
+from kandinsky_exp.models.components import PipelineHalf
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -32,7 +32,7 @@ ENDING = re.compile(
 KINDS = {"A": "lora_A.weight", "down": "lora_A.weight", "B": "lora_B.weight", "up": "lora_B.weight"}
 KINDS |= {"alpha": "alpha", "lora_magnitude_vector": "lora_magnitude_vector", "dora_scale": "lora_magnitude_vector"}
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-STEMS: dict[str, Side] = {
+STEMS: dict[str, PipelineHalf] = {
     "transformer_blocks": "prior",
     "down_blocks": "decoder",
     "mid_block": "decoder",
@@ -171,7 +171,7 @@ def scale(module: str, rank: int, alpha: float | None, found: Mapping[str, Any])
     return float(next(own, found["lora_alpha"])) / (math.sqrt(rank) if found.get("use_rslora") else rank)
 
 
-def stage(shapes: Shapes) -> Side | None:
+def stage(shapes: Shapes) -> PipelineHalf | None:
     """The stage whose network an adapter was trained for; None where its names do not tell."""
     found = {STEMS[stem[1]] for name in shapes if (stem := STEM.match(name))}
     return found.pop() if len(found) == 1 else None

@@ -12,12 +12,12 @@ from typing import Any
 
 from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.models import weight_files
-from kandinsky_exp.models.components import MODELS, PARTS, Side, pipeline_folder, side_parts, subfolder
+from kandinsky_exp.models.components import MODELS, PARTS, PipelineHalf, pipeline_folder, side_parts, subfolder
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
 
 # (part, key of its config) that have to be one number, and whose source is to blame.
-EQUAL: tuple[tuple[tuple[str, str], tuple[str, str], Side], ...] = (
+EQUAL: tuple[tuple[tuple[str, str], tuple[str, str], PipelineHalf], ...] = (
     (("prior", "embedding_dim"), ("image_encoder", "projection_dim"), "prior"),
     (("prior", "embedding_dim"), ("text_encoder", "projection_dim"), "prior"),
     (("prior", "embedding_dim"), ("text_encoder", "hidden_size"), "prior"),
@@ -27,7 +27,7 @@ EQUAL: tuple[tuple[tuple[str, str], tuple[str, str], Side], ...] = (
 )
 
 
-def local_folders(sources: Mapping[Side, str]) -> dict[str, Path]:
+def local_folders(sources: Mapping[PipelineHalf, str]) -> dict[str, Path]:
     """The folders of the parts whose sources are folders that `check_source` finds nothing wrong with."""
     found: dict[str, Path] = {}
     for side, source in sources.items():
@@ -42,7 +42,7 @@ def is_local(source: str) -> bool:
     return source != "tiny" and files.is_folder(source)
 
 
-def disagreements(folders: Mapping[str, Path]) -> Iterator[tuple[Side, str]]:
+def disagreements(folders: Mapping[str, Path]) -> Iterator[tuple[PipelineHalf, str]]:
     """(side, what is wrong) of parts that cannot work together, by their configs; of parts that are not given, nothing.
 
     Args:

@@ -14,9 +14,9 @@ from kandinsky_exp.errors import cut
 from kandinsky_exp.models import weight_files
 from kandinsky_exp.system import files
 
-Side = Literal["prior", "decoder"]
+PipelineHalf = Literal["prior", "decoder"]
 # Part → (the pipeline that holds it, its subfolder there).
-PARTS: dict[str, tuple[Side, str]] = {
+PARTS: dict[str, tuple[PipelineHalf, str]] = {
     "prior": ("prior", "prior"),
     "text_encoder": ("prior", "text_encoder"),
     "image_encoder": ("prior", "image_encoder"),
@@ -38,7 +38,7 @@ COMBINED = "KandinskyV22CombinedPipeline"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def side_parts(side: Side) -> list[str]:
+def side_parts(side: PipelineHalf) -> list[str]:
     return [name for name, (owner, _) in PARTS.items() if owner == side]
 
 
@@ -46,7 +46,7 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and not source.endswith(".safetensors") and not files.exists(source)
 
 
-def check_source(source: str, side: Side, variant: str | None = None) -> str | None:
+def check_source(source: str, side: PipelineHalf, variant: str | None = None) -> str | None:
     """What is wrong with a source of weights, or None. Reads small JSON files only and imports no torch."""
     if source == "tiny" or is_hub_id(source):
         return None

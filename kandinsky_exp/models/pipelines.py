@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.models import weight_files
-from kandinsky_exp.models.components import COMBINED, MODELS, PARTS, Side, side_parts
+from kandinsky_exp.models.components import COMBINED, MODELS, PARTS, PipelineHalf, side_parts
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.models.weights import Weights
 
@@ -168,7 +168,7 @@ def _pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     return pictures
 
 
-def save_result(weights: Weights, side: Side, folder: Path, save_network: Callable[[Path], None]) -> None:
+def save_result(weights: Weights, side: PipelineHalf, folder: Path, save_network: Callable[[Path], None]) -> None:
     """Write a complete pipeline: the trained network, and everything else linked from where it was loaded.
 
     A prior becomes a prior pipeline (`DiffusionPipeline.from_pretrained`), a decoder a combined one: from a local

@@ -12,7 +12,15 @@ from safetensors import SafetensorError
 
 from kandinsky_exp.errors import ConfigError, first_line, is_out_of_memory
 from kandinsky_exp.models import weight_files
-from kandinsky_exp.models.components import MODELS, PARTS, Side, is_hub_id, pipeline_folder, read_object, subfolder
+from kandinsky_exp.models.components import (
+    MODELS,
+    PARTS,
+    PipelineHalf,
+    is_hub_id,
+    pipeline_folder,
+    read_object,
+    subfolder,
+)
 from kandinsky_exp.system.files import expanded
 
 if TYPE_CHECKING:
@@ -58,7 +66,7 @@ class Weights:
             root = pipeline_folder(expanded(source))
         return root / subfolder(root, part)
 
-    def _download(self, repo: str, side: Side, name: str) -> Path:
+    def _download(self, repo: str, side: PipelineHalf, name: str) -> Path:
         about = ["model_index.json", f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model"]
         part = self._snapshot(repo, side, [*about, *self._tensors(name)]) / name
         if self._tensors(name) and name in MODELS and self.variant and not weight_files.has_variant(part, self.variant):
@@ -67,7 +75,7 @@ class Weights:
             raise ConfigError(f"weights.{side}: '{repo}' on the hub has no '{name}'; check the id, or fetch it first")
         return part
 
-    def _snapshot(self, repo: str, side: Side, patterns: list[str]) -> Path:
+    def _snapshot(self, repo: str, side: PipelineHalf, patterns: list[str]) -> Path:
         revision = self.prior_revision if side == "prior" else self.decoder_revision
         return fetched(repo, f"weights.{side}", patterns, revision)
 
@@ -77,7 +85,7 @@ class Weights:
             return [f"{name}/*.safetensors"]
         return [f"{name}/*.{self.variant}.safetensors", f"{name}/*.{self.variant}-*.safetensors"]
 
-    def revision(self, side: Side) -> str | None:
+    def revision(self, side: PipelineHalf) -> str | None:
         """The commit that a hub source resolved to; None for folders."""
         source = self.prior if side == "prior" else self.decoder
         if not is_hub_id(source):

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from tqdm import tqdm
 
 from kandinsky_exp.reports.figures import MOST_RAW, SMOOTHING, Figure, colour, dash, losses, scores
-from kandinsky_exp.reports.images import Album
+from kandinsky_exp.reports.images import ImageGrid
 from kandinsky_exp.reports.run_data import Column, Run, completed, has_validated, number, varied
 
 MISSING = "–"
@@ -22,7 +22,7 @@ DASH_ARRAYS = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3"}
 SCORES = ("best val. loss", "at step", "last val. loss", "last train loss", "time", "samples/s")
 
 
-def page(title: str, runs: Sequence[Run], album: Album, notes: Sequence[str] = ()) -> str:
+def page(title: str, runs: Sequence[Run], album: ImageGrid, notes: Sequence[str] = ()) -> str:
     """The whole report.
 
     Args:
@@ -213,7 +213,7 @@ def _parameters(figures: Sequence[Figure], runs: Sequence[Run]) -> str:
 # --- the images
 
 
-def _images(album: Album, runs: Sequence[Run]) -> str:
+def _images(album: ImageGrid, runs: Sequence[Run]) -> str:
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in album.notes)
     if not album.cells:
         return f"{notes}<p>The runs have no validation images.</p>"

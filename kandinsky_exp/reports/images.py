@@ -52,7 +52,7 @@ class Stored:
 
 
 @dataclass
-class Album:
+class ImageGrid:
     """Images by row, run and step.
 
     Args:
@@ -76,9 +76,9 @@ class Album:
         return step, self.images[cell[step]]
 
 
-def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BYTES) -> Album:
+def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BYTES) -> ImageGrid:
     """Fetch and reduce as many images as one file can hold; a store that has none or gives none is only noted."""
-    album = Album()
+    album = ImageGrid()
     with tempfile.TemporaryDirectory() as place:
         stored: list[Stored] = []
         for index, run in enumerate(runs):
@@ -173,7 +173,7 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 
 
 def _fill(
-    client: "MlflowClient", runs: Sequence[Run], kept: list[Stored], album: Album, place: Path, max_bytes: int
+    client: "MlflowClient", runs: Sequence[Run], kept: list[Stored], album: ImageGrid, place: Path, max_bytes: int
 ) -> None:
     side = next((side for count, side in SIDES if len(kept) <= count), SIDES[-1][1])
     album.rows = sorted({image.row for image in kept}, key=lambda row: (row.key.split("/")[0] != "validation", row))

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from kandinsky_exp.reports.figures import SMOOTHING, colour, dash, smoothed
-from kandinsky_exp.reports.images import Album
+from kandinsky_exp.reports.images import ImageGrid
 from kandinsky_exp.reports.run_data import TRAIN, VALIDATION, Run, finite
 
 LINES: dict[str, Literal["-", "--", ":", "-."]] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
@@ -65,7 +65,7 @@ def _legend(figure: Figure, runs: Sequence[Run]) -> None:
         _set(text, name)
 
 
-def images(runs: Sequence[Run], album: Album, path: Path) -> bool:
+def images(runs: Sequence[Run], album: ImageGrid, path: Path) -> bool:
     """Prompts in rows, runs in columns, each run at its last step; where there are many, the best of each stage.
 
     Returns:

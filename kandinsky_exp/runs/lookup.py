@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.config.recorded_paths import Move
 from kandinsky_exp.errors import ConfigError, cut
-from kandinsky_exp.models.components import Side, is_hub_id
+from kandinsky_exp.models.components import PipelineHalf, is_hub_id
 from kandinsky_exp.models.weight_files import alone, untrusted
 from kandinsky_exp.runs import run_states
 from kandinsky_exp.runs.run_folder import read_record
@@ -16,10 +16,10 @@ from kandinsky_exp.system import files
 from kandinsky_exp.tracking import mlflow_names, store, store_probe
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-NETWORK: dict[Side, str] = {"prior": "prior", "decoder": "unet"}
+NETWORK: dict[PipelineHalf, str] = {"prior": "prior", "decoder": "unet"}
 
 
-def located(cfg: DictConfig, key: str, source: str, side: Side | None) -> tuple[Path, str | None]:
+def located(cfg: DictConfig, key: str, source: str, side: PipelineHalf | None) -> tuple[Path, str | None]:
     """(folder, MLflow run id if that is what was given) of what is no hub id."""
     run_id = None
     if RUN_ID.fullmatch(source) and not Path(source).exists():
@@ -31,7 +31,7 @@ def located(cfg: DictConfig, key: str, source: str, side: Side | None) -> tuple[
     return folder, run_id
 
 
-def _job(sweep: Path, key: str, side: Side | None) -> Path:
+def _job(sweep: Path, key: str, side: PipelineHalf | None) -> Path:
     """The one job of a sweep that trained a side.
 
     Raises:
@@ -57,7 +57,7 @@ def recorded_id(run_folder: Path | None) -> str | None:
     return None if record is None else record.run_id
 
 
-def trained_network(folder: Path, side: Side) -> Path:
+def trained_network(folder: Path, side: PipelineHalf) -> Path:
     """The network or adapter in a run folder or checkpoint.
 
     Raises:
@@ -78,11 +78,11 @@ def trained_network(folder: Path, side: Side) -> Path:
     raise ConfigError(f"{side}: {run_states.no_result(folder, side, name)}")
 
 
-def stage_of(run_folder: Path) -> Side:
+def stage_of(run_folder: Path) -> PipelineHalf:
     return "prior" if run_states.is_prior(run_folder) else "decoder"
 
 
-def source_of(run_folder: Path, side: Side) -> str:
+def source_of(run_folder: Path, side: PipelineHalf) -> str:
     """The weights that a run started from, also where they have moved together with the run.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from kandinsky_exp.errors import cut
-from kandinsky_exp.models.components import Side, is_hub_id
+from kandinsky_exp.models.components import PipelineHalf, is_hub_id
 from kandinsky_exp.runs.run_folder import Record
 from kandinsky_exp.system import redaction
 
@@ -42,10 +42,10 @@ class Result:
     is_adapter: bool
 
     @property
-    def stage(self) -> Side:
+    def stage(self) -> PipelineHalf:
         return "prior" if self.record.stage == "prior" else "decoder"
 
-    def base(self, side: Side) -> str | None:
+    def base(self, side: PipelineHalf) -> str | None:
         """The hub id of what the run started from, None where that lies elsewhere."""
         source = str(self.params.get(f"weights.{side}"))
         return source if is_hub_id(source) else None

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
 from kandinsky_exp.models import adapter_files, adapters, compatibility
-from kandinsky_exp.models.components import PARTS, Side, check_source, is_hub_id
+from kandinsky_exp.models.components import PARTS, PipelineHalf, check_source, is_hub_id
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
 from kandinsky_exp.runs import run_states
@@ -33,14 +33,14 @@ class Adapter:
     """
 
     folder: Path
-    side: Side
+    side: PipelineHalf
     run_folder: Path | None = None
     run_id: str | None = None
     scale: float = 1.0
 
 
 @dataclass(frozen=True)
-class Origin:
+class ModelSource:
     """What one side is made of.
 
     Args:
@@ -67,7 +67,7 @@ class Origin:
         return next((one.run_id for one in reversed(self.adapters) if one.run_id is not None), self.run_id)
 
 
-def find_origins(cfg: DictConfig) -> dict[Side, Origin]:
+def find_origins(cfg: DictConfig) -> dict[PipelineHalf, ModelSource]:
     """Both sides of `generate`'s config.
 
     One that is not given is what its adapter's run started from, or else the other side's run, or else the `weights`
@@ -77,7 +77,9 @@ def find_origins(cfg: DictConfig) -> dict[Side, Origin]:
         side: [find_adapter(cfg, f"{side}_adapter", text, side) for text in names_of(cfg[f"{side}_adapter"])]
         for side in NETWORK
     }
-    found: dict[Side, Origin] = {side: find_origin(cfg, side, cfg[side]) for side in NETWORK if cfg[side] is not None}
+    found: dict[PipelineHalf, ModelSource] = {
+        side: find_origin(cfg, side, cfg[side]) for side in NETWORK if cfg[side] is not None
+    }
     for side in NETWORK:
         for adapter in loose[side]:
             if adapter.side != side:
@@ -96,7 +98,7 @@ def names_of(value: Any) -> list[str]:
     return [] if value is None else list(value) if isinstance(value, ListConfig) else [value]
 
 
-def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: Side) -> Origin:
+def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: PipelineHalf) -> ModelSource:
     """What the first run that is known started from on a side, or else the `weights` group's."""
     run_folder = next((folder for folder in runs if folder is not None), None)
     if run_folder is None:
@@ -106,11 +108,11 @@ def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: Side) -> Or
     return replace(found, revision=saved_config.value(run_folder, f"weights.{side}_revision"), variant=variant)
 
 
-def with_adapters(origin: Origin, found: Iterable[Adapter]) -> Origin:
+def with_adapters(origin: ModelSource, found: Iterable[Adapter]) -> ModelSource:
     return replace(origin, adapters=(*origin.adapters, *found))
 
 
-def scaled(origins: Mapping[Side, Origin], scale: Any) -> dict[Side, Origin]:
+def scaled(origins: Mapping[PipelineHalf, ModelSource], scale: Any) -> dict[PipelineHalf, ModelSource]:
     """The same with `adapter_scale`: a number for all adapters, or one for each, the prior's first.
 
     Raises:
@@ -132,31 +134,31 @@ def scaled(origins: Mapping[Side, Origin], scale: Any) -> dict[Side, Origin]:
     }
 
 
-def find_origin(cfg: DictConfig, side: Side, source: str, variant: str | None = None) -> Origin:
+def find_origin(cfg: DictConfig, side: PipelineHalf, source: str, variant: str | None = None) -> ModelSource:
     """Tell a run folder, a checkpoint, a sweep, an MLflow run id, a hub id and a diffusers folder apart.
 
     Args:
         variant: of a diffusers folder's files, None = `weights.variant`.
     """
     if source == "tiny" or is_hub_id(source):
-        return Origin(source)
+        return ModelSource(source)
     folder, run_id = located(cfg, side, source, side)
     run_folder = run_of(folder)
     if run_folder is None or (folder / "model_index.json").is_file():
-        return Origin(checked(str(folder), side, variant or cfg.weights.variant))
+        return ModelSource(checked(str(folder), side, variant or cfg.weights.variant))
     run_id = run_id or recorded_id(run_folder)
     if folder == run_folder and (folder / "pipeline").is_dir() and check_source(str(folder), side) is None:
-        return Origin(str(folder), None, (), run_id, run_folder)
+        return ModelSource(str(folder), None, (), run_id, run_folder)
     variant = saved_config.value(run_folder, "weights.variant")
     base = checked(source_of(run_folder, side), side, cfg.weights.variant or variant)
     revision = saved_config.value(run_folder, f"weights.{side}_revision")
-    found = Origin(base, trained_network(folder, side), (), run_id, run_folder, revision, variant)
+    found = ModelSource(base, trained_network(folder, side), (), run_id, run_folder, revision, variant)
     if found.network is not None and adapter_files.is_adapter(found.network):
         return replace(found, network=None, adapters=(Adapter(found.network, side, run_folder, run_id),))
     return found
 
 
-def find_adapter(cfg: DictConfig, key: str, source: str, side: Side | None = None) -> Adapter:
+def find_adapter(cfg: DictConfig, key: str, source: str, side: PipelineHalf | None = None) -> Adapter:
     """Tell a run folder, a checkpoint, a sweep, an MLflow run id, a hub id and a folder with an adapter's file apart.
 
     Args:
@@ -215,14 +217,14 @@ def _fetched(repo: str, key: str) -> Path:
     return folder
 
 
-def checked(source: str, side: Side, variant: str | None) -> str:
+def checked(source: str, side: PipelineHalf, variant: str | None) -> str:
     problem = check_source(source, side, variant)
     if problem is not None:
         raise ConfigError(f"{side}: {problem}")
     return source
 
 
-def check_networks(weights: Weights, origins: Mapping[Side, Origin], keys: str = "{side}") -> None:
+def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str = "{side}") -> None:
     """Both sides before the first of them works.
 
     Args:
@@ -247,7 +249,7 @@ def check_networks(weights: Weights, origins: Mapping[Side, Origin], keys: str =
                 raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
 
 
-def use(weights: Weights, origins: Mapping[Side, Origin]) -> None:
+def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]) -> None:
     """Let the weights be those of the origins' bases."""
     weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
     weights.prior_revision = origins["prior"].revision or weights.prior_revision
@@ -255,7 +257,7 @@ def use(weights: Weights, origins: Mapping[Side, Origin]) -> None:
     weights.variant = weights.variant or origins["prior"].variant or origins["decoder"].variant
 
 
-def load_network(weights: Weights, side: Side, origin: Origin) -> Any:
+def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> Any:
     """The base network, or the trained one in its place, with its adapters.
 
     Raises:

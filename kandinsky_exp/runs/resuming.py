@@ -7,7 +7,7 @@ from kandinsky_exp.config import recorded_paths
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import integrity
-from kandinsky_exp.runs.run_folder import Workspace
+from kandinsky_exp.runs.run_folder import RunFolder
 from kandinsky_exp.system import files
 
 Values = dict[str, Any]
@@ -66,7 +66,7 @@ class Facts:
     processes: int
 
 
-def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
+def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
     """Compare a start with what the run was so far; says what changed in `space.changed` and `space.notes`.
 
     Args:
@@ -106,12 +106,12 @@ def check(space: Workspace, before: Values, now: Values, facts: Facts) -> None:
     space.notes += _notes(different, state["processes"], facts.processes)
 
 
-def is_of_old_rules(space: Workspace) -> bool:
+def is_of_old_rules(space: RunFolder) -> bool:
     """Whether a run began when pictures were read by other rules."""
     return space.is_resumed and space.start is not None and space.record.rules != PICTURE_RULES
 
 
-def notes_on_rules(space: Workspace) -> list[str]:
+def notes_on_rules(space: RunFolder) -> list[str]:
     """What is to be known of a run that goes on with pictures that are read by other rules than before."""
     if not is_of_old_rules(space):
         return []
@@ -138,7 +138,7 @@ def _notes(different: dict[str, tuple[Any, Any]], processes_before: int, process
     return notes
 
 
-def repeats(space: Workspace, now: Values, facts: Facts) -> bool:
+def repeats(space: RunFolder, now: Values, facts: Facts) -> bool:
     """Whether the steps that are done again, after the last checkpoint, come to the very numbers that they came to."""
     steady = str(now.get("scheduler._target_", "")).endswith(".constant")
     neutral = (*NEUTRAL, *LENGTH) if steady else NEUTRAL

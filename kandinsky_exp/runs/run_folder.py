@@ -55,7 +55,7 @@ class Record:
 
 
 @dataclass
-class Workspace:
+class RunFolder:
     """A claimed run folder.
 
     Args:
@@ -90,7 +90,7 @@ class Workspace:
         return {name: value for name, value in vars(self).items() if name != "_writing"}
 
 
-def claim(output_root: Path, name: str | None, stage: str, resume: str, held: ExitStack) -> Workspace:
+def claim(output_root: Path, name: str | None, stage: str, resume: str, held: ExitStack) -> RunFolder:
     """Find or make the run's folder and keep others out; nothing in an existing one is changed.
 
     Args:
@@ -115,7 +115,7 @@ def claim(output_root: Path, name: str | None, stage: str, resume: str, held: Ex
     held.enter_context(occupied(folder))
     # Only now is it known what an earlier start left: it may have gone on until a moment ago.
     record = _look(folder, stage, resume)
-    workspace = Workspace(folder, record or Record(), is_resumed=record is not None)
+    workspace = RunFolder(folder, record or Record(), is_resumed=record is not None)
     workspace.record.stage = stage
     workspace.start = integrity.newest_good(workspace.checkpoints, workspace.notes.append)
     if resume not in ("auto", "never") and workspace.start is None:
@@ -156,7 +156,7 @@ def _look(folder: Path, stage: str, resume: str) -> Record | None:
 
 
 @contextmanager
-def given_back(space: Workspace) -> Iterator[None]:
+def given_back(space: RunFolder) -> Iterator[None]:
     """A new run's folder is taken back where what is asked for turns out to be impossible."""
     try:
         yield
@@ -186,7 +186,7 @@ def read_record(folder: Path) -> Record | None:
     return record if isinstance(record.step, int) else None
 
 
-def _fork(workspace: Workspace, source: Path) -> None:
+def _fork(workspace: RunFolder, source: Path) -> None:
     """Let the run begin at the checkpoint that `checkpoint.resume=<folder>` means, and know whose it is."""
     run_folder = source if (source / "checkpoints").is_dir() else source.parent.parent
     if run_folder == source:

@@ -181,7 +181,7 @@ def _end_with_parent() -> None:
 
 
 @dataclass(frozen=True)
-class Desk:
+class JobServer:
     """Where the jobs of other processes on this machine are started: one server has imported all there is for them."""
 
     host: str
@@ -190,11 +190,11 @@ class Desk:
 
 
 @contextlib.contextmanager
-def desk(function: str) -> Iterator[Desk]:
+def desk(function: str) -> Iterator[JobServer]:
     """Start jobs for whoever asks, from threads of this process, for the time of a sweep."""
     warm_up(function)
     with tempfile.TemporaryDirectory(prefix="kandinsky_exp-") as folder:
-        place = Desk(socket.gethostname(), f"{folder}/desk", os.urandom(32))
+        place = JobServer(socket.gethostname(), f"{folder}/desk", os.urandom(32))
         with connection.Listener(place.address, "AF_UNIX", backlog=64, authkey=place.key) as listener:
             open_for_all = threading.Event()
             open_for_all.set()
@@ -220,7 +220,7 @@ def _serve(caller: connection.Connection) -> None:
         caller.send(in_own_process(task, JobFolder(sweep), caller))
 
 
-def asked(task: Task, jobs: JobFolder, place: Desk | None) -> Answer:
+def asked(task: Task, jobs: JobFolder, place: JobServer | None) -> Answer:
     """Run a task where the sweep's first process can start it; else, on another machine, from here."""
     caller = None
     if place is not None and place.host == socket.gethostname() and "SLURM_JOB_ID" not in os.environ:

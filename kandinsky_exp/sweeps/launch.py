@@ -36,7 +36,7 @@ class SweptJob:
     parallel: int
     session: str
     process: int  # that the user started
-    desk: job_process.Desk | None
+    desk: job_process.JobServer | None
 
     def __call__(self, cfg: DictConfig) -> float:
         forget_multirun()

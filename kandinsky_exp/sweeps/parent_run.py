@@ -25,7 +25,7 @@ def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> Tra
     """
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     record = run_folder.read_record(folder) or run_folder.Record(stage="sweep", token=uuid.uuid4().hex)
-    space = run_folder.Workspace(folder, record)
+    space = run_folder.RunFolder(folder, record)
     space.write_record()  # the token first: whatever is killed now, the next start finds the same run
     tracker = MlflowTracker(
         uri,
@@ -48,7 +48,7 @@ def write_status(folder: Path, status: run_folder.Status) -> None:
     """Note how a sweep ended, in its folder."""
     record = run_folder.read_record(folder) or run_folder.Record(stage="sweep")
     record.status = status
-    run_folder.Workspace(folder, record).write_record()
+    run_folder.RunFolder(folder, record).write_record()
 
 
 def job_tags(outcome: Outcome) -> dict[str, str]:
@@ -76,7 +76,7 @@ def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
         return  # nothing was trained: what the run was before, it still is
     if record is not None and record.status == "RUNNING":
         record.status = status
-        run_folder.Workspace(folder, record).write_record()
+        run_folder.RunFolder(folder, record).write_record()
     if cfg.tracker.name == "none":
         return
     if record is None:

@@ -17,11 +17,11 @@ from kandinsky_exp.config import grammar, recorded_paths, saved_config
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import devices, parent_run
-from kandinsky_exp.sweeps.job_process import Answer, Call, Desk, Task, asked
+from kandinsky_exp.sweeps.job_process import Answer, Call, JobServer, Task, asked
 from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome, job_name
 
 
-def supervise(call: Call, cfg: DictConfig, parallel: int, session: str, place: Desk | None) -> float:
+def supervise(call: Call, cfg: DictConfig, parallel: int, session: str, place: JobServer | None) -> float:
     """Run a job to its end, whatever that is, and note what it came to.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kandinsky_exp.errors import TrackingError
 from kandinsky_exp.tracking.mlflow_run import MlflowRun
 from kandinsky_exp.tracking.outbox import Outbox
-from kandinsky_exp.tracking.sender import INTERVAL, Courier
+from kandinsky_exp.tracking.sender import INTERVAL, Sender
 from kandinsky_exp.tracking.store import connect, explained, impatient
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ class Delivery:
                 outbox.remove_status()
             outbox.tidy()
 
-        self.records = Courier(
+        self.records = Sender(
             "metrics", records, run.send, lambda *refused: outbox.refuse(records, *refused), end, interval
         )
-        self.artifacts = Courier(
+        self.artifacts = Sender(
             "images and files",
             artifacts,
             lambda batch: run.send_files(batch[0], artifacts.files(batch[0])),

@@ -40,7 +40,7 @@ class Segment:
     held: list[bytes] | None = None
 
 
-class Lane:
+class DiskQueue:
     """Records in the order in which they came.
 
     Args:

@@ -16,7 +16,7 @@ import os
 import threading
 from pathlib import Path
 
-from kandinsky_exp.tracking.disk_queue import Lane, Record, fsync
+from kandinsky_exp.tracking.disk_queue import DiskQueue, Record, fsync
 from kandinsky_exp.tracking.mlflow_names import reason
 
 
@@ -31,8 +31,8 @@ class Outbox:
         self.folder = folder
         lock = threading.Lock()
         self._lock = lock
-        self.records = Lane(folder / "records", lock)
-        self.artifacts = Lane(folder / "artifacts", lock, limit=0)
+        self.records = DiskQueue(folder / "records", lock)
+        self.artifacts = DiskQueue(folder / "artifacts", lock, limit=0)
         self._status: Record | None = None
 
     def open(self) -> None:
@@ -56,7 +56,7 @@ class Outbox:
         self._status = None
         (self.folder / "status.json").unlink(missing_ok=True)
 
-    def refuse(self, lane: Lane, record: Record, error: BaseException) -> None:
+    def refuse(self, lane: DiskQueue, record: Record, error: BaseException) -> None:
         """Put a record aside that the store will never take."""
         line = json.dumps({"reason": reason(error), "record": record}, ensure_ascii=False).encode() + b"\n"
         with self._lock:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from kandinsky_exp.tracking.disk_queue import Lane, Record, Segment
+from kandinsky_exp.tracking.disk_queue import DiskQueue, Record, Segment
 from kandinsky_exp.tracking.mlflow_names import reason
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class Refused(Exception):
     """The store answers, and will never take this."""
 
 
-class Courier:
+class Sender:
     """Delivers one lane, oldest first; a record is forgotten once it is delivered, or refused.
 
     While the store is away everything waits in the lane, however long, and is tried again after growing pauses. A
@@ -42,7 +42,7 @@ class Courier:
     def __init__(
         self,
         what: str,
-        lane: Lane,
+        lane: DiskQueue,
         send: Callable[[list[Record]], None],
         refuse: Callable[[Record, Exception], None],
         last: Callable[[], None] = lambda: None,

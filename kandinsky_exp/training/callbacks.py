@@ -21,14 +21,14 @@ from kandinsky_exp.training.validation import Validator
 logger = logging.getLogger(__name__)
 
 
-class Events:
+class Callbacks:
     """What happens between steps: validation, checkpoints."""
 
     def __init__(
         self,
         cfg: DictConfig,
         accelerator: Accelerator,
-        space: run_folder.Workspace,
+        space: run_folder.RunFolder,
         training: loop.Training,
         tracker: Tracker,
         reader: FeatureReader | None,

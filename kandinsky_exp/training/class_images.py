@@ -17,7 +17,7 @@ from kandinsky_exp.data.dreambooth import MADE, ClassImages, drawn_name
 from kandinsky_exp.data.encoded.progress import EVERY_SECONDS
 from kandinsky_exp.errors import ConfigError, DataError, memory_told
 from kandinsky_exp.models import compatibility, pipelines
-from kandinsky_exp.models.components import PARTS, Side, check_source, is_hub_id, side_parts
+from kandinsky_exp.models.components import PARTS, PipelineHalf, check_source, is_hub_id, side_parts
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
@@ -129,7 +129,7 @@ def _note_origin(wanted: ClassImages, weights: Weights, how: SampleSettings) -> 
     files.write_atomically(wanted.folder / MADE, json.dumps(facts, indent=2) + "\n")
 
 
-def _sources(weights: Weights) -> dict[Side, str]:
+def _sources(weights: Weights) -> dict[PipelineHalf, str]:
     return {"prior": weights.prior, "decoder": weights.decoder}
 
 

@@ -77,7 +77,7 @@ class LoopSettings:
     progress: bool
 
 
-class Events(Protocol):
+class Callbacks(Protocol):
     """What happens between steps. All are called on every process."""
 
     def validate(self, step: int) -> None: ...
@@ -111,7 +111,7 @@ def train(
     accelerator: Accelerator,
     tracker: Tracker,
     settings: LoopSettings,
-    events: Events,
+    events: Callbacks,
     stop: Stop,
     identify: Callable[[int], str] = str,
 ) -> float | None:
@@ -260,7 +260,7 @@ def optimizer_step(
 
 
 def validated_or_stopped(
-    events: Events, step: int, stop: Stop, agreement: Agreement, accelerator: Accelerator
+    events: Callbacks, step: int, stop: Stop, agreement: Agreement, accelerator: Accelerator
 ) -> int | None:
     """Validate; the signal to stop for, if one came meanwhile.
 

@@ -11,11 +11,11 @@ from kandinsky_exp import build
 from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
-from kandinsky_exp.models.components import Side
+from kandinsky_exp.models.components import PipelineHalf
 from kandinsky_exp.runs.lookup import NETWORK
 from kandinsky_exp.runs.model_sources import (
     Adapter,
-    Origin,
+    ModelSource,
     check_networks,
     find_adapter,
     find_origin,
@@ -105,7 +105,7 @@ def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None
     print(folder)
 
 
-def find_sides(cfg: DictConfig, found: list[Adapter]) -> dict[Side, Origin]:
+def find_sides(cfg: DictConfig, found: list[Adapter]) -> dict[PipelineHalf, ModelSource]:
     """What the adapters go onto, and the other stage: what their run had, or else the `weights` group's."""
     runs = [one.run_folder for one in found]
     origins = {side: started_from(cfg, runs, side) for side in NETWORK}

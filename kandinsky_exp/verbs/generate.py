@@ -18,10 +18,10 @@ from kandinsky_exp.data import long_prompts
 from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.models import pipelines
-from kandinsky_exp.models.components import Side
+from kandinsky_exp.models.components import PipelineHalf
 from kandinsky_exp.models.image_grid import labelled_grid
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs.model_sources import Origin, check_networks, find_origins, load_network, use
+from kandinsky_exp.runs.model_sources import ModelSource, check_networks, find_origins, load_network, use
 from kandinsky_exp.system import distributed, files, logs, signals
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.tracking import store, store_probe
@@ -68,7 +68,11 @@ def generate(cfg: DictConfig) -> float:
 
 @torch.no_grad()
 def draw(
-    cfg: DictConfig, weights: Weights, origins: dict[Side, Origin], prompts: list[str], device: torch.device
+    cfg: DictConfig,
+    weights: Weights,
+    origins: dict[PipelineHalf, ModelSource],
+    prompts: list[str],
+    device: torch.device,
 ) -> list[Image.Image]:
     """All images: every prompt through the prior first, then every embedding through the decoder."""
     multiple = weights.size_multiple()
@@ -118,7 +122,7 @@ def placed(weights: Weights, parts: tuple[str, ...], network: Any, device: torch
     network.to("cpu")
 
 
-def find_run_to_log(cfg: DictConfig, origins: dict[Side, Origin]) -> str:
+def find_run_to_log(cfg: DictConfig, origins: dict[PipelineHalf, ModelSource]) -> str:
     """The MLflow run that trained the decoder, or else the prior; its store answers."""
     run_id = origins["decoder"].trained_by or origins["prior"].trained_by
     if run_id is None:

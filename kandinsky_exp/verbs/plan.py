@@ -15,7 +15,7 @@ from kandinsky_exp.config import validation
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.formats import hub_rows
 from kandinsky_exp.memory import device_limits, disk, savings
-from kandinsky_exp.memory.dry_run import Rehearsal
+from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.memory.estimate import MAPPED, Phase, Phases
 from kandinsky_exp.system import distributed as processes
 from kandinsky_exp.system import files, host_memory, logs
@@ -59,14 +59,14 @@ class Planner:
         self.capacity = capacity(cfg, accelerator.device, accelerator.num_processes)
         splits = known(cfg)
         self.train, self.held_out = rows(cfg, splits)
-        self.made = Rehearsal(cfg, accelerator)  # what is learned from it counts for other settings, too
+        self.made = DryRun(cfg, accelerator)  # what is learned from it counts for other settings, too
         self.caches = list(disk.of_caches(cfg, self.made, splits)) if cfg.data.cache else []
         self.draws_class = splits.kept is not None and bool(splits.kept.missing())
         self.need = self._need(cfg, self.made)
         self.phases = list(self.need.all())
         self.peak = max(self.phases, key=lambda phase: phase.total)
 
-    def _need(self, cfg: DictConfig, made: Rehearsal) -> Phases:
+    def _need(self, cfg: DictConfig, made: DryRun) -> Phases:
         encodes = not all(found.is_there for found in self.caches) or not self.caches
         return Phases(
             cfg, made, self.train, self.held_out, encodes, self.draws_class, python=self.python, capacity=self.capacity
@@ -156,7 +156,7 @@ class Planner:
             yield f"the cheapest setting that fits: {' '.join(settings)} ({gb(needed.needed())})"
 
     def _with(self, cfg: DictConfig) -> Phases:
-        return self._need(cfg, Rehearsal(cfg, self.accelerator, self.made.answers))
+        return self._need(cfg, DryRun(cfg, self.accelerator, self.made.answers))
 
     def _fits(self, cfg: DictConfig) -> bool:
         need = self._with(cfg)

@@ -24,8 +24,8 @@ from kandinsky_exp.data.formats import hub_rows
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.memory import optimizer_state, savings
-from kandinsky_exp.memory.dry_run import Rehearsal
-from kandinsky_exp.memory.tensor_tracker import LiveBytes
+from kandinsky_exp.memory.dry_run import DryRun
+from kandinsky_exp.memory.tensor_tracker import TensorTracker
 from kandinsky_exp.run import run
 from kandinsky_exp.stages.prior import PriorStage
 from kandinsky_exp.system import distributed
@@ -105,12 +105,12 @@ def test_a_step_without_data_holds_what_one_with_data_holds(
     overrides: tuple[str, ...], tmp_path: Path, accelerator: Accelerator
 ) -> None:
     cfg = settings(tmp_path, f"trainer.batch_size={BATCH}", *overrides)
-    planned = Rehearsal(cfg, accelerator).passes()
+    planned = DryRun(cfg, accelerator).passes()
     stage = build.stage(cfg, build.weights(cfg))
     network: Any = stage.place(torch.device("cpu")).train()
     features = features_of(stage, cfg.data.resolution)
     bf16 = cfg.precision.name == "bf16"
-    with LiveBytes([*network.parameters(), *network.buffers(), *features.values(), stage.alphas_cumprod]) as live:
+    with TensorTracker([*network.parameters(), *network.buffers(), *features.values(), stage.alphas_cumprod]) as live:
         for _ in range(cfg.trainer.grad_accumulation):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = stage.loss(network, features, torch.Generator()).loss
@@ -235,12 +235,12 @@ def test_the_state_of_an_optimizer_is_known_without_making_it(
 
 def test_activations_follow_batch_checkpointing_and_resolution(tmp_path: Path, accelerator: Accelerator) -> None:
     def activations(*overrides: str) -> int:
-        return Rehearsal(settings(tmp_path, *overrides), accelerator).passes().activations
+        return DryRun(settings(tmp_path, *overrides), accelerator).passes().activations
 
     whole = activations("model=prior", "trainer.batch_size=8")
     assert activations("model=prior", "trainer.batch_size=4") == pytest.approx(whole / 2, rel=0.15)
     assert activations("model=prior", "trainer.batch_size=8", "trainer.gradient_checkpointing=true") < 0.8 * whole
-    small, large = (Rehearsal(settings(tmp_path, f"data.resolution={side}"), accelerator) for side in (64, 128))
+    small, large = (DryRun(settings(tmp_path, f"data.resolution={side}"), accelerator) for side in (64, 128))
     assert large.answering("unet", 2).total > 3 * small.answering("unet", 2).total
 
 
@@ -253,14 +253,14 @@ def test_class_images_are_drawn_encoded_and_shown(model: str, tmp_path: Path, ac
     both = Planner(settings(tmp_path, *common, "data.class_prompt=a thing", "data.num_class_images=5"), accelerator)
     assert [found.images for found in both.caches] == [16, 5]
     assert {phase.name for phase in both.phases} - {phase.name for phase in alone.phases} == {"class"}
-    twice = Rehearsal(settings(tmp_path, *common, "trainer.batch_size=4"), accelerator)
+    twice = DryRun(settings(tmp_path, *common, "trainer.batch_size=4"), accelerator)
     assert both.made.passes() == twice.passes()
     assert both.made.passes().activations > alone.made.passes().activations
 
 
 def test_live_bytes_count_a_storage_once_and_as_long_as_it_lives() -> None:
     held = torch.ones(250)
-    with LiveBytes([held]) as live:
+    with TensorTracker([held]) as live:
         first = torch.ones(1000)
         second = first.view(10, 100)[2:] + held.sum()
         assert live.now == 4000 + 3200 + live.now % 100

@@ -10,7 +10,7 @@ from browsing import By, Chrome, Keys, WebElement, errors, head, names, open_rep
 from PIL import Image
 
 from kandinsky_exp.reports import html
-from kandinsky_exp.reports.images import Album, Row
+from kandinsky_exp.reports.images import ImageGrid, Row
 from kandinsky_exp.reports.run_data import Run, Scores
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ RUNS = [
     run(2, "early", 1e-3, 0.25),
     run(3, "nothing", None, None, "FAILED"),
 ]
-ALBUM = Album(
+ALBUM = ImageGrid(
     rows=[Row("validation/00", EVIL), Row("validation/01", "a dog")],
     steps=[0, 50, 100],
     images=[webp(colour) for colour in ("white", "red", "blue")],

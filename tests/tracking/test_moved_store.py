@@ -54,7 +54,7 @@ def only_run(root: Path) -> str:
     return str(run_id)
 
 
-def collected(root: Path, run_id: str) -> images.Album:
+def collected(root: Path, run_id: str) -> images.ImageGrid:
     """What a report finds in a store that is opened anew."""
     utils._artifact_repos_cache.clear()
     client, _ = store.connect(default_uri(root))
@@ -138,7 +138,7 @@ def test_a_run_is_found_by_its_id_after_a_move(root: Path, tmp_path: Path) -> No
     run_id = only_run(root)
     folder = root / "a run"
     folder.mkdir()
-    run_folder.Workspace(folder, run_folder.Record(run_id=run_id)).write_record()
+    run_folder.RunFolder(folder, run_folder.Record(run_id=run_id)).write_record()
     MlflowClient(default_uri(root)).set_tag(run_id, "run_folder", str(folder))
     moved = root.rename(tmp_path / "second")
     cfg = OmegaConf.create({"output_root": str(moved), "tracker": {"uri": None}})

@@ -11,29 +11,29 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky_exp.tracking.disk_queue import Lane, Record, Segment, read
+from kandinsky_exp.tracking.disk_queue import DiskQueue, Record, Segment, read
 from kandinsky_exp.tracking.outbox import Outbox
-from kandinsky_exp.tracking.sender import BATCH, Courier, Refused, first_batch
+from kandinsky_exp.tracking.sender import BATCH, Refused, Sender, first_batch
 
 
 @pytest.fixture
-def lane(tmp_path: Path) -> Lane:
+def lane(tmp_path: Path) -> DiskQueue:
     return opened(tmp_path)
 
 
-def opened(folder: Path, limit: int = 1_000_000) -> Lane:
-    return Lane(folder / "records", threading.Lock(), limit)
+def opened(folder: Path, limit: int = 1_000_000) -> DiskQueue:
+    return DiskQueue(folder / "records", threading.Lock(), limit)
 
 
 def point(step: int) -> Record:
     return {"kind": "metrics", "step": step, "time": 1_000 + step, "values": {"a": 1.0}}
 
 
-def waiting(lane: Lane) -> list[int]:
+def waiting(lane: DiskQueue) -> list[int]:
     return [record["step"] for segment in lane.segments() for record in segment.records]
 
 
-def taken(lane: Lane) -> Segment:
+def taken(lane: DiskQueue) -> Segment:
     segment = lane.first(lane.newest())
     assert segment is not None
     return segment
@@ -42,7 +42,7 @@ def taken(lane: Lane) -> Segment:
 # On disk
 
 
-def test_records_wait_in_order_for_another_process(lane: Lane, tmp_path: Path) -> None:
+def test_records_wait_in_order_for_another_process(lane: DiskQueue, tmp_path: Path) -> None:
     for step in range(3):
         lane.append(point(step))
     after = opened(tmp_path)
@@ -51,7 +51,7 @@ def test_records_wait_in_order_for_another_process(lane: Lane, tmp_path: Path) -
     assert taken(after).records == [point(0), point(1), point(2)]
 
 
-def test_what_is_taken_grows_no_more_and_is_forgotten_once_delivered(lane: Lane) -> None:
+def test_what_is_taken_grows_no_more_and_is_forgotten_once_delivered(lane: DiskQueue) -> None:
     lane.append(point(0))
     segment = taken(lane)
     lane.append(point(1))
@@ -60,7 +60,7 @@ def test_what_is_taken_grows_no_more_and_is_forgotten_once_delivered(lane: Lane)
     assert waiting(lane) == [1]
 
 
-def test_what_came_after_the_beginning_of_a_try_is_left_to_the_next(lane: Lane) -> None:
+def test_what_came_after_the_beginning_of_a_try_is_left_to_the_next(lane: DiskQueue) -> None:
     lane.append(point(0))
     newest = lane.newest()
     lane.remove(taken(lane))
@@ -92,7 +92,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert waiting(Outbox(tmp_path / "outbox").records) == list(range(1000))
 
 
-def test_a_torn_last_line_was_never_handed_over(lane: Lane, tmp_path: Path) -> None:
+def test_a_torn_last_line_was_never_handed_over(lane: DiskQueue, tmp_path: Path) -> None:
     lane.append(point(0))
     lane.append(point(1))
     (path,) = lane.paths()
@@ -102,7 +102,7 @@ def test_a_torn_last_line_was_never_handed_over(lane: Lane, tmp_path: Path) -> N
     assert waiting(after) == [0, 2]
 
 
-def test_a_damaged_line_is_not_passed_over_in_silence(lane: Lane) -> None:
+def test_a_damaged_line_is_not_passed_over_in_silence(lane: DiskQueue) -> None:
     lane.append(point(0))
     (path,) = lane.paths()
     path.write_bytes(b"\xff{\n[1]\n" + path.read_bytes())
@@ -110,7 +110,7 @@ def test_a_damaged_line_is_not_passed_over_in_silence(lane: Lane) -> None:
     assert (damaged["kind"], other["kind"], whole) == ("damaged", "damaged", point(0))
 
 
-def test_any_text_can_wait(lane: Lane) -> None:
+def test_any_text_can_wait(lane: DiskQueue) -> None:
     lane.append({"kind": "tags", "texts": {"a": "\udcff é \u2028 😀"}})
     assert taken(lane).records[0]["texts"]["a"] == "? é \u2028 😀"
 
@@ -256,15 +256,15 @@ class Store:
         self.refused.append(record["step"])
 
 
-Start = Callable[..., Courier]
+Start = Callable[..., Sender]
 
 
 @pytest.fixture
-def start(lane: Lane) -> Iterator[Start]:
-    started: list[Courier] = []
+def start(lane: DiskQueue) -> Iterator[Start]:
+    started: list[Sender] = []
 
-    def courier(store: Store, interval: float = 0.01) -> Courier:
-        started.append(Courier("metrics", lane, store.write, store.refuse, interval=interval, pause=interval))
+    def courier(store: Store, interval: float = 0.01) -> Sender:
+        started.append(Sender("metrics", lane, store.write, store.refuse, interval=interval, pause=interval))
         return started[-1]
 
     yield courier
@@ -272,13 +272,13 @@ def start(lane: Lane) -> Iterator[Start]:
         each.close()
 
 
-def add(lane: Lane, courier: Courier, *steps: int) -> None:
+def add(lane: DiskQueue, courier: Sender, *steps: int) -> None:
     for step in steps:
         lane.append(point(step))
         courier.notify()
 
 
-def test_metrics_gather(lane: Lane, start: Start) -> None:
+def test_metrics_gather(lane: DiskQueue, start: Start) -> None:
     store = Store()
     courier = start(store, interval=30)
     add(lane, courier, *range(100))
@@ -288,14 +288,14 @@ def test_metrics_gather(lane: Lane, start: Start) -> None:
     assert not lane.paths()
 
 
-def test_many_metrics_do_not_wait(lane: Lane, start: Start) -> None:
+def test_many_metrics_do_not_wait(lane: DiskQueue, start: Start) -> None:
     store = Store()
     courier = start(store, interval=600)
     add(lane, courier, *range(BATCH))
     wait_for(lambda: len(store.seen) == BATCH)
 
 
-def test_what_an_earlier_process_left_comes_first_and_unasked(lane: Lane, start: Start) -> None:
+def test_what_an_earlier_process_left_comes_first_and_unasked(lane: DiskQueue, start: Start) -> None:
     lane.append(point(0))
     store = Store()
     courier = start(store)
@@ -306,7 +306,7 @@ def test_what_an_earlier_process_left_comes_first_and_unasked(lane: Lane, start:
 
 
 def test_records_wait_while_the_store_is_away(
-    lane: Lane, start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    lane: DiskQueue, start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store()
     courier = start(store)
@@ -324,7 +324,7 @@ def test_records_wait_while_the_store_is_away(
     assert caplog.text.count("the store is back") == 1
 
 
-def test_the_pauses_grow(lane: Lane, start: Start) -> None:
+def test_the_pauses_grow(lane: DiskQueue, start: Start) -> None:
     store = Store()
     store.away = True
     courier = start(store, interval=0.05)
@@ -335,11 +335,11 @@ def test_the_pauses_grow(lane: Lane, start: Start) -> None:
     wait_for(lambda: store.seen == [1])  # and by itself
 
 
-def test_what_is_sent_at_once_is_not_tried_again_at_once(lane: Lane) -> None:
+def test_what_is_sent_at_once_is_not_tried_again_at_once(lane: DiskQueue) -> None:
     """Files are: a thread that tried all the time would take the core that trains."""
     store = Store()
     store.away = True
-    courier = Courier("files", lane, store.write, store.refuse, interval=0)
+    courier = Sender("files", lane, store.write, store.refuse, interval=0)
     add(lane, courier, 1)
     wait_for(lambda: store.tries == 1)
     time.sleep(0.5)
@@ -348,7 +348,7 @@ def test_what_is_sent_at_once_is_not_tried_again_at_once(lane: Lane) -> None:
 
 
 def test_what_is_refused_is_put_aside_and_holds_up_nothing(
-    lane: Lane, start: Start, caplog: pytest.LogCaptureFixture
+    lane: DiskQueue, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(3, 5)
     courier = start(store)
@@ -360,7 +360,7 @@ def test_what_is_refused_is_put_aside_and_holds_up_nothing(
     assert not lane.paths()
 
 
-def test_a_closed_courier_leaves_the_rest(lane: Lane, start: Start) -> None:
+def test_a_closed_courier_leaves_the_rest(lane: DiskQueue, start: Start) -> None:
     store = Store()
     courier = start(store, interval=600)
     courier.close()
@@ -380,9 +380,9 @@ def test_a_batch_is_what_one_request_may_hold() -> None:
     assert first_batch(deque([{"kind": "tags"}, {"kind": "tags"}])) == [{"kind": "tags"}]
 
 
-def test_handing_over_is_quick_while_the_store_hangs(lane: Lane, start: Start) -> None:
+def test_handing_over_is_quick_while_the_store_hangs(lane: DiskQueue, start: Start) -> None:
     gate = threading.Event()
-    courier = Courier("metrics", lane, lambda _: gate.wait(30), lambda *_: None, interval=0)
+    courier = Sender("metrics", lane, lambda _: gate.wait(30), lambda *_: None, interval=0)
     costs = []
     for step in range(300):
         began = time.perf_counter()

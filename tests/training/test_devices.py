@@ -21,7 +21,7 @@ from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.memory.device_limits import Facts
 from kandinsky_exp.memory.dry_run import Mixed
-from kandinsky_exp.memory.meta_weights import DescribedWeights
+from kandinsky_exp.memory.meta_weights import MetaWeights
 from kandinsky_exp.models import adapters, pipelines
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, Features
@@ -45,7 +45,7 @@ ROWS = 2
 
 def make(name: str, kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionStage:
     """A stage with all that its loss can have; its network has no data."""
-    weights = DescribedWeights(str(folder), str(folder), folder.parent, frozen_dtype=str(dtype).partition(".")[2])
+    weights = MetaWeights(str(folder), str(folder), folder.parent, frozen_dtype=str(dtype).partition(".")[2])
     common: dict[str, Any] = {"resolution": 64, "snr_gamma": 5.0, "condition_dropout": 0.5}
     stage = DecoderStage(weights, vlb_weight=0.001, **common) if name == "decoder" else PriorStage(weights, **common)
     stage.network.train()  # loaded now: no weights load among fakes

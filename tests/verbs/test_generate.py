@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models.adapter_files import WEIGHTS_NAME
-from kandinsky_exp.models.components import Side
-from kandinsky_exp.runs.model_sources import Origin, find_origins
+from kandinsky_exp.models.components import PipelineHalf
+from kandinsky_exp.runs.model_sources import ModelSource, find_origins
 from kandinsky_exp.system.files import occupied
 from kandinsky_exp.verbs.generate import generate
 
@@ -111,7 +111,7 @@ def test_the_revision_of_the_base_is_the_runs_own(root: Path, tmp_path: Path) ->
     assert (origins["prior"].base, origins["prior"].revision) == ("nobody/nothing", "p1")
 
 
-def origins(root: Path, *overrides: str) -> dict[Side, Origin]:
+def origins(root: Path, *overrides: str) -> dict[PipelineHalf, ModelSource]:
     return find_origins(composed(root, *STEPS, *overrides, verb="generate", small=[]))
 
 
