@@ -97,7 +97,7 @@ def check(
     for part, folder in folders.items():
         side = PARTS[part][0]
         is_ours = (weights.prior if side == "prior" else weights.decoder) == "tiny" and part not in (network or {})
-        problem = None if is_ours else misfit(part, folder, weights.variant)
+        problem = None if is_ours else weights_problem(part, folder, weights.variant)
         found += [f"{keys.format(side=side)}: {folder} {problem}"] if problem else []
     if found:
         raise ConfigError(found)
@@ -116,10 +116,10 @@ def check_resolution(weights: Weights, resolution: int) -> None:
         raise ConfigError(f"data.resolution: has to be a multiple of {multiple} for these weights, not {resolution}")
 
 
-def misfit(part: str, folder: Path, variant: str | None) -> str | None:
+def weights_problem(part: str, folder: Path, variant: str | None) -> str | None:
     """What is wrong with the weights of a network, as its config describes it, or None."""
     try:
-        expected = described(part, folder)
+        expected = expected_shapes(part, folder)
     except Exception as error:  # a value that the class can make nothing of raises whatever it happens to raise
         return f"cannot become a {MODELS[part]}: {first_line(error)}; its config.json is not that of these weights"
     if problem := weight_files.lacking(folder, variant):
@@ -133,7 +133,7 @@ def misfit(part: str, folder: Path, variant: str | None) -> str | None:
     return _difference(expected, found)
 
 
-def described(part: str, folder: Path) -> dict[str, tuple[int, ...]]:
+def expected_shapes(part: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's tensors by its config alone."""
     return {name: tuple(tensor.shape) for name, tensor in without_data(part, folder).state_dict().items()}
 

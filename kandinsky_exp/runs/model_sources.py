@@ -242,10 +242,10 @@ def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]
     for side, origin in origins.items():
         part = NETWORK[side]
         if origin.adapters:
-            shapes = compatibility.described(part, origin.network or weights.folder(part))
+            shapes = compatibility.expected_shapes(part, origin.network or weights.folder(part))
         for one in origin.adapters:
             key = keys.format(side=side)
-            if (problem := adapter_files.misfit(_shapes(one.folder, key), shapes)) is not None:
+            if (problem := adapter_files.base_problem(_shapes(one.folder, key), shapes)) is not None:
                 raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
 
 
