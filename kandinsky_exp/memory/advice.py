@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from kandinsky_exp import build
 from kandinsky_exp.errors import OutOfMemory, first_line, is_of_host, is_out_of_memory
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.stages.base import DiffusionStage
@@ -154,5 +155,5 @@ def _of_activations(cfg: DictConfig, use: Use, validating: bool, device: str) ->
     if cfg.precision.mixed_precision == "no":
         half = device_limits.half(device_limits.facts(torch.device(device)))
         yield f"precision={half}", int(HALVED * use.activations) + (use.frozen + use.encoders) // 2
-    if cfg.model._target_.endswith("DecoderStage") and cfg.data.resolution >= 512:
+    if build.stage_class(cfg).reads_pixels() and cfg.data.resolution >= 512:
         yield f"data.resolution={cfg.data.resolution * 3 // 4 // 64 * 64}", int(QUARTERED * use.activations)

@@ -15,6 +15,7 @@ from kandinsky_exp.memory.dry_run import DryRun, Passes
 from kandinsky_exp.memory.tensor_tracker import Peak
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.stages.base import DiffusionStage
+from kandinsky_exp.training import class_images
 
 # What the process of a run grows by beyond this one's before it holds a tensor: readers, code and scratch of kernels.
 GROWS = 120_000_000
@@ -110,7 +111,7 @@ class Phases:
         if not cfg.data.cache:
             steady["frozen encoders"] = self._parts(self.stage.encoders)
         if self.on_host and self._draws():
-            steady["parts that draw"] = self._parts(self._stay())
+            steady["parts that draw"] = self._parts(self.stage.stays_loaded)
         return steady
 
     @cached_property
@@ -137,21 +138,15 @@ class Phases:
     def _drawing_class(self) -> Iterator[Phase]:
         """One picture at a time, of base networks that leave again: the largest of what happens one after the other."""
         if self.draws_class:
-            needs, pairs = self.rehearsal.answering, 2  # with the condition and without
-            scenes = [
-                (["image_encoder"], [needs("image_encoder", 1)]),
-                (["prior", "text_encoder"], [needs("text_encoder", 1), needs("prior", pairs)]),
-                (["unet", "movq"], [needs("unet", pairs), needs("movq", 1)]),
-            ]
-            phases = [
-                Phase("class", self._base() | {"parts that draw": self._parts(parts), "activations": need.total})
-                for parts, some in scenes
-                for need in some
-            ]
-            phases += [
-                Phase("class", self._base() | {"parts that draw": self._parts(parts)} | self._mapped(*parts))
-                for parts, _ in scenes
-            ]
+            rows = pipelines.rows_at_once(1, guided=True)
+            phases = []
+            for parts in class_images.DRAWS_WITH:
+                there = self._base() | {"parts that draw": self._parts(parts)}
+                phases += [Phase("class", there | self._mapped(*parts))]
+                phases += [
+                    Phase("class", there | {"activations": self.rehearsal.answering(part, rows[part]).total})
+                    for part in parts
+                ]
             yield max(phases, key=lambda phase: phase.total)
 
     def _loading(self) -> Iterator[Phase]:
@@ -171,7 +166,7 @@ class Phases:
         if not (self.encodes and self.cfg.data.cache):
             return
         made = self.rehearsal
-        batch = build.encode_settings(self.cfg, made.device).batch_size
+        batch = build.encode_settings(self.cfg, made.stage, made.device).batch_size
         parts = self._base() | {"frozen encoders": self._parts(self.stage.encoders)}
         yield Phase("encoding", parts | {"activations": made.encoding(min(batch, self.images or batch)).total})
 
@@ -241,30 +236,19 @@ class Phases:
     def _draws(self) -> int:
         """Images at once."""
         prompts = len(run_settings.prompts(self.cfg.validation.prompts))
-        redrawn = self.cfg.validation.reconstructions if self.stage.name == "decoder" else 0
+        redrawn = self.cfg.validation.reconstructions if self.stage.redraws else 0
         redrawn = min(redrawn, redrawn if self.held_out is None else self.held_out)
         return min(int(self.cfg.validation.batch_size), max(prompts, redrawn))
 
-    def _stay(self) -> list[str]:
-        """Frozen parts that are loaded to draw and stay loaded."""
-        return ["movq"] if self.stage.name == "decoder" else ["text_encoder", "unet", "movq"]
-
     def _scenes(self) -> Iterator[tuple[list[str], list[Peak]]]:
         """(frozen parts on the device, activations of what they do there one after the other)."""
-        count, needs = self._draws(), self.rehearsal.answering
+        count, own = self._draws(), self.stage.part
         if not count:
             return
-        pairs = count * (2 if self.cfg.validation.guidance_scale > 1 else 1)  # with the condition and without
-        stay = self._stay() if self.on_host else []
-
-        def loaded(*parts: str) -> list[str]:
-            return list(dict.fromkeys([*stay, *parts]))
-
-        if run_settings.prompts(self.cfg.validation.prompts):
-            prior = [] if self.stage.name == "prior" else ["prior"]
-            yield loaded("text_encoder", *prior), [needs("text_encoder", count), needs("prior", pairs, not prior)]
-            if not prior:
-                yield loaded("image_encoder"), [needs("image_encoder", 1)]
-        unet = [] if self.stage.name == "decoder" else ["unet"]
-        at_once = -(-count // pipelines.slices(count))
-        yield loaded("movq", *unet), [needs("unet", pairs, not unet), needs("movq", at_once)]
+        rows = pipelines.rows_at_once(count, self.cfg.validation.guidance_scale > 1)
+        prompts = run_settings.prompts(self.cfg.validation.prompts)
+        for parts in self.stage.draws_with:
+            if prompts or own in parts:  # what is redrawn needs no embedding of a prompt
+                frozen = [*(self.stage.stays_loaded if self.on_host else ()), *(part for part in parts if part != own)]
+                needs = [self.rehearsal.answering(part, rows[part], part == own) for part in parts]
+                yield list(dict.fromkeys(frozen)), needs

@@ -1,5 +1,6 @@
 """The parts of Kandinsky 2.2 as their configs describe them: shapes and types, and no data."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ class MetaWeights(Weights):
         if part not in MODELS:
             return super()._made(part, folder, dtype, bits)
         network = compatibility.without_data(part, folder)
-        nn.Module.to(network, getattr(torch, dtype))  # diffusers' own `to` warns of modules to keep in float32
-        if part == "prior":  # the stage looks at these two, and refuses those of an untrained one
-            network.clip_mean = nn.Parameter(torch.zeros(network.clip_mean.shape))
-            network.clip_std = nn.Parameter(torch.ones(network.clip_std.shape))
-        return network
+        return nn.Module.to(network, getattr(torch, dtype))  # diffusers' own warns of modules to keep in float32
+
+    def tensors(self, part: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Ones: a stage looks at them, and refuses what cannot be."""
+        shapes = compatibility.expected_shapes(part, self.folder(part))
+        return {name: torch.ones(shapes[name]) for name in names}
 
 
 def give_fakes(network: nn.Module, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from importlib.resources import files
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from kandinsky_exp import build
 from kandinsky_exp.config import targets
 from kandinsky_exp.memory import device_limits
 
@@ -16,7 +17,7 @@ Settings = tuple[str, ...]  # as they are typed
 
 def candidates(cfg: DictConfig, device: torch.device) -> Iterator[Settings]:
     """First what changes no result, then what rounds, then what trains otherwise, then what trains less."""
-    trainer, decoder = cfg.trainer, cfg.model._target_.endswith("DecoderStage")
+    trainer = cfg.trainer
     if not cfg.data.cache:
         yield ("data.cache=true",)
     if not trainer.gradient_checkpointing:
@@ -35,7 +36,7 @@ def candidates(cfg: DictConfig, device: torch.device) -> Iterator[Settings]:
             yield ("optimizer=adamw_8bit",)
         yield ("optimizer=adafactor",)
         yield ("adapter=lora",)
-    if decoder and cfg.data.resolution > LOWEST_SIDE:
+    if build.stage_class(cfg).reads_pixels() and cfg.data.resolution > LOWEST_SIDE:
         yield (f"data.resolution={max(LOWEST_SIDE, cfg.data.resolution * 3 // 4 // 64 * 64)}",)
         yield (f"data.resolution={LOWEST_SIDE}",)
 
