@@ -167,12 +167,7 @@ class DryRun:
 
     @once(*NETWORK, "optimizer")
     def optimizer(self) -> StepNeed:
-        """State and temporaries of the real optimizer."""
-
-        def make(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return build.make_optimizer(self.cfg, weights, self.accelerator.device)
-
-        return optimizer_state.measure(make, self._trainable(), self.device)
+        return optimizer_state.measure(self.cfg, self._trainable(), self.device)
 
     def _trainable(self) -> list[Tensor]:
         return [value for value in self.network.parameters() if value.requires_grad]
