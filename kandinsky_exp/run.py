@@ -75,7 +75,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 )
                 set_seed(cfg.seed)
                 stage = build.bare_stage(cfg, weights)
-                settings = build.read_settings(cfg, accelerator.device, by_row=space.record.split is None)
+                settings = build.read_settings(cfg, stage, accelerator.device, by_row=space.record.split is None)
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
                 if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
@@ -147,7 +147,9 @@ def prepare(
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
-    space = run_folder.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
+    cls = build.stage_class(cfg)
+    space = run_folder.claim(root, name, cls.name, cfg.checkpoint.resume, held)
+    space.record.part = cls.part
     space.notes += notes
     with run_folder.given_back(space):
         if space.start is not None and space.is_fork:

@@ -14,16 +14,15 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.memory import optimizer_state
-from kandinsky_exp.memory.meta_weights import MetaWeights, give_fakes
+from kandinsky_exp.memory.meta_weights import MetaWeights
 from kandinsky_exp.memory.optimizer_state import StepNeed
 from kandinsky_exp.memory.tensor_tracker import TensorTracker
-from kandinsky_exp.models import adapters, weight_files
+from kandinsky_exp.models import adapters, pipelines, weight_files
 from kandinsky_exp.stages.base import DiffusionStage, Features
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -31,7 +30,6 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 NETWORK = ("adapter", "precision.name", "model")  # the settings that decide what the network is
 BASE = "adapter.base_precision"
 BASE_BYTES = {"int8": 1.0, "nf4": 0.53}  # per frozen weight of a linear layer, scales included
-OF_IMAGES, OF_CAPTIONS = ("clip_pixels", "pixels"), ("input_ids", "text_mask")
 
 
 def once(*settings: str) -> Callable[[Method], Method]:
@@ -187,14 +185,15 @@ class DryRun:
     def encoding(self, batch: int) -> int:
         """Activations of the encoders, which see images and captions apart."""
         with self._fakes(*self._encoders()):
-            batches = [self._examples(batch, keys) for keys in (OF_IMAGES, OF_CAPTIONS)]
-            return max(self._need(partial(self.stage.encode, some), *self._encoders()) for some in batches if some)
+            batches = self.stage.dummy_inputs(batch)
+            return max(self._need(partial(self.stage.encode, some), *self._encoders()) for some in batches)
 
     @once("precision.name", "data.resolution", "model")
-    def encoded(self) -> dict[str, torch.Size]:
-        """The shapes of what the encoders make of a picture and a caption."""
+    def encoded(self) -> list[dict[str, torch.Size]]:
+        """The shapes of what the encoders make of a picture, and of a caption."""
         with self._fakes(*self._encoders()), torch.no_grad():
-            return {name: value.shape[1:] for name, value in self.stage.encode(self._examples(1)).items()}
+            batches = [self.stage.encode(some) for some in self.stage.dummy_inputs(1)]
+        return [{name: value.shape[1:] for name, value in features.items()} for features in batches]
 
     @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
     def validation(self, batch: int) -> int:
@@ -211,28 +210,15 @@ class DryRun:
 
         Only the first draws in mixed precision.
         """
-        network = self.network if trains else self.weights.load(part)
-        with self._fakes(network), self._autocast() if trains else contextlib.nullcontext():
-            return self._need(partial(self._ask, part, network.eval(), batch), network)
-
-    def _ask(self, part: str, network: Any, batch: int) -> object:
-        config, dtype = network.config, next(network.parameters()).dtype
-
-        def some(*sides: int) -> Tensor:
-            return torch.empty(batch, *sides, device=self.device, dtype=dtype)
-
-        if part == "image_encoder":
-            return network(some(3, config.image_size, config.image_size))
-        if part == "text_encoder":
-            return network(torch.zeros(batch, config.max_position_embeddings, device=self.device, dtype=torch.long))
-        if part == "prior":
-            embed, length = config.embedding_dim, config.num_embeddings
-            return network(some(embed), 0, some(embed), some(length, embed), some(length).bool())
-        side = self.cfg.data.resolution // self.weights.latent_scale()
-        if part == "movq":
-            return network.decode(some(config.latent_channels, side, side), force_not_quantize=True)
-        condition = {"image_embeds": some(config.encoder_hid_dim)}
-        return network(some(config.in_channels, side, side), 0, None, added_cond_kwargs=condition)
+        if trains:
+            with self._fakes(self.network, *self._encoders()), self._autocast():
+                features, steps = self._features(batch), torch.zeros(batch, dtype=torch.long, device=self.device)
+                noisy = self.stage.clean(features)
+                action = partial(self.stage.predict, self.network.eval(), noisy, steps, features)
+                return self._need(action, self.network, held=[*features.values(), noisy])
+        network, side = self.weights.load(part), self.cfg.data.resolution // self.weights.latent_scale()
+        with self._fakes(network):
+            return self._need(partial(pipelines.ask, part, network.eval(), batch, side, self.device), network)
 
     # --- tensors without data
 
@@ -245,7 +231,7 @@ class DryRun:
         with self._mode:
             for network in networks:
                 if id(network) not in self._faked:
-                    give_fakes(network, self.device)
+                    network.to_empty(device=self.device)
                     self._faked.add(id(network))
             yield
 
@@ -255,17 +241,11 @@ class DryRun:
         dtype = torch.float16 if name == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=name != "no")
 
-    def _examples(self, batch: int, keys: Iterable[str] = OF_IMAGES + OF_CAPTIONS) -> Features:
-        """A blank picture and an empty caption have the shapes of all others."""
-        side = self.cfg.data.resolution
-        example = self.stage.preprocess(Image.new("RGB", (side, side)), "")
-        chosen = {key: example[key] for key in keys if key in example}
-        return {key: torch.empty((batch, *row.shape), dtype=row.dtype) for key, row in chosen.items()}
-
     def _features(self, batch: int) -> Features:
         with torch.no_grad():
             self.stage.use_null_condition(self.stage.encode_null())
-            return {key: value.to(self.device) for key, value in self.stage.encode(self._examples(batch)).items()}
+            encoded = [self.stage.encode(some) for some in self.stage.dummy_inputs(batch)]
+            return {key: value.to(self.device) for features in encoded for key, value in features.items()}
 
     @staticmethod
     def _held(networks: Iterable[nn.Module], features: Iterable[Tensor]) -> list[Tensor]:

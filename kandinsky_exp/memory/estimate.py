@@ -4,7 +4,7 @@ On an accelerator its memory counts; else that of the process, where networks st
 Python and the libraries are as well.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import host_memory
+from kandinsky_exp.training import class_images
 
 # What the process of a run grows by beyond this one's before it holds a tensor: readers, code and scratch of kernels.
 GROWS = 120_000_000
@@ -122,7 +123,7 @@ class Estimate:
         if not cfg.data.cache:
             steady["frozen encoders"] = self._size(self.stage.encoders)
         if self.on_host and self._draws():
-            steady["parts that draw"] = self._size(self._stay())
+            steady["parts that draw"] = self._size(self.stage.stays_loaded)
         return steady
 
     def _size(self, names: Iterable[str]) -> int:
@@ -138,15 +139,11 @@ class Estimate:
 
     def _class_images(self) -> Iterator[Parts]:
         """One picture at a time, of base networks that leave again."""
-        if self.draws_class:
-            needs, pairs = self.dry_run.answering, 2  # with the condition and without
-            yield from self._scene(self.base, ["image_encoder"], needs("image_encoder", 1))
-            yield from self._scene(
-                self.base, ["prior", "text_encoder"], needs("text_encoder", 1), needs("prior", pairs)
-            )
-            yield from self._scene(self.base, ["unet", "movq"], needs("unet", pairs), needs("movq", 1))
+        rows = pipelines.rows_at_once(1, guided=True)
+        for parts in class_images.DRAWS_WITH if self.draws_class else ():
+            yield from self._scene(self.base, parts, *(self.dry_run.answering(part, rows[part]) for part in parts))
 
-    def _scene(self, there: Parts, names: list[str], *activations: int) -> Iterator[Parts]:
+    def _scene(self, there: Parts, names: Collection[str], *activations: int) -> Iterator[Parts]:
         """Frozen parts are read, then answer one after the other."""
         there = there | {"parts that draw": self._size(names)}
         yield there | self._mapped(names)
@@ -165,7 +162,7 @@ class Estimate:
 
     def _encoding(self) -> Iterator[Parts]:
         if self.encodes and self.cfg.data.cache:
-            batch = build.encode_settings(self.cfg, self.dry_run.device).batch_size
+            batch = build.encode_settings(self.cfg, self.dry_run.stage, self.dry_run.device).batch_size
             activations = self.dry_run.encoding(min(batch, self.images or batch))
             yield self.base | {"frozen encoders": self._size(self.stage.encoders), "activations": activations}
 
@@ -189,34 +186,21 @@ class Estimate:
             yield self.steady | {"activations": self.dry_run.validation(batch)}
 
     def _drawing(self) -> Iterator[Parts]:
-        count, needs = self._draws(), self.dry_run.answering
-        if not count:
-            return
-        pairs = count * (2 if self.cfg.validation.guidance_scale > 1 else 1)  # with the condition and without
-        stay = self._stay() if self.on_host else []
-
-        def scene(names: list[str], *activations: int) -> Iterator[Parts]:
-            return self._scene(self.steady, list(dict.fromkeys([*stay, *names])), *activations)
-
-        if run_settings.prompts(self.cfg.validation.prompts):
-            prior = [] if self.stage.name == "prior" else ["prior"]
-            yield from scene(["text_encoder", *prior], needs("text_encoder", count), needs("prior", pairs, not prior))
-            if not prior:
-                yield from scene(["image_encoder"], needs("image_encoder", 1))
-        unet = [] if self.stage.name == "decoder" else ["unet"]
-        at_once = -(-count // pipelines.slices(count))
-        yield from scene(["movq", *unet], needs("unet", pairs, not unet), needs("movq", at_once))
+        count, own = self._draws(), self.stage.part
+        rows = pipelines.rows_at_once(count, self.cfg.validation.guidance_scale > 1)
+        prompts = run_settings.prompts(self.cfg.validation.prompts)
+        for parts in self.stage.draws_with if count else ():
+            if prompts or own in parts:  # what is redrawn needs no embedding of a prompt
+                frozen = [*(self.stage.stays_loaded if self.on_host else ()), *(part for part in parts if part != own)]
+                needs = [self.dry_run.answering(part, rows[part], part == own) for part in parts]
+                yield from self._scene(self.steady, dict.fromkeys(frozen), *needs)
 
     def _draws(self) -> int:
         """Images at once."""
         prompts = len(run_settings.prompts(self.cfg.validation.prompts))
-        redrawn = self.cfg.validation.reconstructions if self.stage.name == "decoder" else 0
+        redrawn = self.cfg.validation.reconstructions if self.stage.redraws else 0
         redrawn = min(redrawn, redrawn if self.held_out is None else self.held_out)
         return min(int(self.cfg.validation.batch_size), max(prompts, redrawn))
-
-    def _stay(self) -> list[str]:
-        """Frozen parts that are loaded to draw and stay loaded."""
-        return ["movq"] if self.stage.name == "decoder" else ["text_encoder", "unet", "movq"]
 
     def _checkpoint(self) -> Iterator[Parts]:
         """A copy in host memory, where there is room for it."""

@@ -13,6 +13,7 @@ from importlib.resources import files
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from kandinsky_exp import build
 from kandinsky_exp.config import targets
 from kandinsky_exp.errors import OutOfMemory, first_line, is_of_host, is_out_of_memory
 from kandinsky_exp.memory import device_limits, optimizer_state
@@ -51,7 +52,7 @@ def candidates(cfg: DictConfig, device: torch.device) -> Iterator[Settings]:
     yield ("optimizer=adafactor",)
     if cfg.adapter.name == "none":
         yield ("adapter=lora",)
-    if cfg.model._target_.endswith("DecoderStage") and side > LOWEST_SIDE:
+    if build.stage_class(cfg).reads_pixels() and side > LOWEST_SIDE:
         yield (f"data.resolution={max(LOWEST_SIDE, side * 3 // 4 // 64 * 64)}",)
         yield (f"data.resolution={LOWEST_SIDE}",)
 
