@@ -20,7 +20,7 @@ from kandinsky_exp.data import sources
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
-from kandinsky_exp.memory import advice, device_limits
+from kandinsky_exp.memory import device_limits, savings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import forking, hub, resuming, run_folder
 from kandinsky_exp.sweeps import pruning
@@ -85,7 +85,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 data.notes.extend(records.notes_on_shapes(data.train, steps, count))
                 if space.start is not None and space.is_fork:  # once more, for now epochs are steps
                     forking.check_length(space.start, steps)
-                with advice.given(cfg, accelerator.device, stage):
+                with savings.explain_out_of_memory(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
                     judge = pruning.judge(cfg, steps)
                     events = Callbacks(cfg, accelerator, space, training, tracker, data.held_out, judge)

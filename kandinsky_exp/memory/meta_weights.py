@@ -28,19 +28,3 @@ class MetaWeights(Weights):
         """Ones: a stage looks at them, and refuses what cannot be."""
         shapes = compatibility.expected_shapes(part, self.folder(part))
         return {name: torch.ones(shapes[name]) for name in names}
-
-
-def give_fakes(network: nn.Module, device: torch.device) -> None:
-    """Tensors on a device in place of those on the meta device; to be called inside a `FakeTensorMode`."""
-    for module in network.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                fake = nn.Parameter(_like(weight, device), requires_grad=weight.requires_grad)
-                module._parameters[name] = fake
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = _like(buffer, device)
-
-
-def _like(value: Tensor, device: torch.device) -> Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
