@@ -18,6 +18,7 @@ from kandinsky_exp.models import weight_files
 from kandinsky_exp.models.components import COMBINED, MODELS, PARTS, PipelineHalf, side_parts
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.system.files import replacing_folder
 
 COMPANIONS = {  # classes of transformers that read the same files; the first is the published pipelines'
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -174,23 +175,19 @@ def save_result(weights: Weights, side: PipelineHalf, folder: Path, save_network
     A prior becomes a prior pipeline (`DiffusionPipeline.from_pretrained`), a decoder a combined one: from a local
     folder, `AutoPipelineForText2Image.from_pretrained` needs both halves.
     """
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
     trained = "prior" if side == "prior" else "unet"
     index: dict[str, Any] = {"_class_name": "KandinskyV22PriorPipeline" if side == "prior" else COMBINED}
     index["_diffusers_version"] = diffusers.__version__
-    for part in side_parts("prior") + (side_parts("decoder") if side == "decoder" else []):
-        owner, name = PARTS[part]
-        name = f"prior_{name}" if side == "decoder" and owner == "prior" else name
-        index[name] = _index_entry(weights, part)
-        if part == trained:
-            save_network(aside / name)
-        else:
-            link_part(weights.folder(part), aside / name, weights.variant)
-    (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
+    with replacing_folder(folder) as aside:
+        for part in side_parts("prior") + (side_parts("decoder") if side == "decoder" else []):
+            owner, name = PARTS[part]
+            name = f"prior_{name}" if side == "decoder" and owner == "prior" else name
+            index[name] = _index_entry(weights, part)
+            if part == trained:
+                save_network(aside / name)
+            else:
+                link_part(weights.folder(part), aside / name, weights.variant)
+        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _index_entry(weights: Weights, part: str) -> list[str]:
