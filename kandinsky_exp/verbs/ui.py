@@ -224,7 +224,7 @@ def check_alive(process: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
         raise RunFailure(f"MLflow's server ended with exit code {process.returncode}{last_words(log)}")
 
 
-def last_words(log: IO[bytes], count: int = 10) -> str:
+def last_words(log: IO[bytes]) -> str:
     log.seek(0)
-    lines = log.read().decode("utf-8", "replace").splitlines()[-count:]
+    lines = log.read().decode("utf-8", "replace").splitlines()[-10:]
     return redaction.masked("\n  ".join([":", *lines])) if lines else ""
