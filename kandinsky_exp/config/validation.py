@@ -7,6 +7,7 @@ otherwise, or has arguments that no schema knows: a misspelt number is answered 
 import typing
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -63,7 +64,8 @@ def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = Fa
         quick = True  # nor does it build anything, and a second is long for a list
     wrong = dict(_check_schema(values, root))
     good = {key: value for key, value in _leaves(values) if key not in wrong and value != "???"}
-    beyond = [*consistency.files(good), *consistency.together(good)]
+    stage = partial(targets.stage_of, values.get("model"), allowlist.user_modules(cfg, trusted))
+    beyond = [*consistency.files(good, stage), *consistency.together(good, stage)]
     found = [f"{key}: {text}" for key, text in [*wrong.items(), *(item for item in beyond if item[0] not in wrong)]]
     if "trusted_modules" not in wrong and (files := allowlist.refused(cfg, trusted)):
         found.append(

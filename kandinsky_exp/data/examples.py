@@ -5,8 +5,8 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +35,7 @@ class Example:
         where: the line that speaks of it.
         caption_problem: why `captions` is empty.
         problem: why there is no image; `read` has nothing to read then.
+        extra: cells of further columns, by name, where a stage reads some.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Example:
     where: str
     caption_problem: str = ""
     problem: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def image(self) -> Image.Image:
         """The picture, RGB, upright, transparency over white.

@@ -99,7 +99,7 @@ def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
         )
     if problems:
         listed = "\n  ".join(problems)
-        weights = f"weights.{space.record.stage}" if any(_is_in(key, OF_STATE) for key in different) else None
+        weights = f"weights.{space.record.half}" if any(_is_in(key, OF_STATE) for key in different) else None
         way, what = (weights, "result") if weights else ("checkpoint.resume", "weights")
         raise ConfigError(
             f"name: {space.folder} cannot go on with other\n  {listed}\nSet these as they were; or start anew under "
