@@ -1,4 +1,4 @@
-"""The figures of a report, as plotly describes them; colours of text and paper are the page's own business."""
+"""The plotly figures of a report; colours of text and paper are the page's own business."""
 
 import html
 import math

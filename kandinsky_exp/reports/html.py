@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: table, figures and images of runs that are compared."""
+"""The report as one HTML file that needs nothing else: table, figures and images of the runs."""
 
 import base64
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Runs as an MLflow store has them, beside each other: what differed, how it went, how they scored."""
+"""Read runs from an MLflow store, and compare their parameters, curves and scores."""
 
 import math
 from collections import Counter

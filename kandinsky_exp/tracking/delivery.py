@@ -1,4 +1,4 @@
-"""From an outbox to an MLflow run, behind the back of whoever records."""
+"""Delivery of an outbox to its MLflow run, in background threads."""
 
 import logging
 import time
@@ -53,10 +53,10 @@ class Delivery:
         return self.records.refusals + self.artifacts.refusals
 
     def flush(self, timeout: float) -> bool:
-        """Wait until nothing waits, a try of each lane is over, or `timeout` seconds are; True if nothing waits."""
+        """Wait until nothing waits, a try of each queue is over, or `timeout` seconds are; True if nothing waits."""
         end = time.monotonic() + timeout
-        tries = [(courier, courier.hurry()) for courier in (self.records, self.artifacts)]
-        over = [tried.wait(max(0.0, end - time.monotonic())) for _, tried in tries]
+        tries = [sender.hurry() for sender in (self.records, self.artifacts)]
+        over = [tried.wait(max(0.0, end - time.monotonic())) for tried in tries]
         return all(over) and not self.is_failing
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""MLflow's registry of models: a version that points to a result where it lies, without a copy of it."""
+"""MLflow's model registry: register a result where it lies, without a copy."""
 
 import logging
 from pathlib import Path
