@@ -92,6 +92,5 @@ def _weights(dimensions: int, count: int, device: torch.device) -> list[nn.Param
 def _step(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    getattr(optimizer, "train", lambda: None)()  # schedule-free ones have two modes
     optimizer.step()
     optimizer.zero_grad()
