@@ -21,7 +21,7 @@ from kandinsky_exp.config.verb_schemas import Train
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
-from kandinsky_exp.errors import ConfigError, UserError
+from kandinsky_exp.errors import ConfigError, UserError, first_line
 from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
@@ -235,7 +235,7 @@ def try_optimizer(cfg: DictConfig, device: torch.device) -> str:
     try:
         made.step()
     except Exception as error:  # whatever a library's kernels raise
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(
             f"optimizer: {cfg.optimizer._target_} does not work on this device, {device.type} ({reason}); take "
             "another, e.g. optimizer=adamw"

@@ -117,9 +117,14 @@ def is_of_host(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(OF_HOST.search(str(error)))
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, limit: int = 300) -> str:
     """What an exception of a library says, in one line that fits a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
+
+
+def cause_of(error: BaseException) -> str:
+    """`first_line`, but of an error of the system its plain text, without number and path."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 @contextmanager

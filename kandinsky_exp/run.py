@@ -1,6 +1,7 @@
 """One run, from a config to a trained network: the story of the whole package in one function."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -153,7 +154,10 @@ def prepare(
     space.notes += notes
     with run_folder.given_back(space):
         if space.start is not None and space.is_fork:
-            forking.check(cfg, weights, space.start, optimizer)
+            part = build.stage_class(cfg).part
+            # The others of an adapter's inits read the weights, and have the same shapes.
+            attach = functools.partial(build.attach, cfg, init="default")
+            forking.check(space.start, weights, part, cfg.adapter, attach, optimizer)
             forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
         compare(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
@@ -192,11 +196,12 @@ def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: in
         holds_out=splits.is_divided,
         total_batch=run_settings.total_batch(cfg, count),
         processes=count,
+        rules=PICTURE_RULES,
     )
     before = saved_config.flatten_saved(space.folder) if space.is_resumed else {}
     resuming.check(space, before, now := saved_config.flatten(cfg), facts)
     space.repeats = resuming.repeats(space, now, facts)
-    space.notes += resuming.notes_on_rules(space) if reads else []
+    space.notes += resuming.notes_on_rules(space, PICTURE_RULES) if reads else []
     space.record.encoders = encoders
     if reads or not space.is_resumed:
         space.record.rules = PICTURE_RULES

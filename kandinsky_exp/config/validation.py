@@ -19,7 +19,7 @@ from kandinsky_exp.config.schema import OpenNode
 from kandinsky_exp.config.suggestions import suggest
 from kandinsky_exp.config.types import misfit
 from kandinsky_exp.config.verb_schemas import ROOTS
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.errors import ConfigError, first_line
 
 NEEDED = {  # what to do about a key that is not set
     "run": "give the folder of a finished run, run=outputs/my_decoder",
@@ -57,7 +57,7 @@ def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = Fa
     try:
         values = _resolved(cfg)
     except OmegaConfBaseException as error:
-        return [f"{error.full_key or 'config'}: {str(error).splitlines()[0]}; name a key that exists"]
+        return [f"{error.full_key or 'config'}: {first_line(error)}; name a key that exists"]
     root = max(ROOTS, key=lambda schema: len(_hints(schema).keys() & values.keys()))
     if values.get("list") or values.get("remove"):  # `encode` reads no data then: what has to be given need not be
         values["data"] = {key: "." if value == "???" else value for key, value in values["data"].items()}

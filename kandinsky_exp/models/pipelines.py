@@ -18,6 +18,7 @@ from kandinsky_exp.models import weight_files
 from kandinsky_exp.models.components import MODELS, NETWORKS, PARTS, PipelineHalf, is_combined, result_parts
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.system.files import replacing_folder
 
 COMPANIONS = {  # classes of transformers that read the same files; the first is the published pipelines'
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -211,21 +212,17 @@ def save_result(
         half: that trained.
         pipeline: name of the result's class.
     """
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
-    for part in result_parts(half, pipeline):
-        owner, name = PARTS[part]
-        name = f"prior_{name}" if is_combined(pipeline) and owner == "prior" else name
-        index[name] = _index_entry(weights, part)
-        if part == NETWORKS[half]:
-            save_network(aside / name)
-        else:
-            link_part(weights.folder(part), aside / name, weights.variant)
-    (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
+    with replacing_folder(folder) as aside:
+        for part in result_parts(half, pipeline):
+            owner, name = PARTS[part]
+            name = f"prior_{name}" if is_combined(pipeline) and owner == "prior" else name
+            index[name] = _index_entry(weights, part)
+            if part == NETWORKS[half]:
+                save_network(aside / name)
+            else:
+                link_part(weights.folder(part), aside / name, weights.variant)
+        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _index_entry(weights: Weights, part: str) -> list[str]:

@@ -48,15 +48,13 @@ OUTER = {
 }
 # Arrows that are still to be cut.
 TO_CUT = {
-    ("runs.forking", "build"),
-    ("runs.resuming", "data.encoded.layout"),
     ("training.callbacks", "run_settings"),
 }
 KNOW_OMEGACONF = {
     *("config", "sweeps", "memory", "runs.lookup", "runs.model_sources", "verbs"),
     *("cli", "run", "results", "records", "build", "run_settings"),
 }
-STILL_KNOW_OMEGACONF = {"runs.forking", "training.callbacks"}
+STILL_KNOW_OMEGACONF = {"training.callbacks"}
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "models")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
 LAZY = {"mlflow", "datasets"}  # optional at run time: imported by the functions that use them

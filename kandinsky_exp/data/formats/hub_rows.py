@@ -19,7 +19,7 @@ from kandinsky_exp.data.file_hashes import CHUNK, FileDigests, Hash, update
 from kandinsky_exp.data.formats.file_rows import LEADS_OUT, parse_captions
 from kandinsky_exp.data.formats.metadata import holds_pictures
 from kandinsky_exp.data.splits import Splits
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, first_line
 
 FEW = 64  # rows of a Parquet file that are in memory at once, where each is a picture
 
@@ -170,7 +170,7 @@ def parquet_rows(file: Path, image_column: str, caption_column: str, extra_colum
             "parquet", data_files=glob.escape(str(file.absolute())), split="train", batch_size=FEW
         )
     except Exception as error:  # as above
-        raise DataError(f"{file}: not a Parquet file that can be read: {_reason(error)}; write it again") from error
+        raise DataError(f"{file}: not a Parquet file that can be read: {first_line(error)}; write it again") from error
     if not len(rows):
         raise DataError(f"{file}: it has no rows; write one per image")
     made = hub_rows(str(file), "train", rows, image_column, caption_column, extra_columns)
@@ -266,9 +266,8 @@ def _not_there(name: str, revision: str | None, subset: str | None, error: Excep
     if known and (subset not in known if subset else len(known) > 1):
         wrong = f"{name} has no configuration '{subset}'" if subset else f"{name} has several configurations"
         return DataError(f"data.subset: {wrong}; give one of {', '.join(known)}")
-    reason = _reason(error)
     check = "check the id, your access (hf auth login) and the network, or give a local copy"
-    return DataError(f"data.name: {name} cannot be loaded: {reason}; {check}")
+    return DataError(f"data.name: {name} cannot be loaded: {first_line(error)}; {check}")
 
 
 def _subsets(name: str, revision: str | None) -> list[str]:
@@ -279,7 +278,3 @@ def _subsets(name: str, revision: str | None) -> list[str]:
         return [str(subset) for subset in datasets.get_dataset_config_names(name, revision=revision)]
     except Exception:  # as above: then the first error says more
         return []
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
