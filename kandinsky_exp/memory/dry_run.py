@@ -62,12 +62,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Passes:
-    """Bytes that the passes of one optimizer step need beyond weights, optimizer and average.
-
-    Args:
-        gradients: what is left after the last one.
-        peak: with all that is there at once: gradients come while activations go.
-    """
+    """Bytes beyond weights, optimizer and average: left after the passes of a step, and at most during them."""
 
     gradients: int
     peak: int

@@ -57,7 +57,7 @@ class Estimate:
     """Memory of a run.
 
     Args:
-        images: that train, None where nobody knows yet; of `held_out` the same.
+        images: that train, None where nobody knows yet; `held_out` likewise.
         encodes: whether something is not encoded yet.
         draws_class: whether class images have to be drawn.
         python: bytes of the process before it makes anything.
@@ -87,10 +87,6 @@ class Estimate:
         for name, moments in phases.items():
             if found := [Phase(name, parts) for parts in moments()]:
                 yield max(found, key=lambda phase: phase.total)
-
-    def needed(self) -> int:
-        """Bytes that there has to be room for."""
-        return max(phase.needed for phase in self.phases())
 
     def least(self) -> int:
         """Bytes that training needs whatever its activations are: known without a step."""

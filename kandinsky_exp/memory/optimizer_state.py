@@ -23,12 +23,7 @@ Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class StepNeed:
-    """Bytes.
-
-    Args:
-        state: kept from step to step.
-        temporary: beyond state and gradients, while a step is made.
-    """
+    """Bytes that are kept from step to step, and beyond these and gradients while a step is made."""
 
     state: int
     temporary: int
