@@ -149,7 +149,7 @@ class Planner:
         if settings is None:
             yield "none of the settings that save memory makes it fit, nor do all of them together"
         else:
-            needed = self._with(savings.changed(self.cfg, settings)).needed()
+            needed = max(phase.needed for phase in self._with(savings.changed(self.cfg, settings)).phases())
             yield f"the cheapest setting that fits: {' '.join(settings)} ({gb(needed)})"
 
     def _with(self, cfg: DictConfig) -> Estimate:
