@@ -1,7 +1,7 @@
 """The documentation: its commands and snippets run, its links lead somewhere, its page of settings is true.
 
 The commands of a block are run at tiny size, unless a comment above the block says why not:
-`<!-- test: needs a GPU -->`, or `a hub account`, or `a cluster`; `<!-- test: in test_x.py -->` names the test that runs
+`<!-- test: needs a GPU -->`, or `a hub account`, or `a cluster`; `<!-- test: in test_….py -->` names the test that runs
 them; `<!-- test: exit code 1 -->` says how they end. A block whose first line is a comment with a file's name is that
 file. Pages are read in order, in one folder: what a command needs, one before it has made.
 """
@@ -26,7 +26,8 @@ from PIL import Image
 from running import hydra_compose, prepare
 
 import kandinsky_exp
-from kandinsky_exp import cli, config
+from kandinsky_exp import cli
+from kandinsky_exp.config import problems
 
 ROOT = Path(kandinsky_exp.__file__).parents[1]
 README = ROOT / "README.md"
@@ -101,7 +102,7 @@ def without_place(command: str) -> list[str]:
 def is_right(words: list[str]) -> None:
     """A command of ours that cannot run here: its settings."""
     verb, rest = (words[0], words[1:]) if words[0] in cli.VERBS else ("train", words)
-    assert config.problems(hydra_compose(verb, rest)) == []
+    assert problems(hydra_compose(verb, rest)) == []
 
 
 def run_ours(words: list[str], code: int = 0) -> None:
@@ -310,6 +311,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"\b(?:kandinsky_exp|conf|tests|tools)/[\w/.]*\w", page.read_text("utf-8")):
         assert (ROOT / name).exists(), name
+    assert set(re.findall(r"\btest_\w+\.py", page.read_text("utf-8"))) <= TESTS
 
 
 def test_the_readme_is_short_and_shows_two_pictures() -> None:
