@@ -69,7 +69,7 @@ def soak(session: nox.Session) -> None:
 def sweep(session: nox.Session) -> None:
     """Sweeps whose jobs raise, exit and are killed, on all launchers; arguments after `--` go to pytest."""
     python = project_environment(session)
-    arguments = ["tests/test_sweep.py", "-n", "2", "--dist", "worksteal", "--durations", "5", *session.posargs]
+    arguments = ["tests/sweeps/test_sweep.py", "-n", "2", "--dist", "worksteal", "--durations", "5", *session.posargs]
     session.run(python, "-m", "pytest", *arguments, env=ENVIRONMENT)
 
 
@@ -77,7 +77,7 @@ def sweep(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Train the tiny prior and decoder on the shipped emoji and generate; arguments after `--` are overrides."""
     python = project_environment(session)
-    session.run(python, "-m", "kandinsky_exp.demo", *session.posargs, env=ENVIRONMENT)
+    session.run(python, "-m", "kandinsky_exp.verbs.demo", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -136,6 +136,6 @@ def min_versions(session: nox.Session) -> None:
         if clause.operator == ">="
     ]
     session.install("-e", ".", *group("tests"), *lowest)
-    current = "--deselect=tests/test_packaging.py::test_constraints_cover_all_that_is_installed"
+    current = "--deselect=tests/contract/test_packaging.py::test_constraints_cover_all_that_is_installed"
     arguments = ["-n", "2", "--dist", "worksteal", "-o", "filterwarnings=default", current, *session.posargs]
     session.run("pytest", *arguments, env=ENVIRONMENT)

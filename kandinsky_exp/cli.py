@@ -26,19 +26,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp import (
-    command_line,
-    config,
-    grammar,
-    job_process,
-    launch_environment,
-    launching,
-    mistakes,
-    redaction,
-    terminal,
-    trust,
-)
+from kandinsky_exp.config import allowlist, command_line, grammar, hydra_errors, validation
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, reason_of
+from kandinsky_exp.sweeps import job_process, launch
+from kandinsky_exp.system import launch_environment, redaction, terminal
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
@@ -76,16 +67,20 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "train": Verb("kandinsky_exp.run:run", "fine-tune the prior or the decoder (the default)", trains=True),
-    "plan": Verb("kandinsky_exp.plan:plan", "will it fit? memory, disk and steps of a run, before anything loads"),
-    "encode": Verb("kandinsky_exp.encode:encode", "encode a data set once, for all runs; list and remove"),
-    "generate": Verb("kandinsky_exp.generate:generate", "make images from prompts"),
-    "export": Verb(
-        "kandinsky_exp.export:export", "merge an adapter with its base into a pipeline", {"adapter": "adapter.source"}
+    "plan": Verb(
+        "kandinsky_exp.verbs.plan:plan", "will it fit? memory, disk and steps of a run, before anything loads"
     ),
-    "push": Verb("kandinsky_exp.push:push", "upload the result of a finished run to the hub"),
-    "ui": Verb("kandinsky_exp.ui:ui", "open the runs in MLflow's own pages"),
+    "encode": Verb("kandinsky_exp.verbs.encode:encode", "encode a data set once, for all runs; list and remove"),
+    "generate": Verb("kandinsky_exp.verbs.generate:generate", "make images from prompts"),
+    "export": Verb(
+        "kandinsky_exp.verbs.export:export",
+        "merge an adapter with its base into a pipeline",
+        {"adapter": "adapter.source"},
+    ),
+    "push": Verb("kandinsky_exp.verbs.push:push", "upload the result of a finished run to the hub"),
+    "ui": Verb("kandinsky_exp.verbs.ui:ui", "open the runs in MLflow's own pages"),
     "compare": Verb(
-        "kandinsky_exp.compare:compare",
+        "kandinsky_exp.verbs.compare:compare",
         "one HTML report over runs or a sweep: table, curves, images",
         {"sweep": "sweep.source"},
         lists=("runs",),
@@ -104,7 +99,7 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> Any:
         self.called = True
-        sweeping = launching.forget_multirun()
+        sweeping = launch.forget_multirun()
         try:
             return call(self.function, cfg, self.trusted)
         except Exception as error:
@@ -116,7 +111,7 @@ class Job:
 
 def call(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> Any:
     """Run `module:function` on a config."""
-    config.validate(cfg, trusted)  # also the first thing the function does; here, before its module imports torch
+    validation.validate(cfg, trusted)  # also the first thing the function does; here, before its module imports torch
     module, _, name = function.partition(":")
     return getattr(import_module(module), name)(cfg)
 
@@ -192,7 +187,7 @@ def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
         line = line if line.shows_something else _settled(verb, line)
         if line.sweeps and VERBS[verb].trains and not line.shows_something:
             swept = job_process.Call(answered, VERBS[verb].function, line.trusted, verbose)
-            if code := launching.launch(verb, line, swept, functools.partial(_start, verb, line)):
+            if code := launch.launch(verb, line, swept, functools.partial(_start, verb, line)):
                 sys.exit(code)
             return
         job = Job(VERBS[verb].function, line.trusted)
@@ -203,7 +198,7 @@ def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
         except Exception as error:
             composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
             if composing and not job.called:
-                raise mistakes.explain(error, line.root(verb), line) from error
+                raise hydra_errors.explain(error, line.root(verb), line) from error
             raise
         if job.failure is not None:
             raise job.failure
@@ -215,9 +210,9 @@ def _settled(verb: str, line: command_line.CommandLine) -> command_line.CommandL
     line, found = command_line.settled(verb, line, VERBS[verb].trains)
     if line.sweeps or found:
         try:
-            found += mistakes.find_problems(line.root(verb), line)
+            found += hydra_errors.find_problems(line.root(verb), line)
         except Exception as error:
-            raise mistakes.explain(error, line.root(verb), line) from error
+            raise hydra_errors.explain(error, line.root(verb), line) from error
     if found:
         raise ConfigError(found)
     for note in line.notes if os.environ.get("RANK", "0") == "0" else ():
@@ -254,7 +249,7 @@ def _hydra_checked(line: command_line.CommandLine) -> Iterator[None]:
     def checked(loader: ConfigLoaderImpl, *args: Any, **settings: Any) -> DictConfig:
         cfg = load(loader, *args, **settings)
         section = OmegaConf.to_container(cfg.hydra, resolve=False)
-        if found := trust.hydra_problems(typing.cast(dict[str, Any], section), line.trusted, keys):
+        if found := allowlist.hydra_problems(typing.cast(dict[str, Any], section), line.trusted, keys):
             raise ConfigError(found)
         return cfg
 

@@ -8,29 +8,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import (
-    build,
-    config,
-    integrity,
-    job_records,
-    long_prompts,
-    recorded_paths,
-    run_notes,
-    run_settings,
-    store,
-    sweep_jobs,
-    tracking,
-    workspace,
-)
-from kandinsky_exp.data import download
+from kandinsky_exp import build, run_settings
+from kandinsky_exp.config import recorded_paths, saved_config
+from kandinsky_exp.data import long_prompts
 from kandinsky_exp.data.buckets import notes_on_rare
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.features import CachedFeatures
-from kandinsky_exp.data.shards import Shards
-from kandinsky_exp.mlflow_names import masked
-from kandinsky_exp.parts import PARTS
-from kandinsky_exp.readers import FeatureReader, Readers
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.data.formats import download
+from kandinsky_exp.data.formats.shards import Shards
+from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.runs import description, integrity, run_folder
+from kandinsky_exp.sweeps import outcomes, parent_run
+from kandinsky_exp.system import files
+from kandinsky_exp.system.redaction import masked
+from kandinsky_exp.tracking import delivery, provenance, store
+from kandinsky_exp.tracking import tracker as tracking
+from kandinsky_exp.tracking.store import artifact_root
+from kandinsky_exp.training.feature_loader import FeatureReader, Readers
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +33,7 @@ def tracker_uri(cfg: DictConfig) -> str:
     return store.chosen_uri(cfg.tracker.uri, cfg.output_root)
 
 
-def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> tracking.Tracker:
+def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> tracking.Tracker:
     """The MLflow run, new or gone on with; only the main process records."""
     if cfg.tracker.name == "none" or not accelerator.is_main_process:
         return tracking.NullTracker()
@@ -49,15 +43,15 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
     parent = sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None
     name, job = space.folder.name, None if parent is None else job_outcome(space.folder)
     if job is not None:
-        name, tags = job.name, {**tags, **job_records.job_tags(job)}
+        name, tags = job.name, {**tags, **parent_run.job_tags(job)}
     if space.record.run_id is None:  # later it is the user's, who can write more there
-        links = [] if parent is None else [job_records.report_link(tracker_uri(cfg), parent)]
-        tags |= run_notes.note(run_notes.command(), links)
-    tracker = tracking.MlflowTracker(
+        links = [] if parent is None else [parent_run.report_link(tracker_uri(cfg), parent)]
+        tags |= description.tags(description.command(), links)
+    tracker = tracking.MlflowTracker.open(
         tracker_uri(cfg),
         cfg.tracker.experiment,
         name,
-        tracking.default_artifact_root(cfg.output_root),
+        artifact_root(cfg.output_root),
         run_id=space.record.run_id,
         tags=tags,
         outbox=space.folder / "outbox",
@@ -72,9 +66,9 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: workspace.Wo
     return tracker
 
 
-def job_outcome(folder: Path) -> sweep_jobs.Outcome | None:
+def job_outcome(folder: Path) -> outcomes.Outcome | None:
     """What its sweep knows of a job."""
-    return sweep_jobs.JobFolder(folder.parent).read(folder.name)
+    return outcomes.JobFolder(folder.parent).read(folder.name)
 
 
 def noted_token(folder: Path) -> str | None:
@@ -83,7 +77,7 @@ def noted_token(folder: Path) -> str | None:
     return None if job is None else job.token
 
 
-def redone_from(space: workspace.Workspace) -> int | None:
+def redone_from(space: run_folder.RunFolder) -> int | None:
     """The step from which on a run that goes on may have been recorded already, by a process that was killed.
 
     None where what is done again comes to other numbers: then both are recorded.
@@ -93,28 +87,28 @@ def redone_from(space: workspace.Workspace) -> int | None:
     return 0 if space.start is None else int(integrity.read_state(space.start)["step"])
 
 
-def deliver_left(cfg: DictConfig, space: workspace.Workspace) -> None:
+def deliver_left(cfg: DictConfig, space: run_folder.RunFolder) -> None:
     """What an earlier start of a finished run could not deliver, and the true status."""
     if cfg.tracker.name != "none" and space.record.run_id is not None:
-        tracking.deliver_left(tracker_uri(cfg), space.folder / "outbox", space.record.run_id)
+        delivery.deliver_left(tracker_uri(cfg), space.folder / "outbox", space.record.run_id)
 
 
 def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
     """The MLflow run that holds a sweep's jobs together: the command has made it, or else the first job does."""
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    with workspace.locked(folder / ".sweep.lock"):
-        record = workspace.read_record(folder)
+    with files.locked(folder / ".sweep.lock"):
+        record = run_folder.read_record(folder)
         if record is not None and record.run_id is not None:
             return record.run_id
-        parent = job_records.parent_run(cfg, folder)
+        parent = parent_run.parent_run(cfg, folder)
         # It trains nothing itself: there is nothing that could still go wrong with it.
         parent.finish("FINISHED")
-        job_records.write_status(folder, "FINISHED")
+        parent_run.write_status(folder, "FINISHED")
         return parent.run_id
 
 
-def note_data(space: workspace.Workspace, data: Readers) -> None:
+def note_data(space: run_folder.RunFolder, data: Readers) -> None:
     """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
     logger.info("%s", data)
     before, fingerprint = space.record.data, data.train.fingerprint
@@ -142,34 +136,34 @@ def describe(
     cfg: DictConfig,
     accelerator: Accelerator,
     tracker: tracking.Tracker,
-    space: workspace.Workspace,
+    space: run_folder.RunFolder,
     weights: Weights,
     data: Readers,
 ) -> None:
     """Parameters, origins and the data set, for whoever compares this run later."""
-    asked = run_settings.asked(cfg, "text_encoder" in build.stage_class(cfg).encoders)
+    asked = run_settings.asked(cfg, build.stage_class(cfg).reads_captions())
     for note in [*data.notes, *(long_prompts.notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)
-    side = PARTS[build.stage_class(cfg).part][0]
+    side = build.stage_class(cfg).half
     goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
-    before = config.flatten_saved(space.folder) if goes_on else {}
+    before = saved_config.flatten_saved(space.folder) if goes_on else {}
     if accelerator.is_main_process:
-        workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
+        files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))
         space.record.revision = weights.revision(side)
     if isinstance(tracker, tracking.NullTracker):
         return
-    flat = config.flatten(cfg)
-    bookkeeping = run_notes.split(flat)[1]
-    tracker.log_params(run_notes.split(recorded_paths.news(flat, before))[0])
+    flat = saved_config.flatten(cfg)
+    bookkeeping = description.split(flat)[1]
+    tracker.log_params(description.split(recorded_paths.news(flat, before))[0])
     revision = space.record.revision
     tags = {
         "weights": flat[f"weights.{side}"] + (f"@{revision}" if revision else ""),
         "data_fingerprint": data.train.fingerprint,
-        "git_commit": tracking.git_commit() or "unknown",
+        "git_commit": provenance.git_commit() or "unknown",
     }
     tracker.set_tags(bookkeeping | tags)
     tracker.log_artifact(space.folder / "config.yaml")
-    tracker.log_text(tracking.pip_freeze(), "pip_freeze.txt")
+    tracker.log_text(provenance.pip_freeze(), "pip_freeze.txt")
     if data.skipped:
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
     if data.cut:

@@ -6,24 +6,28 @@ from pathlib import Path
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from kandinsky_exp import adapters, averaging, hub, pipelines, read_back, records, registry
+from kandinsky_exp import records
 from kandinsky_exp.errors import RunFailure
-from kandinsky_exp.loop import Training
-from kandinsky_exp.parts import PARTS
-from kandinsky_exp.weights import Weights
-from kandinsky_exp.workspace import Workspace
+from kandinsky_exp.models import adapters, pipelines, read_back
+from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.runs import hub
+from kandinsky_exp.runs.run_folder import RunFolder
+from kandinsky_exp.tracking import registry
+from kandinsky_exp.training import ema
+from kandinsky_exp.training.loop import Training
 
 logger = logging.getLogger(__name__)
 
 
-def save(accelerator: Accelerator, space: Workspace, training: Training, weights: Weights) -> None:
+def save(accelerator: Accelerator, space: RunFolder, training: Training, weights: Weights) -> None:
     """`adapter/` or `pipeline/`, with the averaged weights where there are any. Main process only."""
     network = accelerator.unwrap_model(training.network)
-    with averaging.averaged_weights(training):
-        bare = training.stage.snapshot(training.stage.network, {}).tensors
+    with ema.averaged_weights(training):
+        stage = training.stage
+        bare = stage.snapshot(stage.network, {}).tensors
 
         def write(folder: Path) -> None:
-            training.stage.save(network, folder)
+            stage.save(network, folder)
             read_back.check(read_back.written(folder), bare, folder)
 
         if adapters.has_adapter(network):
@@ -31,11 +35,11 @@ def save(accelerator: Accelerator, space: Workspace, training: Training, weights
             write(result)
         else:
             result = space.folder / "pipeline"
-            pipelines.save_result(weights, PARTS[training.stage.part][0], result, write)
+            pipelines.save_result(weights, stage.half, stage.result_pipeline, result, write)
     logger.info("result: %s", result)
 
 
-def share(cfg: DictConfig, space: Workspace) -> None:
+def share(cfg: DictConfig, space: RunFolder) -> None:
     """What others get of a finished run, if asked: a version in MLflow's registry, a repository on the hub."""
     result = space.folder / ("adapter" if (space.folder / "adapter").is_dir() else "pipeline")
     if cfg.tracker.register is not None and space.record.run_id is not None:

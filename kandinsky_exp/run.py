@@ -1,6 +1,7 @@
 """One run, from a config to a trained network: the story of the whole package in one function."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -14,37 +15,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kandinsky_exp import (
-    build,
-    checkpoint,
-    class_images,
-    config,
-    device_limits,
-    forking,
-    hub,
-    launch_environment,
-    loop,
-    memory_advice,
-    nonfinite,
-    processes,
-    pruning,
-    records,
-    results,
-    resuming,
-    run_log,
-    run_settings,
-    terminal,
-    tracking,
-    workspace,
-)
+from kandinsky_exp import build, records, results, run_settings
+from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.digests import FileDigests
-from kandinsky_exp.data.layout import PICTURE_RULES
+from kandinsky_exp.data.encoded.layout import PICTURE_RULES
+from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
-from kandinsky_exp.events import Events
-from kandinsky_exp.randomness import NoiseSource
-from kandinsky_exp.readers import open_readers
-from kandinsky_exp.weights import Weights
+from kandinsky_exp.memory import device_limits, savings
+from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.runs import forking, hub, resuming, run_folder
+from kandinsky_exp.sweeps import pruning
+from kandinsky_exp.system import distributed, files, launch_environment, logs, signals, terminal
+from kandinsky_exp.tracking.store_probe import probe
+from kandinsky_exp.tracking.tracker import Tracker, tracked
+from kandinsky_exp.training import checkpoint, class_images, loop, nonfinite
+from kandinsky_exp.training.callbacks import Callbacks
+from kandinsky_exp.training.feature_loader import open_readers
+from kandinsky_exp.training.seeding import NoiseSource
 
 logger = logging.getLogger(__name__)
 
@@ -63,33 +50,33 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         NonFiniteLoss: training diverged.
         Interrupted: a signal came; a checkpoint was written.
     """
-    config.validate(cfg, trusted_modules)
-    processes.quiet_libraries()
+    validation.validate(cfg, trusted_modules)
+    logs.quiet_libraries()
     with (
         terminal.lasting(),
-        processes.stop_signals() as stop,
+        signals.stop_signals() as stop,
         stop.after(cfg.trainer.max_minutes),
-        processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
+        distributed.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator,
         contextlib.ExitStack() as held,
     ):
-        processes.on_all_processes(lambda: device_limits.check_training(cfg, accelerator.device))
-        optimizer = processes.on_all_processes(lambda: build.try_optimizer(cfg, accelerator.device))
+        distributed.on_all_processes(lambda: device_limits.check_training(cfg, accelerator.device))
+        optimizer = distributed.on_all_processes(lambda: build.try_optimizer(cfg, accelerator.device))
         weights = build.weights(cfg)
-        splits = processes.on_all_processes(lambda: build.data(cfg))
+        splits = distributed.on_all_processes(lambda: build.data(cfg))
         count, how = accelerator.num_processes, class_images.settings(cfg.seed, cfg.data.resolution)
-        space = processes.on_main_process(lambda: prepare(cfg, weights, splits, count, optimizer, held))
-        with run_log.logging_to(space.folder / workspace.LOG, accelerator.is_main_process):
+        space = distributed.on_main_process(lambda: prepare(cfg, weights, splits, count, optimizer, held))
+        with logs.logging_to(space.folder / files.LOG, accelerator.is_main_process):
             tell(cfg, accelerator, space)
             if is_finished(cfg, count, space):
                 return nothing_left(cfg, accelerator, space)
-            tracker = processes.on_all_processes(lambda: records.start_tracker(cfg, accelerator, space))
-            with tracking.tracked(tracker), recorded(space, accelerator, tracker, stop):
-                splits.kept = processes.on_main_process(
+            tracker = distributed.on_all_processes(lambda: records.start_tracker(cfg, accelerator, space))
+            with tracked(tracker), recorded(space, accelerator, tracker, stop):
+                splits.kept = distributed.on_main_process(
                     lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
                 )
                 set_seed(cfg.seed)
                 stage = build.bare_stage(cfg, weights)
-                settings = build.read_settings(cfg, accelerator.device, by_row=space.record.split is None)
+                settings = build.read_settings(cfg, stage, accelerator.device, by_row=space.record.split is None)
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
                 if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
@@ -99,10 +86,10 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 data.notes.extend(records.notes_on_shapes(data.train, steps, count))
                 if space.start is not None and space.is_fork:  # once more, for now epochs are steps
                     forking.check_length(space.start, steps)
-                with memory_advice.given(cfg, accelerator.device, stage):
+                with savings.explain_out_of_memory(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
                     judge = pruning.judge(cfg, steps)
-                    events = Events(cfg, accelerator, space, training, tracker, data.held_out, judge)
+                    events = Callbacks(cfg, accelerator, space, training, tracker, data.held_out, judge)
                     if space.start is not None:
                         events.restored(checkpoint.load(training, space.start, stage.part, accelerator))
                         logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
@@ -122,7 +109,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                             stop=stop,
                             identify=data.train.id,
                         )
-                processes.on_main_process(lambda: results.save(accelerator, space, training, weights))
+                distributed.on_main_process(lambda: results.save(accelerator, space, training, weights))
                 result = events.validator.loss if data.held_out is not None else train_loss
                 space.record.validation_loss = result
             stop.last_words.clear()  # what is recorded stays true, whatever ends the upload
@@ -131,7 +118,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         return float("nan") if result is None else result
 
 
-def tell(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> None:
+def tell(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> None:
     """What a user should know before it begins."""
     for note in space.notes:
         logger.warning("%s", note)
@@ -141,7 +128,7 @@ def tell(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) 
 
 def prepare(
     cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, optimizer: str, held: contextlib.ExitStack
-) -> workspace.Workspace:
+) -> run_folder.RunFolder:
     """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only.
 
     Args:
@@ -149,9 +136,9 @@ def prepare(
         optimizer: name of the class that trains.
         held: keeps the folder to this run.
     """
-    workspace.make_root(Path(cfg.output_root).expanduser())
+    files.make_root(Path(cfg.output_root).expanduser())
     if cfg.tracker.name == "mlflow":
-        tracking.probe(records.tracker_uri(cfg))
+        probe(records.tracker_uri(cfg))
     note = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
     notes = build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
     how = class_images.settings(cfg.seed, cfg.data.resolution)
@@ -161,11 +148,16 @@ def prepare(
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
-    space = workspace.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
+    cls = build.stage_class(cfg)
+    space = run_folder.claim(root, name, cls.name, cfg.checkpoint.resume, held)
+    space.record.part = cls.part
     space.notes += notes
-    with workspace.given_back(space):
+    with run_folder.given_back(space):
         if space.start is not None and space.is_fork:
-            forking.check(cfg, weights, space.start, optimizer)
+            part = build.stage_class(cfg).part
+            # The others of an adapter's inits read the weights, and have the same shapes.
+            attach = functools.partial(build.attach, cfg, init="default")
+            forking.check(space.start, weights, part, cfg.adapter, attach, optimizer)
             forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
         compare(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
@@ -180,7 +172,7 @@ def prepare(
         space.record.token = records.noted_token(space.folder) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true for whoever never comes to the first step
         space.write_record()  # first: from now on the folder is a run
-        workspace.write_atomically(space.folder / "config.yaml", config.to_yaml(cfg))
+        files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))
     print(f"{space.folder}\n{report}", file=sys.stderr)
     return space
 
@@ -188,13 +180,13 @@ def prepare(
 def has_trained_on(cfg: DictConfig, splits: sources.Splits) -> bool:
     """Whether an earlier start of this very run had this data set, as far as all of it is there."""
     root, name = place(cfg)
-    record = workspace.read_record(root / name) if name is not None else None
+    record = run_folder.read_record(root / name) if name is not None else None
     if record is None or record.source is None:
         return False
     return splits.fingerprint(FileDigests(build.cache_folder(cfg))) in (None, record.source)
 
 
-def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: workspace.Workspace) -> None:
+def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: run_folder.RunFolder) -> None:
     """Refuse to go on as another run; `space` learns what is different."""
     encoders = weights.content(build.stage_class(cfg).encoders)
     reads = space.is_resumed and not is_finished(cfg, count, space)
@@ -204,11 +196,12 @@ def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: in
         holds_out=splits.is_divided,
         total_batch=run_settings.total_batch(cfg, count),
         processes=count,
+        rules=PICTURE_RULES,
     )
-    before = config.flatten_saved(space.folder) if space.is_resumed else {}
-    resuming.check(space, before, now := config.flatten(cfg), facts)
+    before = saved_config.flatten_saved(space.folder) if space.is_resumed else {}
+    resuming.check(space, before, now := saved_config.flatten(cfg), facts)
     space.repeats = resuming.repeats(space, now, facts)
-    space.notes += resuming.notes_on_rules(space) if reads else []
+    space.notes += resuming.notes_on_rules(space, PICTURE_RULES) if reads else []
     space.record.encoders = encoders
     if reads or not space.is_resumed:
         space.record.rules = PICTURE_RULES
@@ -224,7 +217,7 @@ def place(cfg: DictConfig) -> tuple[Path, str | None]:
 
 @contextlib.contextmanager
 def recorded(
-    space: workspace.Workspace, accelerator: Accelerator, tracker: tracking.Tracker, stop: processes.Stop
+    space: run_folder.RunFolder, accelerator: Accelerator, tracker: Tracker, stop: signals.Stop
 ) -> Iterator[None]:
     """The run folder's own record of how the run ended, true without any tracker."""
     before = space.record.status
@@ -258,13 +251,13 @@ def recorded(
             space.write_record()
 
 
-def is_finished(cfg: DictConfig, count: int, space: workspace.Workspace) -> bool:
+def is_finished(cfg: DictConfig, count: int, space: run_folder.RunFolder) -> bool:
     """Whether an earlier start has done all that is asked for, as far as that is known without the data."""
     steps = run_settings.total_steps(cfg, space.record.rows, count)
     return space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps
 
 
-def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: workspace.Workspace) -> float:
+def nothing_left(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> float:
     if accelerator.is_main_process:
         records.deliver_left(cfg, space)
         results.share(cfg, space)  # an earlier start may have been stopped in the middle of it

@@ -6,10 +6,11 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from kandinsky_exp import host_memory, texts
-from kandinsky_exp.loop import LoopSettings
-from kandinsky_exp.paths import expanded
-from kandinsky_exp.pipelines import SampleSettings
+from kandinsky_exp.models.pipelines import SampleSettings
+from kandinsky_exp.system import host_memory
+from kandinsky_exp.system import text_files as texts
+from kandinsky_exp.system.files import expanded
+from kandinsky_exp.training.loop import LoopSettings
 
 
 def prompts(value: Any) -> list[str]:

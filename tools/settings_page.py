@@ -16,7 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from kandinsky_exp import cli, fitting, roots
+from kandinsky_exp import cli
+from kandinsky_exp.config import types, verb_schemas
 
 PROJECT = Path(__file__).parents[1]
 CONF = PROJECT / "conf"
@@ -80,7 +81,7 @@ def page() -> str:
 
 
 def _training() -> Iterator[str]:
-    hints = typing.get_type_hints(roots.Train, include_extras=True)
+    hints = typing.get_type_hints(verb_schemas.Train, include_extras=True)
     yield "## A run\n"
     yield from _table(_of_root("train"), hints, "")
     for group, chosen in _groups():
@@ -164,7 +165,7 @@ def _named() -> Iterator[str]:
 def _verbs() -> Iterator[str]:
     for verb, row in cli.VERBS.items():
         if verb != "train":
-            hints = typing.get_type_hints(getattr(roots, verb.title()), include_extras=True)
+            hints = typing.get_type_hints(getattr(verb_schemas, verb.title()), include_extras=True)
             yield f"## `kandinsky-exp {verb}`\n"
             yield f"{row.purpose[0].upper()}{row.purpose[1:]}.\n"
             if shared := [f"`{name}`" for name in _shared(verb) if name not in ("hydra", "_self_")]:
@@ -209,16 +210,16 @@ def _allowed(one: Setting, hints: dict[str, Any]) -> str:
     if rest and hint is not None:
         hint = typing.get_type_hints(hint, include_extras=True).get(rest)
     if hint not in (None, inspect.Parameter.empty):
-        return _escaped(fitting.words(hint))
+        return _escaped(types.words(hint))
     return _kind(one.default)
 
 
 def _kind(default: str) -> str:
     """What a value has to be that only a library judges, by its default."""
     if default in ("true", "false"):
-        return fitting.words(bool)
+        return types.words(bool)
     if re.fullmatch(r"-?[\d.]+(e-?\d+)?", default):
-        return fitting.words(int if default.isdigit() else float)
+        return types.words(int if default.isdigit() else float)
     return "a list" if default.startswith("[") else ""
 
 

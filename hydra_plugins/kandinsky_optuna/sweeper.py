@@ -19,9 +19,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from kandinsky_exp import grammar, search_space, studies
+from kandinsky_exp.config import grammar
 from kandinsky_exp.errors import ConfigError, first_line
-from kandinsky_exp.sweep_jobs import JobFolder, Outcome
+from kandinsky_exp.sweeps import optuna_study, search_space
+from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome
 
 if TYPE_CHECKING:
     import optuna
@@ -91,10 +92,10 @@ class OptunaSweeper(Sweeper):
                 optuna.create_study(sampler=sampler).ask(space)
         except Exception as error:  # whatever it takes for wrong, once it draws
             raise ConfigError(f"hydra.sweeper.sampler: {first_line(error)}; correct it, or leave it out") from error
-        if problem := studies.place_problem(self.storage):
+        if problem := optuna_study.place_problem(self.storage):
             raise ConfigError(problem)
-        study = studies.begun(self.storage, self.study_name)
-        if study is not None and (found := studies.differences(study, self.direction, space)):
+        study = optuna_study.begun(self.storage, self.study_name)
+        if study is not None and (found := optuna_study.differences(study, self.direction, space)):
             raise ConfigError(found)
 
     def sweep(self, arguments: list[str]) -> None:
@@ -127,7 +128,7 @@ class OptunaSweeper(Sweeper):
                     tell(study, trial, jobs.read(folder), job.return_value, is_stopped=bool(jobs.signals()))
 
     def _study(self, space: "dict[str, BaseDistribution]") -> "optuna.Study":
-        place = studies.storage(self.storage)
+        place = optuna_study.storage(self.storage)
         import optuna
 
         study = optuna.create_study(

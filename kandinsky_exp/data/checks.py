@@ -7,8 +7,8 @@ from functools import partial
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.colour import NOTE
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
-from kandinsky_exp.data.metadata import first_few
-from kandinsky_exp.data.shards import Shards
+from kandinsky_exp.data.formats.metadata import first_few
+from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError

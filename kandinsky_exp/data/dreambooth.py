@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kandinsky_exp.data import tally
-from kandinsky_exp.data.folders import NO_PICTURES, is_picture, is_unicode, walk
-from kandinsky_exp.data.metadata import caption_problem
-from kandinsky_exp.data.rows import FileRow, FileRows, gather
+from kandinsky_exp.data.formats.file_rows import FileRow, FileRows, gather
+from kandinsky_exp.data.formats.folders import NO_PICTURES, is_picture, is_unicode, walk
+from kandinsky_exp.data.formats.metadata import caption_problem
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
-from kandinsky_exp.paths import expanded, is_folder
+from kandinsky_exp.system.files import expanded, is_folder
 
 MADE = "drawn.json"  # beside drawn pictures: what they follow from
 DRAWN = re.compile(r"drawn-\d{5,}\.png")

@@ -5,12 +5,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from kandinsky_exp.data.encoded.table import FeatureTable
+from kandinsky_exp.data.encoded.workers import Features
+from kandinsky_exp.data.encoded.workers import collate as collate
 from kandinsky_exp.data.examples import Indexed, Source, picture_digests
-from kandinsky_exp.data.loading import Features
-from kandinsky_exp.data.loading import collate as collate
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import Visit, choose_caption, choose_mirror
-from kandinsky_exp.data.table import FeatureTable
 from kandinsky_exp.errors import DataError
 
 Rows = NDArray[np.int64]
@@ -107,7 +107,7 @@ class OnlineExamples(Dataset[Features]):
                 raise DataError(f"{example.where}: {example.caption_problem}")
             caption = example.captions[choose_caption(self.seed, epoch, index, len(example.captions))]
         image = example.image()
-        features = self.preprocess(self.preprocess.mirror(image) if mirror else image, caption)
+        features = self.preprocess(self.preprocess.mirror(image) if mirror else image, caption, example.extra)
         return features | {"index": torch.tensor(index)}
 
     def pictures(self, source: Source) -> Rows | None:

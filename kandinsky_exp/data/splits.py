@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kandinsky_exp.data.digests import FileDigests
 from kandinsky_exp.data.dreambooth import ClassImages
 from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.file_hashes import FileDigests
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kandinsky_exp.data.metadata import SHOWN
+from kandinsky_exp.data.formats.metadata import SHOWN
 
 Tally = dict[str, list[Any]]  # reason: [how often, name, name, …], as JSON keeps it
 

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp import architectures, pipelines
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.models import compatibility, pipelines
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
 from kandinsky_exp.stages.base import DiffusionStage, Features
-from kandinsky_exp.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,10 @@ class DecoderStage(DiffusionStage):
     name = "decoder"
     part = "unet"
     encoders = ("image_encoder", "movq")
+    draws_with = (("text_encoder", "prior"), ("unet", "movq"))
+    stays_loaded = ("movq",)
+    redraws = True
+    ragged_features = ("latents",)
     memory_format = torch.channels_last  # convolutions: 5 to 8 % of a step on the CPU
 
     def __init__(
@@ -41,13 +45,13 @@ class DecoderStage(DiffusionStage):
         vlb_weight: float = 0.001,
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
-        architectures.check_resolution(weights, resolution)
+        compatibility.check_resolution(weights, resolution)
         self.resolution = resolution
         schedule = weights.load("decoder_scheduler")
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = schedule.config.prediction_type
         self.vlb_weight = self._checked_vlb_weight(vlb_weight, schedule.config.get("variance_type"))
-        self.preprocess = Preprocess(weights.load("image_processor"), None, resolution)
+        self.preprocess = Preprocess(weights.load("image_processor"), None, resolution, extra_inputs=self.extra_inputs)
         self._prompt_embeds: dict[tuple[object, ...], pipelines.Embeds] = {}
 
     def _checked_vlb_weight(self, weight: float, variance_type: str | None) -> float:

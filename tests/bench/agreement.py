@@ -59,8 +59,8 @@ def write_pictures(folder: Path) -> None:
 
 def write_pipelines(plan: Plan) -> None:
     """The tiny weights as two folders, prior and decoder: the published scripts read no combined one."""
-    from kandinsky_exp import pipelines
-    from kandinsky_exp.weights import Weights
+    from kandinsky_exp.models import pipelines
+    from kandinsky_exp.models.weights import Weights
 
     weights = Weights("tiny", "tiny", cache_folder=plan.work / "cache")
     pipelines.prior_pipeline(weights).save_pretrained(plan.pipeline("prior"))

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.features import collate
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
-from kandinsky_exp.weights import Weights
 
 STAGES: dict[str, type[DiffusionStage]] = {"prior": PriorStage, "decoder": DecoderStage}
 

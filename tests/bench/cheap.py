@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import Features
 from kandinsky_exp.stages.prior import PriorStage
-from kandinsky_exp.weights import Weights
 
 TOKENS = 18  # of a caption
 

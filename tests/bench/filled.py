@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 import hollow
 
 BLOCK = 1 << 24  # numbers that are drawn once: what is measured does not depend on them

@@ -46,14 +46,17 @@ from networks import BENCH, TRUE_SIZE, RandomWeights, config, network
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kandinsky_exp import adapters, build, loop, processes, run_settings
+from kandinsky_exp import build, run_settings
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.features import OnlineExamples
-from kandinsky_exp.randomness import NoiseSource
-from kandinsky_exp.readers import FeatureReader
+from kandinsky_exp.models import adapters
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
+from kandinsky_exp.system import distributed
+from kandinsky_exp.training import loop
+from kandinsky_exp.training.feature_loader import FeatureReader
+from kandinsky_exp.training.seeding import NoiseSource
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "RTX 4090": 165.0}  # dense bf16, by part of the name
 STAGES: dict[str, Any] = {"prior": PriorStage, "decoder": DecoderStage}
@@ -138,7 +141,7 @@ def runner(
     cfg = settings(row, plan, *overrides)
     if plan.device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    with processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+    with distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         stage = build.stage(cfg, RandomWeights(plan.architecture, str(plan.device), cfg.precision.frozen_dtype))
         stage.use_null_condition(random_table.null(row.stage, plan.architecture))
         prepare(stage)

@@ -41,11 +41,13 @@ import torch.nn.functional as F
 from networks import BENCH, TRUE_SIZE, network
 from torch import Tensor, nn
 
-from kandinsky_exp import adapters, build, processes
-from kandinsky_exp.plan import Planner
+from kandinsky_exp import build
+from kandinsky_exp.models import adapters
 from kandinsky_exp.stages.base import DiffusionStage
+from kandinsky_exp.system import distributed
+from kandinsky_exp.verbs.plan import Planner
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 import hollow
 
 LIMITS = {0: 120, 1: 90, 2: 20, 3: 10, 4: 120, 5: 60, 6: 150, 7: 60, 8: 90}  # seconds
@@ -148,7 +150,7 @@ def prefetched(work: Work, count: int) -> None:
     table = random_table.write(work.plan.work / "small" / "tables" / "prior", "prior", BENCH, 64, gpu.ROWS)
     sums = []
     for device in (work.plan.device, torch.device("cpu")):
-        with processes.accelerated(lambda: build.accelerator(doors.compose(TINY))) as accelerator:
+        with distributed.accelerated(lambda: build.accelerator(doors.compose(TINY))) as accelerator:
             stream = random_table.reader(table, device, 16).stream(0, count, accelerator)
             sums.append([sum(value.double().sum() for name, value in one.items() if name != "index") for one in stream])
     wrong = sum(abs(float(one) - float(other)) > 1e-6 for one, other in zip(*sums, strict=True))
@@ -274,7 +276,7 @@ def planned(work: Work, row: gpu.Row) -> None:
     if not folder.is_dir():
         hollow.write(work.plan.architecture, folder)
     cfg = gpu.settings(row, work.plan, *filled.settings(folder), verb="plan")
-    with processes.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+    with distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         phases = Planner(cfg, accelerator).phases
     gb = {phase.name: phase.total / 1e9 for phase in phases}
     found = gpu.measure(row, replace(work.plan, steps=2, warm_up=2)) if work.on_cuda else {"problem": NEEDS_CUDA}

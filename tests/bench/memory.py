@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, PriorTransformer, UNet2DConditionModel
 
-from kandinsky_exp import adapters
+from kandinsky_exp.models import adapters
 from kandinsky_exp.stages import diffusion
 
 

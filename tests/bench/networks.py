@@ -26,8 +26,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.tiny import architecture as tiny
-from kandinsky_exp.weights import Weights
 
 BENCH = Path(__file__).parent / "architecture"
 TRUE_SIZE = BENCH / "kandinsky22"

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from networks import config
 
-from kandinsky_exp.data.encoding import EncodeSettings
+from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
+from kandinsky_exp.data.encoded.journal import Journal
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES
+from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.features import CachedFeatures
-from kandinsky_exp.data.journal import Journal
-from kandinsky_exp.data.layout import CAPTIONS, IMAGES
-from kandinsky_exp.data.table import FeatureTable
-from kandinsky_exp.readers import FeatureReader, ReadSettings
 from kandinsky_exp.stages.base import Features
+from kandinsky_exp.training.feature_loader import FeatureReader, ReadSettings
 
 TOKENS = range(10, 26)  # of a caption, as those of the emoji have
 LENGTH = 77

@@ -20,7 +20,7 @@ import filled
 import planned
 from networks import TRUE_SIZE
 
-from kandinsky_exp import host_memory
+from kandinsky_exp.system import host_memory
 
 NEEDED = 16e9  # bytes
 LIMIT = 0.1

@@ -1,0 +1,83 @@
+"""Paths as runs record them: absolute, whatever folder was the working one; and where they are after a move."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kandinsky_exp.system import files
+
+PATHS = frozenset({"output_root", "data.path", "data.validation_path", "data.instance_path", "data.class_path"})
+# What may be something else as well (a hub id, `auto`, a list of prompts): paths where there is such a file or folder.
+WHERE_THERE = frozenset(
+    {"weights.prior", "weights.decoder", "data.name", "checkpoint.resume", "validation.prompts", "prompts", "base"}
+    | {"prior", "decoder", "prior_adapter", "decoder_adapter", "adapter.source"}
+)
+WORDS = frozenset({"tiny", "auto", "never", "???"})
+Values = Mapping[str, Any]
+
+
+def absolute(values: Any, key: str = "") -> Any:
+    """Nested settings with absolute paths."""
+    if isinstance(values, dict):
+        return {name: absolute(value, f"{key}.{name}" if key else str(name)) for name, value in values.items()}
+    if isinstance(values, list) and key in PATHS | WHERE_THERE and not key.endswith("prompts"):
+        return [absolute(value, key) for value in values]
+    if not isinstance(values, str) or values in WORDS or "://" in values or values.startswith("pipe:"):
+        return values
+    return str(_whole(values)) if key in PATHS or (key in WHERE_THERE and files.exists(values)) else values
+
+
+def _whole(path: str) -> Path:
+    found = files.expanded(path).absolute()
+    return found.resolve() if ".." in found.parts else found
+
+
+@dataclass(frozen=True)
+class Move:
+    """From where to where a project has moved, as far as an output folder tells: by what the two places do not share.
+
+    Args:
+        old: relative where its run recorded no absolute paths.
+    """
+
+    old: Path
+    new: Path
+
+    @classmethod
+    def between(cls, old_root: str, new_root: Path) -> "Move":
+        old, new = files.expanded(old_root), new_root.absolute()
+        while old.name and old.name == new.name:
+            old, new = old.parent, new.parent
+        return cls(old, new)
+
+    def __call__(self, path: str) -> Path | None:
+        """Where what was at a path is now, whether it was taken along or not; None for what lay elsewhere."""
+        place = files.expanded(path)
+        if not place.is_relative_to(self.old):
+            return None
+        return _whole(str(self.new / place.relative_to(self.old)))
+
+
+def as_before(now: Values, before: Values) -> dict[str, Any]:
+    """Flat settings, the same paths written as they were: relative, or at the place from which all has moved."""
+    move = Move.between(str(before.get("output_root", "")), Path(str(now.get("output_root", ""))))
+    known = (PATHS | WHERE_THERE) & before.keys()
+    return {
+        key: before[key] if key in known and _alike(before[key], value, move) else value for key, value in now.items()
+    }
+
+
+def news(now: Values, before: Values) -> dict[str, Any]:
+    """Flat settings without the paths that mean what they meant before."""
+    same = as_before(now, before)
+    known = (PATHS | WHERE_THERE) & before.keys()
+    return {key: value for key, value in now.items() if key not in known or same[key] != before[key]}
+
+
+def _alike(was: Any, now: Any, move: Move) -> bool:
+    if isinstance(was, list) and isinstance(now, list):
+        return len(was) == len(now) and all(_alike(*pair, move) for pair in zip(was, now, strict=True))
+    if was == now or not (isinstance(was, str) and isinstance(now, str)) or now in WORDS or "://" in now:
+        return bool(was == now)
+    return _whole(now) in (_whole(was), move(was))

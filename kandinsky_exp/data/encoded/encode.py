@@ -1,0 +1,112 @@
+"""Encode a data set once: every image and every caption through the frozen encoders, into a table on disk."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kandinsky_exp.data.encoded import catalog
+from kandinsky_exp.data.encoded.encode_loop import Encoder, EncodeSettings, Walk
+from kandinsky_exp.data.encoded.journal import Journal
+from kandinsky_exp.data.encoded.layout import PICTURE_RULES, removal
+from kandinsky_exp.data.encoded.table import FORMAT, FeatureTable
+from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.formats.metadata import SHOWN, first_few
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.errors import DataError, encoding_told
+from kandinsky_exp.system.logs import Log
+
+
+def cache_key(source_fingerprint: str, encoder_fingerprint: str, preprocess: Preprocess, how: EncodeSettings) -> str:
+    """Name of the folder of a table: all that its content depends on. It begins with a letter that no number has."""
+    parts = [FORMAT, source_fingerprint, encoder_fingerprint, preprocess.fingerprint(), how.dtype, how.mirrored]
+    return "t" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:31]
+
+
+def encode_table(
+    source: Source,
+    stage: Encoder,
+    folder: Path,
+    how: EncodeSettings,
+    log: Log,
+    *,
+    encoders: AbstractContextManager[Any] | None = None,
+    about: dict[str, object] | None = None,
+) -> FeatureTable:
+    """Open the table in `folder`, after encoding every image and every caption once if it is not there.
+
+    The folder appears complete or not at all. Several processes may ask for it: one encodes, the others wait. One that
+    is killed leaves what it committed in `<folder>.partial`, and the next one goes on from there.
+
+    Args:
+        folder: the table's own folder, named by `cache_key`.
+        encoders: entered while something is encoded: where the encoders go to their device and come back.
+        about: facts for whoever lists the caches.
+
+    Raises:
+        DataError: for an unreadable image or a missing caption, unless these are skipped; for features that the dtype
+            cannot hold; for a disk that is full or cannot be written; for want of memory.
+    """
+    table = catalog.open_table(folder, log)
+    if table is not None:
+        return _found(table, how, log)
+    with catalog.locked(folder, log):
+        table = catalog.open_table(folder, log, mend=True)  # another process may have made it meanwhile
+        if table is not None:
+            return _found(table, how, log)
+        _encode(source, stage, folder, how, log, nullcontext() if encoders is None else encoders, about or {})
+        table = catalog.open_table(folder, log)
+        assert table is not None  # made just now, and the lock is held  # nosec B101
+        return _accepted(table, how, log)
+
+
+def _found(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
+    log(f"encoded features of {len(table):,} images found in {table.folder}")
+    return _accepted(table, how, log)
+
+
+def _accepted(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
+    _refuse_gaps(table.skipped, table.folder, how)
+    if len(table.skipped) > SHOWN:  # whoever opens the table names the first few of them
+        log("all examples that were left out:\n" + "\n".join(table.skipped))
+    return table
+
+
+def _refuse_gaps(skipped: Sequence[str], folder: Path, how: EncodeSettings) -> None:
+    if skipped and not how.skip_bad:
+        raise DataError(
+            f"{first_few(skipped)}\n(data.on_error=skip leaves such examples out and lists them; if they were mended "
+            f"meanwhile: {removal(folder)})"
+        )
+
+
+def _encode(
+    source: Source,
+    stage: Encoder,
+    folder: Path,
+    how: EncodeSettings,
+    log: Log,
+    encoders: AbstractContextManager[Any],
+    about: dict[str, object],
+) -> None:
+    journal = Journal(catalog.partial(folder), how.batch_size, log, fixed_batch=how.fixed_batch)
+    progress = journal.progress
+    with closing(journal):
+        _refuse_gaps(progress.skipped, folder, how)
+        size = progress.batch_size
+        with encoding_told(f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""), encoders:
+            Walk(source, stage, replace(how, batch_size=size), journal, log).encode_all()
+        if not progress.images:
+            reasons = first_few(progress.skipped) or "it holds no image"
+            raise DataError(f"{source.name}: none of its examples can be used\n{reasons}")
+        facts = {
+            "views": 1 + how.mirrored,
+            "text_length": stage.preprocess.text_length,
+            "dtype": how.dtype,
+            "buckets": bool(stage.preprocess.buckets),
+            "rules": PICTURE_RULES,
+        }
+        journal.finish({**facts, **about}, folder)

@@ -1,0 +1,134 @@
+"""How far an encoding came, on disk: a process that is killed loses what it had not written yet, and nothing else."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from kandinsky_exp.data.encoded.catalog import writing
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS
+from kandinsky_exp.data.encoded.table import FORMAT, NO_FEATURES, Columns, ColumnWriter, head_checksum
+from kandinsky_exp.data.long_texts import cut_caption
+from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.system.files import write_atomically
+from kandinsky_exp.system.logs import Log
+
+NAMED = 1000  # captions that were cut, so that a table of millions stays readable
+
+
+@dataclass
+class Progress:
+    """What is in the files of a table so far.
+
+    Args:
+        batch_size: images per batch of the encoders; another one would not give the same bits.
+        columns: of `images.arrow` beside the features; what was begun with fewer is begun anew.
+        source_rows: examples of the source that are done, the skipped ones among them.
+        images, captions: encoded images (not counting mirrors) and captions.
+        truncated: captions that were cut.
+        cut: the first of them, and where.
+        skipped: what was wrong with the examples that were left out.
+        noted: what else was not used: parts of files, or members of a stream that are no examples.
+        bytes: size of each file.
+    """
+
+    batch_size: int
+    columns: int
+    source_rows: int = 0
+    images: int = 0
+    captions: int = 0
+    truncated: int = 0
+    cut: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    noted: Tally = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    def note_cut(self, name: str, kept: Iterable[str]) -> None:
+        """Note the captions of an example of which only the beginning is read."""
+        for text in kept:
+            self.truncated += 1
+            if len(self.cut) < NAMED:
+                self.cut.append(cut_caption(name, text))
+
+
+class Journal:
+    """A table in the making, in a folder of its own. What was committed is there for good.
+
+    Args:
+        folder: where an earlier process may have left its part.
+        batch_size: of the encoders; `progress.batch_size` is the one to encode with.
+        fixed_batch: make again what was made with another one, instead of going on with that one.
+
+    Raises:
+        DataError: here and in every method, if the disk is full or cannot be written.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, log: Log, *, fixed_batch: bool = True) -> None:
+        self.folder = folder
+        self.progress = _begun(folder, batch_size, log, fixed_batch)
+        with writing(folder):
+            if self.progress.source_rows == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            sizes = self.progress.bytes
+            self._files = {name: ColumnWriter(folder / name, sizes.get(name, 0)) for name in (IMAGES, CAPTIONS)}
+
+    def append(self, name: str, columns: Columns) -> None:
+        with writing(self.folder):
+            self._files[name].append(columns)
+
+    def commit(self) -> None:
+        """Make all that was appended, and `progress` as it now is, last."""
+        with writing(self.folder):
+            for name, file in self._files.items():
+                file.flush()
+                self.progress.bytes[name] = file.size
+            _write(self.folder / PROGRESS, asdict(self.progress))
+
+    def finish(self, about: dict[str, object], target: Path) -> None:
+        """Turn the folder into the complete table `target`.
+
+        Args:
+            about: further facts for its `table.json`.
+        """
+        self.close()
+        facts = asdict(self.progress)
+        with writing(self.folder):
+            if not self.progress.captions:
+                (self.folder / CAPTIONS).unlink()
+                del facts["bytes"][CAPTIONS]
+            heads = {name: head_checksum(self.folder / name) for name in facts["bytes"]}
+            _write(self.folder / META, {"format": FORMAT, **facts, "heads": heads, **about})
+            (self.folder / PROGRESS).unlink()
+            self.folder.replace(target)
+
+    def close(self) -> None:
+        with writing(self.folder):
+            for file in self._files.values():
+                file.close()
+
+
+def _begun(folder: Path, batch_size: int, log: Log, fixed_batch: bool) -> Progress:
+    found = _read(folder)
+    if found is None:
+        return Progress(batch_size, len(NO_FEATURES))
+    if fixed_batch and found.batch_size != batch_size:
+        log(f"{folder} was begun with batches of {found.batch_size}: encoding again")
+        return Progress(batch_size, len(NO_FEATURES))
+    return found
+
+
+def _read(folder: Path) -> Progress | None:
+    """What an earlier process committed; None, if it cannot be gone on with."""
+    try:
+        progress = Progress(**json.loads((folder / PROGRESS).read_text("utf-8")))
+        whole = all((folder / name).stat().st_size >= size for name, size in progress.bytes.items())
+        same = progress.columns == len(NO_FEATURES)
+        return progress if whole and same and progress.batch_size >= 1 else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _write(file: Path, content: dict[str, object]) -> None:
+    write_atomically(file, json.dumps(content, indent=1))

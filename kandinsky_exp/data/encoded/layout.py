@@ -1,0 +1,25 @@
+"""What lies where in the folder of encoded features; nothing here needs torch, and listing them is quick."""
+
+import shlex
+from pathlib import Path
+
+from kandinsky_exp.system import files
+
+IMAGES, CAPTIONS = "images.arrow", "captions.arrow"
+META = "table.json"  # of a complete table
+PROGRESS = "progress.json"  # of one in the making
+# How files become pixels, and names examples; 1 knew no colour profiles. Tables of other rules are not used any more.
+PICTURE_RULES = 2
+MASK = "text_mask"  # which tokens of a caption count: what the encoders read, and training
+DEFAULT_ROOT = Path("outputs")
+
+
+def removal(folder: Path) -> str:
+    """The command that removes a table, as a shell takes it."""
+    names = shlex.quote(f"remove=[{folder.name[:8]}]")
+    return command(folder, names) if folder.parent.parent != DEFAULT_ROOT else f"kandinsky-exp encode {names}"
+
+
+def command(folder: Path, what: str = "list=true") -> str:
+    """What to type about a table, or about all that lie beside it."""
+    return f"kandinsky-exp encode {what} {files.setting('output_root', folder.parent.parent)}"

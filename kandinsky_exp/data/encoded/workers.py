@@ -1,0 +1,204 @@
+"""Examples on their way to the encoders: read, decoded and preprocessed in worker processes, in the source's order."""
+
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kandinsky_exp.data.colour import NOTE
+from kandinsky_exp.data.examples import Example
+from kandinsky_exp.data.file_hashes import of_content
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.errors import DataError
+
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One example as the encoders read it.
+
+    Args:
+        images: tensors of the image, and of its mirror where mirrors are wanted.
+        captions: tensors of each caption; none where captions are not encoded.
+        cut: what is read of those captions that are too long.
+        problem: why it cannot be used; then there is nothing else.
+        picture: (2,) of the image file's content, equal where it is the same.
+        note: what of the image's file was not used, though the image was.
+    """
+
+    id: str
+    images: tuple[Features, ...] = ()
+    captions: tuple[Features, ...] = ()
+    cut: tuple[str, ...] = ()
+    problem: str = ""
+    picture: NDArray[np.int64] | None = None
+    note: str = ""
+
+
+@dataclass
+class Batch:
+    """Loaded examples, their image tensors stacked by shape: one group, unless sizes differ.
+
+    Args:
+        examples: in the source's order, without their tensors.
+        groups: (places in `examples`, one stack per view).
+        captions: (n, …) of all captions in order; `counts` of each example.
+    """
+
+    examples: list[Loaded]
+    groups: list[tuple[list[int], list[Features]]] = field(default_factory=list)
+    captions: Features | None = None
+    counts: list[int] = field(default_factory=list)
+
+
+def collate(rows: Sequence[Features]) -> Features:
+    """Rows of equal shapes along a new batch axis."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclass(frozen=True)
+class Loader(Dataset[Loaded]):
+    """Reads and preprocesses examples. Its «indices» are the examples themselves: a worker gets all that it needs.
+
+    Args:
+        mirrored: also give the mirror of each image.
+    """
+
+    preprocess: Preprocess
+    mirrored: bool
+
+    def __getitem__(self, example: Example) -> Loaded:
+        try:
+            return self._load(example)
+        except DataError as error:
+            return Loaded(example.id, problem=str(error))
+        except Exception as error:  # whatever a processor or tokenizer stumbles over: it must be known at what
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return Loaded(example.id, problem=f"{example.where}: image {example.id}: {reason}")
+
+    def _load(self, example: Example) -> Loaded:
+        example = replace(example, read=cache(example.read))  # for the pixels, and for the digest of the file
+        wants_captions = self.preprocess.tokenizer is not None
+        if wants_captions and example.caption_problem:
+            raise DataError(f"{example.where}: {example.caption_problem}")
+        image = example.image()
+        views = [image, self.preprocess.mirror(image)] if self.mirrored else [image]
+        captions = self.preprocess.tokenize(example.captions) if wants_captions else []
+        return Loaded(
+            example.id,
+            tuple(self.preprocess(view, None, example.extra) for view in views),
+            tuple(tensors for tensors, _ in captions),
+            tuple(kept for _, kept in captions if kept is not None),
+            picture=of_content(example.read()),
+            note=image.info.get(NOTE, ""),
+        )
+
+    def batches(self, examples: Iterator[Example], batch_size: int, workers: int) -> Iterator[Batch]:
+        """Batches of `batch_size` examples, good and bad, in order; the last may be smaller.
+
+        Raises:
+            DataError: the source cannot be read any further, or worker processes cannot be started, or one died.
+        """
+        loader: DataLoader[Loaded] = DataLoader(
+            self,
+            batch_sampler=_Chunks(examples, batch_size),
+            num_workers=workers,
+            collate_fn=_batch,
+            worker_init_fn=leave_signals if workers else None,
+        )
+        return from_workers(loader, "data.encode_workers")
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Lists of consecutive items."""
+
+    items: Iterator[Example]
+    size: int
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        while chunk := self._next():
+            yield chunk
+
+    def _next(self) -> list[Example]:
+        try:
+            return list(islice(self.items, self.size))
+        except OSError as error:
+            raise DataError(f"data: the examples cannot be read any further ({error})") from error
+
+
+def from_workers(loader: "DataLoader[Any]", key: str) -> Iterator[Any]:
+    """The batches of a loader.
+
+    Args:
+        key: the setting that says how many worker processes it has.
+
+    Raises:
+        DataError: what a worker found wrong with the data, or that one died or cannot be started.
+    """
+    failed = None
+    try:
+        yield from loader
+    except DataError as error:  # a worker's comes with its traceback in front
+        traceback.clear_frames(error.__traceback__)
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except (EOFError, OSError, RuntimeError) as error:  # a worker that dies may leave half a message, too
+        if not loader.num_workers:
+            raise
+        # What torch raises refers to itself and to the loader's iterator, which then waits 5 s for its workers' end.
+        traceback.clear_frames(error.__traceback__)
+        failed = workers_failed(error, key)
+    if failed is not None:  # here, where no traceback keeps the workers: torch would go on to raise their death
+        raise failed
+
+
+def is_of_workers(error: RuntimeError) -> bool:
+    return "DataLoader worker" in str(error)
+
+
+def workers_failed(error: Exception, key: str = "data.encode_workers") -> DataError:
+    """What to do about worker processes that cannot be started, died, or have no shared memory left.
+
+    Args:
+        key: the setting that started them.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1] if lines[0].startswith("Caught") else lines[0]  # a worker's traceback ends with the reason
+    return DataError(
+        f"{key}: the processes that read images failed ({reason.strip()}); set {key}=0 to read them without, or fewer"
+    )
+
+
+def leave_signals(worker: int) -> None:
+    """To the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _batch(loaded: list[Loaded]) -> Batch:
+    by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
+    for place, example in enumerate(loaded):
+        if not example.problem:
+            shapes = tuple(tensor.shape for tensor in example.images[0].values())
+            by_shape.setdefault(shapes, []).append(place)
+    groups = []
+    for places in by_shape.values():
+        views = range(len(loaded[places[0]].images))
+        groups.append((places, [collate([loaded[place].images[view] for place in places]) for view in views]))
+    captions = [caption for example in loaded for caption in example.captions]
+    return Batch(
+        [replace(example, images=(), captions=()) for example in loaded],
+        groups,
+        collate(captions) if captions else None,
+        [len(example.captions) for example in loaded],
+    )

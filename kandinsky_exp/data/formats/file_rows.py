@@ -1,0 +1,245 @@
+"""Images in files, their captions in a table: kept as Arrow columns, so that memory hardly grows with the rows."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from kandinsky_exp.data.examples import Example, Indexed, nothing, read_file
+from kandinsky_exp.data.file_hashes import FileDigests, release, update
+from kandinsky_exp.data.formats import metadata
+from kandinsky_exp.data.formats.metadata import CHUNK, Row
+from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.errors import DataError
+
+SCHEMA = pa.schema(
+    [
+        ("file", pa.large_string()),  # null: the row has no image
+        ("captions", pa.large_list(pa.large_string())),
+        ("number", pa.int32()),
+        ("problems", pa.int32()),
+    ]
+)
+EXTRA = pa.field("extra", pa.large_string())  # after these, where a stage reads further columns: their cells as JSON
+LEADS_OUT = re.compile(r"^/|(^|/)\.\.(/|$)")
+Captions = tuple[tuple[str, ...], str]  # or none, and why
+Problems = tuple[str, str]  # as in Example: with the image, with the captions
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """One row as it is read: see `Example`."""
+
+    number: int
+    file: str | None
+    captions: tuple[str, ...]
+    problems: Problems = ("", "")
+    extra: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FileRows(Indexed):
+    """Examples whose images are files.
+
+    Args:
+        name: what the data set is called.
+        home: the folder that relative file names start from.
+        origin: the file that lists the images, or the folder.
+        unit: what `number` counts there, "line" or "row"; empty where no file lists them.
+        columns: of `SCHEMA`, and `EXTRA`.
+        problems: that `columns.problems` points at; the first is none.
+        unused: what lies in the folder and is no example.
+    """
+
+    name: str
+    home: str
+    origin: str
+    unit: str
+    columns: pa.RecordBatch
+    problems: tuple[Problems, ...]
+    unused: Tally = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.columns.num_rows)
+
+    def __getitem__(self, row: int) -> Example:
+        file, captions, number, code, *extra = (column[row].as_py() for column in self.columns.columns)
+        problem, caption_problem = self.problems[code]
+        place = f"{self.unit} {number}"
+        where = f"{self.origin}, {place}" if self.unit else self.origin
+        read = nothing if file is None else partial(read_file, os.path.join(self.home, file))  # noqa: PTH118 - NUL
+        cells = json.loads(extra[0]) if extra else {}
+        return Example(file or place, tuple(captions), read, where, caption_problem, problem, cells)
+
+    def left_out(self) -> Tally:
+        return self.unused
+
+    def caption_counts(self) -> NDArray[np.int64]:
+        counts: NDArray[np.int64] = pc.list_value_length(self.columns.column("captions")).to_numpy()
+        return counts
+
+    def suspects(self, captions: bool) -> NDArray[np.int64]:
+        bad = np.array([bool(problem or (captions and wordless)) for problem, wordless in self.problems])
+        return np.flatnonzero(bad[self.columns.column("problems").to_numpy()])
+
+    def fingerprint(self, digests: FileDigests) -> str:
+        files = self.columns.column("file")
+        home = Path(self.home).absolute()
+        total = hashlib.sha256(b"files")
+        update(total, files)
+        update(total, self.columns.column("captions"))
+        if self.columns.num_columns > len(SCHEMA):
+            update(total, self.columns.column(EXTRA.name))
+        update(total, digests(f"{home} {self.origin}", _paths(str(home), files)))
+        release()
+        return total.hexdigest()
+
+
+def _paths(home: str, files: pa.Array) -> pa.Array:
+    """Absolute paths; an empty one where there is no file."""
+    separator, start = (pa.scalar(text, pa.large_string()) for text in ("/", home))
+    joined = pc.binary_join_element_wise(start, files, separator)
+    return pc.if_else(pc.starts_with(files, "/"), files, joined).fill_null("")
+
+
+@dataclass
+class _Columns:
+    """Gathers rows: few are Python objects at any time."""
+
+    schema: pa.Schema
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    held: list[tuple[Any, ...]] = field(default_factory=list)
+    codes: dict[Problems, int] = field(default_factory=lambda: {("", ""): 0})
+
+    def add(self, row: FileRow) -> None:
+        code = self.codes.setdefault(row.problems, len(self.codes))
+        self.held.append((row.file, row.captions, row.number, code, row.extra)[: len(self.schema)])
+        if len(self.held) == CHUNK:
+            self._pack()
+
+    def _pack(self) -> None:
+        columns = zip(*self.held, strict=True) if self.held else [()] * len(self.schema)
+        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, self.schema, strict=True)]
+        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
+        self.held = []
+
+    def finish(self) -> pa.RecordBatch:
+        self._pack()
+        columns = pa.Table.from_batches(self.batches, self.schema).combine_chunks()
+        self.batches = []
+        return columns.to_batches()[0] if columns.num_rows else pa.RecordBatch.from_pylist([], self.schema)
+
+
+def gather(
+    name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRow], schema: pa.Schema = SCHEMA
+) -> FileRows:
+    """A source of rows.
+
+    Raises:
+        DataError: if there are none.
+    """
+    columns = _Columns(schema)
+    for row in rows:
+        columns.add(row)
+    release()
+    made = FileRows(name, str(home), str(origin), unit, columns.finish(), tuple(columns.codes))
+    if not len(made):
+        raise DataError(f"{origin}: it has no rows; write one per image")
+    return made
+
+
+def image_columns(asked: str) -> list[str]:
+    """`file_name` as in the image folders of `datasets`; a column that was asked for counts alone."""
+    return ["file_name", "image"] if asked == "image" else [asked]
+
+
+def read_listed(
+    file: Path, image_column: str, caption_column: str, extra_columns: Collection[str] = (), *, inside: bool
+) -> FileRows:
+    """The rows of a file that lists images. A bad row becomes an example with a problem.
+
+    Args:
+        extra_columns: whose cells the examples bring along.
+        inside: whether the images have to lie in the file's folder.
+
+    Raises:
+        DataError: if no line of the file is a row.
+    """
+    names = image_columns(image_column)
+    home, origin, unit = file.parent, file, metadata.unit(file)
+    title = str(home if inside else file)
+    plain = None if extra_columns else metadata.read_plain(file, names, caption_column)
+    release()
+    if plain and not (inside and pc.any(_leads_out(plain[0])).as_py()):
+        return FileRows(title, str(home), str(origin), unit, _all_good(*plain, unit == "line"), (("", ""),))
+    rows = (
+        FileRow(number, None, (), (row, ""))
+        if isinstance(row, str)
+        else _with_extra(_file_row(number, row, names, caption_column, inside), row, extra_columns)
+        for number, row in metadata.read(file, [*names, caption_column, *extra_columns])
+    )
+    source = gather(title, home, origin, unit, rows, SCHEMA.append(EXTRA) if extra_columns else SCHEMA)
+    if source.columns.column("file").null_count == len(source):
+        some = (f"{source[row].where}: {source[row].problem}" for row in range(min(len(source), metadata.SHOWN)))
+        raise DataError(metadata.first_few(some, len(source)))
+    return source
+
+
+def _leads_out(files: pa.Array) -> pa.Array:
+    return pc.match_substring_regex(files, LEADS_OUT.pattern)
+
+
+def _all_good(files: pa.Array, captions: pa.Array, from_one: bool) -> pa.RecordBatch:
+    """Columns of rows with one caption each and no problem."""
+    rows = len(files)
+    lists = pa.LargeListArray.from_arrays(pa.array(np.arange(rows + 1)), captions)
+    numbers = np.arange(from_one, rows + from_one, dtype=np.int32)
+    return pa.RecordBatch.from_arrays(
+        [files, lists, pa.array(numbers), pa.array(np.zeros_like(numbers))], schema=SCHEMA
+    )
+
+
+def _file_row(number: int, row: Row, names: list[str], caption_column: str, inside: bool) -> FileRow:
+    captions, wordless = parse_captions(row, caption_column)
+    file = next((row[column] for column in names if column in row), None)
+    problem = ""
+    if isinstance(file, dict) or (isinstance(file, str) and metadata.is_no_name(file)):
+        problem = "its image is no file name but the picture as text; write files, or Parquet with the pictures' bytes"
+    elif not isinstance(file, str) or not file:
+        wanted, columns = names[0], ", ".join(row) or "none"
+        problem = f"no image file in column '{wanted}' (columns: {columns}); name it there or set data.image_column"
+    elif inside and LEADS_OUT.search(file):
+        problem = f"{file} leads out of the folder; move the image inside, or list paths in a file: data=list"
+    return FileRow(number, file if not problem else None, captions, (problem, wordless))
+
+
+def _with_extra(made: FileRow, row: Row, columns: Collection[str]) -> FileRow:
+    if lacking := [name for name in columns if row.get(name) is None]:
+        problem = made.problems[0] or f"no '{lacking[0]}' among {', '.join(row)}, which this model reads; add it"
+        return replace(made, file=None, problems=(problem, made.problems[1]))
+    return replace(made, extra=json.dumps({name: row[name] for name in columns})) if columns else made
+
+
+def parse_captions(row: dict[str, Any], column: str) -> Captions:
+    """The captions of a row, or none and the reason."""
+    value = row.get(column)
+    if column not in row:
+        return (), f"no column '{column}' among {', '.join(map(str, row))}; set data.caption_column"
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return (), f"'{column}' holds {value!r:.60}; a caption is a string or a list of strings"
+    if not texts or not all(text.strip() for text in texts):
+        return (), f"an empty caption in '{column}'; write one or take the row out"
+    if problem := metadata.caption_problem(texts):
+        return (), f"'{column}': {problem}"
+    return tuple(texts), ""

@@ -1,0 +1,280 @@
+"""Rows of a `datasets` data set: from the hub, or a local copy."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from kandinsky_exp.data.examples import MAX_BYTES, Example, Indexed, Source, read_file
+from kandinsky_exp.data.file_hashes import CHUNK, FileDigests, Hash, update
+from kandinsky_exp.data.formats.file_rows import LEADS_OUT, parse_captions
+from kandinsky_exp.data.formats.metadata import holds_pictures
+from kandinsky_exp.data.splits import Splits
+from kandinsky_exp.errors import DataError, first_line
+
+FEW = 64  # rows of a Parquet file that are in memory at once, where each is a picture
+
+
+@dataclass(frozen=True, eq=False)
+class HubRows(Indexed):
+    """A split of a `datasets` data set, its image column not decoded, without other columns than the two.
+
+    Args:
+        home: where paths of images start from.
+        inside: whether they have to stay in there.
+        extra_columns: further ones that a stage reads.
+    """
+
+    name: str
+    rows: Any
+    image_column: str
+    caption_column: str
+    home: str = ""
+    inside: bool = False
+    extra_columns: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Example:
+        values = self.rows[row]
+        captions, problem = parse_captions(values, self.caption_column)
+        read = partial(_bytes, _parts(values[self.image_column]), self.home, self.inside)
+        cells = {name: values[name] for name in self.extra_columns}
+        return Example(f"row {row}", captions, read, f"{self.name}, row {row}", problem, extra=cells)
+
+    def caption_counts(self) -> NDArray[np.int64]:
+        return self._about_captions[0]
+
+    def suspects(self, captions: bool) -> NDArray[np.int64]:
+        return np.flatnonzero(self._about_captions[1]) if captions else np.zeros(0, np.int64)
+
+    @cached_property
+    def _about_captions(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """How many captions each row has, and whether something is wrong with them."""
+        counts, wrong = np.zeros(len(self), np.int64), np.ones(len(self), np.bool_)
+        if self.caption_column not in self.rows.column_names:
+            return counts, wrong
+        texts = self.rows.select_columns([self.caption_column])
+        row = 0
+        for batch in texts.iter(CHUNK):
+            for value in batch[self.caption_column]:
+                captions, problem = parse_captions({self.caption_column: value}, self.caption_column)
+                counts[row], wrong[row] = len(captions), bool(problem)
+                row += 1
+        return counts, wrong
+
+    def fingerprint(self, digests: FileDigests) -> str:
+        columns = (self.image_column, self.caption_column, *self.extra_columns)
+        total = hashlib.sha256(f"hub {len(self)} {' '.join(columns)}".encode())
+        files = [file["filename"] for file in self.rows.cache_files]
+        if files and self._holds_bytes():
+            update(total, digests.required(f"hub {self.name}", files))
+            if self.rows._indices is not None:  # what `select` and `filter` leave
+                update(total, self.rows._indices.column(0).combine_chunks())
+            return total.hexdigest()
+        paths = pa.concat_arrays([_paths(batch.column(self.image_column), self.home) for batch in self._batches()])
+        update(total, digests(f"images of hub {self.name}", paths))
+        for batch in self._batches():
+            _hash_batch(total, batch, self.image_column)
+        return total.hexdigest()
+
+    def _batches(self) -> Iterator[pa.Table]:
+        yield from self.rows.with_format("arrow").iter(CHUNK)
+
+    def _holds_bytes(self) -> bool:
+        """Whether the Arrow files hold all pictures themselves, not only paths."""
+        images = self.rows.data.column(self.image_column)
+        chunks = (
+            pc.struct_field(chunk, "bytes") if pa.types.is_struct(chunk.type) else chunk for chunk in images.chunks
+        )
+        return all(chunk.null_count == 0 for chunk in chunks)
+
+
+def _parts(image: Any) -> dict[str, Any]:
+    """Its `bytes`, or else its `path`, as far as the row has them."""
+    return {"bytes": image} if isinstance(image, bytes) else image or {}
+
+
+def _paths(images: pa.ChunkedArray, home: str) -> pa.Array:
+    """Of the images that are files; empty for the others."""
+    rows = map(_parts, images.to_pylist())
+    paths = (row.get("path") if row.get("bytes") is None else None for row in rows)
+    return pa.array([os.path.join(home, path) if path else "" for path in paths], pa.large_string())  # noqa: PTH118
+
+
+def _hash_batch(total: Hash, batch: pa.Table, image_column: str) -> None:
+    for image in map(_parts, batch.column(image_column).to_pylist()):
+        total.update(hashlib.sha256(image.get("bytes") or b"").digest())
+    for name in batch.column_names:
+        if name != image_column:
+            total.update(repr(batch.column(name).to_pylist()).encode())
+
+
+def _bytes(image: dict[str, Any], home: str, inside: bool) -> bytes:
+    content: bytes | None = image.get("bytes")
+    if content is None and (path := image.get("path")):
+        if inside and LEADS_OUT.search(path):
+            raise OSError(0, f"{path} leads out of the data set's folder")
+        content = read_file(os.path.join(home, path))  # noqa: PTH118
+    if content is None:
+        raise FileNotFoundError(2, "the row has no image")
+    if len(content) > MAX_BYTES:
+        raise OSError(0, f"larger than the limit of {MAX_BYTES >> 10:,} KB")
+    return content
+
+
+def load(name: str, split: str, revision: str | None, subset: str | None = None) -> Any:
+    """Every split by its name.
+
+    Args:
+        subset: the configuration, where there are several.
+
+    Raises:
+        DataError: if `datasets` cannot load it.
+    """
+    import datasets
+
+    several, one = ((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if subset is not None and (several or one):
+        raise DataError(f"data.subset: {name} was saved to disk as one configuration; leave data.subset out")
+    try:
+        if several:
+            return datasets.load_from_disk(name)
+        if one:
+            return {split: datasets.load_from_disk(name)}
+        return datasets.load_dataset(name, subset, revision=revision)
+    except Exception as error:  # connection, hub, file format, builder: the library has no common base class
+        raise _not_there(name, revision, subset, error) from error
+
+
+def parquet_rows(file: Path, image_column: str, caption_column: str, extra_columns: Collection[str] = ()) -> HubRows:
+    """A source of a Parquet file in which the pictures are.
+
+    Raises:
+        DataError: if it cannot be read, or has no rows.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            "parquet", data_files=glob.escape(str(file.absolute())), split="train", batch_size=FEW
+        )
+    except Exception as error:  # as above
+        raise DataError(f"{file}: not a Parquet file that can be read: {first_line(error)}; write it again") from error
+    if not len(rows):
+        raise DataError(f"{file}: it has no rows; write one per image")
+    made = hub_rows(str(file), "train", rows, image_column, caption_column, extra_columns)
+    return replace(made, name=str(file), home=str(file.parent.absolute()), inside=False)
+
+
+def hub_rows(
+    name: str, split: str, rows: Any, image_column: str, caption_column: str, extra_columns: Collection[str] = ()
+) -> HubRows:
+    """A source of one loaded split.
+
+    Raises:
+        DataError: if it has no such column of images, or no rows, or lacks a further column.
+    """
+    import datasets
+
+    feature, kinds = rows.features.get(image_column), rows.features.arrow_schema
+    of_files = feature is not None and not isinstance(feature, datasets.Image)
+    if feature is None or (of_files and not holds_pictures(kinds.field(image_column).type)):
+        columns = ", ".join(f"{column} ({_kind(feature)})" for column, feature in rows.features.items())
+        raise DataError(f"data.image_column: '{image_column}' is no column of images in {name}; it has {columns}")
+    if not len(rows):
+        raise DataError(f"data.name: split '{split}' of {name} has no rows")
+    if not of_files:
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    extra = tuple(extra_columns)
+    if lacking := [column for column in extra if column not in rows.column_names]:
+        raise DataError(f"data.name: {name} has no column '{lacking[0]}', which this model reads; add it")
+    keep = [column for column in (image_column, caption_column, *extra) if column in rows.column_names]
+    home = str(Path(name).absolute()) if of_files else ""  # an image of `datasets` has whole paths
+    return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column, home, of_files, extra)
+
+
+def _kind(feature: Any) -> str:
+    import datasets
+
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+@dataclass(frozen=True)
+class Announced(Source):
+    """A split of which no more is known than its page on the hub says: nothing of it was fetched."""
+
+    streamed = True
+    name: str
+    images: int | None
+
+    @property
+    def count(self) -> int | None:
+        return self.images
+
+    def examples(self, start: int = 0) -> Iterator[Example]:
+        raise NotImplementedError
+
+    def __getitem__(self, row: int) -> Example:
+        raise NotImplementedError
+
+    def fingerprint(self, digests: FileDigests) -> str:
+        raise NotImplementedError
+
+
+def announced(
+    name: str,
+    split: str,
+    validation_split: str | None,
+    revision: str | None,
+    subset: str | None = None,
+    limit: int | None = None,
+) -> Splits:
+    """What the hub says of a data set.
+
+    Args:
+        subset: the configuration, where there are several.
+        limit: of the images of each split.
+
+    Raises:
+        DataError: if it cannot be asked.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(name, subset, revision=revision).info.splits or {}
+    except Exception as error:  # connection, hub, builder: the library has no common base class
+        raise _not_there(name, revision, subset, error) from error
+    title = name if subset is None else f"{name}/{subset}"
+    sizes = {key: min(filter(None, (value.num_examples, limit)), default=None) for key, value in found.items()}
+    parts = [Announced(f"{title}/{key}", sizes.get(key)) for key in (split, validation_split) if key is not None]
+    return Splits(parts[0], parts[1] if validation_split in sizes else None)
+
+
+def _not_there(name: str, revision: str | None, subset: str | None, error: Exception) -> DataError:
+    known = _subsets(name, revision) if isinstance(error, ValueError) else []  # what a wrong configuration is
+    if known and (subset not in known if subset else len(known) > 1):
+        wrong = f"{name} has no configuration '{subset}'" if subset else f"{name} has several configurations"
+        return DataError(f"data.subset: {wrong}; give one of {', '.join(known)}")
+    check = "check the id, your access (hf auth login) and the network, or give a local copy"
+    return DataError(f"data.name: {name} cannot be loaded: {first_line(error)}; {check}")
+
+
+def _subsets(name: str, revision: str | None) -> list[str]:
+    """The configurations of a data set; none where nobody can say."""
+    import datasets
+
+    try:
+        return [str(subset) for subset in datasets.get_dataset_config_names(name, revision=revision)]
+    except Exception:  # as above: then the first error says more
+        return []

@@ -1,0 +1,1 @@
+"""Will a run fit, and what to set if not."""

@@ -1,0 +1,266 @@
+"""Diffusers pipelines made of parts already in memory: samples; and complete pipeline folders: results."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from kandinsky_exp.models import weight_files
+from kandinsky_exp.models.components import MODELS, NETWORKS, PARTS, PipelineHalf, is_combined, result_parts
+from kandinsky_exp.models.weight_files import PART_FILES
+from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.system.files import replacing_folder
+
+COMPANIONS = {  # classes of transformers that read the same files; the first is the published pipelines'
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "image_processor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
+}
+Embeds = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How images are drawn.
+
+    Args:
+        seed: prompt i always starts from the noise of (seed, i), on every device.
+        first: number i of the first prompt.
+        batch_size: prompts drawn at once.
+        height, width: in pixels.
+    """
+
+    inference_steps: int = 25
+    guidance_scale: float = 4.0
+    seed: int = 0
+    batch_size: int = 8
+    height: int = 512
+    width: int = 512
+    first: int = 0
+
+    def generator(self, index: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.first + index) % (1 << 63))
+
+
+@cache
+def _without_image_encoder() -> Any:
+    """The prior pipeline without its largest part by far, of which it needs one embedding.
+
+    Made when first used: to import the pipelines is slow, and `quiet_libraries` has to come before.
+    """
+
+    class PriorPipeline(diffusers.KandinskyV22PriorPipeline):  # type: ignore[misc]  # untyped
+        null_embed: Tensor
+
+        def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
+            return self.null_embed.to(device).repeat(batch_size, 1)
+
+    return PriorPipeline
+
+
+def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embed: Tensor | None = None) -> Any:
+    """The prior pipeline around a trained network, or around the base one.
+
+    Args:
+        null_embed: (1, E), what `zero_embed` gives: then no image encoder is loaded.
+    """
+    cls = diffusers.KandinskyV22PriorPipeline if null_embed is None else _without_image_encoder()
+    pipeline = cls(
+        prior=weights.load("prior") if network is None else network,
+        image_encoder=weights.load("image_encoder") if null_embed is None else None,
+        text_encoder=weights.load("text_encoder"),
+        tokenizer=weights.load("tokenizer"),
+        scheduler=weights.load("prior_scheduler"),
+        image_processor=weights.load("image_processor"),
+    )
+    if null_embed is not None:
+        pipeline.null_embed = null_embed
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def zero_embed(image_encoder: Any) -> Tensor:
+    """The embedding (1, E) of the zero image, which guidance leads away from."""
+    size = image_encoder.config.image_size
+    zeros = torch.zeros(1, 3, size, size, device=image_encoder.device, dtype=image_encoder.dtype)
+    embed: Tensor = image_encoder(zeros).image_embeds
+    return embed
+
+
+def decoder_pipeline(weights: Weights, network: nn.Module | None = None) -> Any:
+    """The decoder pipeline around a trained network, or around the base one."""
+    unet = weights.load("unet") if network is None else network
+    pipeline = diffusers.KandinskyV22Pipeline(
+        unet=unet, scheduler=weights.load("decoder_scheduler"), movq=weights.load("movq")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def embed_prompts(
+    pipeline: Any, prompts: list[str], settings: SampleSettings, negative_prompt: str | None = None
+) -> Embeds:
+    """Prompts to image embeddings (N, E) and the embeddings to guide away from (N, E)."""
+    embeds, negatives = [], []
+    for start in range(0, len(prompts), settings.batch_size):
+        chunk = prompts[start : start + settings.batch_size]
+        generators = [settings.generator(index) for index in range(start, start + len(chunk))]
+        negative = None if negative_prompt is None else [negative_prompt] * len(chunk)
+        if negative is not None:
+            # The pipeline draws the negative prompts in the same batch: they need noise of their own.
+            generators += [settings.generator(-1 - index) for index in range(start, start + len(chunk))]
+        image_embeds, null_embeds = pipeline(
+            chunk,
+            negative_prompt=negative,
+            num_inference_steps=settings.inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=generators,
+            return_dict=False,
+        )
+        embeds.append(image_embeds)
+        negatives.append(null_embeds)
+    return torch.cat(embeds), torch.cat(negatives)
+
+
+def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Image.Image]:
+    """Image embeddings to images, in the precision of the parts: networks that train bring theirs along."""
+    images: list[Image.Image] = []
+    device, dtype = pipeline.unet.device, pipeline.unet.dtype
+    for start in range(0, len(embeds[0]), settings.batch_size):
+        chunk, null = (part[start : start + settings.batch_size].to(device, dtype) for part in embeds)
+        (latents,) = pipeline(
+            chunk,
+            null,
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=[settings.generator(index) for index in range(start, start + len(chunk))],
+            output_type="latent",
+            return_dict=False,
+        )
+        for some in latents.to(pipeline.movq.dtype).tensor_split(slices(len(latents))):
+            images += _pictures(pipeline, some)
+    return images
+
+
+def rows_at_once(count: int, guided: bool) -> dict[str, int]:
+    """Of each part, how many rows it answers at once while so many pictures are drawn; guidance asks twice."""
+    asked = count * 2 if guided else count
+    decoded = -(-count // slices(count))
+    return {"text_encoder": count, "image_encoder": 1, "prior": asked, "unet": asked, "movq": decoded}
+
+
+def ask(part: str, network: Any, batch: int, side: int, device: torch.device) -> object:
+    """The answer of a part, as it is asked while pictures are drawn, to tensors whose shapes alone count.
+
+    Args:
+        side: of latents.
+    """
+    config, dtype = network.config, next(network.parameters()).dtype
+
+    def some(*sides: int) -> Tensor:
+        return torch.empty(batch, *sides, device=device, dtype=dtype)
+
+    if part == "image_encoder":
+        return network(some(3, config.image_size, config.image_size))
+    if part == "text_encoder":
+        return network(torch.zeros(batch, config.max_position_embeddings, device=device, dtype=torch.long))
+    if part == "prior":
+        embed, length = config.embedding_dim, config.num_embeddings
+        return network(some(embed), 0, some(embed), some(length, embed), some(length).bool())
+    if part == "movq":
+        return network.decode(some(config.latent_channels, side, side), force_not_quantize=True)
+    condition = {"image_embeds": some(config.encoder_hid_dim)}
+    return network(some(config.in_channels, side, side), 0, None, added_cond_kwargs=condition)
+
+
+def slices(count: int) -> int:
+    """In how many parts MoVQ decodes so many pictures: two at once, or three, hold little memory.
+
+    Not one by one: on a CPU the numbers of one alone can differ in their last bits from those in company.
+    """
+    return max(1, count // 2)
+
+
+@torch.no_grad()
+def _pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
+    """As the pipeline itself ends."""
+    pixels = (pipeline.movq.decode(latents, force_not_quantize=True).sample * 0.5 + 0.5).clamp(0, 1)
+    pictures: list[Image.Image] = pipeline.numpy_to_pil(pixels.cpu().permute(0, 2, 3, 1).float().numpy())
+    return pictures
+
+
+def save_result(
+    weights: Weights, half: PipelineHalf, pipeline: str, folder: Path, save_network: Callable[[Path], None]
+) -> None:
+    """Write a complete pipeline: the trained network, and everything else linked from where it was loaded.
+
+    A prior becomes a prior pipeline (`DiffusionPipeline.from_pretrained`), a decoder a combined one: from a local
+    folder, `AutoPipelineForText2Image.from_pretrained` needs both halves.
+
+    Args:
+        half: that trained.
+        pipeline: name of the result's class.
+    """
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    with replacing_folder(folder) as aside:
+        for part in result_parts(half, pipeline):
+            owner, name = PARTS[part]
+            name = f"prior_{name}" if is_combined(pipeline) and owner == "prior" else name
+            index[name] = _index_entry(weights, part)
+            if part == NETWORKS[half]:
+                save_network(aside / name)
+            else:
+                link_part(weights.folder(part), aside / name, weights.variant)
+        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _index_entry(weights: Weights, part: str) -> list[str]:
+    """[library, class] of a part. Never what another pipeline names there: loading the result would import it."""
+    if part in MODELS:
+        return ["transformers" if part.endswith("encoder") else "diffusers", MODELS[part]]
+    folder = weights.folder(part)
+    if part in COMPANIONS:
+        index = json.loads((folder.parent / "model_index.json").read_text("utf-8"))
+        entry = index.get(folder.name)
+        known = isinstance(entry, list) and len(entry) == 2 and entry[1] in COMPANIONS[part]
+        return ["transformers", entry[1] if known else COMPANIONS[part][0]]
+    return ["diffusers", type(weights.load(part)).__name__]
+
+
+def link_part(source: Path, target: Path, variant: str | None) -> None:
+    """Hard-link a part's files, or copy them where the file system cannot; weights of a variant lose its suffix.
+
+    Files of other kinds stay where they are: no code, pickle or note of others ends up in a result.
+    """
+    target.mkdir(parents=True)
+    for file in _files(source, variant):
+        name = weight_files.without_variant(file.name)
+        if name != file.name and file.suffix == ".json":  # the index names the shards
+            index = json.loads(file.read_text("utf-8"))
+            named = {key: weight_files.without_variant(str(shard)) for key, shard in index["weight_map"].items()}
+            (target / name).write_text(json.dumps({**index, "weight_map": named}, indent=2) + "\n", "utf-8")
+            continue
+        try:
+            os.link(file.resolve(), target / name)
+        except OSError:
+            shutil.copyfile(file, target / name)
+
+
+def _files(source: Path, variant: str | None) -> Iterator[Path]:
+    """What loading opens of the weights, and all else."""
+    read = weight_files.opened(source, True, variant)
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        are_weights = file.suffix == ".safetensors" or ".index." in file.name
+        if file in read or (file.suffix in PART_FILES and not are_weights):
+            yield file

@@ -1,0 +1,1 @@
+"""Runs side by side: tables, curves and validation images."""

@@ -1,0 +1,137 @@
+"""One HTML file that needs nothing else: table, figures and images of runs that are compared."""
+
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+from tqdm import tqdm
+
+from kandinsky_exp.reports.figures import MOST_RAW, SMOOTHING, colour, dash, losses, scores
+from kandinsky_exp.reports.images import ImageGrid
+from kandinsky_exp.reports.run_data import Run, completed, has_validated, number, varied
+
+DASH_ARRAYS = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3"}
+SCORES: dict[str, tuple[str, Callable[[Any], str]]] = {  # by heading: field of `Scores`, as text
+    "best val. loss": ("best", "{:.5g}".format),
+    "at step": ("best_step", str),
+    "last val. loss": ("last", "{:.5g}".format),
+    "last train loss": ("train", "{:.5g}".format),
+    "time": ("seconds", tqdm.format_interval),
+    "samples/s": ("speed", "{:.3g}".format),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the table. It sorts by `sort`, or else by its text; one without text comes last."""
+
+    text: str | None
+    sort: str | None = None
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Args:
+        key: what the name is short for.
+        cells: one for each run.
+    """
+
+    name: str
+    key: str
+    cells: Sequence[Cell]
+    is_number: bool = False
+    is_code: bool = False
+
+
+def page(title: str, runs: Sequence[Run], grid: ImageGrid, notes: Sequence[str] = ()) -> str:
+    """The whole report.
+
+    Args:
+        runs: at least one; each keeps its colour in all figures.
+        notes: what a reader should know first, a sentence each.
+    """
+    figures = [*losses(runs), *scores(runs)]
+    templates = Environment(
+        loader=PackageLoader("kandinsky_exp.reports", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    return templates.get_template("page.html").render(
+        title=title,
+        summary=_summary(runs),
+        notes=[*notes, *_notes(runs)],
+        runs=runs,
+        columns=list(_columns(runs)),
+        losses=[figure for figure in figures if figure.kind == "loss"],
+        scatters=[figure for figure in figures if figure.kind == "scatter"],
+        has_parallel=any(figure.kind == "parallel" for figure in figures),
+        left_out=len(runs) - len(list(completed(runs))),
+        grid=grid,
+        pictured=sorted({run for _, run in grid.cells}),
+        data={
+            "labels": [run.label for run in runs],
+            "figures": [asdict(figure) for figure in figures],
+            "steps": grid.steps,
+            "images": [f"data:image/webp;base64,{base64.b64encode(image).decode()}" for image in grid.images],
+            "cells": {f"{row},{run}": sorted(cell.items()) for (row, run), cell in grid.cells.items()},
+        },
+        plotly=get_plotlyjs(),
+        colour=colour,
+        dash=dash,
+        dash_arrays=DASH_ARRAYS,
+        smoothing=SMOOTHING,
+        most_raw=MOST_RAW,
+    )
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    counts = {status: sum(run.status == status for run in runs) for status in sorted({run.status for run in runs})}
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{len(runs)} run{'s' * (len(runs) != 1)} ({told}), as recorded on {datetime.now():%Y-%m-%d at %H:%M}"
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    notes = []
+    if not has_validated(runs):
+        notes.append("No run has validated: what counts as the score is the last training loss.")
+    stages = {run.stage for run in runs if run.stage}
+    if len(stages) > 1:
+        notes.append(f"Losses of different stages ({', '.join(sorted(stages))}) do not compare with each other.")
+    return notes
+
+
+def _columns(runs: Sequence[Run]) -> Iterator[Column]:
+    """All columns of the table but the first, the run's name."""
+    yield Column("status", "status", [Cell(run.status, style=run.status) for run in runs])
+    yield Column("stage", "stage", [Cell(run.stage or None) for run in runs])
+    for param in varied(runs):
+        is_number = all(value is None or number(value) is not None for value in param.values)
+        yield Column(param.name, param.key, [Cell(value) for value in param.values], is_number)
+    best = _best(runs)
+    for name, (field, as_text) in SCORES.items():
+        values = [getattr(run.scores, field) for run in runs]
+        texts = [None if value is None else as_text(value) for value in values]
+        styles = ["best" if field == "best" and run in best else "" for run in range(len(runs))]
+        yield Column(name, name, [*map(Cell, texts, map(repr, values), styles)], is_number=True)
+    yield Column("MLflow run id", "MLflow run id", [Cell(run.run_id) for run in runs], is_code=True)
+
+
+def _best(runs: Sequence[Run]) -> set[int]:
+    """The runs with the lowest validation loss of their stage."""
+    lowest: dict[str, float] = {}
+    for run in runs:
+        if run.scores.best is not None:
+            lowest[run.stage] = min(run.scores.best, lowest.get(run.stage, run.scores.best))
+    return {
+        index for index, run in enumerate(runs) if run.scores.best is not None and run.scores.best == lowest[run.stage]
+    }

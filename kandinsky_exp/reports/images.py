@@ -1,0 +1,243 @@
+"""The validation images of several runs, small enough for one file: prompt × run × step."""
+
+import hashlib
+import io
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from kandinsky_exp.reports.run_data import Run
+from kandinsky_exp.tracking import artifact_folders
+from kandinsky_exp.tracking.mlflow_names import reason
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MAX_IMAGES = 2400
+MAX_BYTES = 13_000_000  # of all images together; in a page they take a third more
+SIDES = ((400, 256), (900, 192), (MAX_IMAGES, 128))  # (up to so many images, longest side in pixels)
+FETCHERS = 8  # images at a time: a server takes its time for each
+SMALL_FILE = 60_000  # bytes: a PNG that is fetched as it is, where MLflow's own reduced copy would not be smaller
+MAX_PIXELS = 64_000_000
+NAME = re.compile(r"images/(.+)\+step\+(\d+)\+timestamp\+(\d+)\+[0-9a-f-]+(\.png|\+compressed\.webp)")
+WANTED = re.compile(r"(validation|reconstruction)/\d+")
+
+Prompts = list[tuple[int, dict[str, str]]]  # (from this step on, by key)
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """What is drawn: a key of the image grid, with the prompt that it had."""
+
+    key: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An image in the store."""
+
+    run: int
+    row: Row
+    step: int
+    path: str
+
+
+@dataclass
+class ImageGrid:
+    """Images by row, run and step.
+
+    Args:
+        images: WebP files; equal ones are there once.
+        cells: {(row, run): {step: index of the image}}.
+        notes: what is not shown, and why.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
+    cells: dict[tuple[int, int], dict[int, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def last(self, row: int, run: int) -> tuple[int, bytes] | None:
+        """(step, image) of a cell's last step."""
+        cell = self.cells.get((row, run))
+        if not cell:
+            return None
+        step = max(cell)
+        return step, self.images[cell[step]]
+
+
+def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BYTES) -> ImageGrid:
+    """Fetch and reduce as many images as one file can hold; a store that has none or gives none is only noted."""
+    album = ImageGrid()
+    with tempfile.TemporaryDirectory() as place:
+        stored: list[Stored] = []
+        for index, run in enumerate(runs):
+            try:
+                stored += _listed(client, run.run_id, index, Path(place))
+                if (folder := artifact_folders.what_is_gone(client, run.run_id)) is not None:
+                    album.notes.append(f"The images of {run.label} are not on this machine: there is no {folder}.")
+            except Exception as error:  # of whatever kind of artifact store it is
+                album.notes.append(f"The images of {run.label} could not be read ({reason(error)}).")
+        kept = thinned(stored, album.notes)
+        if kept:
+            _fill(client, runs, kept, album, Path(place), max_bytes)
+    return album
+
+
+def _listed(client: "MlflowClient", run_id: str, index: int, place: Path) -> list[Stored]:
+    """A run's images, of each key and step the newest: a reduced copy where the picture is large."""
+    newest: dict[tuple[str, int], dict[str, tuple[int, Any]]] = {}
+    for file in client.list_artifacts(run_id, "images"):
+        match = NAME.fullmatch(file.path)
+        if match and WANTED.fullmatch(key := match[1].replace("~", "/")):
+            kinds = newest.setdefault((key, int(match[2])), {})
+            kinds[match[4]] = max(kinds.get(match[4], (0, None)), (int(match[3]), file), key=lambda item: item[0])
+    prompts = read_prompts(client, run_id, place) if newest else []
+    return [Stored(index, Row(key, prompt_at(prompts, key, step)), step, _choice(kinds))
+            for (key, step), kinds in newest.items()]  # fmt: skip
+
+
+def _choice(kinds: dict[str, tuple[int, Any]]) -> str:
+    picture, copy = kinds.get(".png"), kinds.get("+compressed.webp")
+    if copy is None or (picture is not None and 0 < (picture[1].file_size or 0) <= SMALL_FILE):
+        return str(kinds[".png"][1].path)
+    return str(copy[1].path)
+
+
+def read_prompts(client: "MlflowClient", run_id: str, place: Path) -> Prompts:
+    """A run's `prompts/step-*.json`, by step."""
+    found: Prompts = []
+    for file in client.list_artifacts(run_id, "prompts"):
+        if match := re.fullmatch(r"prompts/step-(\d+)\.json", file.path):
+            texts = json.loads(_fetched(client, run_id, file.path, place).decode("utf-8"))
+            found.append((int(match[1]), {str(key): str(text) for key, text in texts.items()}))
+    return sorted(found, key=lambda item: item[0])
+
+
+def prompt_at(prompts: Prompts, key: str, step: int) -> str:
+    texts = [known[key] for since, known in prompts if since <= step and key in known]
+    return texts[-1] if texts else ""
+
+
+def _fetched(client: "MlflowClient", run_id: str, path: str, place: Path) -> bytes:
+    file = Path(client.download_artifacts(run_id, path, str(place)))
+    data = file.read_bytes()
+    if file.is_relative_to(place):
+        file.unlink()
+    return data
+
+
+def thinned(stored: Sequence[Stored], notes: list[str], limit: int = MAX_IMAGES) -> list[Stored]:
+    """As many images as a page can hold: fewer steps first (the first and the last stay), then rows, then runs."""
+    if len(stored) <= limit:
+        return list(stored)
+    steps = sorted({image.step for image in stored})
+    rows, runs = {image.row for image in stored}, {image.run for image in stored}
+    last: dict[tuple[Row, int], Stored] = {}
+    for image in sorted(stored, key=lambda image: image.step):
+        last[image.row, image.run] = image
+    kept, shown = list(last.values()), set(last.values())
+    for count in range(len(steps), 0, -1):
+        few = set(spread(steps, count))
+        chosen = [image for image in stored if image.step in few or image in shown]
+        if len(chosen) <= limit:
+            kept = chosen
+            notes.append(f"Images of {len(few)} of {len(steps)} steps are shown, besides the last of each run.")
+            break
+    else:
+        height = max(1, min(len(rows), limit // len(runs)))
+        few_rows, few_runs = sorted(rows)[:height], sorted(runs)[: limit // height]
+        kept = [image for image in kept if image.row in few_rows and image.run in few_runs]
+        notes.append(
+            f"Images of the last step only are shown, of {len(few_rows)} of {len(rows)} prompts and "
+            f"{len(few_runs)} of {len(runs)} runs."
+        )
+    return kept
+
+
+def spread(steps: Sequence[int], count: int) -> list[int]:
+    """`count` of the steps, evenly, the last one and (if there are two) the first among them."""
+    if count == 1:
+        return [steps[-1]]
+    return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
+
+
+def _fill(
+    client: "MlflowClient", runs: Sequence[Run], kept: list[Stored], album: ImageGrid, place: Path, max_bytes: int
+) -> None:
+    side = next((side for count, side in SIDES if len(kept) <= count), SIDES[-1][1])
+    album.rows = sorted({image.row for image in kept}, key=lambda row: (row.key.split("/")[0] != "validation", row))
+    numbers = {row: number for number, row in enumerate(album.rows)}
+    known: dict[bytes, int] = {}
+    ordered = by_importance(kept)
+    fetched = size = unread = 0
+
+    def load(image: Stored) -> bytes | None:
+        try:
+            return reduced(_fetched(client, runs[image.run].run_id, image.path, place), side)
+        except Exception:  # damaged, or gone meanwhile
+            return None
+
+    with ThreadPoolExecutor(FETCHERS, "album") as pool:
+        while fetched < len(ordered) and size <= max_bytes:
+            some = ordered[fetched : fetched + 4 * FETCHERS]
+            fetched += len(some)
+            for image, data in zip(some, pool.map(load, some), strict=True):
+                if data is None:
+                    unread += 1
+                    continue
+                digest = hashlib.sha256(data).digest()
+                if digest not in known:
+                    known[digest] = len(album.images)
+                    album.images.append(data)
+                    size += len(data)
+                album.cells.setdefault((numbers[image.row], image.run), {})[image.step] = known[digest]
+    album.steps = sorted({step for cell in album.cells.values() for step in cell})
+    if unread:
+        album.notes.append(f"{unread} images could not be read.")
+    if left_out := len(ordered) - fetched:
+        album.notes.append(f"{left_out} images of steps in between are left out, so that this file stays small.")
+
+
+def by_importance(images: Iterable[Stored]) -> list[Stored]:
+    """The last image of every run and row first, then the others from step to step, ever closer together."""
+    last: dict[tuple[Row, int], int] = {}
+    every = sorted(images, key=lambda image: (image.step, image.row, image.run))
+    for image in every:
+        last[image.row, image.run] = image.step
+    steps = sorted({image.step for image in every})
+    order = {step: rank for rank, step in enumerate(_halved(steps))}
+    return sorted(every, key=lambda image: (image.step != last[image.row, image.run], order[image.step]))
+
+
+def _halved(steps: Sequence[int]) -> list[int]:
+    """First, last, the middle, the quarters, …"""
+    levels = math.ceil(math.log2(max(2, len(steps)))) + 1
+    return list(dict.fromkeys(step for level in range(levels) for step in spread(steps, 2**level + 1)))
+
+
+def reduced(data: bytes, side: int) -> bytes:
+    """An image file as WebP, its longer side at most `side` pixels.
+
+    Raises:
+        ValueError: it is too large; and whatever Pillow says of a damaged one.
+    """
+    with Image.open(io.BytesIO(data), formats=("PNG", "WEBP")) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError("too many pixels")
+        picture = image.convert("RGB")
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    is_tiny = max(picture.size) <= 96  # each pixel is seen
+    picture.save(buffer, "WEBP", lossless=is_tiny, quality=82)
+    return buffer.getvalue()

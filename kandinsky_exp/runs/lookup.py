@@ -1,0 +1,125 @@
+"""The folder that a run, a checkpoint, a job of a sweep or an MLflow run id stands for, and what lies in it."""
+
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from kandinsky_exp.config import saved_config
+from kandinsky_exp.config.recorded_paths import Move
+from kandinsky_exp.errors import ConfigError, cut
+from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
+from kandinsky_exp.models.weight_files import alone, untrusted
+from kandinsky_exp.runs import run_states
+from kandinsky_exp.runs.run_folder import read_record
+from kandinsky_exp.system import files, redaction
+from kandinsky_exp.tracking import store, store_probe
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+def located(cfg: DictConfig, key: str, source: str, side: PipelineHalf | None) -> tuple[Path, str | None]:
+    """(folder, MLflow run id if that is what was given) of what is no hub id."""
+    run_id = None
+    if RUN_ID.fullmatch(source) and not Path(source).exists():
+        run_id, source = source, folder_of_run(cfg, source, key)
+    folder = Path(source).expanduser()
+    record = read_record(folder)
+    if record is not None and record.stage == "sweep":
+        return _job(folder, key, side), None
+    return folder, run_id
+
+
+def _job(sweep: Path, key: str, side: PipelineHalf | None) -> Path:
+    """The one job of a sweep that trained a side.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    records = {folder: read_record(folder) for folder in sorted(sweep.iterdir())}
+    jobs = [folder for folder, record in records.items() if record is not None and side in (None, record.half)]
+    if len(jobs) != 1:
+        listed = ", ".join(f"'{folder.name}'" for folder in jobs[:5]) or "none"
+        raise ConfigError(f"{key}: {sweep} is a sweep with {len(jobs)} such jobs ({listed}); give the folder of one")
+    return jobs[0]
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or lies in: itself, its `adapter/`, a checkpoint, or a network in a checkpoint."""
+    around = [folder, *folder.absolute().parents[:3]]
+    return next((place for place in around if read_record(place) is not None), None)
+
+
+def recorded_id(run_folder: Path | None) -> str | None:
+    """The MLflow run of a run's folder."""
+    record = None if run_folder is None else read_record(run_folder)
+    return None if record is None else record.run_id
+
+
+def trained_network(folder: Path, side: PipelineHalf) -> Path:
+    """The network or adapter in a run folder or checkpoint.
+
+    Raises:
+        ConfigError: it holds the other stage, or nothing yet.
+    """
+    name = NETWORKS[side]
+    # A checkpoint's averaged weights are what its run validates with and would leave behind.
+    for candidate in (folder / "adapter", folder / f"{name}_ema", folder / name):
+        if candidate.is_dir() and (candidate.name != "adapter" or run_states.half_of(folder) == side):
+            if problem := untrusted(candidate) or alone(candidate):
+                raise ConfigError(f"{side}: {folder}: {problem}")
+            return candidate
+    if read_record(folder) is None:  # a checkpoint, or what else lies in a run
+        raise ConfigError(f"{side}: {folder} holds no trained {side}; give a run, or one of its checkpoints")
+    if (trained := run_states.half_of(folder)) != side:
+        other = files.setting(trained, folder)
+        raise ConfigError(f"{side}: {folder} holds no trained {side}, it is of the {trained}; give it as {other}")
+    raise ConfigError(f"{side}: {run_states.no_result(folder, side, name)}")
+
+
+def source_of(run_folder: Path, side: PipelineHalf) -> str:
+    """The weights that a run started from, also where they have moved together with the run.
+
+    Raises:
+        ConfigError: none are recorded, or those were a folder, which is not there any more.
+    """
+    source = saved_config.value(run_folder, f"weights.{side}")
+    if source is None:
+        raise ConfigError(f"{run_folder / 'config.yaml'} has no weights.{side}; mend it, or give other sources")
+    if source == "tiny" or (Path(source).is_absolute() and files.exists(source)):
+        return source
+    is_job = (record := read_record(run_folder.parent)) is not None and record.stage == "sweep"
+    root = run_folder.absolute().parents[1 if is_job else 0]
+    place = Move.between(saved_config.value(run_folder, "output_root") or "", root)(source)
+    if place is not None and files.exists(place):
+        return str(place)
+    if not is_hub_id(source) and not files.exists(source):
+        raise ConfigError(
+            f"{side}: {run_folder} started from the weights in '{cut(source)}', which are not there any more; put them "
+            f"back, or write where they are now into {run_folder / 'config.yaml'} (weights.{side})"
+        )
+    return source
+
+
+def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
+    """The folder of an MLflow run, which its tags name."""
+    from mlflow.exceptions import MlflowException
+
+    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
+    store_probe.probe(uri)
+    client, _ = store.connect(uri)
+    try:
+        folder = client.get_run(run_id).data.tags.get("run_folder")
+    except MlflowException as error:
+        raise ConfigError(f"{key}: the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri") from error
+    place = None if folder is None else _here(Path(cfg.output_root).expanduser(), Path(folder), run_id)
+    if place is None:
+        raise ConfigError(f"{key}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")
+    return str(place)
+
+
+def _here(root: Path, recorded: Path, run_id: str) -> Path | None:
+    """The folder of a run, in `root` first: the outputs may have been moved or copied since it was recorded."""
+    within = [root / Path(*recorded.parts[-depth:]) for depth in (1, 2)]  # a run, a job of a sweep
+    moved = next((place for place in within if recorded_id(place) == run_id), None)
+    return moved or (recorded if recorded.is_dir() else None)

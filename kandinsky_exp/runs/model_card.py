@@ -1,0 +1,175 @@
+"""The card of a result on the hub, in markdown: what it is, what it was made from, and the code that loads it.
+
+The settings and prompts in it may be anybody's: they go through a yaml library or are escaped, and no path is shown.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from kandinsky_exp.errors import cut
+from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
+from kandinsky_exp.runs.run_folder import Record
+from kandinsky_exp.system import redaction
+
+HUB = "https://huggingface.co"
+LICENCE = "apache-2.0"  # of Kandinsky 2.2
+PROMPT = "a red fox in the snow"
+SHOWN = (
+    *("optimizer._target_", "optimizer.lr", "optimizer.weight_decay", "scheduler._target_", "scheduler.warmup_steps"),
+    *("trainer.batch_size", "trainer.grad_accumulation", "trainer.max_grad_norm", "trainer.ema_decay"),
+    *("model.snr_gamma", "model.condition_dropout", "model.vlb_weight", "data.resolution", "precision.name", "seed"),
+)
+ADAPTER = tuple(f"adapter.{name}" for name in ("name", "rank", "alpha", "dropout", "target_modules"))
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run trained.
+
+    Args:
+        params: the flattened config of the run.
+        record: how far the run came.
+        is_adapter: the result is an adapter's weights, not a pipeline.
+    """
+
+    params: Values
+    record: Record
+    is_adapter: bool
+
+    @property
+    def stage(self) -> PipelineHalf:
+        return self.record.half
+
+    def base(self, side: PipelineHalf) -> str | None:
+        """The hub id of what the run started from, None where that lies elsewhere."""
+        source = str(self.params.get(f"weights.{side}"))
+        return source if is_hub_id(source) else None
+
+    @property
+    def linked_prior(self) -> str | None:
+        """The repository that a decoder on the hub takes its prior from, None where the result brings its own."""
+        return self.base("prior") if self.stage == "decoder" and not self.is_adapter else None
+
+
+def model_card(repo: str, result: Result, images: Sequence[tuple[str, str]]) -> str:
+    """A whole README.md.
+
+    Args:
+        repo: <user>/<name> that the result goes to.
+        images: (path in the repository, prompt); an empty prompt for a grid.
+    """
+    images = [(path, redaction.masked(prompt)) for path, prompt in images]
+    kind = f"{_name(result)} for the {result.stage}" if result.is_adapter else f"The {result.stage}"
+    lines = [
+        *("---", yaml.safe_dump(_metadata(result, images), allow_unicode=True, sort_keys=False, width=1 << 16) + "---"),
+        *(f"# {repo.rpartition('/')[2]}", ""),
+        *(f"{kind} of Kandinsky 2.2, fine-tuned with kandinsky-exp.", ""),
+        *_pictures(images),
+        *("## What it was made from", "", *_table("", "", _origins(result)), ""),
+        *("## How it was trained", "", *_table("setting", "value", _settings(result)), ""),
+        *("## How to load it", "", "```python", *_code(repo, result), "```", ""),
+        *("## Licence", ""),
+        "Apache-2.0, as Kandinsky 2.2. What the pictures that it was trained on may be used for is not changed by it.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _name(result: Result) -> str:
+    return {"lora": "A LoRA", "dora": "A DoRA"}.get(str(result.params.get("adapter.name")), "An adapter")
+
+
+def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """For the hub, and for diffusers: a decoder is connected with the first repository under `prior`."""
+    base, data = result.base(result.stage), _hub_data(result.params)
+    relation = "adapter" if result.is_adapter else "finetune"
+    widget = [{"text": prompt, "output": {"url": path}} for path, prompt in images if prompt]
+    return {
+        **({"base_model": [base], "base_model_relation": relation} if base else {}),
+        **({"prior": [result.linked_prior]} if result.linked_prior else {}),
+        **({"datasets": [data]} if data else {}),
+        "license": LICENCE,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["kandinsky", "text-to-image", "diffusers", *(["lora"] if result.is_adapter else [])],
+        **({"widget": widget} if widget else {}),
+    }
+
+
+def _hub_data(params: Values) -> str | None:
+    """The hub id of the data set, None where it is another's business what it is called."""
+    name = str(params.get("data.name"))
+    return name if str(params.get("data._target_")).endswith(".sources.hub") and is_hub_id(name) else None
+
+
+def _pictures(images: Sequence[tuple[str, str]]) -> Iterator[str]:
+    for path, prompt in images:
+        text = _escaped(prompt) if prompt else "Drawn and redrawn after the last step"
+        yield from (f"![{text}]({path})", *(("", text) if prompt else ()), "")
+
+
+def _origins(result: Result) -> Iterator[tuple[str, str]]:
+    params = result.params
+    for side in ("decoder", "prior"):
+        base, revision = result.base(side), params.get(f"weights.{side}_revision")
+        if side == result.stage:
+            revision = result.record.revision or revision
+        own = (
+            "the tiny one that ships with kandinsky-exp"
+            if params.get(f"weights.{side}") == "tiny"
+            else "not on the hub"
+        )
+        at = f" at {_escaped(revision)}" if base and revision else ""
+        trained = ", which was trained" if side == result.stage else ""
+        yield side, (f"[{base}]({HUB}/{base}){at}" if base else own) + trained
+    data = _hub_data(params)
+    emoji = str(params.get("data._target_")).endswith(".sources.emoji")
+    name = "the emoji that ship with kandinsky-exp" if emoji else "own pictures"
+    rows = f", {result.record.rows} rows that train" if result.record.rows else ""
+    yield "data", (f"[{data}]({HUB}/datasets/{data})" if data else name) + rows
+
+
+def _settings(result: Result) -> Iterator[tuple[str, str]]:
+    yield "optimizer steps", _escaped(result.record.step)
+    for key in (*(ADAPTER if result.is_adapter else ()), *SHOWN):
+        if result.params.get(key) is not None:
+            yield f"`{key}`", _escaped(result.params[key])
+    if result.record.validation_loss is not None:
+        yield "last loss (fixed-noise validation, where pictures were held out)", f"{result.record.validation_loss:.5f}"
+
+
+def _table(left: str, right: str, rows: Iterator[tuple[str, str]]) -> list[str]:
+    return [f"| {left} | {right} |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _escaped(value: Any) -> str:
+    """Any value as plain text of one line, in a table too."""
+    return re.sub(r"([\\`*_{}\[\]()<>|!#&~])", r"\\\1", " ".join(cut(redaction.masked(str(value))).split()))
+
+
+def _code(repo: str, result: Result) -> Iterator[str]:
+    """Python that draws as the run's own validation did."""
+    params = result.params
+    side, steps = params.get("data.resolution", 512), params.get("validation.inference_steps", 25)
+    drawing = f"height={side!r}, width={side!r}, num_inference_steps={steps!r}"
+    if result.stage == "decoder" and not result.is_adapter:
+        yield from ("from diffusers import AutoPipelineForText2Image", "")
+        yield f'pipeline = AutoPipelineForText2Image.from_pretrained("{repo}")'
+        yield f'image = pipeline("{PROMPT}", {drawing}, prior_num_inference_steps={steps!r}).images[0]'
+        return
+    yield from ("from diffusers import DiffusionPipeline", "")
+    for half in ("prior", "decoder"):
+        source = repo if half == result.stage and not result.is_adapter else result.base(half)
+        if source is None:
+            yield f'{half.upper()} = "path/to/the/{half}"  # a diffusers folder of the weights that it was trained with'
+        revision = params.get(f"weights.{half}_revision") if source != repo and source else None
+        at = f", revision={str(revision)!r}" if revision else ""
+        yield f"{half} = DiffusionPipeline.from_pretrained({repr(source) if source else half.upper()}{at})"
+    if result.is_adapter:
+        network = f"{result.stage}.{NETWORKS[result.stage]}"
+        yield f'{network}.load_lora_adapter("{repo}", weight_name="pytorch_lora_weights.safetensors", prefix=None)'
+    yield f'image = decoder(**prior("{PROMPT}", num_inference_steps={steps!r}), {drawing}).images[0]'

@@ -1,0 +1,1 @@
+"""Many runs: launching, supervising, and what MLflow and Optuna know of them."""

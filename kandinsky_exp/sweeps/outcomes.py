@@ -1,0 +1,121 @@
+"""The jobs of a sweep as files in its folder: what each came to, and the wish that they stop.
+
+<sweep>/.jobs/<folder of a job>.json    an `Outcome`
+<sweep>/.jobs/stop-<rank>               the signals that came, a number a line
+
+Whoever launches jobs, here or on another machine, sees this folder; more than that no launcher has in common.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kandinsky_exp.system.files import write_atomically
+from kandinsky_exp.tracking.mlflow_names import short_names, shortened
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "PRUNED"]
+MAX_NAME = 200  # characters of a job's name in MLflow
+
+
+@dataclass
+class Outcome:
+    """One job.
+
+    Args:
+        number: its place in the sweep, from 0.
+        folder: of the run, inside that of the sweep.
+        name: what it varies, as MLflow shows it: `lr=1e-05 snr=5`.
+        varied: what it varies, as it was typed, by dotted key.
+        score: the best validation loss, lower is better; None where nothing was measured.
+        is_training: nothing was held out: the score is the last training loss.
+        stage: that it trained.
+        seconds: of all starts together.
+        message: why it did not finish.
+        is_user_error: nothing was trained, the configuration or the data is wrong.
+        session: of the sweep's start that the job belongs to.
+        token: marks the MLflow run that was made for a job which came to no run of its own.
+    """
+
+    number: int
+    folder: str
+    name: str
+    varied: dict[str, str] = field(default_factory=dict)
+    status: Status = "RUNNING"
+    score: float | None = None
+    is_training: bool = False
+    stage: str | None = None
+    seconds: float = 0.0
+    run_id: str | None = None
+    message: str = ""
+    is_user_error: bool = False
+    session: str = ""
+    token: str | None = None
+
+
+class JobFolder:
+    """What is noted of a sweep's jobs.
+
+    Args:
+        sweep: the sweep's folder.
+    """
+
+    def __init__(self, sweep: Path) -> None:
+        self.sweep, self.folder = sweep, sweep / ".jobs"
+        self._stop = self.folder / f"stop-{os.environ.get('RANK', '0')}"  # each process of a job hears its own signals
+
+    def write(self, outcome: Outcome) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._file(outcome.folder), json.dumps(asdict(outcome), indent=2) + "\n")
+
+    def read(self, folder: str) -> Outcome | None:
+        """The outcome of the job in a folder, None where there is none that can be read."""
+        return _read(self._file(folder))
+
+    def outcomes(self, session: str | None = None) -> list[Outcome]:
+        """Those of one start, or all that there ever were, in the order of the jobs."""
+        found = [_read(path) for path in self.folder.glob("*.json")]
+        chosen = [outcome for outcome in found if outcome is not None and session in (None, outcome.session)]
+        return sorted(chosen, key=lambda outcome: outcome.number)
+
+    def ask_to_stop(self, signal_number: int) -> None:
+        """Also called by a signal's handler."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._stop.open("a") as file:
+            file.write(f"{signal_number}\n")
+
+    def signals(self) -> list[int]:
+        """Those that came since the sweep began."""
+        try:
+            return [int(line) for line in self._stop.read_text().splitlines()]
+        except (OSError, ValueError):
+            return []
+
+    def forget_signals(self) -> None:
+        with suppress(FileNotFoundError):
+            self._stop.unlink()
+
+    def _file(self, folder: str) -> Path:
+        return self.folder / f"{folder}.json"
+
+
+def _read(path: Path) -> Outcome | None:
+    try:
+        return Outcome(**json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def job_name(values: Mapping[str, Any]) -> str:
+    """What a job varies as one line: `lr=1e-05 snr=5`."""
+    short = short_names(values)
+    return shortened(" ".join(f"{short[key]}={_value(value)}" for key, value in values.items()), MAX_NAME)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

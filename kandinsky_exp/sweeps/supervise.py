@@ -1,0 +1,139 @@
+"""A job of a sweep: begun, run in a process of its own so that whatever ends it ends nothing else, and noted.
+
+Every launcher calls `supervise`, in whatever process it uses.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from kandinsky_exp.config import grammar, recorded_paths, saved_config
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.runs import run_folder
+from kandinsky_exp.sweeps import devices, parent_run
+from kandinsky_exp.sweeps.job_process import Answer, Call, JobServer, Task, asked
+from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome, job_name
+
+
+def supervise(call: Call, cfg: DictConfig, parallel: int, session: str, place: JobServer | None) -> float:
+    """Run a job to its end, whatever that is, and note what it came to.
+
+    Args:
+        parallel: jobs at a time.
+        session: of the sweep's start.
+        place: asked to start the job; None = it is started from here.
+
+    Returns:
+        What the function returned; NaN where it did not finish.
+    """
+    settings = plain(HydraConfig.get())
+    sweep = Path(settings.hydra.sweep.dir)
+    jobs = JobFolder(sweep)
+    outcome = begun(jobs, cfg, settings.hydra, session)
+    folder = sweep / outcome.folder
+    if (loss := finished(cfg, folder)) is not None:
+        note(outcome, Answer("FINISHED", loss), cfg, folder)
+        jobs.write(outcome)
+        return loss
+    with devices.held(cfg.sweep.devices, parallel, jobs.folder, lambda: bool(jobs.signals())) as share:
+        if share is None or jobs.signals():
+            return math.nan
+        jobs.write(outcome)
+        began = time.monotonic()
+        answer = asked(Task(call, cfg, settings, share), jobs, place)
+        outcome.seconds += time.monotonic() - began
+    note(outcome, answer, cfg, folder)
+    jobs.write(outcome)
+    return math.nan if answer.value is None else answer.value
+
+
+def plain(settings: Any) -> DictConfig:
+    """Hydra's own section as far as jobs read it, without the plugins' classes, which each start imports anew."""
+    names = ("mode", "sweep", "sweeper", "launcher", "job", "overrides", "runtime")
+    section = {name: OmegaConf.select(settings, name) for name in names}
+    resolved = {
+        name: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        for name, node in section.items()
+    }
+    return OmegaConf.create({"hydra": resolved})
+
+
+def begun(jobs: JobFolder, cfg: DictConfig, settings: DictConfig, session: str) -> Outcome:
+    """What is known of a job before it starts; its time goes on from an earlier start's."""
+    folder = str(settings.sweep.subdir)
+    before = jobs.read(folder)
+    changes = varied(settings)
+    name = job_name({key: _chosen(cfg, key, text) for key, text in changes.items()})
+    seconds, token = (0.0, None) if before is None else (before.seconds, before.token)
+    number = settings.job.num
+    if cfg.sweep.trial is not None:  # a trial that draws what an earlier one has is that job again
+        number = cfg.sweep.trial if before is None else min(before.number, cfg.sweep.trial)
+    return Outcome(int(number), folder, name, changes, seconds=seconds, session=session, token=token)
+
+
+def varied(settings: DictConfig) -> dict[str, str]:
+    """{dotted key: what was typed} of what tells this job from the others."""
+    fixed = {*settings.job.config.override_dirname.exclude_keys, "sweep.trial"}
+    return {
+        override.key_or_group if override.package is None else f"{override.key_or_group}@{override.package}": (
+            override.get_value_string()
+        )
+        for override in grammar.readable(settings.overrides.task)
+        if override.key_or_group not in fixed and not override.is_delete()
+    }
+
+
+def _chosen(cfg: DictConfig, key: str, text: str) -> Any:
+    """The value itself, so that 1e-5 and 0.00001 are called the same; of a group the option's name."""
+    value = OmegaConf.select(cfg, key)
+    return text if OmegaConf.is_config(value) else value
+
+
+def finished(cfg: DictConfig, folder: Path) -> float | None:
+    """What a job came to that an earlier start of this very sweep has finished; None where there is something to do."""
+    record = run_folder.read_record(folder)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return None  # its processes have to decide together
+    if record is None or record.status != "FINISHED" or (folder / "outbox").exists() or cfg.checkpoint.resume != "auto":
+        return None
+    try:
+        before = saved_config.flatten_saved(folder)
+    except ConfigError:
+        return None  # the job itself will say it
+    place = ("output_root", "name", "sweep.")
+    saved, now = (
+        {key: value for key, value in values.items() if not key.startswith(place)}
+        for values in (before, recorded_paths.as_before(saved_config.flatten(cfg), before))
+    )
+    if saved != now:
+        return None
+    return math.nan if record.validation_loss is None else record.validation_loss
+
+
+def note(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) -> None:
+    """Complete an outcome, and the run's own records where its process was killed before it could."""
+    outcome.status, outcome.message, outcome.is_user_error = answer.status, answer.message, answer.is_user_error
+    if answer.status in ("FAILED", "KILLED"):
+        parent_run.settle(cfg, folder, outcome)
+    record = run_folder.read_record(folder)
+    if record is not None:
+        outcome.run_id, outcome.score, outcome.token = record.run_id, record.best_loss, None
+        outcome.stage = record.stage
+    outcome.is_training = outcome.score is None and answer.value is not None and math.isfinite(answer.value)
+    if outcome.is_training:
+        outcome.score = answer.value
+
+
+def parallel_jobs(launcher: Mapping[str, Any], jobs: int) -> int:
+    """How many jobs a launcher runs at a time on one machine, as far as its settings tell."""
+    target = str(launcher.get("_target_", ""))
+    if target.endswith("BasicLauncher"):
+        return 1
+    count = launcher.get("n_jobs")
+    return min(jobs, count) if isinstance(count, int) and count > 0 else jobs

@@ -1,0 +1,1 @@
+"""What every program needs: files, signals, processes, logs, secrets, host memory."""

@@ -1,0 +1,119 @@
+"""What concerns a run's processes: Accelerate's state, what the first of them decides for all, and signals."""
+
+import contextlib
+import logging
+import time
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from kandinsky_exp.errors import Interrupted, PeerFailure, RunFailure, UserError, first_line
+
+Result = TypeVar("Result")
+Failure = TypeVar("Failure", bound=BaseException)
+# What gloo and NCCL say of a process that ended.
+GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def accelerated(make: Callable[[], Accelerator]) -> Iterator[Accelerator]:
+    """An accelerator that leaves no state behind: the next run of this process may choose another precision.
+
+    What goes wrong while there are several processes gets the number of the one that is to tell it (`teller`).
+    """
+    accelerator = None
+    try:
+        accelerator = make()
+        with _told():
+            yield accelerator
+    finally:
+        if accelerator is not None:
+            accelerator.free_memory()
+            accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        _with_teller(error)
+        if PartialState().num_processes > 1 and any(text in str(error) for text in GONE):
+            told = f"another process of this run is gone; it, or what started it, says why ({first_line(error)})"
+            raise _with_teller(PeerFailure(told)) from error
+        raise
+    except BaseException as error:
+        _with_teller(error)
+        raise
+
+
+def _with_teller(error: Failure) -> Failure:
+    """The process that tells it is this one, unless the processes have agreed on another."""
+    if PartialState().num_processes > 1 and not hasattr(error, "teller"):
+        error.teller = PartialState().process_index  # type: ignore[attr-defined]
+    return error
+
+
+def on_main_process(action: Callable[[], Result]) -> Result:
+    """The main process's result, on all; whatever it raises too, so that none waits for one that is gone."""
+    if PartialState().num_processes == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    error: BaseException | None = None
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = action()
+        except BaseException as caught:
+            error, outcome[1] = caught, _for_others(_with_teller(caught))
+    _await_main()
+    broadcast_object_list(outcome)
+    if error is not None or outcome[1] is not None:
+        raise error or outcome[1]
+    result: Result = outcome[0]
+    return result
+
+
+def on_all_processes(action: Callable[[], Result]) -> Result:
+    """Each process's own result; what the first of those raises that fail, on all."""
+    if PartialState().num_processes == 1:
+        return action()
+    result = error = None
+    try:
+        result = action()
+    except BaseException as caught:
+        error = _with_teller(caught)
+    failed = [found for found in gather_object([error and _for_others(error)]) if found is not None]
+    if failed:
+        raise error if error is not None and error.teller == failed[0].teller else failed[0]  # type: ignore[attr-defined]
+    return typing.cast(Result, result)
+
+
+def _for_others(error: BaseException) -> BaseException:
+    """What the other processes raise for it: of the same kind, for the exit code; its own process prints it."""
+    if isinstance(error, UserError | RunFailure | Interrupted | KeyboardInterrupt):
+        return error
+    told = PeerFailure(f"process {PartialState().process_index} failed: {type(error).__name__}: {first_line(error)}")
+    told.teller = error.teller  # type: ignore[attr-defined]
+    return told
+
+
+def _await_main() -> None:
+    """Until the main process is here. Looked for in Python, for within a collective no signal is heard."""
+    here = torch.distributed.broadcast(torch.zeros(1), src=0, async_op=True)
+    pause = 0.0005
+    while not here.is_completed():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    here.wait()
+
+
+def on_any_process(flag: bool) -> bool:
+    """Whether it is so on one of the processes at least; the same answer on all."""
+    return any(gather_object([flag]))

@@ -1,0 +1,1 @@
+"""MLflow, and the queue on disk before it."""

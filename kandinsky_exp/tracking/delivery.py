@@ -1,0 +1,118 @@
+"""From an outbox to an MLflow run, behind the back of whoever records."""
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kandinsky_exp.errors import TrackingError
+from kandinsky_exp.tracking.mlflow_run import MlflowRun
+from kandinsky_exp.tracking.outbox import Outbox
+from kandinsky_exp.tracking.sender import INTERVAL, Sender
+from kandinsky_exp.tracking.store import connect, explained, impatient
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+DELIVER_PATIENCE = 600.0  # seconds
+
+
+class Delivery:
+    """Two threads, one a lane, that bring an outbox to the run.
+
+    Args:
+        interval: seconds in which metrics gather.
+    """
+
+    def __init__(self, client: "MlflowClient", run_id: str, outbox: Outbox, interval: float = INTERVAL) -> None:
+        self.outbox = outbox
+        run = MlflowRun(client, run_id)
+        records, artifacts = outbox.records, outbox.artifacts
+
+        def end() -> None:
+            status = outbox.status()
+            if status is not None:
+                run.end(status)
+                outbox.remove_status()
+            outbox.tidy()
+
+        self.records = Sender(
+            "metrics", records, run.send, lambda *refused: outbox.refuse(records, *refused), end, interval
+        )
+        self.artifacts = Sender(
+            "images and files",
+            artifacts,
+            lambda batch: run.send_files(batch[0], artifacts.files(batch[0])),
+            lambda *refused: outbox.refuse(artifacts, *refused),
+            outbox.tidy,
+            interval=0,
+        )
+
+    @property
+    def is_failing(self) -> bool:
+        return bool(self.records.failures or self.artifacts.failures)
+
+    @property
+    def refusals(self) -> int:
+        return self.records.refusals + self.artifacts.refusals
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until nothing waits, a try of each lane is over, or `timeout` seconds are; True if nothing waits."""
+        end = time.monotonic() + timeout
+        tries = [(courier, courier.hurry()) for courier in (self.records, self.artifacts)]
+        over = [tried.wait(max(0.0, end - time.monotonic())) for _, tried in tries]
+        return all(over) and not self.is_failing
+
+    def close(self) -> None:
+        self.records.close()
+        self.artifacts.close()
+
+
+def settle(delivery: Delivery, patience: float, is_kept: bool = True) -> None:
+    """Give the store some seconds for what waits, end the threads, and say what is left and what becomes of it.
+
+    Args:
+        is_kept: the outbox is in a run's folder, and stays.
+    """
+    done = delivery.flush(patience)
+    delivery.close()
+    outbox = delivery.outbox
+    lost = outbox.held() + (0 if is_kept else outbox.waiting())
+    if not done and is_kept:
+        log.warning(
+            "MLflow: %d records wait in %s; the same command, with name=%s, delivers them once the store is there",
+            outbox.waiting(),
+            outbox.folder,
+            outbox.folder.parent.name,
+        )
+    if not done and lost:
+        log.warning("MLflow: the store did not take %d records, and they are lost", lost)
+    if delivery.refusals:
+        log.warning("MLflow: %d records were refused; they are in %s", delivery.refusals, outbox.folder)
+
+
+def deliver_left(
+    uri: str, outbox: Path, run_id: str, status: str = "FINISHED", timeout: float = DELIVER_PATIENCE
+) -> bool:
+    """Deliver what waits for a run that has ended, and give it its status where its process was killed before.
+
+    Returns:
+        Whether nothing waits any more. A problem is a warning.
+    """
+    with impatient():
+        try:
+            client, _ = connect(uri)
+            with explained(uri):
+                is_running = client.get_run(run_id).info.status == "RUNNING"
+        except TrackingError as error:
+            log.warning("MLflow: what waits in %s cannot be delivered: %s", outbox, error)
+            return False
+        box = Outbox(outbox)
+        box.open()
+        if is_running and box.status() is None:
+            box.set_status({"status": status, "time": time.time_ns() // 1_000_000})
+        delivery = Delivery(client, run_id, box)
+        settle(delivery, timeout)
+        return box.waiting() == 0

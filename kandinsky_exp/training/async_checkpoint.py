@@ -1,0 +1,119 @@
+"""Checkpoints written behind: training waits for the copy to host memory, and a thread does the rest."""
+
+import contextlib
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kandinsky_exp.errors import CheckpointFailure, NonFiniteLoss, RunFailure
+from kandinsky_exp.system import distributed, host_memory
+from kandinsky_exp.training import checkpoint
+
+logger = logging.getLogger(__name__)
+
+ROOM = 0.9  # of the memory that is available: the copy may take no more
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time, each whole before the next begins. For the main process alone.
+
+    Args:
+        root: the run's `checkpoints/`.
+        keep: how many stay, besides the best one.
+        behind: False = `save` returns when the checkpoint is written.
+        recorded: called with each folder and step once it is whole; by the thread.
+    """
+
+    def __init__(self, root: Path, keep: int, behind: bool, recorded: Callable[[Path, int], None]) -> None:
+        self.root, self.keep, self.behind, self.recorded = root, keep, behind, recorded
+        self._thread: threading.Thread | None = None
+        self._failure: RunFailure | None = None
+
+    def save(self, snapshot: checkpoint.Snapshot) -> None:
+        """Copy a snapshot and begin to write it, once the one before is written.
+
+        Raises:
+            CheckpointFailure: that of the checkpoint before; or of this one, where it is not written behind.
+        """
+        self.wait()
+        copy = self._copy(snapshot) if self.behind else None
+        if copy is None:
+            self._write(snapshot)
+            self.wait()
+            return
+        # A daemon: a second signal ends the process at once, and what is half-written then was never there.
+        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            CheckpointFailure: the last checkpoint could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """On the way out wait for what is being written; its failure is raised unless something else went wrong."""
+        try:
+            yield
+        except BaseException as error:
+            try:
+                # This one stops all processes at once, and none may be gone before the write is done; a failure of one
+                # process alone is nothing that the others would answer.
+                distributed.on_main_process(self.wait) if isinstance(error, NonFiniteLoss) else self.wait()
+            except RunFailure as failure:
+                logger.error("%s", failure)
+            raise
+        distributed.on_main_process(self.wait)
+
+    def _copy(self, snapshot: checkpoint.Snapshot) -> checkpoint.Snapshot | None:
+        """A copy in host memory, None where it does not fit."""
+        if not self._has_room(snapshot):
+            return None
+        try:
+            return snapshot.on_host()
+        except (RuntimeError, MemoryError) as error:  # torch has no error of its own for a host that is out of memory
+            logger.warning("no copy of the checkpoint in host memory (%s): training waits for it", error)
+            return None
+
+    def _has_room(self, snapshot: checkpoint.Snapshot) -> bool:
+        needed, available = snapshot.size(), host_memory.available()
+        if needed <= ROOM * available:
+            return True
+        logger.info(
+            "host memory has no room for a copy of %.1f GB (%.1f GB are available): training waits for the checkpoint",
+            needed / 1e9,
+            available / 1e9,
+        )
+        return False
+
+    def _write(self, snapshot: checkpoint.Snapshot) -> None:
+        try:
+            folder = snapshot.write(self.root)
+            checkpoint.prune(self.root, self.keep)
+            self.recorded(folder, snapshot.step)
+        except RunFailure as failure:
+            self._failure = failure
+        except Exception as error:  # whatever it is, it is raised where the run can stop
+            self._failure = CheckpointFailure(
+                f"the checkpoint of step {snapshot.step} could not be written to {self.root} ({error})"
+                f"{self._room(snapshot)}; the one before is whole: make room, and run the same command again"
+            )
+            self._failure.__cause__ = error
+
+    def _room(self, snapshot: checkpoint.Snapshot) -> str:
+        """What it needs and what there is, where the disk can say so."""
+        try:
+            free = shutil.disk_usage(self.root).free
+        except OSError:
+            return ""
+        return f": it needs {snapshot.size() / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left"

@@ -1,0 +1,299 @@
+"""Rows of a data set as features on the device, whether they come from encoded tables or from the encoders."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from kandinsky_exp.data import sources, tally
+from kandinsky_exp.data.checks import find_bad
+from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
+from kandinsky_exp.data.encoded.layout import command
+from kandinsky_exp.data.encoded.workers import from_workers, leave_signals
+from kandinsky_exp.data.examples import Indexed, Source
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
+from kandinsky_exp.data.file_hashes import FileDigests
+from kandinsky_exp.data.formats.metadata import first_few
+from kandinsky_exp.data.formats.shards import Shards
+from kandinsky_exp.data.long_texts import cut_captions
+from kandinsky_exp.data.prefetch import changed, prefetch
+from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
+from kandinsky_exp.data.splits import Splits, together
+from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.errors import DataError
+from kandinsky_exp.stages.base import DiffusionStage, Features
+from kandinsky_exp.stages.null_condition import null_condition
+from kandinsky_exp.system import distributed
+from kandinsky_exp.training.encoded_tables import encode_here, opened_by_all, stay_on_device
+from kandinsky_exp.training.seeding import derive_seed
+
+Log = Callable[[str], None]
+Batches = StreamBatchSampler | PairedBatchSampler
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How a data set becomes batches.
+
+    Args:
+        cache: folder of the encoded tables.
+        cached: encode once; False = the encoders run in every step.
+        fraction: held-out part of a set that has no validation split.
+        by_row: hold out rows, also where others show the same picture: what runs did once, and go on with.
+        workers: processes that read images when nothing is cached.
+        batch_size: per process.
+    """
+
+    cache: Path
+    cached: bool
+    how: EncodeSettings
+    seed: int
+    fraction: float
+    workers: int
+    batch_size: int
+    grad_accumulation: int
+    by_row: bool = False
+
+
+@dataclass
+class FeatureReader:
+    """One part of a data set: what trains, or what is held out.
+
+    Args:
+        dataset: by visit (index, epoch).
+        encode: the stage, where rows are pixels and token ids still.
+        fingerprint: follows the content of exactly these rows, and of those of `kept`.
+        kept: rows of which each batch shows as many beside these, their loss times `kept_weight`.
+    """
+
+    dataset: CachedFeatures | OnlineExamples
+    source: Source
+    fingerprint: str
+    settings: ReadSettings
+    device: torch.device
+    encode: DiffusionStage | None
+    kept: "FeatureReader | None" = None
+    kept_weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def id(self, index: int) -> str:
+        """What the data set calls a row that a batch of `stream` shows: its file, or its number there."""
+        return self._visited().id(index)
+
+    def _visited(self) -> CachedFeatures | OnlineExamples | Paired:
+        return self.dataset if self.kept is None else Paired(self.dataset, self.kept.dataset, self.kept_weight)
+
+    def rows(self, indices: list[int]) -> Features:
+        """These rows, as validation sees them; they have to be of one shape."""
+        features = self._encoded(collate([self.dataset.plain(index) for index in indices]))
+        features.pop("index")
+        return {key: value.to(self.device) for key, value in features.items()}
+
+    def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
+        """`indices` in batches of one shape each."""
+        groups: dict[int, list[int]] = {}
+        numbers = self._groups()
+        for index in indices:
+            groups.setdefault(0 if numbers is None else int(numbers[index]), []).append(index)
+        for members in groups.values():
+            for start in range(0, len(members), size):
+                yield members[start : start + size]
+
+    def picture(self, index: int) -> Image.Image:
+        """A row's image, as its file has it."""
+        return self.source[self.dataset.source_row(index)].image()
+
+    def _groups(self) -> Rows | None:
+        by_shape = isinstance(self.dataset, CachedFeatures) and self.dataset.table.meta["buckets"]
+        return self.dataset.groups() if by_shape and isinstance(self.dataset, CachedFeatures) else None
+
+    def stream(self, start_step: int, steps: int, accelerator: Accelerator) -> Generator[Features]:
+        """Micro-batches from the first one after `start_step` on, read ahead of the step that needs them."""
+        shape = {
+            "batch_size": self.settings.batch_size,
+            "grad_accumulation": self.settings.grad_accumulation,
+            "num_processes": accelerator.num_processes,
+            "rank": accelerator.process_index,
+            "start_step": start_step,
+            "total_steps": steps,
+        }
+        own = StreamBatchSampler(len(self), self.settings.seed, **shape, groups=self._groups())
+        sampler: Batches = own
+        if self.kept is not None:
+            seed = derive_seed("class images", self.settings.seed)
+            sampler = PairedBatchSampler(own, StreamBatchSampler(len(self.kept), seed, **shape))
+        # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it
+        # would take the step's cores from it: two teams of threads there are slower than one after the other.
+        with_step = self.device.type == "cpu"
+        batches = self._read(sampler) if with_step else changed(self._read(sampler), self._encoded)
+        with contextlib.closing(prefetch(batches, self.device)) as ahead:
+            yield from map(self._encoded, ahead) if with_step else ahead
+
+    def _read(self, sampler: Batches) -> Generator[Features]:
+        dataset, workers = self._visited(), self.settings.workers
+        if self.encode is None:  # a thread is enough: nothing has to be decoded
+            for visits in sampler:
+                yield collate([dataset[visit] for visit in visits])
+            return
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals if workers else None,
+        )
+        yield from from_workers(loader, "data.num_workers")
+
+    def _encoded(self, batch: Features) -> Features:
+        if self.encode is None:
+            return batch
+        return self.encode.encode(batch) | {name: batch[name] for name in ("index", "loss_weight") if name in batch}
+
+
+@dataclass(frozen=True)
+class Readers:
+    """A data set, ready to train from.
+
+    Args:
+        source: fingerprint of the set as it was given, before anything was held out.
+        notes: what a user should know of it, a line each.
+        skipped: what was wrong with the examples that were left out.
+        cut: captions of which only the beginning is read, and up to where.
+    """
+
+    train: FeatureReader
+    held_out: FeatureReader | None
+    source: str
+    notes: list[str]
+    skipped: list[str]
+    cut: list[str]
+
+    def __str__(self) -> str:
+        return f"{len(self.train):,} images train, {len(self.held_out) if self.held_out else 'none'} held out"
+
+
+def open_readers(
+    splits: Splits, stage: DiffusionStage, settings: ReadSettings, accelerator: Accelerator, log: Log
+) -> Readers:
+    """Training and held-out features. Every process calls this; the main one encodes what is not encoded yet.
+
+    Raises:
+        DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
+    """
+    encoders = distributed.on_main_process(lambda: stage.weights.fingerprint(stage.encoders))
+    null = distributed.on_main_process(lambda: null_condition(stage, settings.cache, encoders, accelerator.device))
+    stage.use_null_condition(null)
+    opener = _Opener(stage, settings, accelerator, encoders, log)
+    train = opener.open(splits.train)
+    if splits.kept is not None:
+        kept = opener.open(splits.kept.source())
+        content = together(train.fingerprint, kept.fingerprint)
+        train = replace(train, kept=kept, kept_weight=splits.kept.weight, fingerprint=content)
+    about = (train.fingerprint, opener.notes, opener.skipped, opener.cut)
+    if splits.validation is not None:
+        held_out = opener.open(splits.validation)
+        opener.notes += shared_pictures(train.dataset, held_out.dataset)
+        return Readers(train, held_out if len(held_out) else None, *about)
+    if not splits.dividable or settings.fraction == 0:
+        return Readers(train, None, *about)
+    rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
+    return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), *about)
+
+
+class _Opener:
+    """What the parts of a data set have in common while they are opened."""
+
+    def __init__(
+        self, stage: DiffusionStage, settings: ReadSettings, accelerator: Accelerator, encoders: str, log: Log
+    ) -> None:
+        self.stage, self.settings, self.accelerator = stage, settings, accelerator
+        self.encoders, self.log = encoders, log
+        self.digests = FileDigests(settings.cache, log)
+        self.notes: list[str] = []
+        self.skipped: list[str] = []
+        self.cut: list[str] = []
+
+    def open(self, source: Source) -> FeatureReader:
+        """All usable rows of a source."""
+        if not self.settings.cached:
+            return self._online(source)
+        where = (self.digests, self.settings.cache, self.settings.how, self.log)
+        fingerprint, folder = distributed.on_main_process(
+            lambda: encode_here(source, self.stage, *where, encoders=self.encoders, device=self.accelerator.device)
+        )
+        table = opened_by_all(folder)
+        meta = table.meta
+        self._note(source, table.noted, table.skipped, meta["truncated"], meta.get("cut", []), meta["text_length"])
+        return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
+
+    def _online(self, source: Source) -> FeatureReader:
+        if not isinstance(source, Indexed):
+            raise DataError(
+                f"data.cache: {source.name} is read in one sweep, and training visits images in random order; set "
+                "data.cache=true"
+            )
+        distributed.on_all_processes(lambda: stay_on_device(self.stage, self.accelerator.device))
+        reads_captions = self.stage.preprocess.tokenizer is not None
+        noted: Tally = {}
+        bad, noted = distributed.on_main_process(lambda: (dict(find_bad(source, reads_captions, noted)), noted))
+        if bad and not self.settings.how.skip_bad:
+            raise DataError(first_few(list(bad.values())))
+        rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
+        cut = distributed.on_main_process(lambda: cut_captions(source, rows, self.stage.preprocess))
+        self._note(source, noted, list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
+        dataset = OnlineExamples(
+            source, self.stage.preprocess, self.settings.seed, rows, mirrored=self.settings.how.mirrored
+        )
+        return self._reader(dataset, source, distributed.on_main_process(lambda: source.fingerprint(self.digests)))
+
+    def pictures(self, whole: FeatureReader) -> Rows | None:
+        """Which rows show the same picture: held out are pictures, not rows."""
+        if self.settings.by_row:
+            return None
+        found = distributed.on_main_process(lambda: whole.dataset.pictures(whole.source))
+        if found is None and isinstance(whole.dataset, CachedFeatures):
+            table = whole.dataset.table.folder
+            self.notes.append(
+                f"{whole.source.name} was encoded by an earlier version, which did not tell pictures apart: rows of "
+                "one picture may both train and be held out; to have that mended, remove its table: "
+                f"{command(table, f'remove={table.name}')}"
+            )
+        return found
+
+    def part(self, whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
+        """Some rows of a source that was opened."""
+        digest = hashlib.sha256(f"{whole.fingerprint} {name} ".encode() + rows.tobytes()).hexdigest()
+        old = whole.dataset
+        dataset: CachedFeatures | OnlineExamples
+        if isinstance(old, CachedFeatures):
+            dataset = CachedFeatures(old.table, old.seed, rows)
+        else:
+            chosen = rows if old.rows is None else old.rows[rows]
+            dataset = OnlineExamples(old.source, old.preprocess, old.seed, chosen, old.mirrored)
+        return self._reader(dataset, whole.source, digest)
+
+    def _reader(self, dataset: CachedFeatures | OnlineExamples, source: Source, fingerprint: str) -> FeatureReader:
+        encode = None if isinstance(dataset, CachedFeatures) else self.stage
+        return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, encode)
+
+    def _note(
+        self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
+    ) -> None:
+        self.notes += tally.lines(noted)
+        unused = source.beside if isinstance(source, Shards) else source.left_out()  # the check of the data has said it
+        self.skipped += [*tally.lines(unused), *tally.lines(noted), *skipped]
+        if skipped:
+            self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")
+        if truncated:
+            self.cut += cut
+            named = f":\n{first_few(cut, truncated)}" if cut else ""
+            self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut{named}")

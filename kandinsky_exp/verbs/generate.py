@@ -1,0 +1,136 @@
+"""`kandinsky-exp generate`: images from prompts, through any pair of a prior and a decoder."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+
+from kandinsky_exp import build, run_settings
+from kandinsky_exp.config import saved_config, validation
+from kandinsky_exp.data import long_prompts
+from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
+from kandinsky_exp.memory import device_limits
+from kandinsky_exp.models import pipelines
+from kandinsky_exp.models.components import PipelineHalf
+from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.runs.model_sources import ModelSource, check_networks, find_origins, load_network, use
+from kandinsky_exp.system import distributed, files, logs, signals
+from kandinsky_exp.system.halving import Halving
+from kandinsky_exp.system.image_grid import labelled_grid
+from kandinsky_exp.tracking import store, store_probe
+
+OUT_OF_MEMORY = "drawing ran out of memory ({}); set precision=bf16, or smaller height and width"
+
+
+def generate(cfg: DictConfig) -> float:
+    """Draw `num_images` for every prompt and write them with a labelled grid.
+
+    Returns:
+        The number of images (Hydra jobs return numbers).
+
+    Raises:
+        ConfigError: a source is none, or does not fit its side.
+    """
+    validation.validate(cfg)
+    logs.quiet_libraries()
+    with signals.stop_signals(), distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
+        device_limits.check_precision(cfg, accelerator.device)
+        prompts = [prompt for prompt in run_settings.prompts(cfg.prompts) for _ in range(cfg.num_images)]
+        origins = find_origins(cfg)
+        weights = build.weights(cfg)
+        use(weights, origins)
+        files.make_root(Path(cfg.output_root).expanduser())
+        run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
+        check_networks(weights, origins)
+        with memory_told(OutOfMemory, OUT_OF_MEMORY):
+            images = draw(cfg, weights, origins, prompts, accelerator.device)
+        root = Path(cfg.output_root).expanduser().absolute() / "generate"
+        folder = files.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
+        grid = labelled_grid(images, prompts)
+        for index, image in enumerate(images):
+            image.save(folder / f"{index:02d}.png")
+        grid.save(folder / "grid.png")
+        lines = [f"{index:02d}.png\t{prompt}" for index, prompt in enumerate(prompts)]
+        files.write_atomically(folder / "prompts.txt", "\n".join(lines) + "\n")
+        files.write_atomically(folder / "config.yaml", saved_config.to_yaml(cfg))
+        if run_to_log is not None:
+            log_to_run(cfg, run_to_log, folder)
+        print(folder)
+    return float(len(images))
+
+
+@torch.no_grad()
+def draw(
+    cfg: DictConfig,
+    weights: Weights,
+    origins: dict[PipelineHalf, ModelSource],
+    prompts: list[str],
+    device: torch.device,
+) -> list[Image.Image]:
+    """All images: every prompt through the prior first, then every embedding through the decoder."""
+    multiple = weights.size_multiple()
+    wrong = [
+        f"{key}: has to be a multiple of {multiple} for this decoder, not {cfg[key]}"
+        for key in ("height", "width")
+        if cfg[key] is not None and cfg[key] % multiple
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    asked = [("prompts", prompt) for prompt in prompts] + [("negative_prompt", cfg.negative_prompt or "")]
+    for note in long_prompts.notes(weights.load("tokenizer"), asked):
+        print(note, file=sys.stderr)
+    prior = pipelines.SampleSettings(
+        inference_steps=cfg.prior_inference_steps, guidance_scale=cfg.prior_guidance_scale, seed=cfg.seed
+    )
+    prior_net = load_network(weights, "prior", origins["prior"])
+    with placed(weights, ("text_encoder", "image_encoder"), prior_net, device) as net:
+        pipeline, negative = pipelines.prior_pipeline(weights, net), cfg.negative_prompt or None
+        embeds = Halving("the prior", prior.batch_size).run(
+            lambda size: pipelines.embed_prompts(pipeline, prompts, replace(prior, batch_size=size), negative)
+        )
+    del pipeline  # it holds the parts
+    weights.release(("text_encoder", "image_encoder"))
+    decoder_net = load_network(weights, "decoder", origins["decoder"])
+    with placed(weights, ("movq",), decoder_net, device) as net:
+        side = net.config.sample_size * 2 ** (len(weights.load("movq").config.block_out_channels) - 1)
+        settings = pipelines.SampleSettings(
+            inference_steps=cfg.inference_steps,
+            guidance_scale=cfg.guidance_scale,
+            seed=cfg.seed,
+            height=cfg.height or side,
+            width=cfg.width or side,
+        )
+        pipeline = pipelines.decoder_pipeline(weights, net)
+        return Halving("the decoder", settings.batch_size).run(
+            lambda size: pipelines.decode(pipeline, embeds, replace(settings, batch_size=size))
+        )
+
+
+@contextmanager
+def placed(weights: Weights, parts: tuple[str, ...], network: Any, device: torch.device) -> Iterator[Any]:
+    """A network and the frozen parts that it works with, on the device for the time being."""
+    network.to(device)
+    with weights.on_device(parts, device):
+        yield network
+    network.to("cpu")
+
+
+def find_run_to_log(cfg: DictConfig, origins: dict[PipelineHalf, ModelSource]) -> str:
+    """The MLflow run that trained the decoder, or else the prior; its store answers."""
+    run_id = origins["decoder"].trained_by or origins["prior"].trained_by
+    if run_id is None:
+        raise ConfigError("log_to_run: neither the prior nor the decoder comes from an MLflow run; leave it off")
+    store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
+    return run_id
+
+
+def log_to_run(cfg: DictConfig, run_id: str, folder: Path) -> None:
+    client, _ = store.connect(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
+    client.log_artifacts(run_id, str(folder), f"generate/{folder.name}")

@@ -1,0 +1,53 @@
+"""What the stages encode, with the real encoders at tiny size and nothing else of a stage."""
+
+import torch
+
+from kandinsky_exp.data.encoded.encode import encode_table
+from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.tiny import architecture
+
+
+class PriorEncoders:
+    """What the prior stage encodes, with the real encoders at tiny size. Counts the rows it saw."""
+
+    def __init__(self):
+        self.preprocess = Preprocess(architecture.image_processor(), architecture.tokenizer(), None)
+        self.ragged_features = ("text_states",)
+        self.image_encoder = architecture.image_encoder().eval()
+        self.text_encoder = architecture.text_encoder().eval()
+        self.images = self.captions = 0
+
+    @torch.no_grad()
+    def encode(self, examples):
+        features = {}
+        if "clip_pixels" in examples:
+            features["image_embeds"] = self.image_encoder(examples["clip_pixels"]).image_embeds
+            self.images += len(features["image_embeds"])
+        if "input_ids" in examples:
+            output = self.text_encoder(examples["input_ids"])
+            features |= {"text_embeds": output.text_embeds, "text_states": output.last_hidden_state}
+            features["text_mask"] = examples["text_mask"]
+            self.captions += len(output.text_embeds)
+        return features
+
+
+class DecoderEncoders:
+    """What the decoder stage encodes."""
+
+    def __init__(self):
+        self.preprocess = Preprocess(architecture.image_processor(), None, 64)
+        self.ragged_features = ("latents",)
+        self.image_encoder = architecture.image_encoder().eval()
+        self.movq = architecture.movq().eval()
+
+    @torch.no_grad()
+    def encode(self, examples):
+        return {
+            "image_embeds": self.image_encoder(examples["clip_pixels"]).image_embeds,
+            "latents": self.movq.encode(examples["pixels"]).latents,
+        }
+
+
+def encode(source, stage, folder, dtype="fp32", batch_size=4, log=lambda text: None, **how):
+    return encode_table(source, stage, folder, EncodeSettings(dtype, batch_size, **how), log)

@@ -1,0 +1,246 @@
+"""A real MLflow server that goes away and comes back while a run trains, and processes that are killed meanwhile."""
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Forked, start
+from many_points import check_all_is_recorded
+from mlflow import MlflowClient
+
+from kandinsky_exp.tracking import registry
+
+pytestmark = pytest.mark.slow
+STEPS = 80
+DUE = {
+    "train/loss": [*range(2, STEPS + 1, 2)],
+    "train/lr": [*range(2, STEPS + 1, 2)],
+    "validation/loss": [*range(0, STEPS + 1, 40)],
+}
+IMAGES = ("validation/00", "reconstruction/00", "validation/grid")
+
+
+class Server:
+    """`mlflow server` on files that outlive it."""
+
+    def __init__(self, root: Path) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            self.port = int(taken.getsockname()[1])
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.root = root
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.root}/mlflow.db",
+            "--artifacts-destination", f"{self.root}/artifacts",
+        ]  # fmt: skip
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.root / "server.log").open("ab") as log:
+            # A session of its own: it starts worker processes, which have to end with it.
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+        wait_until(self.answers, 120)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Takes ten seconds to start: one for all tests, each of which leaves it running."""
+    made = Server(tmp_path_factory.mktemp("server"))
+    made.start()
+    yield made
+    made.stop()
+
+
+class Training:
+    """The command that trains, always the same one."""
+
+    def __init__(self, root: Path, uri: str) -> None:
+        self.root, self.uri, self.experiment = root, uri, root.name
+        self.process = self.start()
+
+    def start(self) -> Forked:
+        return start(self.root, "model=decoder", "name=d", f"tracker.uri={self.uri}",
+                     f"tracker.experiment={self.experiment}", f"trainer.max_steps={STEPS}", "validation.every=40",
+                     "checkpoint.every=20", "validation.prompts=[a dog]")  # fmt: skip
+
+    @property
+    def outbox(self) -> Path:
+        return self.root / "d" / "outbox"
+
+    @property
+    def log(self) -> str:
+        file = self.root / "d" / "train.log"
+        return file.read_text() if file.exists() else ""
+
+    def wait_for(self, text: str) -> None:
+        self.process.wait_for(text, self.root / "d" / "train.log")
+
+    def run_again(self) -> str:
+        self.process = self.start()
+        return self.process.finish()
+
+
+@pytest.fixture
+def training(tmp_path: Path, server: Server) -> Iterator[Training]:
+    made = Training(tmp_path, server.uri)
+    yield made
+    made.process.kill()
+
+
+def check(server: Server, training: Training) -> None:
+    """One run, every point and image of it once, and nothing that waits."""
+    client = MlflowClient(server.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(training.experiment).experiment_id])
+    assert run.info.status == "FINISHED"
+    for key, due in DUE.items():
+        assert sorted(point.step for point in client.get_metric_history(run.info.run_id, key)) == due, key
+    counts = Counter(name(file) for file in client.list_artifacts(run.info.run_id, "images"))
+    steps = DUE["validation/loss"]
+    assert counts == {(key, step, ending): 1 for key in IMAGES for step in steps for ending in ("png", "webp")}
+    assert {"config.yaml", "pip_freeze.txt"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert run.data.params["trainer.max_steps"] == str(STEPS)
+    assert not training.outbox.exists()
+    assert json.loads((training.root / "d" / "run.json").read_text())["status"] == "FINISHED"
+
+
+def name(file: Any) -> tuple[str, int, str]:
+    match = re.fullmatch(r"images/(.+)\+step\+(\d+)\+timestamp\+.+\.(png|webp)", file.path)
+    assert match
+    return match[1].replace("~", "/"), int(match[2]), match[3]
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[int]:
+    """Takes connections, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield int(listening.getsockname()[1])
+
+
+@contextlib.contextmanager
+def overloaded() -> Iterator[int]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.send_header("Retry-After", "600")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield listening.server_port
+        listening.shutdown()
+
+
+@pytest.mark.parametrize("bad", [silent, overloaded])
+def test_a_bad_server_is_found_at_once(
+    bad: Callable[[], contextlib.AbstractContextManager[int]], tmp_path: Path
+) -> None:
+    with bad() as port:
+        training = Training(tmp_path, f"http://127.0.0.1:{port}")
+        began = time.monotonic()
+        output = training.process.finish()
+    assert training.process.code == 2, output
+    assert training.uri in output
+    assert "Traceback" not in output
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_server_that_goes_and_comes_back(server: Server, training: Training) -> None:
+    training.wait_for("step 10 of")
+    server.stop()
+    training.wait_for("MLflow: metrics cannot be written for now")
+    training.process.signal(signal.SIGSTOP)  # or it would be done before the server is there again
+    server.start()
+    training.process.signal(signal.SIGCONT)
+    output = training.process.finish()
+    assert training.process.code == 0, output
+    assert "the store is back; metrics are written again" in output
+    check(server, training)
+
+
+def test_a_server_that_comes_back_after_the_end(server: Server, training: Training) -> None:
+    training.wait_for("step 10 of")
+    server.stop()
+    output = training.process.finish()
+    assert training.process.code == 0, output
+    assert re.search(r"MLflow: \d+ records wait in .*outbox; the same command, with name=d, delivers them", output)
+    assert training.outbox.exists()
+    server.start()
+    output = training.run_again()
+    assert training.process.code == 0, output
+    assert "nothing left to do" in output
+    check(server, training)
+
+
+def test_a_process_that_is_killed_while_the_server_hangs(server: Server, training: Training) -> None:
+    """The server may have taken what the process did not live to see taken."""
+    training.wait_for("step 30 of")
+    server.signal(signal.SIGSTOP)
+    lines = len(training.log.splitlines())
+    wait_until(lambda: len(training.log.splitlines()) > lines + 3)
+    time.sleep(3)  # longer than metrics gather: the request is on its way
+    training.process.kill()
+    server.signal(signal.SIGCONT)
+    output = training.run_again()
+    assert training.process.code == 0, output
+    assert "going on from" in output
+    check(server, training)
+
+
+def test_processes_that_record_at_the_same_time_lose_nothing(server: Server, tmp_path: Path) -> None:
+    check_all_is_recorded(server.uri, tmp_path)
+
+
+def test_a_server_takes_no_result_from_outside_its_artifacts(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = MlflowClient(server.uri, server.uri)
+    run_id = client.create_run(client.create_experiment("registered")).info.run_id
+    registry.register(server.uri, "mine", tmp_path, run_id)
+    assert "is no version of 'mine' (INVALID_PARAMETER_VALUE: Invalid model version source" in caplog.text
+    assert "a server takes only what lies in its own artifacts" in caplog.text
+    assert client.search_registered_models() == []

@@ -1,0 +1,414 @@
+"""What waits for the store: on disk, in order, delivered once, and never in the way of who records."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kandinsky_exp.tracking.disk_queue import DiskQueue, Record, Segment, read
+from kandinsky_exp.tracking.outbox import Outbox
+from kandinsky_exp.tracking.sender import BATCH, Refused, Sender, first_batch
+
+
+@pytest.fixture
+def lane(tmp_path: Path) -> DiskQueue:
+    return opened(tmp_path)
+
+
+def opened(folder: Path, limit: int = 1_000_000) -> DiskQueue:
+    return DiskQueue(folder / "records", threading.Lock(), limit)
+
+
+def point(step: int) -> Record:
+    return {"kind": "metrics", "step": step, "time": 1_000 + step, "values": {"a": 1.0}}
+
+
+def waiting(lane: DiskQueue) -> list[int]:
+    return [record["step"] for segment in lane.segments() for record in segment.records]
+
+
+def taken(lane: DiskQueue) -> Segment:
+    segment = lane.first(lane.newest())
+    assert segment is not None
+    return segment
+
+
+# On disk
+
+
+def test_records_wait_in_order_for_another_process(lane: DiskQueue, tmp_path: Path) -> None:
+    for step in range(3):
+        lane.append(point(step))
+    after = opened(tmp_path)
+    after.append(point(3))
+    assert waiting(after) == [0, 1, 2, 3]
+    assert taken(after).records == [point(0), point(1), point(2)]
+
+
+def test_what_is_taken_grows_no_more_and_is_forgotten_once_delivered(lane: DiskQueue) -> None:
+    lane.append(point(0))
+    segment = taken(lane)
+    lane.append(point(1))
+    assert taken(lane).records == segment.records == [point(0)]  # until it is removed
+    lane.remove(segment)
+    assert waiting(lane) == [1]
+
+
+def test_what_came_after_the_beginning_of_a_try_is_left_to_the_next(lane: DiskQueue) -> None:
+    lane.append(point(0))
+    newest = lane.newest()
+    lane.remove(taken(lane))
+    lane.append(point(1))
+    assert lane.first(newest) is None
+    assert taken(lane).records == [point(1)]
+
+
+def test_files_are_of_a_bounded_size(tmp_path: Path) -> None:
+    small = opened(tmp_path, limit=200)
+    for step in range(30):
+        small.append(point(step))
+    assert len(small.paths()) > 5
+    assert waiting(small) == list(range(30))
+
+
+def test_a_killed_process_loses_nothing_that_it_handed_over(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from kandinsky_exp.tracking.outbox import Outbox
+lane = Outbox(Path(sys.argv[1])).records
+for step in range(1000):
+    lane.append({"kind": "metrics", "step": step, "time": step, "values": {"a": 1.0}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "outbox")], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert waiting(Outbox(tmp_path / "outbox").records) == list(range(1000))
+
+
+def test_a_torn_last_line_was_never_handed_over(lane: DiskQueue, tmp_path: Path) -> None:
+    lane.append(point(0))
+    lane.append(point(1))
+    (path,) = lane.paths()
+    path.write_bytes(path.read_bytes()[:-5])
+    after = opened(tmp_path)
+    after.append(point(2))
+    assert waiting(after) == [0, 2]
+
+
+def test_a_damaged_line_is_not_passed_over_in_silence(lane: DiskQueue) -> None:
+    lane.append(point(0))
+    (path,) = lane.paths()
+    path.write_bytes(b"\xff{\n[1]\n" + path.read_bytes())
+    damaged, other, whole = read(path)
+    assert (damaged["kind"], other["kind"], whole) == ("damaged", "damaged", point(0))
+
+
+def test_any_text_can_wait(lane: DiskQueue) -> None:
+    lane.append({"kind": "tags", "texts": {"a": "\udcff é \u2028 😀"}})
+    assert taken(lane).records[0]["texts"]["a"] == "? é \u2028 😀"
+
+
+FULL_DISK = """
+import logging, resource, signal, sys, time
+from pathlib import Path
+from kandinsky_exp.tracking.outbox import Outbox
+logging.basicConfig(format="%(message)s")
+lane = Outbox(Path(sys.argv[1])).records
+text = "x" * 100
+def fill(steps):
+    for step in steps:
+        lane.append({"kind": "metrics", "step": step, "time": step, "values": {"a": 1.0}, "text": text})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+fill(range(100))
+segments = []
+while segment := lane.first(lane.newest()):
+    segments += [record["step"] for record in segment.records]
+    lane.remove(segment)
+assert segments == list(range(100)), segments
+fill(range(100, 200))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+time.sleep(5.1)
+fill([200])
+assert not lane.held()
+"""
+
+
+def test_a_full_disk_ends_nothing_and_loses_nothing_while_the_process_lives(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "outbox")]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("they are in memory only") == 1, done.stderr
+    assert waiting(Outbox(tmp_path / "outbox").records) == list(range(100, 201))  # there was room again at the end
+
+
+def test_the_folder_is_there_only_while_something_waits(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox")
+    outbox.open()
+    assert not outbox.folder.exists()
+    outbox.records.append(point(0))
+    outbox.artifacts.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
+    outbox.tidy()
+    assert outbox.waiting() == 2
+    for lane in (outbox.records, outbox.artifacts):
+        lane.remove(taken(lane))
+    outbox.tidy()
+    assert not outbox.folder.exists()
+    outbox.records.append(point(1))
+    outbox.set_status({"status": "KILLED", "time": 1})
+    outbox.sync()
+    assert outbox.waiting() == 2
+
+
+def test_files_go_with_their_record(tmp_path: Path) -> None:
+    lane = Outbox(tmp_path).artifacts
+    lane.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
+    segment = taken(lane)
+    assert (lane.files(segment.records[0]) / "a.txt").read_text() == "a"
+    lane.sync()
+    lane.remove(segment)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_files_may_go_while_they_are_synced(tmp_path: Path) -> None:
+    lane = Outbox(tmp_path).artifacts
+    lane.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
+    waiting = [taken(lane)]
+
+    def delivered_just_now(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.scandir" and waiting and str(arguments[0]).startswith(str(lane.folder / "files")):
+            lane.remove(waiting.pop())
+
+    sys.addaudithook(delivered_just_now)
+    lane.sync()
+    assert not waiting, "nothing was listed: the test tests nothing"
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_files_without_a_record_are_removed(tmp_path: Path) -> None:
+    lane = Outbox(tmp_path).artifacts
+    with pytest.raises(OSError, match="full"):
+        lane.attach({}, fail)
+    assert not list((tmp_path / "artifacts" / "files").iterdir())
+    lane.attach({}, lambda folder: (folder / "a.txt").write_text("a"))
+    (tmp_path / "artifacts" / "files" / "killed").mkdir()
+    Outbox(tmp_path).open()
+    assert [path.name for path in (tmp_path / "artifacts" / "files").iterdir()] == [taken(lane).records[0]["files"]]
+
+
+def fail(_: Path) -> None:
+    raise OSError("full")
+
+
+def test_a_status_is_kept_by_a_signal_handler_amid_a_write(tmp_path: Path) -> None:
+    """The handler runs in the thread that may hold the lock just then."""
+    code = """
+import os, signal, sys, threading
+from pathlib import Path
+from kandinsky_exp.tracking.outbox import Outbox
+outbox = Outbox(Path(sys.argv[1]))
+def stop(number, frame):
+    outbox.set_status({"status": "KILLED", "time": 1})
+    os._exit(7)
+signal.signal(signal.SIGTERM, stop)
+outbox.records.append({"kind": "tags"})
+with outbox._lock:
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(30)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "outbox")], timeout=20)
+    assert done.returncode == 7
+    assert Outbox(tmp_path / "outbox").status() == {"status": "KILLED", "time": 1}
+    assert Outbox(tmp_path / "outbox").waiting() == 2
+
+
+# The thread that delivers
+
+
+class Store:
+    """A store of a few lines, which can be away, and dislikes some steps."""
+
+    def __init__(self, *disliked: int) -> None:
+        self.seen: list[int] = []
+        self.writes = 0
+        self.tries = 0
+        self.away = False
+        self.refused: list[int] = []
+        self._disliked = disliked
+
+    def write(self, batch: list[Record]) -> None:
+        self.tries += 1
+        if self.away:
+            raise OSError("postgresql://me:secret@host is away")
+        steps = [record["step"] for record in batch]
+        if set(steps) & set(self._disliked):
+            raise Refused(f"no {steps}")
+        self.writes += 1
+        self.seen += steps
+
+    def refuse(self, record: Record, error: Exception) -> None:
+        self.refused.append(record["step"])
+
+
+Start = Callable[..., Sender]
+
+
+@pytest.fixture
+def start(lane: DiskQueue) -> Iterator[Start]:
+    started: list[Sender] = []
+
+    def courier(store: Store, interval: float = 0.01) -> Sender:
+        started.append(Sender("metrics", lane, store.write, store.refuse, interval=interval, pause=interval))
+        return started[-1]
+
+    yield courier
+    for each in started:
+        each.close()
+
+
+def add(lane: DiskQueue, courier: Sender, *steps: int) -> None:
+    for step in steps:
+        lane.append(point(step))
+        courier.notify()
+
+
+def test_metrics_gather(lane: DiskQueue, start: Start) -> None:
+    store = Store()
+    courier = start(store, interval=30)
+    add(lane, courier, *range(100))
+    assert courier.flush(5)
+    assert store.seen == list(range(100))
+    assert store.writes <= 2
+    assert not lane.paths()
+
+
+def test_many_metrics_do_not_wait(lane: DiskQueue, start: Start) -> None:
+    store = Store()
+    courier = start(store, interval=600)
+    add(lane, courier, *range(BATCH))
+    wait_for(lambda: len(store.seen) == BATCH)
+
+
+def test_what_an_earlier_process_left_comes_first_and_unasked(lane: DiskQueue, start: Start) -> None:
+    lane.append(point(0))
+    store = Store()
+    courier = start(store)
+    wait_for(lambda: store.seen == [0])
+    add(lane, courier, 1)
+    assert courier.flush(5)
+    assert store.seen == [0, 1]
+
+
+def test_records_wait_while_the_store_is_away(
+    lane: DiskQueue, start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store()
+    courier = start(store)
+    store.away = True
+    add(lane, courier, 1)
+    began = time.monotonic()
+    assert not courier.flush(5)
+    assert time.monotonic() - began < 1
+    add(lane, courier, 2)
+    assert waiting(opened(tmp_path)) == [1, 2]
+    store.away = False
+    assert courier.flush(5)
+    assert store.seen == [1, 2]
+    assert caplog.text.count("metrics cannot be written for now (postgresql://***@host is away)") == 1
+    assert caplog.text.count("the store is back") == 1
+
+
+def test_the_pauses_grow(lane: DiskQueue, start: Start) -> None:
+    store = Store()
+    store.away = True
+    courier = start(store, interval=0.05)
+    add(lane, courier, 1)
+    time.sleep(1.2)
+    assert 3 <= store.tries <= 6  # after 0.05, 0.1, 0.2, 0.4 and 0.8 s
+    store.away = False
+    wait_for(lambda: store.seen == [1])  # and by itself
+
+
+def test_what_is_sent_at_once_is_not_tried_again_at_once(lane: DiskQueue) -> None:
+    """Files are: a thread that tried all the time would take the core that trains."""
+    store = Store()
+    store.away = True
+    courier = Sender("files", lane, store.write, store.refuse, interval=0)
+    add(lane, courier, 1)
+    wait_for(lambda: store.tries == 1)
+    time.sleep(0.5)
+    assert store.tries == 1
+    courier.close()
+
+
+def test_what_is_refused_is_put_aside_and_holds_up_nothing(
+    lane: DiskQueue, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(3, 5)
+    courier = start(store)
+    add(lane, courier, *range(8))
+    assert courier.flush(5)
+    assert store.seen == [0, 1, 2, 4, 6, 7]
+    assert store.refused == [3, 5]
+    assert "metrics of step 3 was not recorded (no [3])" in caplog.text
+    assert not lane.paths()
+
+
+def test_a_closed_courier_leaves_the_rest(lane: DiskQueue, start: Start) -> None:
+    store = Store()
+    courier = start(store, interval=600)
+    courier.close()
+    wait_for(lambda: not courier._thread.is_alive())
+    add(lane, courier, 1)
+    assert not courier.flush(0.1)
+    assert waiting(lane) == [1]
+    assert store.seen == []
+
+
+def test_a_batch_is_what_one_request_may_hold() -> None:
+    from collections import deque
+
+    wide = {**point(0), "values": {str(index): 0.0 for index in range(400)}}
+    assert len(first_batch(deque([wide, wide, wide]))) == 2
+    assert len(first_batch(deque([point(0), {"kind": "tags"}, point(1)]))) == 1
+    assert first_batch(deque([{"kind": "tags"}, {"kind": "tags"}])) == [{"kind": "tags"}]
+
+
+def test_handing_over_is_quick_while_the_store_hangs(lane: DiskQueue, start: Start) -> None:
+    gate = threading.Event()
+    courier = Sender("metrics", lane, lambda _: gate.wait(30), lambda *_: None, interval=0)
+    costs = []
+    for step in range(300):
+        began = time.perf_counter()
+        add(lane, courier, step)
+        costs.append(time.perf_counter() - began)
+    assert sorted(costs)[150] < 1e-3
+    courier.close()
+    gate.set()
+
+
+def test_refused_records_are_kept_with_their_files(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox")
+    outbox.artifacts.attach({"kind": "files", "what": "a"}, lambda folder: (folder / "a.txt").write_text("a"))
+    segment = taken(outbox.artifacts)
+    outbox.refuse(outbox.artifacts, segment.records[0], Refused("too large\nby far"))
+    outbox.artifacts.remove(segment)
+    Outbox(outbox.folder).open()
+    (line,) = (outbox.folder / "refused.jsonl").read_text().splitlines()
+    kept = json.loads(line)
+    assert kept["reason"] == "too large"
+    assert (outbox.folder / "refused" / kept["record"]["files"] / "a.txt").read_text() == "a"
+    assert outbox.waiting() == 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)
