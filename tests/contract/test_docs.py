@@ -6,6 +6,7 @@ them; `<!-- test: exit code 1 -->` says how they end. A block whose first line i
 file. Pages are read in order, in one folder: what a command needs, one before it has made.
 """
 
+import gc
 import importlib.util
 import json
 import re
@@ -36,7 +37,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"
 TESTS = {file.name for file in (ROOT / "tests").rglob("test_*.py")}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 SESSIONS = re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text("utf-8"), re.MULTILINE)
-BLOCK = re.compile(r"(?:^<!-- test: (.+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"(?:^<!-- test: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"needs (a GPU|a hub account|a cluster)|in (test_\w+\.py)|exit code ([12])|")
 KINDS = {"bash", "console", "json", "python", "text", "yaml"}
 INLINE = re.compile(r"`((?:kandinsky-exp \S*(?:=|-)|nox |pip |python |bash )[^`…]+)`")
@@ -107,6 +108,8 @@ def is_right(words: list[str]) -> None:
 
 def run_ours(words: list[str], code: int = 0) -> None:
     found: object = 0
+    gc.collect()  # what the command before left: frozen, it would stay for ever
+    gc.freeze()  # a run collects garbage at its end, and goes through all the libraries for it
     try:
         cli.main(tiny(words))
     except SystemExit as end:
