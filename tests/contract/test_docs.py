@@ -25,6 +25,7 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 from running import hydra_compose, prepare
+from test_architecture import ROOMS
 
 import kandinsky_exp
 from kandinsky_exp import cli
@@ -315,6 +316,16 @@ def test_files_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"\b(?:kandinsky_exp|conf|tests|tools)/[\w/.]*\w", page.read_text("utf-8")):
         assert (ROOT / name).exists(), name
     assert set(re.findall(r"\btest_\w+\.py", page.read_text("utf-8"))) <= TESTS
+
+
+def test_the_table_of_rooms_is_the_rule_of_imports() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)/`.* \| (.+) \|$", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.MULTILINE
+    )
+    table = {room: set(re.findall(r"`([\w.]+)`", allowed)) for room, allowed in rows}
+    del table["verbs"]  # it may import all, which the table says in words
+    assert table == {room: ROOMS[room] for room in table}
+    assert {room for room in ROOMS if (ROOT / "kandinsky_exp" / room).is_dir()} == table.keys()
 
 
 def test_the_readme_is_short_and_shows_two_pictures() -> None:
