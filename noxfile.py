@@ -14,8 +14,8 @@ nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
-# Nothing is downloaded; threads that have to share a core make torch many times slower; and what Python compiles it keeps,
-# for tests start many processes.
+# Nothing is downloaded; threads that share a core make torch many times slower; Python keeps what it compiles, for
+# tests start many processes.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 

@@ -26,8 +26,6 @@ def covers_pairs(row: tuple[object, ...]) -> bool:
     return third == (first == second) and fourth == (first != fifth)
 
 
-
-
 def settings(stage: str, data: str, accumulation: int, ema: bool, precision: str) -> list[str]:
     batch = {1: 2, 3: 1}[accumulation]
     return [

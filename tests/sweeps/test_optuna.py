@@ -6,9 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import Forked, command
-from running import prepare
-from test_sweep import LAUNCHERS, PRIOR, family, swept
+from sweeping import LAUNCHERS, PRIOR, family, signalled, swept
 
 optuna = pytest.importorskip("optuna", reason="LOUD: optuna is not installed")
 
@@ -136,16 +134,14 @@ def test_a_hopeless_job_is_given_up(tmp_path: Path, capfd: pytest.CaptureFixture
 @pytest.mark.slow
 def test_a_study_goes_on_with_the_trial_that_was_stopped(tmp_path: Path) -> None:
     settings = [*OPTUNA, "hydra.sweeper.n_trials=2", "name=s", "optimizer.lr=interval(1e-5,1e-4)"]
-    words = ["--multirun", *PRIOR, f"output_root={tmp_path}", *settings, "trainer.max_steps=60", "checkpoint.every=2"]
-    prepare(tmp_path, settings)
-    process = Forked(command, words)
-    process.wait_until(lambda: any("step 6 " in log.read_text() for log in (tmp_path / "s").glob("*/train.log")))
-    process.signal(signal.SIGTERM)
-    output = process.finish()
-    assert process.code == 143, output
+    settings += ["trainer.max_steps=60", "checkpoint.every=2"]
+    logs = (tmp_path / "s").glob
+    with signalled(signal.SIGTERM, lambda: any("step 6 " in log.read_text() for log in logs("*/train.log"))) as sent:
+        assert swept(tmp_path, *settings) == 143
+    assert sent.is_set()
     (trial,) = study(tmp_path / "s").trials
     assert trial.state.name == "RUNNING"
-    assert swept(tmp_path, *settings, "trainer.max_steps=60", "checkpoint.every=2") == 0
+    assert swept(tmp_path, *settings) == 0
     trials = study(tmp_path / "s").trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
     assert trials[0].params == trial.params

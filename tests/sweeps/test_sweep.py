@@ -10,15 +10,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Forked, command, start_server
+from commands import Forked, command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
-from running import SMALL, client, composed, prepare, runs
+from running import client, composed, prepare
+from sweeping import LAUNCHERS, PRIOR, family, signalled, swept, wait
 
 from kandinsky_exp import cli
 from kandinsky_exp.config import hydra_errors
@@ -52,9 +53,6 @@ ENDS = {
     "memory": "FAILED",
     "last": "FINISHED",
 }
-LAUNCHERS = {"basic": [], "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-             "submitit": ["hydra/launcher=submitit_local"], "ray": ["hydra/launcher=ray"]}  # fmt: skip
-PRIOR = ["model=prior", *SMALL]
 
 
 @pytest.fixture(autouse=True)
@@ -63,17 +61,6 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-
-def swept(root: Path, *overrides: str) -> int:
-    """The exit code of a sweep in this process."""
-    prepare(root, overrides)
-    start_server()  # the process that jobs are forked from: one for all tests
-    try:
-        cli.main(["--multirun", *PRIOR, f"output_root={root}", *overrides])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else -1
-    return 0
 
 
 def faulty(root: Path, ways: Sequence[str]) -> list[str]:
@@ -90,16 +77,6 @@ def test_why_a_job_failed_is_told_whole(tmp_path: Path) -> None:
     answer = cli.answered(job_process.Call(cli.answered, "kandinsky_exp.run:run", (), False), cfg)
     assert answer.message.count("\n") == 2
     assert all(f"{key}: " in answer.message for key in ("trainer.batch_size", "trainer.max_steps", "optimizer.lr"))
-
-
-def family(root: Path, name: str) -> tuple[Any, dict[str, Any]]:
-    """The parent run and its children by name."""
-    found = runs(root)
-    (parent,) = (run for run in found if run.data.tags.get("sweep") == name)
-    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    named = {run.info.run_name: run for run in children}
-    assert len(named) == len(children)
-    return parent, named
 
 
 def artifact(root: Path, run: Any, name: str) -> str:
@@ -239,20 +216,10 @@ def test_an_interrupt_stops_the_jobs_that_run_and_then_the_sweep(
     root = tmp_path / "out"
     overrides = ["name=s", *LAUNCHERS["joblib"], "trainer.max_steps=5000", "optimizer.lr=1e-5,2e-5,3e-5"]
     logs = [root / "s" / f"optimizer.lr={lr}" / "train.log" for lr in ("1e-05", "2e-05")]
-    began = threading.Event()
-
-    def interrupt() -> None:
-        with contextlib.suppress(AssertionError):
-            wait(lambda: all(log.is_file() and "step 10 " in log.read_text() for log in logs))
-            began.set()
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    code = swept(root, *overrides, "checkpoint.every=5000")
-    thread.join()
+    with signalled(signal.SIGINT, lambda: all(log.is_file() and "step 10 " in log.read_text() for log in logs)) as sent:
+        code = swept(root, *overrides, "checkpoint.every=5000")
     output = "".join(capfd.readouterr())
-    assert began.is_set(), output
+    assert sent.is_set(), output
     assert code == 130, output
     parent, children = family(root, "s")
     assert {name: run.info.status for name, run in children.items()} == {"lr=1e-05": "KILLED", "lr=2e-05": "KILLED"}
@@ -273,13 +240,6 @@ def test_a_killed_sweep_ends_its_jobs_after_a_checkpoint(tmp_path: Path) -> None
     process.kill()
     wait(lambda: (record := run_folder.read_record(job)) is not None and record.status == "KILLED")
     assert list((job / "checkpoints").glob("step-*"))
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 # --- what is refused

@@ -137,9 +137,18 @@ def test_an_image_that_goes_while_a_run_trains_fails_the_run(workers: int, tmp_p
 @pytest.mark.slow
 def test_two_processes_stop_with_one_checkpoint(tmp_path: Path) -> None:
     """Long before the next log point: a launcher kills half a minute after it has asked."""
-    settings = ["model=prior", "name=p", *ENDLESS, "trainer.log_every=1000000", "checkpoint.every=2", "checkpoint.keep=1"]
+    settings = [
+        "model=prior",
+        "name=p",
+        *ENDLESS,
+        "trainer.log_every=1000000",
+        "checkpoint.every=2",
+        "checkpoint.keep=1",
+    ]
     prepare(tmp_path, settings)
-    process = Forked(launch, [*SMALL, f"output_root={tmp_path}", *settings], environment={"ACCELERATE_USE_CPU": USE_CPU})
+    process = Forked(
+        launch, [*SMALL, f"output_root={tmp_path}", *settings], environment={"ACCELERATE_USE_CPU": USE_CPU}
+    )
     process.wait_for("step 2: checkpoint", tmp_path / "p" / "train.log")
     sent = time.monotonic()
     process.signal(signal.SIGTERM)
