@@ -5,15 +5,15 @@ arguments and are checked against its signature (`targets`). Defaults and explan
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from kandinsky_exp.config.rules import (
-    BELOW_ONE,
-    BETAS,
-    FRACTION,
-    MODEL_NAME,
+from kandinsky_exp.config.types import (
+    BelowOne,
+    Betas,
     Count,
     CountOrZero,
+    Fraction,
+    ModelName,
     Positive,
     PositiveOrZero,
     Prompts,
@@ -43,7 +43,7 @@ class Model(OpenNode):
     given_later = frozenset({"weights", "resolution"})
 
     snr_gamma: Positive | None = None
-    condition_dropout: Annotated[float, FRACTION] = 0.0
+    condition_dropout: Fraction = 0.0
     vlb_weight: PositiveOrZero = 0.0
 
 
@@ -55,9 +55,9 @@ class Optimizer(OpenNode):
 
     lr: Positive = 1.0
     weight_decay: PositiveOrZero = 0.0
-    betas: Annotated[list[float], BETAS] | None = None
+    betas: Betas | None = None
     eps: Positive | list[Positive] = 1.0
-    momentum: Annotated[float, BELOW_ONE] = 0.0
+    momentum: BelowOne = 0.0
     warmup_steps: CountOrZero = 0
     fused: bool | None = None
 
@@ -128,7 +128,7 @@ class Adapter:
     name: Literal["none", "lora", "dora"]
     rank: Count | None
     alpha: Positive | None
-    dropout: Annotated[float, BELOW_ONE]
+    dropout: BelowOne
     target_modules: Literal["attention", "all-linear"] | list[Text] | None
     use_rslora: bool
     init: Literal["default", "gaussian", "pissa", "olora"]
@@ -146,7 +146,7 @@ class Trainer:
     gradient_checkpointing: bool
     compile: bool
     attention: Literal["sdpa", "xformers", "eager"]
-    ema_decay: Annotated[float, BELOW_ONE] | None
+    ema_decay: BelowOne | None
     log_every: Count
 
 
@@ -165,7 +165,7 @@ class Validation:
     inference_steps: Steps
     guidance_scale: PositiveOrZero
     seed: Seed
-    fraction: Annotated[float, BELOW_ONE]
+    fraction: BelowOne
     batch_size: Count
     draws: Count
     reconstructions: CountOrZero
@@ -176,7 +176,7 @@ class Tracker:
     name: Literal["mlflow", "none"]
     uri: Text | None
     experiment: Text
-    register: Annotated[str, MODEL_NAME] | None = None
+    register: ModelName | None = None
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from kandinsky_exp.config.rules import (
+from kandinsky_exp.config import schema
+from kandinsky_exp.config.types import (
     Count,
     Modules,
     Name,
@@ -18,22 +19,6 @@ from kandinsky_exp.config.rules import (
     Steps,
     Text,
 )
-from kandinsky_exp.config.schema import (
-    Adapter,
-    Checkpoint,
-    Data,
-    Hub,
-    Model,
-    Optimizer,
-    Precision,
-    Repository,
-    Scheduler,
-    Sweep,
-    Tracker,
-    Trainer,
-    Validation,
-    Weights,
-)
 
 
 @dataclass
@@ -41,19 +26,19 @@ class Train:
     name: Name | None
     output_root: Text
     seed: Seed
-    model: Model
-    weights: Weights
-    data: Data
-    optimizer: Optimizer
-    scheduler: Scheduler
-    precision: Precision
-    adapter: Adapter
-    trainer: Trainer
-    checkpoint: Checkpoint
-    validation: Validation
-    tracker: Tracker
-    hub: Hub
-    sweep: Sweep
+    model: schema.Model
+    weights: schema.Weights
+    data: schema.Data
+    optimizer: schema.Optimizer
+    scheduler: schema.Scheduler
+    precision: schema.Precision
+    adapter: schema.Adapter
+    trainer: schema.Trainer
+    checkpoint: schema.Checkpoint
+    validation: schema.Validation
+    tracker: schema.Tracker
+    hub: schema.Hub
+    sweep: schema.Sweep
     trusted_modules: Modules | None = None
 
 
@@ -67,9 +52,9 @@ class Generate:
     name: Name | None
     output_root: Text
     seed: Seed
-    weights: Weights
-    precision: Precision
-    tracker: Tracker
+    weights: schema.Weights
+    precision: schema.Precision
+    tracker: schema.Tracker
     prior: Text | None
     decoder: Text | None
     prior_adapter: Names | None
@@ -91,10 +76,10 @@ class Generate:
 class Encode:
     output_root: Text
     seed: Seed
-    model: Model
-    weights: Weights
-    data: Data
-    precision: Precision
+    model: schema.Model
+    weights: schema.Weights
+    data: schema.Data
+    precision: schema.Precision
     list: bool
     remove: Names
     trusted_modules: Modules | None = None
@@ -109,9 +94,9 @@ class AdapterSource:
 class Export:
     name: Name | None
     output_root: Text
-    weights: Weights
-    precision: Precision
-    tracker: Tracker
+    weights: schema.Weights
+    precision: schema.Precision
+    tracker: schema.Tracker
     adapter: AdapterSource
     base: Text | None
     adapter_scale: Number | list[Number]
@@ -121,7 +106,7 @@ class Export:
 @dataclass
 class Push:
     run: Text
-    hub: Repository
+    hub: schema.Repository
 
 
 @dataclass
@@ -129,7 +114,7 @@ class Ui:
     output_root: Text
     host: Text
     port: Port
-    tracker: Tracker
+    tracker: schema.Tracker
 
 
 @dataclass
@@ -143,7 +128,9 @@ class Compare:
     sweep: SweepSource
     name: Name | None
     output_root: Text
-    tracker: Tracker
+    tracker: schema.Tracker
 
 
-ROOTS: list[type[Any]] = [Train, Plan, Generate, Encode, Export, Push, Ui, Compare]
+SCHEMAS: dict[str, type[Any]] = {
+    root.__name__.lower(): root for root in (Train, Plan, Generate, Encode, Export, Push, Ui, Compare)
+}
