@@ -1,4 +1,4 @@
-"""Verbs → Hydra apps. The only place that prints a user's error and decides an exit code.
+"""The command `kandinsky-exp`: its verbs, what is printed of an error, and exit codes.
 
 0 done · 2 the configuration or the data is wrong and nothing was trained · 1 failed while running ·
 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM) after a checkpoint was written.
@@ -108,13 +108,9 @@ def call(job: job_process.Call, cfg: DictConfig) -> Any:
     return getattr(import_module(module), name)(cfg)
 
 
+@terminal.lasting()
 def answered(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
     """The same for a job in its own process: however it ends, that is told, and printed where it went wrong."""
-    with terminal.lasting():
-        return _answer(job, cfg)
-
-
-def _answer(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
     try:
         value = call(job, cfg)
         return job_process.Answer("FINISHED", float(value) if isinstance(value, (int, float)) else None)
@@ -130,13 +126,9 @@ def _answer(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
         return job_process.Answer("FAILED", message=message, is_user_error=isinstance(error, UserError))
 
 
+@terminal.lasting()
 def main(argv: list[str] | None = None) -> None:
-    """Runs `kandinsky-exp [VERB] [overrides]`; returns when done, else raises SystemExit with the exit code."""
-    with terminal.lasting():
-        _main(argv)
-
-
-def _main(argv: list[str] | None) -> None:
+    """Run `kandinsky-exp [VERB] [overrides]`; return when done, else raise SystemExit with the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     os.environ.update(launch_environment.adopted(os.environ))
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -151,7 +143,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
-    """Takes the verb off the arguments, or off the line that a shell asks to complete."""
+    """Take the verb off the arguments, or off the line that a shell asks to complete."""
     if "-sc" in arguments and "COMP_LINE" in os.environ:
         program, _, line = os.environ["COMP_LINE"].partition(" ")
         first, space, rest = line.partition(" ")
@@ -214,7 +206,7 @@ def _settled(line: command_line.CommandLine, trains: bool) -> command_line.Comma
 
 
 def _report(error: BaseException, verbose: bool) -> int:
-    """Prints what went wrong, with a traceback where it helps; returns the exit code."""
+    """Print what went wrong, with a traceback where it helps; return the exit code."""
     known = isinstance(error, (UserError, RunFailure, Interrupted, KeyboardInterrupt))
     if verbose or not known:
         print(redaction.masked("".join(traceback.format_exception(error))), file=sys.stderr, end="")

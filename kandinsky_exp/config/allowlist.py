@@ -6,9 +6,9 @@ under that name. The user adds modules by `trusted_modules`, on the command line
 
 import functools
 import inspect
+import pkgutil
 import re
 from collections.abc import Collection
-from importlib import import_module
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, flag_override
@@ -77,7 +77,7 @@ def refused(cfg: DictConfig, typed: Collection[str]) -> list[str]:
     return [name for name in _named(cfg) if name not in user_modules(cfg, typed)]
 
 
-def note(cfg: DictConfig, typed: Collection[str]) -> None:
+def remember(cfg: DictConfig, typed: Collection[str]) -> None:
     """Write what the user trusts into the config, and mark it as the user's: a file cannot set a flag."""
     names = user_modules(cfg, typed)
     if names != _named(cfg):
@@ -156,14 +156,8 @@ def _origin(found: Any) -> str | None:
 def _has_role(found: Any, module: str | None, role: str) -> bool:
     if inspect.isclass(found):
         bases = [BASES[role]] if role in BASES else [] if role else [BASES["optimizer"], BASES["scheduler"]]
-        return any(issubclass(found, _class(name)) for name in bases)
+        return any(issubclass(found, pkgutil.resolve_name(name)) for name in bases)
     return inspect.isfunction(found) and module == FUNCTIONS.get(role)
-
-
-def _class(name: str) -> type:
-    module, _, last = name.rpartition(".")
-    found: type = getattr(import_module(module), last)
-    return found
 
 
 # --- Hydra's own section, which Hydra acts on before our code runs

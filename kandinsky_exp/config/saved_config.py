@@ -1,4 +1,7 @@
-"""The `config.yaml` of a run, which may be anybody's: data, of which nothing is resolved and nothing is built."""
+"""Flat and written forms of a config, and the `config.yaml` of a run.
+
+That file may be anybody's: it is read as data, of which nothing is resolved and nothing is built.
+"""
 
 import typing
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from kandinsky_exp.system import redaction
 
 NAME = "config.yaml"
 LARGEST = 1 << 18  # bytes
+Values = dict[str, Any]
 
 
 def read(run_folder: Path) -> Any:
@@ -54,9 +58,6 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases")
         return super().compose_node(parent, index)
-
-
-Values = dict[str, Any]
 
 
 def flatten(cfg: DictConfig) -> Values:

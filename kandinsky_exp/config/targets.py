@@ -5,7 +5,6 @@ import inspect
 import re
 import typing
 from collections.abc import Collection
-from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from kandinsky_exp.config import allowlist, saved_config
-from kandinsky_exp.config.schema import OpenNode
+from kandinsky_exp.config.schema import Group, OpenNode
 from kandinsky_exp.config.suggestions import did_you_mean
 from kandinsky_exp.config.types import type_problem
 from kandinsky_exp.errors import Problem
@@ -50,7 +49,9 @@ def nodes(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(key, node) for key, _, node in saved_config.walk(values) if isinstance(node, dict) and "_target_" in node]
 
 
-def problems(values: dict[str, Any], root: type[Any], added: Collection[str], *, quick: bool = False) -> list[Problem]:
+def problems(
+    values: dict[str, Any], root: type[Group], added: Collection[str], *, quick: bool = False
+) -> list[Problem]:
     """What is wrong with any target in resolved settings.
 
     Args:
@@ -62,13 +63,13 @@ def problems(values: dict[str, Any], root: type[Any], added: Collection[str], *,
     for key, node in nodes(values):
         schema = _schema_of(root, key)
         problem = check_name(key, node, added)
-        judged = node.keys() <= {item.name for item in fields(schema)}
+        judged = node.keys() <= schema.annotations().keys()
         found += problem if problem or (quick and judged) else check(key, node, schema, added)
     return found
 
 
-def _schema_of(root: type[Any], key: str) -> type[OpenNode]:
-    annotation = typing.get_type_hints(root, include_extras=True).get(key)
+def _schema_of(root: type[Group], key: str) -> type[OpenNode]:
+    annotation = root.annotations().get(key)
     return annotation if isinstance(annotation, type) and issubclass(annotation, OpenNode) else OpenNode
 
 
@@ -154,15 +155,12 @@ def _annotation(name: str, target: Any, signature: inspect.Signature) -> Any:
     parameter = signature.parameters[name]
     annotation = hints.get(name, parameter.annotation)
     if annotation is not parameter.empty and not isinstance(annotation, str):
-        return annotation | None if parameter.default is None and _is_plain(annotation) else annotation
+        is_plain = annotation in (int, float, bool, str)
+        return annotation | None if is_plain and parameter.default is None else annotation
     default = parameter.default
     if isinstance(default, bool):
         return bool
     return float if isinstance(default, float) else Any
-
-
-def _is_plain(annotation: Any) -> bool:
-    return annotation in (int, float, bool, str)
 
 
 class _NotThereError(Exception):

@@ -7,7 +7,7 @@ signature.
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -140,19 +140,7 @@ def _is_elsewhere(annotation: Any) -> bool:
 
 def is_whole(annotation: Any) -> bool:
     """Whether numbers that fit an annotation are whole ones."""
-    kinds = set(_kinds(annotation))
-    return int in kinds and float not in kinds
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        yield from _kinds(arguments[0])
-    elif origin in UNIONS:
-        for argument in arguments:
-            yield from _kinds(argument)
-    else:
-        yield annotation
+    return fits(8, annotation) and not fits(8.5, annotation)  # 8 keeps the rules of all whole settings
 
 
 # --- in words

@@ -4,17 +4,15 @@ Only `targets.check` may import torch, and only for a config that is good otherw
 knows: a misspelt number is answered at once.
 """
 
-import typing
 from collections.abc import Collection, Iterator
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kandinsky_exp.config import allowlist, consistency, saved_config, targets
 from kandinsky_exp.config.saved_config import Values
-from kandinsky_exp.config.schema import OpenNode
+from kandinsky_exp.config.schema import Group, OpenNode
 from kandinsky_exp.config.suggestions import suggest
 from kandinsky_exp.config.types import type_problem
 from kandinsky_exp.config.verb_schemas import SCHEMAS
@@ -41,7 +39,7 @@ def validate(cfg: DictConfig, verb: str, trusted: Collection[str] = ()) -> None:
     """
     if found := problems(cfg, verb, trusted):
         raise ConfigError(found)
-    allowlist.note(cfg, trusted)
+    allowlist.remember(cfg, trusted)
 
 
 def problems(cfg: DictConfig, verb: str, trusted: Collection[str] = (), *, quick: bool = False) -> list[Problem]:
@@ -78,20 +76,18 @@ def _untrusted(cfg: DictConfig, trusted: Collection[str]) -> Iterator[tuple[str,
 # --- the schema
 
 
-def _annotations(schema: type[Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema, include_extras=True)
-    return {item.name: hints[item.name] for item in fields(schema)}
+def _is_group(annotation: Any) -> TypeGuard[type[Group]]:
+    return isinstance(annotation, type) and issubclass(annotation, Group)
 
 
-def _check_group(values: Values, schema: type[Any], prefix: str = "") -> Iterator[Problem]:
+def _check_group(values: Values, schema: type[Group], prefix: str = "") -> Iterator[Problem]:
     """What is wrong with a mapping and the mappings in it."""
-    annotations = _annotations(schema)
-    for item in fields(schema):
-        key, annotation = f"{prefix}{item.name}", annotations[item.name]
-        if item.name in values:
-            yield from _check_value(key, values[item.name], annotation)
-        elif item.default is MISSING:
-            yield Problem(key, "is missing; it was deleted from the config, put it back")
+    annotations = schema.annotations()
+    for name, annotation in annotations.items():
+        if name in values:
+            yield from _check_value(f"{prefix}{name}", values[name], annotation)
+        elif not hasattr(schema, name):
+            yield Problem(f"{prefix}{name}", "is missing; it was deleted from the config, put it back")
     if not issubclass(schema, OpenNode):
         for name in (name for name in values if name not in annotations):
             known = [f"{prefix}{text}" for text in annotations] if prefix else [*annotations, *all_keys()]
@@ -99,13 +95,13 @@ def _check_group(values: Values, schema: type[Any], prefix: str = "") -> Iterato
 
 
 def _check_value(key: str, value: Any, annotation: Any) -> Iterator[Problem]:
-    if not is_dataclass(annotation):
+    if not _is_group(annotation):
         if value == "???":
             yield Problem(key, f"is not set; {NEEDED.get(key, f'give it a value, {key}=...')}")
         elif problem := type_problem(value, annotation):
             yield Problem(key, problem)
     elif isinstance(value, dict):
-        yield from _check_group(value, typing.cast(type[Any], annotation), f"{key}.")
+        yield from _check_group(value, annotation, f"{key}.")
     else:
         yield Problem(key, f"has to be a group of settings, not {value!r}; choose one with {key}=<option>")
 
@@ -120,8 +116,8 @@ def all_keys() -> list[str]:
     return [key for schema in SCHEMAS.values() for key, _ in _schema_keys(schema)]
 
 
-def _schema_keys(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, annotation in _annotations(schema).items():
+def _schema_keys(schema: type[Group], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, annotation in schema.annotations().items():
         yield f"{prefix}{name}", annotation
-        if is_dataclass(annotation):
-            yield from _schema_keys(typing.cast(type[Any], annotation), f"{prefix}{name}.")
+        if _is_group(annotation):
+            yield from _schema_keys(annotation, f"{prefix}{name}.")

@@ -287,6 +287,7 @@ BAD = [  # (override, the message)
     ("adapter.rank=8", "adapter.rank: is set, but adapter=none trains all weights; add adapter=lora"),
     ("~trainer.max_steps", "trainer.max_steps: is missing"),
     ("+trainer.max_step=3", "trainer.max_step: nothing reads this key; remove it; did you mean trainer.max_steps?"),
+    ("+device_memory=24", "device_memory: nothing reads this key; remove it"),  # it is of another verb
     ("tracker.uri=runs", "tracker.uri: 'runs' is no address"),
     ("validation.prompts=a fox", "there is no text file 'a fox'; a list of prompts is written 'validation.prompts="),
     ("weights.prior=not/a/folder", "weights.prior: there is no folder 'not/a/folder'"),

@@ -24,6 +24,9 @@ def write(cfg):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / str(cfg.seed)).write_text(cfg.scheduler._target_)
     return float(cfg.seed)
+def tell(cfg):
+    from kandinsky_exp.runs import run_notes
+    print(run_notes.command())
 """
 
 
@@ -272,6 +275,17 @@ def test_the_command_of_a_job_makes_one_run(words: list[str], mine: Path) -> Non
     typed = shlex.split(run_notes.command() or "")
     assert typed[:2] == ["kandinsky-exp", "train"]
     assert sorted(typed[2:]) == sorted(words)
+    assert not settled(*typed[2:]).sweeps
+
+
+def test_the_command_of_a_run_that_undoes_a_files_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run_jobs.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.VERBS, "train", cli.Verb("run_jobs:tell", "", trains=True))
+    cli.main([*TINY, "--config-dir=mine", "experiment=swept", "hydra.mode=RUN"])
+    typed = shlex.split(capfd.readouterr().out)
     assert not settled(*typed[2:]).sweeps
 
 
