@@ -5,6 +5,7 @@ knows: a misspelt number is answered at once.
 """
 
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any, TypeGuard
 
 from omegaconf import DictConfig
@@ -16,7 +17,7 @@ from kandinsky_exp.config.schema import Group, OpenNode
 from kandinsky_exp.config.suggestions import suggest
 from kandinsky_exp.config.types import type_problem
 from kandinsky_exp.config.verb_schemas import SCHEMAS
-from kandinsky_exp.errors import ConfigError, Problem
+from kandinsky_exp.errors import ConfigError, Problem, first_line
 
 NEEDED = {  # what to do about a key that is not set
     "run": "give the folder of a finished run, run=outputs/my_decoder",
@@ -52,7 +53,7 @@ def problems(cfg: DictConfig, verb: str, trusted: Collection[str] = (), *, quick
     try:
         values = saved_config.resolved(cfg)
     except OmegaConfBaseException as error:
-        return [Problem(error.full_key or "config", f"{str(error).splitlines()[0]}; name a key that exists")]
+        return [Problem(error.full_key or "config", f"{first_line(error)}; name a key that exists")]
     schema = SCHEMAS[verb]
     if verb == "encode" and (values.get("list") or values.get("remove")):
         # It reads no data then: what has to be given need not be. Nor does it build anything, and a second is long.
@@ -61,9 +62,10 @@ def problems(cfg: DictConfig, verb: str, trusted: Collection[str] = (), *, quick
     found = [*_check_group(values, schema)]
     wrong = {problem.key for problem in found}
     good = {key: value for key, value in saved_config.leaves(values) if key not in wrong and value != "???"}
-    beyond = [*consistency.files(good), *consistency.together(good), *_untrusted(cfg, trusted)]
-    found += [Problem(key, text) for key, text in beyond if key not in wrong]
     modules = allowlist.user_modules(cfg, trusted)
+    stage = partial(targets.stage_of, values.get("model"), modules)
+    beyond = [*consistency.files(good, stage), *consistency.together(good, stage), *_untrusted(cfg, trusted)]
+    found += [Problem(key, text) for key, text in beyond if key not in wrong]
     return found + targets.problems(values, schema, modules, quick=quick or bool(found))
 
 

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from kandinsky_exp.errors import first_line
+
 WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 NOTE = "passed over"  # key in `Image.info`: what of the file was not used, though the picture was
 PIXELS = {"1": "L", "L": "L", "LA": "L", "La": "L", "CMYK": "CMYK"}  # of all other modes: RGB
@@ -57,7 +59,7 @@ def as_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
             transform = _to_srgb(profile, pixels.mode)
             return (pixels.convert("RGB") if transform is None else transform.apply(pixels)), ""
     except (ImageCms.PyCMSError, OSError, ValueError, ImportError) as error:
-        wrong = f"cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__})"
+        wrong = f"cannot be read ({first_line(error)})"
     return as_srgb(image, None)[0], f"its colour profile {wrong}; the colours were taken as sRGB"
 
 

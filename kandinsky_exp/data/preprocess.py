@@ -5,8 +5,8 @@ import io
 import json
 import re
 import struct
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import IO, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kandinsky_exp.data.buckets import Size, nearest_bucket
 from kandinsky_exp.data.colour import NOTE, WIDE, as_srgb, eight_bits, opacity
-from kandinsky_exp.data.encoded.layout import PICTURE_RULES
+from kandinsky_exp.data.encoded.layout import MASK, PICTURE_RULES
 
 MIN_SIDE = 8  # pixels
 MAX_SHAPE = 50  # long sides per short side: CLIP scales the short side to 224, and the long one with it
@@ -173,20 +173,33 @@ class Preprocess:
         tokenizer: CLIP's, gives `input_ids` (L,) and `text_mask` (L,) bool, L = 77 for the published weights.
         resolution: side of `pixels` (3, R, R) in [-1, 1], for the image autoencoder.
         buckets: sizes (width, height) of which an image takes the nearest in shape: `pixels` (3, height, width).
+        extra_inputs: further columns of the data set, as tensors of these shapes beside those of the image.
     """
 
     image_processor: Any | None
     tokenizer: Any | None
     resolution: int | None
     buckets: tuple[Size, ...] = ()
+    extra_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def __call__(self, image: Image.Image | None, caption: str | None) -> dict[str, Tensor]:
-        """Tensors without a batch axis. `image` must be RGB; None for either leaves its keys out."""
+    def __call__(
+        self, image: Image.Image | None, caption: str | None, extra: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Tensors without a batch axis. `image` must be RGB; None for either leaves its keys out.
+
+        Args:
+            extra: cells of the columns that `extra_inputs` names; needed with an image.
+
+        Raises:
+            ValueError: a cell holds no numbers of its shape.
+        """
         tensors: dict[str, Tensor] = {}
         if image is not None and self.image_processor is not None:
             tensors["clip_pixels"] = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
         if image is not None and self.resolution is not None:
             tensors["pixels"] = crop_resize(image, *self.size(image))
+        if image is not None:
+            tensors |= {name: _numbers(name, (extra or {})[name], size) for name, size in self.extra_inputs.items()}
         if caption is not None and self.tokenizer is not None:
             tensors |= self.tokenize([caption])[0][0]
         return tensors
@@ -214,7 +227,7 @@ class Preprocess:
         )
         rows = zip(captions, tokens.input_ids, tokens.attention_mask.bool(), tokens.encodings, strict=True)
         return [
-            ({"input_ids": ids, "text_mask": mask}, caption[: max(text.offsets)[1]] if text.overflowing else None)
+            ({"input_ids": ids, MASK: mask}, caption[: max(text.offsets)[1]] if text.overflowing else None)
             for caption, ids, mask, text in rows
         ]
 
@@ -230,7 +243,17 @@ class Preprocess:
             rules = self.tokenizer.backend_tokenizer.to_str()  # normaliser, vocabulary, merges and all
             rules = rules[rules.index('"added_tokens"') :]  # before these: truncation and padding of the last call
             tokenizer = [rules, self.tokenizer.model_max_length, self.tokenizer.pad_token_id]
-        parts = json.dumps(
-            [PICTURE_RULES, processor, tokenizer, self.resolution, self.buckets], sort_keys=True, default=str
-        )
-        return hashlib.sha256(parts.encode()).hexdigest()
+        parts = [PICTURE_RULES, processor, tokenizer, self.resolution, self.buckets]
+        if self.extra_inputs:  # without, as it was before there were any
+            parts.append(dict(self.extra_inputs))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _numbers(name: str, cell: Any, shape: tuple[int, ...]) -> Tensor:
+    try:
+        numbers = np.asarray(json.loads(cell) if isinstance(cell, str) else cell, np.float32)
+    except (ValueError, TypeError):
+        numbers = np.array(np.nan)
+    if numbers.shape != shape or not np.isfinite(numbers).all():
+        raise ValueError(f"'{name}' holds {cell!r:.60}, not {'a number' if not shape else f'numbers of shape {shape}'}")
+    return torch.from_numpy(numbers.copy())

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import command_line, grammar
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.runs import run_notes
+from kandinsky_exp.runs import description
 from kandinsky_exp.sweeps import check, job_process, optuna_study, supervise
 from kandinsky_exp.sweeps import session as sweep
 from kandinsky_exp.sweeps.outcomes import JobFolder
@@ -73,7 +73,7 @@ def launch(line: command_line.CommandLine, call: job_process.Call) -> int:
     folder = sweep.place(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
     verb = [] if line.verb == "train" else [line.verb]
-    command = shlex.join(["kandinsky-exp", *verb, *map(run_notes.shown, named)])
+    command = shlex.join(["kandinsky-exp", *verb, *map(description.redacted_override, named)])
     with (
         sweep.occupied(folder),
         job_process.desk(call.function) as desk,  # it imports while this process asks the store
