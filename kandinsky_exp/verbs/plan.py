@@ -33,7 +33,7 @@ def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     Raises:
         UserError: the config or the data is not usable.
     """
-    validation.validate(cfg, trusted_modules)
+    validation.validate(cfg, "plan", trusted_modules)
     logs.quiet_libraries()
     with processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
         return processes.on_main_process(lambda: tell(cfg, accelerator))

@@ -44,7 +44,7 @@ def ui(cfg: DictConfig) -> float:
         RunFailure: MLflow's server does not start, or ended by itself.
         Interrupted: a signal came; the server has ended.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "ui")
     if cfg.tracker.name == "none":
         raise ConfigError("tracker: none records nothing, so there is nothing to show; leave tracker=none out")
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)

@@ -104,7 +104,7 @@ def without_place(command: str) -> list[str]:
 def is_right(words: list[str]) -> None:
     """A command of ours that cannot run here: its settings."""
     verb, rest = (words[0], words[1:]) if words[0] in cli.VERBS else ("train", words)
-    assert problems(hydra_compose(verb, rest)) == []
+    assert problems(hydra_compose(verb, rest), verb) == []
 
 
 def run_ours(words: list[str], code: int = 0) -> None:

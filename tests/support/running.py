@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+from kandinsky_exp.config import validation
 from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.run import run
 from kandinsky_exp.tiny import pipelines
@@ -67,6 +68,11 @@ def quick_compose(verb: str, words: Sequence[str]) -> DictConfig:
     except Exception:
         return hydra_compose(verb, words)  # the error has to be Hydra's
     return cfg
+
+
+def problems_of(cfg: DictConfig, verb: str = "train", trusted: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a config, as it is printed."""
+    return [str(problem) for problem in validation.problems(cfg, verb, trusted)]
 
 
 def is_value(word: str) -> bool:

@@ -74,7 +74,7 @@ def faulty(root: Path, ways: Sequence[str]) -> list[str]:
 def test_why_a_job_failed_is_told_whole(tmp_path: Path) -> None:
     """It becomes the tag `error`, over the one that the job's run may have set."""
     cfg = composed(tmp_path, *[f"{key}=-1" for key in ("trainer.batch_size", "trainer.max_steps", "optimizer.lr")])
-    answer = cli.answered(job_process.Call(cli.answered, "kandinsky_exp.run:run", (), False), cfg)
+    answer = cli.answered(job_process.Call(cli.answered, "train", "kandinsky_exp.run:run", (), False), cfg)
     assert answer.message.count("\n") == 2
     assert all(f"{key}: " in answer.message for key in ("trainer.batch_size", "trainer.max_steps", "optimizer.lr"))
 
@@ -308,7 +308,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
     assert 'optuna is not installed; pip install "kandinsky-exp[sweep]"' in capfd.readouterr().err
     override = OverridesParser.create().parse_override("hydra/launcher=ray")
     problem = hydra_errors._wrong_option(override, ["basic"])  # all that Hydra brings
-    assert problem == 'hydra/launcher: ray is not installed; pip install "kandinsky-exp[ray]"'
+    assert str(problem) == 'hydra/launcher: ray is not installed; pip install "kandinsky-exp[ray]"'
 
 
 def test_two_sweeps_into_one_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
