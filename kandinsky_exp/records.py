@@ -22,9 +22,9 @@ from kandinsky_exp.runs import integrity, run_folder, run_notes
 from kandinsky_exp.sweeps import outcomes, parent_run
 from kandinsky_exp.system import files
 from kandinsky_exp.tracking import delivery, provenance, store
-from kandinsky_exp.tracking import tracker as tracking
 from kandinsky_exp.tracking.mlflow_names import masked
 from kandinsky_exp.tracking.store import artifact_root
+from kandinsky_exp.tracking.tracker import MlflowTracker, NullTracker, Tracker
 from kandinsky_exp.training.feature_loader import FeatureReader, Readers
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ def tracker_uri(cfg: DictConfig) -> str:
     return store.chosen_uri(cfg.tracker.uri, cfg.output_root)
 
 
-def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> tracking.Tracker:
+def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> Tracker:
     """The MLflow run, new or gone on with; only the main process records."""
     if cfg.tracker.name == "none" or not accelerator.is_main_process:
-        return tracking.NullTracker()
+        return NullTracker()
     tags = {"stage": build.stage_class(cfg).name, "run_folder": str(space.folder)}
     if space.parent_run_id is not None:
         tags["resumed_from"] = space.parent_run_id
@@ -48,7 +48,7 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.R
     if space.record.run_id is None:  # later it is the user's, who can write more there
         links = [] if parent is None else [parent_run.report_link(tracker_uri(cfg), parent)]
         tags |= run_notes.note(run_notes.command(), links)
-    tracker = tracking.MlflowTracker(
+    tracker = MlflowTracker(
         tracker_uri(cfg),
         cfg.tracker.experiment,
         name,
@@ -136,7 +136,7 @@ def notes_on_shapes(reader: FeatureReader, steps: int, processes: int) -> list[s
 def describe(
     cfg: DictConfig,
     accelerator: Accelerator,
-    tracker: tracking.Tracker,
+    tracker: Tracker,
     space: run_folder.RunFolder,
     weights: Weights,
     data: Readers,
@@ -151,7 +151,7 @@ def describe(
     if accelerator.is_main_process:
         files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))
         space.record.revision = weights.revision(side)
-    if isinstance(tracker, tracking.NullTracker):
+    if isinstance(tracker, NullTracker):
         return
     flat = saved_config.flatten(cfg)
     bookkeeping = run_notes.split(flat)[1]

@@ -23,7 +23,7 @@ from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
 from kandinsky_exp.memory import advice, device_limits
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import forking, hub, resuming, run_folder
-from kandinsky_exp.sweeps import pruning
+from kandinsky_exp.sweeps import optuna_study
 from kandinsky_exp.system import distributed, files, launch_environment, logs, signals, terminal
 from kandinsky_exp.tracking.store_probe import probe
 from kandinsky_exp.tracking.tracker import Tracker, tracked
@@ -87,7 +87,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                     forking.check_length(space.start, steps)
                 with advice.given(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
-                    judge = pruning.judge(cfg, steps)
+                    judge = optuna_study.judge(cfg, steps)
                     events = Callbacks(cfg, accelerator, space, training, tracker, data.held_out, judge)
                     if space.start is not None:
                         events.restored(checkpoint.load(training, space.start, stage.part, accelerator))
@@ -135,7 +135,7 @@ def prepare(
         optimizer: name of the class that trains.
         held: keeps the folder to this run.
     """
-    files.make_root(Path(cfg.output_root).expanduser())
+    files.make_root(files.output_root(cfg.output_root))
     if cfg.tracker.name == "mlflow":
         probe(records.tracker_uri(cfg))
     note = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
@@ -153,7 +153,7 @@ def prepare(
         if space.start is not None and space.is_fork:
             forking.check(cfg, weights, space.start, optimizer)
             forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
-        compare(cfg, weights, splits, count, space)
+        check_resume(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
         space.record.split = "picture"
     space.notes += report.notes
@@ -180,7 +180,9 @@ def has_trained_on(cfg: DictConfig, splits: sources.Splits) -> bool:
     return splits.fingerprint(FileDigests(build.cache_folder(cfg))) in (None, record.source)
 
 
-def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: run_folder.RunFolder) -> None:
+def check_resume(
+    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: run_folder.RunFolder
+) -> None:
     """Refuse to go on as another run; `space` learns what is different."""
     encoders = weights.content(build.stage_class(cfg).encoders)
     reads = space.is_resumed and not is_finished(cfg, count, space)
@@ -205,7 +207,7 @@ def place(cfg: DictConfig) -> tuple[Path, str | None]:
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         sweep = HydraConfig.get().sweep
         return Path(sweep.dir).expanduser().absolute(), str(sweep.subdir)
-    return Path(cfg.output_root).expanduser().absolute(), cfg.name
+    return files.output_root(cfg.output_root), cfg.name
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ from omegaconf import DictConfig
 from kandinsky_exp.config import command_line, grammar, hydra_errors
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import run_notes
-from kandinsky_exp.sweeps import check, job_process, optuna_study, supervise
-from kandinsky_exp.sweeps import session as sweep
+from kandinsky_exp.sweeps import check, job_process, optuna_study, session, supervise
 from kandinsky_exp.sweeps.outcomes import JobFolder
 from kandinsky_exp.tracking import store, store_probe
 
@@ -74,23 +73,23 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
     _try_plugins(line, cfg, varied)
     parallel = supervise.parallel_jobs(cfg.hydra.launcher, varied.jobs)
     if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
-        with tempfile.TemporaryDirectory() as own, sweep.noted_signals(JobFolder(Path(own))):
+        with tempfile.TemporaryDirectory() as own, session.noted_signals(JobFolder(Path(own))):
             job = SweptJob(call, parallel, "", os.getpid(), None)
             start(job, check.sweep_dir(own))
         return 0
     if cfg.tracker.name != "none":
         store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))  # before there is a folder
-    folder = sweep.place(cfg)
+    folder = session.place(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
     command = shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *map(run_notes.shown, named)])
     with (
-        sweep.occupied(folder),
+        session.occupied(folder),
         job_process.desk(call.function) as desk,  # it imports while this process asks the store
-        sweep.session(cfg, folder, varied.jobs, command) as session,
+        session.session(cfg, folder, varied.jobs, command) as started,
     ):
-        job = SweptJob(call, parallel, session.token, os.getpid(), None if parallel == 1 else desk)
+        job = SweptJob(call, parallel, started.token, os.getpid(), None if parallel == 1 else desk)
         start(job, check.sweep_dir(folder), *_without_end(cfg, line))
-    return sweep.exit_code(session)
+    return session.exit_code(started)
 
 
 def _register_sweeper() -> None:

@@ -1,9 +1,15 @@
 """Optuna's study: in a journal in the sweep's folder, or in a data base; and what of an earlier start has to agree."""
 
+import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
 from kandinsky_exp.errors import ConfigError, first_line
 
@@ -12,6 +18,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
 
+Judge = Callable[[int, float], bool]
 MISSING = 'hydra/sweeper: optuna is not installed; pip install "kandinsky-exp[sweep]"'
 
 
@@ -82,3 +89,32 @@ def differences(study: "optuna.Study", direction: str, space: "Mapping[str, Base
             except ValueError:
                 problems[key] = "the study began with other values, and cannot change them; choose another name"
     return [f"{key}: {problem}" for key, problem in problems.items()]
+
+
+def judge(cfg: DictConfig, steps: int) -> Judge | None:
+    """What tells whether to give the run up after a validation; None for a run that is no trial of such a sweep.
+
+    Args:
+        steps: of the whole run. After the last one nothing is left to save.
+    """
+    if cfg.sweep.trial is None or not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    import optuna
+
+    from kandinsky_exp import build  # it imports torch, which a command line does without
+
+    settings = HydraConfig.get().sweeper
+    pruner = build.pruner(settings.pruner)
+    study = optuna.load_study(study_name=settings.study_name, storage=storage(settings.storage), pruner=pruner)
+    numbered = study.get_trials(deepcopy=False)[cfg.sweep.trial]
+    trial = optuna.trial.Trial(study, numbered._trial_id)
+
+    def is_hopeless(step: int, loss: float) -> bool:
+        if step == 0 or not math.isfinite(loss):
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a run that goes on reports some steps once more
+            trial.report(loss, step)
+        return step < steps and trial.should_prune()
+
+    return is_hopeless

@@ -6,7 +6,6 @@ import io
 import itertools
 import logging
 import os
-import signal
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from kandinsky_exp.errors import ConfigError, Interrupted
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import parent_run
 from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome
-from kandinsky_exp.system import files, redaction
+from kandinsky_exp.system import files, redaction, signals
 from kandinsky_exp.tracking import store
 from kandinsky_exp.tracking.mlflow_names import reason, short_names
 from kandinsky_exp.tracking.tracker import NullTracker, Status, Tracker, tracked
@@ -62,7 +61,7 @@ def place(cfg: DictConfig) -> Path:
     Raises:
         ConfigError: the name is that of something else.
     """
-    root = Path(cfg.output_root).expanduser().absolute()
+    root = files.output_root(cfg.output_root)
     files.make_root(root)
     if cfg.name is None:
         return files.fresh_folder(root, f"sweep-{datetime.now():%Y%m%d-%H%M%S}")
@@ -142,12 +141,8 @@ def noted_signals(job_folder: JobFolder) -> Iterator[None]:
         if len(job_folder.signals()) > 2:
             os._exit(128 + number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals.handling(handle):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def tell(started: Session) -> None:

@@ -22,6 +22,11 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def output_root(value: str) -> Path:
+    """The folder that the setting `output_root` means, absolute whatever the working directory becomes."""
+    return expanded(value).absolute()
+
+
 def looks_local(path: str) -> bool:
     """Whether a text can only be a path: `a/b` may be an id on the hub, `./a`, `/a`, `~/a` and `a/b/c` may not."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path

@@ -14,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
+from tqdm import tqdm
 
 from kandinsky_exp.errors import Interrupted, NonFiniteLoss, RunFailure, UserError
 from kandinsky_exp.stages.base import Features, Stage
-from kandinsky_exp.system.agreement import Agreement
+from kandinsky_exp.system.distributed import Agreement
+from kandinsky_exp.system.signals import Stop
 from kandinsky_exp.tracking.tracker import Tracker
-from kandinsky_exp.training.display import progress_bar, report
 from kandinsky_exp.training.ema import update
 from kandinsky_exp.training.metrics import Meter, StepResult
 from kandinsky_exp.training.seeding import NoiseSource
@@ -91,18 +92,6 @@ class Callbacks(Protocol):
         """On the way out, wait for what these began in the background, and raise what went wrong with it."""
 
 
-class Stop(Protocol):
-    """A wish to stop that a signal handler notes down; read between steps."""
-
-    signal_number: int | None
-
-    def deferred(self) -> AbstractContextManager[None]:
-        """While it is open, a first signal only sets `signal_number`."""
-
-    def at_once(self) -> AbstractContextManager[None]:
-        """While it is open inside `deferred`, a first signal raises Interrupted all the same."""
-
-
 def train(
     training: Training,
     batches: Iterator[Features],
@@ -144,7 +133,13 @@ def train(
             events.wait()  # a launcher ends all processes as soon as one is gone
 
     with (
-        progress_bar(training.step, settings.max_steps, settings.progress) as bar,
+        tqdm(
+            total=settings.max_steps,
+            initial=training.step,
+            unit="step",
+            disable=not settings.progress,
+            dynamic_ncols=True,
+        ) as bar,
         stop.deferred(),
         events.settled(),
         closed(batches),
@@ -276,3 +271,20 @@ def validated_or_stopped(
     except Interrupted as interrupted:
         return interrupted.signal_number
     return stop.signal_number
+
+
+def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, bar: "tqdm[Any]") -> None:
+    """Metrics to the tracker; on a terminal a bar with steps/s, ETA and loss, elsewhere plain lines."""
+    tracker.log_metrics(metrics, step)
+    bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", lr=f"{metrics['train/lr']:.1e}")
+    if bar.disable:
+        logger.info(
+            "step %d of %d: loss %.4f, lr %.2e, gradient norm %.3f, %.1f samples/s, about %s left",
+            step,
+            total,
+            metrics["train/loss"],
+            metrics["train/lr"],
+            metrics["train/grad_norm"],
+            metrics["train/samples_per_second"],
+            tqdm.format_interval((total - step) * metrics["train/step_seconds"]),
+        )

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # Accelerate brings it
 import torch
@@ -17,8 +16,7 @@ from kandinsky_exp.data.formats import hub_rows
 from kandinsky_exp.memory import device_limits, disk, savings
 from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.memory.estimate import MAPPED, Phase, Phases
-from kandinsky_exp.system import distributed as processes
-from kandinsky_exp.system import files, host_memory, logs
+from kandinsky_exp.system import distributed, files, host_memory, logs
 
 TIGHT = 0.85  # of the memory: beyond it, what the estimate may be wrong by counts
 GB = 1e9
@@ -36,8 +34,8 @@ def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     """
     validation.validate(cfg, trusted_modules)
     logs.quiet_libraries()
-    with processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
-        return processes.on_main_process(lambda: tell(cfg, accelerator))
+    with distributed.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
+        return distributed.on_main_process(lambda: tell(cfg, accelerator))
 
 
 def tell(cfg: DictConfig, accelerator: Accelerator) -> float:
@@ -107,7 +105,7 @@ class Planner:
         checkpoint, count = self.need.snapshot_bytes(), self._checkpoints()
         result = self.need.network_bytes()
         written = sum(found.bytes for found in self.caches)
-        free = disk.free(Path(self.cfg.output_root).expanduser().absolute())
+        free = disk.free(files.output_root(self.cfg.output_root))
         total = written + checkpoint * count + result
         what = [self._features(written), f"{count} checkpoints of {gb(checkpoint)}", f"{gb(result)} result"]
         yield f"disk        {gb(total)}: {', '.join(what)}"

@@ -30,7 +30,7 @@ from kandinsky_exp.models.components import MODELS
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.tracking.tracker import NullTracker
-from kandinsky_exp.training import ema, fixed_noise, loop
+from kandinsky_exp.training import ema, loop, validation
 from kandinsky_exp.training.metrics import Meter, StepResult
 from kandinsky_exp.training.seeding import NoiseSource
 
@@ -232,8 +232,8 @@ class Bench:
 
     def validate(self) -> float:
         network = self.accelerator.unwrap_model(self.training.network)
-        with ema.averaged_weights(self.training), fixed_noise.uncompiled(network):
-            return fixed_noise.validate(
+        with ema.averaged_weights(self.training), validation.uncompiled(network):
+            return validation.fixed_noise_loss(
                 self.stage,
                 network,
                 MadeUpRows(self),

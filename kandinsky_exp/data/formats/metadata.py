@@ -14,7 +14,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from kandinsky_exp.errors import DataError
-from kandinsky_exp.system import text_files as texts
+from kandinsky_exp.system import text_files
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SHOWN = 5
@@ -150,7 +150,7 @@ def first_few(problems: Iterable[str], total: int | None = None) -> str:
 
 def _jsonl(path: Path) -> Numbered:
     # Only \n ends a line: a caption may hold one of the rarer line separators.
-    with path.open(encoding=texts.encoding(path), newline="\n") as file:
+    with path.open(encoding=text_files.encoding(path), newline="\n") as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if line.strip():
                 yield number, _object(line)
@@ -167,7 +167,7 @@ def _object(text: str) -> Row | str:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Numbered:
-    with path.open(encoding=texts.encoding(path), newline="") as file:
+    with path.open(encoding=text_files.encoding(path), newline="") as file:
         lines = _lines(file, path)
         before, first, separator = _head(lines, columns)
         reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
