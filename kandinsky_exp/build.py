@@ -126,7 +126,7 @@ def data(cfg: DictConfig) -> sources.Splits:
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 
-def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.Report:
+def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.DataSummary:
     """Read every row that costs little to read; images are looked at when they are encoded.
 
     Raises:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.config import recorded_paths, saved_config
-from kandinsky_exp.data import long_prompts
+from kandinsky_exp.data import long_texts
 from kandinsky_exp.data.buckets import notes_on_rare
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.features import CachedFeatures
@@ -143,7 +143,7 @@ def describe(
 ) -> None:
     """Parameters, origins and the data set, for whoever compares this run later."""
     asked = run_settings.asked(cfg, "text_encoder" in build.stage_class(cfg).encoders)
-    for note in [*data.notes, *(long_prompts.notes(weights.load("tokenizer"), asked) if asked else [])]:
+    for note in [*data.notes, *(long_texts.prompt_notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)
     side = PARTS[build.stage_class(cfg).part][0]
     goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
@@ -169,7 +169,11 @@ def describe(
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
     if data.cut:
         tracker.log_text("\n".join([*data.cut, ""]), "cut_captions.txt")
-    for context, reader in (("training", data.train), ("class", data.train.kept), ("validation", data.held_out)):
+    for context, reader in (
+        ("training", data.train),
+        ("class", data.train.class_images),
+        ("validation", data.held_out),
+    ):
         if reader is not None:
             name, origin = named(reader.source)
             tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)

@@ -70,8 +70,8 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 return nothing_left(cfg, accelerator, space)
             tracker = distributed.on_all_processes(lambda: records.start_tracker(cfg, accelerator, space))
             with tracked(tracker), recorded(space, accelerator, tracker, stop):
-                splits.kept = distributed.on_main_process(
-                    lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
+                splits.class_images = distributed.on_main_process(
+                    lambda: class_images.complete(splits.class_images, weights, how, accelerator.device)
                 )
                 set_seed(cfg.seed)
                 stage = build.bare_stage(cfg, weights)
@@ -139,10 +139,10 @@ def prepare(
     if cfg.tracker.name == "mlflow":
         probe(records.tracker_uri(cfg))
     note = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
-    notes = build.fetch(cfg, weights, class_images.needed_parts(splits.kept, weights))
+    notes = build.fetch(cfg, weights, class_images.needed_parts(splits.class_images, weights))
     how = class_images.settings(cfg.seed, cfg.data.resolution)
-    splits.kept = class_images.placed(splits.kept, weights, how)
-    class_images.refuse_others(splits.kept, weights, how, lambda: has_trained_on(cfg, splits))
+    splits.class_images = class_images.placed(splits.class_images, weights, how)
+    class_images.refuse_others(splits.class_images, weights, how, lambda: has_trained_on(cfg, splits))
     report = build.check_data(cfg, splits)
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now

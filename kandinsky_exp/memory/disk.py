@@ -47,7 +47,7 @@ def of_caches(cfg: DictConfig, made: DryRun, splits: Splits) -> Iterator[Cache]:
     for source in splits.both:
         captions = _captions(made.stage.preprocess, source) if reads_captions else (0.0, 0.0)
         yield _cache(cfg, made, source.name, source.count, captions)
-    if (kept := splits.kept) is not None:  # of which some may have to be drawn, in a folder that has no name yet
+    if (kept := splits.class_images) is not None:  # some may still have to be drawn, in a folder without a name
         tokens = _tokens(made.stage.preprocess, [kept.prompt]) if reads_captions else 0.0
         yield _cache(cfg, made, str(kept.folder), kept.count, (1.0, tokens))
 

@@ -59,7 +59,7 @@ class Planner:
         self.train, self.held_out = rows(cfg, splits)
         self.made = DryRun(cfg, accelerator)  # what is learned from it counts for other settings, too
         self.caches = list(disk.of_caches(cfg, self.made, splits)) if cfg.data.cache else []
-        self.draws_class = splits.kept is not None and bool(splits.kept.missing())
+        self.draws_class = splits.class_images is not None and bool(splits.class_images.missing())
         self.need = self._need(cfg, self.made)
         self.phases = list(self.need.all())
         self.peak = max(self.phases, key=lambda phase: phase.total)

@@ -50,7 +50,7 @@ OUTER = {
 TO_CUT = {
     ("runs.forking", "build"),
     ("runs.resuming", "data.encoded.layout"),
-    ("stages.null_condition", "data.encoded.encode"),
+    ("stages.null_condition", "data.encoded.cache"),
     ("training.callbacks", "run_settings"),
 }
 KNOW_OMEGACONF = {

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, AnyStr
@@ -17,7 +17,6 @@ from kandinsky_exp.errors import DataError
 from kandinsky_exp.system import text_files
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SHOWN = 5
 CHUNK = 4096
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}  # of a CSV file's columns
 NO_NAME = re.compile(r"^(data:|iVBORw0KGgo|/9j/4)|[^/]{256}")  # as base64; of a file, a name has 255 bytes at most
@@ -139,13 +138,6 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
     if (pc.max(pc.utf8_length(values)).as_py() or 0) > MAX_CAPTION:
         raise ValueError("a string that is too long")
     return values
-
-
-def first_few(problems: Iterable[str], total: int | None = None) -> str:
-    """The first problems, one a line, and how many more there are, of `total` if only some are given."""
-    listed = list(problems)
-    rest = (total if total is not None else len(listed)) - SHOWN
-    return "\n".join([*listed[:SHOWN], *([f"… and {rest:,} more"] if rest > 0 else [])])
 
 
 def _jsonl(path: Path) -> Numbered:
