@@ -18,11 +18,11 @@ from kandinsky_exp.data.formats import download
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.models.components import PARTS
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs import integrity, run_folder, run_notes
+from kandinsky_exp.runs import description, integrity, run_folder
 from kandinsky_exp.sweeps import outcomes, parent_run
 from kandinsky_exp.system import files
+from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import delivery, provenance, store
-from kandinsky_exp.tracking.mlflow_names import masked
 from kandinsky_exp.tracking.store import artifact_root
 from kandinsky_exp.tracking.tracker import MlflowTracker, NullTracker, Tracker
 from kandinsky_exp.training.feature_loader import FeatureReader, Readers
@@ -47,8 +47,8 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.R
         name, tags = job.name, {**tags, **parent_run.job_tags(job)}
     if space.record.run_id is None:  # later it is the user's, who can write more there
         links = [] if parent is None else [parent_run.report_link(tracker_uri(cfg), parent)]
-        tags |= run_notes.note(run_notes.command(), links)
-    tracker = MlflowTracker(
+        tags |= description.tags(description.command(), links)
+    tracker = MlflowTracker.open(
         tracker_uri(cfg),
         cfg.tracker.experiment,
         name,
@@ -154,8 +154,8 @@ def describe(
     if isinstance(tracker, NullTracker):
         return
     flat = saved_config.flatten(cfg)
-    bookkeeping = run_notes.split(flat)[1]
-    tracker.log_params(run_notes.split(recorded_paths.news(flat, before))[0])
+    bookkeeping = description.split(flat)[1]
+    tracker.log_params(description.split(recorded_paths.news(flat, before))[0])
     revision = space.record.revision
     tags = {
         "weights": flat[f"weights.{side}"] + (f"@{revision}" if revision else ""),

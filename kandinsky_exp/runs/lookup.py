@@ -12,8 +12,8 @@ from kandinsky_exp.models.components import PipelineHalf, is_hub_id
 from kandinsky_exp.models.weight_files import alone, untrusted
 from kandinsky_exp.runs import run_states
 from kandinsky_exp.runs.run_folder import read_record
-from kandinsky_exp.system import files
-from kandinsky_exp.tracking import mlflow_names, store, store_probe
+from kandinsky_exp.system import files, redaction
+from kandinsky_exp.tracking import store, store_probe
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 NETWORK: dict[PipelineHalf, str] = {"prior": "prior", "decoder": "unet"}
@@ -116,9 +116,7 @@ def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
     try:
         folder = client.get_run(run_id).data.tags.get("run_folder")
     except MlflowException as error:
-        raise ConfigError(
-            f"{key}: the store {mlflow_names.masked(uri)} has no run {run_id}; set tracker.uri"
-        ) from error
+        raise ConfigError(f"{key}: the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri") from error
     place = None if folder is None else _here(files.output_root(cfg.output_root), Path(folder), run_id)
     if place is None:
         raise ConfigError(f"{key}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")

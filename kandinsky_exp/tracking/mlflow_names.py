@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from kandinsky_exp.system.redaction import masked as masked  # what writes to a store takes both from here
+from kandinsky_exp.system.redaction import masked
 
 MAX_PARAM = 100  # characters: tables have them in columns; MLflow would take 6,000
 MAX_TAG = 8000  # MLflow's limits

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kandinsky_exp.errors import TrackingError, UserError, is_own_mistake
+from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import artifact_folders, store_schema
-from kandinsky_exp.tracking.mlflow_names import masked, reason
+from kandinsky_exp.tracking.mlflow_names import reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from kandinsky_exp.models import image_grid
-from kandinsky_exp.models.image_grid import labelled_grid
+from kandinsky_exp.system import image_grid
+from kandinsky_exp.system.image_grid import labelled_grid
 
 
 def red(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> Image.Image:
