@@ -5,7 +5,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -94,7 +94,7 @@ class Callbacks(Protocol):
 
 def train(
     training: Training,
-    batches: Iterator[Features],
+    batches: Generator[Features],
     noise: NoiseSource,
     *,
     accelerator: Accelerator,
@@ -117,55 +117,31 @@ def train(
     meter = Meter(accelerator, settings.total_batch, training.stage.num_timesteps, identify)
     meter.restore(training.unread)
     training.network.train()
+    saver = Saver(training, meter, events, training.step)
     agreement = Agreement(stop, accelerator.num_processes)
-    saved = training.step
-
-    def save() -> None:
-        nonlocal saved
-        meter.check(training.step, training.rate())
-        training.unread = meter.state()
-        events.checkpoint(training.step)
-        saved = training.step
-
-    def keep() -> None:
-        if training.is_whole and saved != training.step:
-            save()
-            events.wait()  # a launcher ends all processes as soon as one is gone
-
-    with (
-        tqdm(
-            total=settings.max_steps,
-            initial=training.step,
-            unit="step",
-            disable=not settings.progress,
-            dynamic_ncols=True,
-        ) as bar,
-        stop.deferred(),
-        events.settled(),
-        closed(batches),
-        failing(training),
-    ):
+    bar = progress_bar(training.step, settings)
+    with bar, stop.deferred(), events.settled(), closing(batches), failing(training):
         while training.step < settings.max_steps:
-            with kept(keep if accelerator.num_processes == 1 else None):  # the others of several would not know
+            with kept(saver.keep if accelerator.num_processes == 1 else None):  # the others of several would not know
                 meter.add(optimizer_step(training, batches, noise, accelerator, settings))
             training.step += 1
             step, last = training.step, training.step == settings.max_steps
             bar.update()
-            validate, saves = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
+            validates, saves = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
             logs = due(step, settings.log_every, last)
-            if logs or validate or saves:
+            if logs or validates or saves:
                 agreement.now()  # reading would wait for the device, for ever where a process is gone
             if logs:
                 report(meter.read(step, training.rate()), step, settings.max_steps, tracker, bar)
-            elif validate or saves:
+            elif validates or saves:
                 meter.check(step, training.rate())
-            stopping = agreement.now() if logs or validate or saves else agreement.ahead()
+            stopping = agreement.now() if logs or validates or saves else agreement.ahead()
             with meter.paused():
-                if validate and stopping is None:
-                    with kept(keep):
+                if validates and stopping is None:
+                    with kept(saver.keep):
                         stopping = validated_or_stopped(events, step, stop, agreement, accelerator)
-                if saves or (stopping is not None and saved != step):
-                    save()
+                if saves or (stopping is not None and saver.saved != step):
+                    saver.save()
             if stopping is not None:
                 # All processes: a launcher kills the others as soon as one is gone, the one that writes as well.
                 events.wait()
@@ -173,14 +149,34 @@ def train(
     return meter.last_loss
 
 
-@contextmanager
-def closed(batches: Iterator[Features]) -> Iterator[None]:
-    """Close the stream of batches on the way out, so that no thread reads on: an exception's frames may hold it."""
-    try:
-        yield
-    finally:
-        if isinstance(batches, Generator):
-            batches.close()
+@dataclass
+class Saver:
+    """Checkpoints of steps that were checked to be finite.
+
+    Args:
+        saved: the last step of which there is one.
+    """
+
+    training: Training
+    meter: Meter
+    events: Callbacks
+    saved: int
+
+    def save(self) -> None:
+        self.meter.check(self.training.step, self.training.rate())
+        self.training.unread = self.meter.state()
+        self.events.checkpoint(self.training.step)
+        self.saved = self.training.step
+
+    def keep(self) -> None:
+        """Save what is there after a failure, unless a step broke off half-way."""
+        if self.training.is_whole and self.saved != self.training.step:
+            self.save()
+            self.events.wait()  # a launcher ends all processes as soon as one is gone
+
+
+def progress_bar(step: int, settings: LoopSettings) -> "tqdm[Any]":
+    return tqdm(total=settings.max_steps, initial=step, unit="step", disable=not settings.progress, dynamic_ncols=True)
 
 
 @contextmanager

@@ -41,7 +41,8 @@ ROOMS = {
 OUTER = {
     "records": set(),
     "results": {"records"},
-    "run": {"records", "results"},
+    "preflight": {"records"},
+    "run": {"preflight", "records", "results"},
     "verbs": {"records", "results"},
     "cli": set(),
     "__main__": {"cli"},
@@ -51,13 +52,12 @@ TO_CUT = {
     ("runs.forking", "build"),
     ("runs.resuming", "data.encoded.layout"),
     ("stages.null_condition", "data.encoded.cache"),
-    ("training.callbacks", "run_settings"),
 }
 KNOW_OMEGACONF = {
     *("config", "sweeps", "memory", "runs.lookup", "runs.model_sources", "verbs"),
-    *("cli", "run", "results", "records", "build", "run_settings"),
+    *("cli", "run", "preflight", "results", "records", "build", "run_settings"),
 }
-STILL_KNOW_OMEGACONF = {"runs.forking", "training.callbacks"}
+STILL_KNOW_OMEGACONF = {"runs.forking"}
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "models")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
 LAZY = {"mlflow", "datasets"}  # optional at run time: imported by the functions that use them
