@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kandinsky_exp.config import allowlist, command_line, grammar, hydra_errors, validation
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, reason_of
-from kandinsky_exp.sweeps import job_process, launch
+from kandinsky_exp.sweeps import job_process, launch, supervise
 from kandinsky_exp.system import launch_environment, redaction, terminal
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
@@ -99,7 +99,7 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> Any:
         self.called = True
-        sweeping = launch.forget_multirun()
+        sweeping = supervise.forget_multirun()
         try:
             return call(self.function, cfg, self.trusted)
         except Exception as error:

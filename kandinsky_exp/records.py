@@ -23,8 +23,7 @@ from kandinsky_exp.sweeps import outcomes, parent_run
 from kandinsky_exp.system import files
 from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import delivery, provenance, store
-from kandinsky_exp.tracking.store import artifact_root
-from kandinsky_exp.tracking.tracker import MlflowTracker, NullTracker, Tracker
+from kandinsky_exp.tracking.tracker import NullTracker, Tracker
 from kandinsky_exp.training.feature_loader import FeatureReader, Readers
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.R
     """The MLflow run, new or gone on with; only the main process records."""
     if cfg.tracker.name == "none" or not accelerator.is_main_process:
         return NullTracker()
-    tags = {"stage": build.stage_class(cfg).name, "run_folder": str(space.folder)}
+    tags = {"stage": build.stage_class(cfg).name}
     if space.parent_run_id is not None:
         tags["resumed_from"] = space.parent_run_id
     parent = sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None
@@ -48,17 +47,8 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.R
     if space.record.run_id is None:  # later it is the user's, who can write more there
         links = [] if parent is None else [parent_run.report_link(tracker_uri(cfg), parent)]
         tags |= description.tags(description.command(), links)
-    tracker = MlflowTracker.open(
-        tracker_uri(cfg),
-        cfg.tracker.experiment,
-        name,
-        artifact_root(cfg.output_root),
-        run_id=space.record.run_id,
-        tags=tags,
-        outbox=space.folder / "outbox",
-        token=space.record.token,
-        parent_run_id=parent,
-        redone_from=redone_from(space),
+    tracker = parent_run.open_tracker(
+        cfg, space.folder, space.record, name, tags, parent_run_id=parent, redone_from=redone_from(space)
     )
     space.record.run_id = tracker.run_id
     logger.info("MLflow: %s, experiment %s, run %s", masked(tracker.uri), cfg.tracker.experiment, tracker.run_id)

@@ -13,11 +13,11 @@ from kandinsky_exp.config import validation
 from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
 from kandinsky_exp.memory import advice
 from kandinsky_exp.preflight import OpenRun, is_finished, open_run
-from kandinsky_exp.runs import forking
+from kandinsky_exp.runs import forking, run_folder
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.sweeps import optuna_study
 from kandinsky_exp.system import distributed, logs
-from kandinsky_exp.tracking.tracker import Tracker, tracked
+from kandinsky_exp.tracking.tracker import Status, Tracker, tracked
 from kandinsky_exp.training import checkpoint, class_images, loop, nonfinite
 from kandinsky_exp.training.callbacks import Callbacks
 from kandinsky_exp.training.feature_loader import Readers, open_readers
@@ -155,42 +155,34 @@ def nothing_left(opened: OpenRun) -> float:
 
 @contextlib.contextmanager
 def recorded(opened: OpenRun) -> Iterator[Tracker]:
-    """The tracker's run, and the run folder's own record of how it ended, which is true without any tracker."""
+    """The tracker's run; and how it ended in the run folder's own record, true without any tracker."""
     accelerator, space = opened.accelerator, opened.space
     tracker = distributed.on_all_processes(lambda: records.start_tracker(opened.cfg, accelerator, space))
-    with tracked(tracker), status_recorded(opened, tracker):
-        yield tracker
-
-
-@contextlib.contextmanager
-def status_recorded(opened: OpenRun, tracker: Tracker) -> Iterator[None]:
-    accelerator, space = opened.accelerator, opened.space
     before = space.record.status
 
-    def killed() -> None:
-        space.record.status = "KILLED"
-        space.write_record()
+    def write(status: run_folder.Status) -> None:
+        space.record.status = status
+        if accelerator.is_main_process:
+            space.write_record()
 
-    if accelerator.is_main_process:
-        opened.stop.last_words += [killed, lambda: tracker.abandon("KILLED")]
-    space.record.status = "RUNNING"
-    try:
-        if accelerator.is_main_process:
-            space.write_record()
-        yield
-        space.record.status = "FINISHED"
-    except (Interrupted, Pruned, KeyboardInterrupt):
-        space.record.status = "KILLED"
-        raise
-    except BaseException as error:
-        space.record.status = "FAILED"
-        if isinstance(error, UserError) and space.is_resumed and before != "RUNNING":
-            space.record.status = before  # nothing was trained: what the run was before, it still is
-        if space.record.status == "FAILED":
-            tracker.set_tags({"error": reason_of(error)})
-        if isinstance(error, UserError):
-            tracker.finish(space.record.status)
-        raise
-    finally:
-        if accelerator.is_main_process:
-            space.write_record()
+    status: Status = "FAILED"
+    with tracked(tracker):
+        try:
+            if accelerator.is_main_process:
+                opened.stop.last_words += [lambda: write("KILLED"), lambda: tracker.abandon("KILLED")]
+            write("RUNNING")
+            yield tracker
+            status = "FINISHED"
+        except (Interrupted, Pruned, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        except BaseException as error:
+            if isinstance(error, UserError) and space.is_resumed and before != "RUNNING":
+                status = before  # nothing was trained: what the run was before, it still is
+            if status == "FAILED":
+                tracker.set_tags({"error": reason_of(error)})
+            if isinstance(error, UserError):
+                tracker.finish(status)
+            raise
+        finally:
+            write(status)

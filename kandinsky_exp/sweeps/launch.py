@@ -1,20 +1,16 @@
-"""From a command line to a sweep: what launchers call for each job, and what goes around them all."""
+"""From a command line to a sweep, with what goes around all of its jobs."""
 
 import os
 import re
 import shlex
-import signal
 import tempfile
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from hydra._internal.callbacks import Callbacks
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.types import HydraContext, RunMode
+from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from kandinsky_exp.config import command_line, grammar, hydra_errors
@@ -25,32 +21,6 @@ from kandinsky_exp.sweeps.outcomes import JobFolder
 from kandinsky_exp.tracking import store, store_probe
 
 Start = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class SweptJob:
-    """What a launcher calls for each job of a sweep that trains, wherever it likes. It raises nothing."""
-
-    call: job_process.Call
-    parallel: int
-    session: str
-    process: int  # that the user started
-    desk: job_process.JobServer | None
-
-    def __call__(self, cfg: DictConfig) -> float:
-        forget_multirun()
-        if os.getpid() != self.process and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first process, which tells the jobs
-        return supervise.supervise(self.call, cfg, self.parallel, self.session, self.desk)
-
-
-def forget_multirun() -> bool:
-    """Remove what Hydra's sweeper writes, the command line with its passwords; whether there is a sweep."""
-    settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
-        return False
-    (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
-    return True
 
 
 def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, start: Start) -> int:
@@ -74,21 +44,21 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
     parallel = supervise.parallel_jobs(cfg.hydra.launcher, varied.jobs)
     if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
         with tempfile.TemporaryDirectory() as own, session.noted_signals(JobFolder(Path(own))):
-            job = SweptJob(call, parallel, "", os.getpid(), None)
+            job = supervise.SweptJob(call, parallel, "", os.getpid(), None)
             start(job, check.sweep_dir(own))
         return 0
     if cfg.tracker.name != "none":
         store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))  # before there is a folder
-    folder = session.place(cfg)
+    folder = session.sweep_folder(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
     overrides = map(description.redacted_override, named)
     command = shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *overrides])
     with (
         session.occupied(folder),
-        job_process.desk(call.function) as desk,  # it imports while this process asks the store
+        job_process.job_server(call.function) as server,  # it imports while this process asks the store
         session.session(cfg, folder, varied.jobs, command) as started,
     ):
-        job = SweptJob(call, parallel, started.token, os.getpid(), None if parallel == 1 else desk)
+        job = supervise.SweptJob(call, parallel, started.token, os.getpid(), None if parallel == 1 else server)
         start(job, check.sweep_dir(folder), *_without_end(cfg, line))
     return session.exit_code(started)
 

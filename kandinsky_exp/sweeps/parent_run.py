@@ -2,7 +2,9 @@
 
 import logging
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -23,25 +25,37 @@ def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> Tra
     Args:
         command: that starts the sweep again, for the description; None where it was started from Python.
     """
-    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     record = run_folder.read_record(folder) or run_folder.Record(stage="sweep", token=uuid.uuid4().hex)
     space = run_folder.RunFolder(folder, record)
     space.write_record()  # the token first: whatever is killed now, the next start finds the same run
-    tracker = MlflowTracker.open(
-        uri,
+    tracker = open_tracker(cfg, folder, record, folder.name, {"sweep": folder.name})
+    if record.run_id is None and tracker.run_id is not None:  # later the description is the user's
+        tracker.set_tags(description.tags(command, [report_link(tracker.uri, tracker.run_id)]))
+    record.run_id = tracker.run_id
+    space.write_record()
+    return tracker
+
+
+def open_tracker(
+    cfg: DictConfig, folder: Path, record: run_folder.Record, name: str, tags: Mapping[str, str], **others: Any
+) -> MlflowTracker:
+    """The MLflow run of a folder, new or gone on with.
+
+    Args:
+        name: of a new one.
+        others: `parent_run_id` and `redone_from`, as of `MlflowTracker.open`.
+    """
+    return MlflowTracker.open(
+        store.chosen_uri(cfg.tracker.uri, cfg.output_root),
         cfg.tracker.experiment,
-        folder.name,
+        name,
         artifact_root(cfg.output_root),
         outbox=folder / "outbox",
         run_id=record.run_id,
         token=record.token,
-        tags={"sweep": folder.name, "run_folder": str(folder)},
+        tags={"run_folder": str(folder), **tags},
+        **others,
     )
-    if record.run_id is None and tracker.run_id is not None:  # later the description is the user's
-        tracker.set_tags(description.tags(command, [report_link(uri, tracker.run_id)]))
-    record.run_id = tracker.run_id
-    space.write_record()
-    return tracker
 
 
 def write_status(folder: Path, status: run_folder.Status) -> None:
@@ -81,20 +95,11 @@ def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
         return
     if record is None:
         outcome.token = outcome.token or uuid.uuid4().hex
-    parent = run_folder.read_record(folder.parent)
-    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
+        record = run_folder.Record(token=outcome.token)
+    parent = run_folder.read_record(folder.parent) or run_folder.Record()
+    tags = {**job_tags(outcome), "error": outcome.message}
     try:
-        tracker = MlflowTracker.open(
-            uri,
-            cfg.tracker.experiment,
-            outcome.name,
-            artifact_root(cfg.output_root),
-            outbox=folder / "outbox",
-            run_id=None if record is None else record.run_id,
-            token=outcome.token if record is None else record.token,
-            tags={**job_tags(outcome), "run_folder": str(folder), "error": outcome.message},
-            parent_run_id=None if parent is None else parent.run_id,
-        )
+        tracker = open_tracker(cfg, folder, record, outcome.name, tags, parent_run_id=parent.run_id)
     except TrackingError as error:
         logger.warning("%s: its status is not in MLflow: %s", outcome.name, error)
         return

@@ -54,8 +54,11 @@ class Session:
     def of_this_start(self) -> list[Outcome]:
         return JobFolder(self.folder).outcomes(self.token)
 
+    def failed(self) -> list[Outcome]:
+        return [outcome for outcome in self.of_this_start() if outcome.status not in ("FINISHED", "PRUNED")]
 
-def place(cfg: DictConfig) -> Path:
+
+def sweep_folder(cfg: DictConfig) -> Path:
     """The sweep's folder: that of its name, or a fresh one; jobs and processes that come later are told of it.
 
     Raises:
@@ -74,22 +77,14 @@ def place(cfg: DictConfig) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def occupied(folder: Path) -> Iterator[None]:
+def occupied(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other sweeps out of the folder.
 
     Raises:
         ConfigError: one is busy there.
     """
     (folder / ".jobs").mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(files.occupied(folder, LOCK))
-        except ConfigError as error:
-            raise ConfigError(
-                f"name: another process runs a sweep in {folder}; wait for it, stop it, or choose another name"
-            ) from error
-        yield
+    return files.occupied(folder, LOCK, "runs a sweep in")
 
 
 @contextlib.contextmanager
@@ -126,8 +121,7 @@ class _Parent(NullTracker):
         self.started = started
 
     def finish(self, status: Status) -> None:
-        failed = any(outcome.status not in ("FINISHED", "PRUNED") for outcome in self.started.of_this_start())
-        status = "FAILED" if status == "FINISHED" and failed else status
+        status = "FAILED" if status == "FINISHED" and self.started.failed() else status
         self.started.tracker.finish(status)
         parent_run.write_status(self.started.folder, status)
 
@@ -239,8 +233,6 @@ def as_csv(outcomes: list[Outcome]) -> str:
 
 def exit_code(started: Session) -> int:
     """0 where every job finished or was pruned; 2 where nothing was trained for mistakes of the user's; else 1."""
-    outcomes = started.of_this_start()
-    failed = [outcome for outcome in outcomes if outcome.status not in ("FINISHED", "PRUNED")]
-    if not failed:
+    if not (failed := started.failed()):
         return 0
-    return 2 if len(failed) == len(outcomes) and all(outcome.is_user_error for outcome in failed) else 1
+    return 2 if failed == started.of_this_start() and all(outcome.is_user_error for outcome in failed) else 1

@@ -96,13 +96,13 @@ def make_root(folder: Path) -> None:
 
 
 @contextmanager
-def occupied(folder: Path, file: str = LOG) -> Iterator[None]:
+def occupied(folder: Path, file: str = LOG, busy: str = "is training in") -> Iterator[None]:
     """Keep other processes out of a run's folder by a lock on its `train.log`, which goes when this process does.
 
     A POSIX lock: unlike flock's, it is not handed on to worker processes, which outlive a killed one by seconds.
 
     Raises:
-        ConfigError: another process is training there.
+        ConfigError: another process is there.
     """
     with (folder / file).open("a") as locked_file:
         try:
@@ -111,7 +111,7 @@ def occupied(folder: Path, file: str = LOG) -> Iterator[None]:
             fcntl.lockf(locked_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX leaves it open which of the two it is
             raise ConfigError(
-                f"name: another process is training in {folder}; wait for it, stop it, or choose another name"
+                f"name: another process {busy} {folder}; wait for it, stop it, or choose another name"
             ) from error
         except (ImportError, OSError):  # Windows, or a file system without locks: then nobody is kept out
             pass

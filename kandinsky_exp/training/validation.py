@@ -1,4 +1,4 @@
-"""What a run shows of itself: the fixed-noise loss, images for prompts, reconstructions and a labelled grid."""
+"""Validation: the fixed-noise loss on held-out rows, images for prompts, reconstructions and a labelled grid."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,6 @@ class Validator:
     draws: int
     reconstructions: int
     loss: float | None = None
-    loss_step: int | None = None
     _originals: list[Image.Image] | None = None
     _measured: Halving = field(init=False)
     _drawn: Halving = field(init=False)
@@ -69,24 +68,27 @@ class Validator:
         self._drawn = Halving("validation images", self.settings.batch_size)
 
     def __call__(self, step: int) -> None:
-        network = self.accelerator.unwrap_model(self.training.network)
-        with ema.averaged_weights(self.training), uncompiled(network):
-            self._measure(step)
+        with ema.averaged_weights(self.training), uncompiled(self._network):
+            self._measure()
             distributed.on_main_process(lambda: self._show(step))
 
-    def _measure(self, step: int) -> None:
+    @property
+    def _network(self) -> nn.Module:
+        bare: nn.Module = self.accelerator.unwrap_model(self.training.network)
+        return bare
+
+    def _measure(self) -> None:
         if self.held_out is None:
             return
         self.loss = fixed_noise_loss(
             self.training.stage,
-            self.accelerator.unwrap_model(self.training.network),
+            self._network,
             self.held_out,
             accelerator=self.accelerator,
             seed=self.settings.seed,
             draws=self.draws,
             batches=self._measured,
         )
-        self.loss_step = step
 
     def _show(self, step: int) -> None:
         if self.held_out is not None and self.loss is not None:
@@ -95,8 +97,7 @@ class Validator:
         self._draw(step)
 
     def _draw(self, step: int) -> None:
-        network = self.accelerator.unwrap_model(self.training.network)
-        network.eval()
+        network = self._network.eval()
         drawn: list[Image.Image] = []
         if self.prompts:
             # No autocast around it: the network that trains has its own, and frozen parts are in the type they need.
@@ -130,8 +131,7 @@ class Validator:
         rows = list(range(min(self.reconstructions, len(self.held_out))))
         # Other noise than the prompts have, so that a shared flaw of the noise cannot pass for a success.
         settings = replace(self.settings, seed=self.settings.seed + 1)
-        network = self.accelerator.unwrap_model(self.training.network)
-        features = self._features(self.held_out, rows)
+        network, features = self._network, alike_features(self.held_out, rows)
         images = self._drawn.run(
             lambda size: self.training.stage.reconstruct(network, features, replace(settings, batch_size=size))
         )
@@ -141,19 +141,19 @@ class Validator:
             self._originals = [to_image(self.held_out.picture(row), self.settings.width) for row in rows]
         return list(zip(images, self._originals, strict=True))
 
-    @staticmethod
-    def _features(held_out: HeldOut, rows: list[int]) -> Features:
-        """Features of rows of whatever shape: those that differ in shape are left out, embeddings never do."""
-        single = [held_out.rows([row]) for row in rows]
-        alike = [name for name in single[0] if len({features[name].shape for features in single}) == 1]
-        return {name: torch.cat([features[name] for features in single]) for name in alike}
-
     def _grid(self, drawn: list[Image.Image], redrawn: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
         images, labels = list(drawn), list(self.prompts[: len(drawn)])
         for index, (image, original) in enumerate(redrawn):
             images += [original, image]
             labels += [f"held out {index}", f"held out {index}, redrawn"]
         return labelled_grid(images, labels)
+
+
+def alike_features(held_out: HeldOut, rows: list[int]) -> Features:
+    """Features of rows of whatever shape: those that differ in shape are left out, embeddings never do."""
+    single = [held_out.rows([row]) for row in rows]
+    alike = [name for name in single[0] if len({features[name].shape for features in single}) == 1]
+    return {name: torch.cat([features[name] for features in single]) for name in alike}
 
 
 def to_image(image: Image.Image, resolution: int) -> Image.Image:
