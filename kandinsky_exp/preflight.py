@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, records, run_settings
@@ -22,6 +20,7 @@ from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import forking, hub, resuming, run_folder
+from kandinsky_exp.sweeps.outcomes import hydra_of_job
 from kandinsky_exp.system import distributed, files, launch_environment, logs, signals, terminal
 from kandinsky_exp.tracking.store_probe import probe
 from kandinsky_exp.training import class_images
@@ -85,7 +84,7 @@ def prepare(
     class_images.refuse_others(splits.class_images, weights, how, lambda: has_trained_on(cfg, splits))
     report = build.check_data(cfg, splits)
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
-        sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
+        sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # raises where there are too few images
     root, name = location(cfg)
     space = run_folder.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
     space.notes += notes
@@ -94,7 +93,7 @@ def prepare(
             forking.check(cfg, weights, space.start, optimizer)
             forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
         check_resume(cfg, weights, splits, count, space)
-    if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
+    if space.start is None or space.is_fork:  # a resumed run keeps the split that it began with
         space.record.split = "picture"
     space.notes += report.notes
     if unreachable is not None:
@@ -106,7 +105,7 @@ def prepare(
     )
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
         space.record.token = records.noted_token(space.folder) or uuid.uuid4().hex
-        space.record.status = "KILLED"  # true for whoever never comes to the first step
+        space.record.status = "KILLED"  # true if it never reaches the first step
         space.write_record()  # first: from now on the folder is a run
         files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))
     print(f"{space.folder}\n{report}", file=sys.stderr)
@@ -146,9 +145,8 @@ def check_resume(
 
 def location(cfg: DictConfig) -> tuple[Path, str | None]:
     """(folder, name): a job of a sweep goes into the sweep's folder, under what it varies."""
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        sweep = HydraConfig.get().sweep
-        return files.output_root(sweep.dir), str(sweep.subdir)
+    if (hydra := hydra_of_job()) is not None:
+        return files.output_root(hydra.sweep.dir), str(hydra.sweep.subdir)
     return files.output_root(cfg.output_root), cfg.name
 
 

@@ -1,11 +1,9 @@
-"""What the tracker is told of a run: where it belongs, what it is made of, what it reads."""
+"""The MLflow records of a run: its place in a sweep, its parameters and origins, its data sets."""
 
 import logging
 from pathlib import Path
 
 from accelerate import Accelerator
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
@@ -34,13 +32,13 @@ def tracker_uri(cfg: DictConfig) -> str:
 
 
 def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> Tracker:
-    """The MLflow run, new or gone on with; only the main process records."""
+    """The MLflow run, new or continued; only the main process records."""
     if cfg.tracker.name == "none" or not accelerator.is_main_process:
         return NullTracker()
     tags = {"stage": build.stage_class(cfg).name}
     if space.parent_run_id is not None:
         tags["resumed_from"] = space.parent_run_id
-    parent = sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None
+    parent = None if outcomes.hydra_of_job() is None else sweep_parent(cfg, space.folder.parent)
     name, job = space.folder.name, None if parent is None else job_outcome(space.folder)
     if job is not None:
         name, tags = job.name, {**tags, **parent_run.job_tags(job)}
@@ -63,15 +61,15 @@ def job_outcome(folder: Path) -> outcomes.Outcome | None:
 
 
 def noted_token(folder: Path) -> str | None:
-    """What marks the MLflow run that a sweep has made for a job before it came to a run of its own."""
+    """The token of the MLflow run that a sweep has made for a job that failed before it made one."""
     job = job_outcome(folder)
     return None if job is None else job.token
 
 
 def redone_from(space: run_folder.RunFolder) -> int | None:
-    """The step from which on a run that goes on may have been recorded already, by a process that was killed.
+    """The first step that a killed process may have recorded already; a resumed run does not record it twice.
 
-    None where what is done again comes to other numbers: then both are recorded.
+    None where the repeated steps give other numbers: then both are recorded.
     """
     if not space.repeats:
         return None
@@ -86,8 +84,6 @@ def deliver_left(cfg: DictConfig, space: run_folder.RunFolder) -> None:
 
 def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
     """The MLflow run that holds a sweep's jobs together: the command has made it, or else the first job does."""
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
     with files.locked(folder / ".sweep.lock"):
         record = run_folder.read_record(folder)
         if record is not None and record.run_id is not None:
@@ -131,7 +127,7 @@ def describe(
     weights: Weights,
     data: Readers,
 ) -> None:
-    """Parameters, origins and the data set, for whoever compares this run later."""
+    """Record parameters, origins and data sets."""
     asked = run_settings.asked(cfg, "text_encoder" in build.stage_class(cfg).encoders)
     for note in [*data.notes, *(long_texts.prompt_notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)

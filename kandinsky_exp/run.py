@@ -113,7 +113,7 @@ def train(opened: OpenRun, training: loop.Training, callbacks: Callbacks, data: 
     accelerator, tracker, settings = opened.accelerator, callbacks.tracker, callbacks.settings
     if callbacks.owes_validation(training.step):
         callbacks.validate(training.step)
-    with nonfinite.batch_kept(opened.space.folder, data.train, accelerator, tracker):
+    with nonfinite.batch_saved(opened.space.folder, data.train, accelerator, tracker):
         return loop.train(
             training,
             data.train.stream(training.step, settings.max_steps, accelerator),

@@ -1,4 +1,4 @@
-"""What a config says of a run's length, its batches and its pictures. Nothing is built."""
+"""Values that several modules read off a config: steps, batch sizes, prompts, settings of validation images."""
 
 import sys
 from typing import Any

@@ -89,7 +89,7 @@ def in_own_process(task: Task, jobs: JobFolder, caller: connection.Connection | 
     """Run a task to its end; signals that the sweep was sent are handed on.
 
     Args:
-        caller: closed by whoever waits for the answer when it is killed; then nobody wants the job any more.
+        caller: waits for the answer; the job is stopped when this connection closes.
     """
     warm_up(task.call.function)
     context = multiprocessing.get_context("forkserver")

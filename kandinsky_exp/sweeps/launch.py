@@ -1,4 +1,4 @@
-"""From a command line to a sweep, with what goes around all of its jobs."""
+"""Run a sweep from the command line: check it, open its session, hand its jobs to a launcher."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
         _register_sweeper()
     _try_plugins(line, cfg, varied)
     parallel = supervise.parallel_jobs(cfg.hydra.launcher, varied.jobs)
-    if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
+    if os.environ.get("RANK", "0") != "0":  # the first process of each job records it
         with tempfile.TemporaryDirectory() as own, session.noted_signals(JobFolder(Path(own))):
             job = supervise.SweptJob(call, parallel, "", os.getpid(), None)
             start(job, check.sweep_dir(own))

@@ -1,4 +1,4 @@
-"""What MLflow is told of a sweep and of its jobs, also where a job's own process could not tell it any more."""
+"""The MLflow runs of a sweep: the parent, and those of jobs whose own process died before it could record."""
 
 import logging
 import uuid
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> Tracker:
-    """The MLflow run that holds the jobs together, new or gone on with; its id lies in the folder, for the jobs.
+    """The parent of all jobs, new or continued; its id lies in the folder, for the jobs.
 
     Args:
         command: that starts the sweep again, for the description; None where it was started from Python.
@@ -39,7 +39,7 @@ def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> Tra
 def open_tracker(
     cfg: DictConfig, folder: Path, record: run_folder.Record, name: str, tags: Mapping[str, str], **others: Any
 ) -> MlflowTracker:
-    """The MLflow run of a folder, new or gone on with.
+    """The MLflow run of a folder, new or continued.
 
     Args:
         name: of a new one.
@@ -81,8 +81,8 @@ def report_link(uri: str, parent_run_id: str) -> str:
 def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
     """Give a job that failed or was killed its true status, in its folder and in MLflow, with the reason.
 
-    A job that came to no run, because its configuration or its data is wrong or it was killed before, gets an MLflow
-    run here, which a later start goes on with: its token is noted.
+    A job without a run, because its configuration or its data is wrong or it was killed at once, gets an MLflow run
+    here. A later start finds it by the token.
     """
     status: Status = "KILLED" if outcome.status == "KILLED" else "FAILED"
     record = run_folder.read_record(folder)

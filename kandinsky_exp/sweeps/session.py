@@ -1,4 +1,4 @@
-"""A sweep from its first job to its last: its folder, its parent run in MLflow, signals, and the table at its end."""
+"""One start of a sweep: its folder, its parent run in MLflow, its signals, and the table at its end."""
 
 import contextlib
 import csv
@@ -59,7 +59,7 @@ class Session:
 
 
 def sweep_folder(cfg: DictConfig) -> Path:
-    """The sweep's folder: that of its name, or a fresh one; jobs and processes that come later are told of it.
+    """The sweep's folder: that of its name, or a new one.
 
     Raises:
         ConfigError: the name is that of something else.
@@ -89,7 +89,7 @@ def occupied(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[Session]:
-    """Open the parent run, turn signals into the wish to stop; at the end tell what the jobs came to.
+    """Open the parent run and handle signals; at the end print and record the table and the report.
 
     Args:
         command: that starts this sweep again, for the parent's description.
@@ -126,8 +126,7 @@ class _Parent(NullTracker):
         parent_run.write_status(self.started.folder, status)
 
 
-@contextlib.contextmanager
-def noted_signals(job_folder: JobFolder) -> Iterator[None]:
+def noted_signals(job_folder: JobFolder) -> contextlib.AbstractContextManager[None]:
     """The first signal stops the running jobs safely, the second at once, the third ends this process."""
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -135,8 +134,7 @@ def noted_signals(job_folder: JobFolder) -> Iterator[None]:
         if len(job_folder.signals()) > 2:
             os._exit(128 + number)
 
-    with signals.handling(handle):
-        yield
+    return signals.handling(handle)
 
 
 def tell(started: Session) -> None:
@@ -200,7 +198,7 @@ def rows(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(outcomes: list[Outcome], jobs: int) -> str:
-    """Jobs, what they vary and what they came to, as text; then why some did not finish, and the best one."""
+    """The jobs with what they vary and their results; then why some did not finish, and the best one."""
     names, lines = rows(outcomes)
     widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in [names, *lines]]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kandinsky_exp.config import grammar, recorded_paths, saved_config
@@ -19,7 +18,7 @@ from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import devices, parent_run
 from kandinsky_exp.sweeps.job_process import Answer, Call, JobServer, Task, run_job
-from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome, job_name
+from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome, hydra_of_job, job_name
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,10 @@ class SweptJob:
 
 def forget_multirun() -> bool:
     """Remove what Hydra's sweeper writes, the command line with its passwords; whether there is a sweep."""
-    settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
-        return False
-    (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
-    return True
+    hydra = hydra_of_job()
+    if hydra is not None:
+        (Path(hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
+    return hydra is not None
 
 
 def plain(settings: Any) -> DictConfig:

@@ -1,4 +1,4 @@
-"""How a run gets its Accelerator: as the config says, with all processes that were started, or not at all."""
+"""Make the Accelerator: as the config says, with all processes that were started, or not at all."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What concerns a run's processes: Accelerate's state, what the first of them decides for all, and signals."""
+"""Several processes of one run: Accelerate's state, decisions of the main process, agreement on a stop."""
 
 import contextlib
 import logging
@@ -47,8 +47,8 @@ def _told() -> Iterator[None]:
     except RuntimeError as error:
         _with_teller(error)
         if PartialState().num_processes > 1 and any(text in str(error) for text in GONE):
-            told = f"another process of this run is gone; it, or what started it, says why ({first_line(error)})"
-            raise _with_teller(PeerFailure(told)) from error
+            message = f"another process of this run is gone; it, or what started it, says why ({first_line(error)})"
+            raise _with_teller(PeerFailure(message)) from error
         raise
     except BaseException as error:
         _with_teller(error)
@@ -66,18 +66,18 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     """The main process's result, on all; whatever it raises too, so that none waits for one that is gone."""
     if PartialState().num_processes == 1:
         return action()
-    outcome: list[Any] = [None, None]
+    shared: list[Any] = [None, None]  # the result, and what the others raise
     error: BaseException | None = None
     if PartialState().is_main_process:
         try:
-            outcome[0] = action()
+            shared[0] = action()
         except BaseException as caught:
-            error, outcome[1] = caught, _for_others(_with_teller(caught))
+            error, shared[1] = caught, _for_others(_with_teller(caught))
     _await_main()
-    broadcast_object_list(outcome)
-    if error is not None or outcome[1] is not None:
-        raise error or outcome[1]
-    result: Result = outcome[0]
+    broadcast_object_list(shared)
+    if error is not None or shared[1] is not None:
+        raise error or shared[1]
+    result: Result = shared[0]
     return result
 
 

@@ -1,4 +1,4 @@
-"""Paths as they are typed: any text at all has an answer here, never an exception, from a NUL to 5,000 letters."""
+"""Paths, folders, locks and atomic writes. Any text has an answer as a path, never an exception."""
 
 import os
 import re
@@ -32,9 +32,9 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
 
 
-def setting(key: str, place: str | Path) -> str:
+def setting(key: str, value: str | Path) -> str:
     """A setting as it is typed into a shell; what a sweep varies is in the name of a job, with `=` and `,`."""
-    text = str(place)
+    text = str(value)
     if not re.fullmatch(r"[\w./-]+", text):  # Hydra's grammar
         text = '"{}"'.format(text.replace('"', '\\"'))
     return shlex.quote(f"{key}={text}")

@@ -1,4 +1,4 @@
-"""Signals: a wish to stop, noted while training and answered by an exit with a checkpoint."""
+"""Signal handlers: stop a run after a checkpoint."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""A call in a thread of its own, which nobody has to wait for."""
+"""Calls in threads of their own, with a time limit where one is wanted."""
 
 import threading
 from collections.abc import Callable

@@ -118,11 +118,12 @@ def train(
     meter.restore(training.unread)
     training.network.train()
     saver = Saver(training, meter, events, training.step)
+    save_alone = saver.save_whole_step if accelerator.num_processes == 1 else None  # other processes would not know
     agreement = Agreement(stop, accelerator.num_processes)
     bar = progress_bar(training.step, settings)
     with bar, stop.deferred(), events.settled(), closing(batches), failing(training):
         while training.step < settings.max_steps:
-            with kept(saver.keep if accelerator.num_processes == 1 else None):  # the others of several would not know
+            with saved_on_failure(save_alone):
                 meter.add(optimizer_step(training, batches, noise, accelerator, settings))
             training.step += 1
             step, last = training.step, training.step == settings.max_steps
@@ -138,7 +139,7 @@ def train(
             stopping = agreement.now() if logs or validates or saves else agreement.ahead()
             with meter.paused():
                 if validates and stopping is None:
-                    with kept(saver.keep):
+                    with saved_on_failure(saver.save_whole_step):
                         stopping = validated_or_stopped(events, step, stop, agreement, accelerator)
                 if saves or (stopping is not None and saver.saved != step):
                     saver.save()
@@ -168,7 +169,7 @@ class Saver:
         self.events.checkpoint(self.training.step)
         self.saved = self.training.step
 
-    def keep(self) -> None:
+    def save_whole_step(self) -> None:
         """Save what is there after a failure, unless a step broke off half-way."""
         if self.training.is_whole and self.saved != self.training.step:
             self.save()
@@ -190,19 +191,19 @@ def failing(training: Training) -> Iterator[None]:
 
 
 @contextmanager
-def kept(keep: Callable[[], None] | None) -> Iterator[None]:
-    """What was trained up to here is kept although what is done inside fails, for want of memory for example.
+def saved_on_failure(save: Callable[[], None] | None) -> Iterator[None]:
+    """Save what was trained up to here where what is done inside fails, for want of memory for example.
 
     Raises:
-        NonFiniteLoss: it is not worth keeping.
+        NonFiniteLoss: it is not worth saving.
     """
     try:
         yield
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # what they hold on the device would be in the way
         try:
-            if keep is not None:
-                keep()
+            if save is not None:
+                save()
         except NonFiniteLoss:
             raise
         except Exception as second:  # the first is what the run fails of
@@ -255,8 +256,8 @@ def validated_or_stopped(
 ) -> int | None:
     """Validate; the signal to stop for, if one came meanwhile.
 
-    A validation may take longer than a machine that is preempted has left: one process breaks it off, and whoever
-    resumes makes it anew. Several processes would wait for each other.
+    A validation may take longer than a machine that is preempted has left: one process breaks it off, and the
+    resumed run repeats it. Several processes would wait for each other.
     """
     if accelerator.num_processes > 1:
         events.validate(step)

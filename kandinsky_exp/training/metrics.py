@@ -98,8 +98,8 @@ class Meter:
         if not found:
             return
         alike = len(found) == self.accelerator.num_processes
-        place = self.accelerator.process_index
-        mine = found[place] if alike else _shared(found, is_first=place == 0)
+        rank = self.accelerator.process_index
+        mine = found[rank] if alike else _shared(found, is_first=rank == 0)
         device = self.accelerator.device
         mine = mapped(mine, lambda value: value.to(device))
         self._results = [
