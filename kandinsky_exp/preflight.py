@@ -1,6 +1,7 @@
 """Before weights load: check settings, files, data and store, and claim the run's folder."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -86,11 +87,15 @@ def prepare(
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # raises where there are too few images
     root, name = location(cfg)
-    space = run_folder.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
+    cls = build.stage_class(cfg)
+    space = run_folder.claim(root, name, cls.name, cfg.checkpoint.resume, held)
+    space.record.part = cls.part
     space.notes += notes
     with run_folder.given_back(space):
         if space.start is not None and space.is_fork:
-            forking.check(cfg, weights, space.start, optimizer)
+            # The others of an adapter's inits read the weights, and have the same shapes.
+            attach = functools.partial(build.attach, cfg, init="default")
+            forking.check(space.start, weights, cls.part, cfg.adapter, attach, optimizer)
             forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
         check_resume(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # a resumed run keeps the split that it began with
@@ -133,11 +138,12 @@ def check_resume(
         holds_out=splits.is_divided,
         total_batch=run_settings.total_batch(cfg, count),
         processes=count,
+        rules=PICTURE_RULES,
     )
     before = saved_config.flatten_saved(space.folder) if space.is_resumed else {}
     resuming.check(space, before, now := saved_config.flatten(cfg), facts)
     space.repeats = resuming.repeats(space, now, facts)
-    space.notes += resuming.notes_on_rules(space) if reads else []
+    space.notes += resuming.notes_on_rules(space, PICTURE_RULES) if reads else []
     space.record.encoders = encoders
     if reads or not space.is_resumed:
         space.record.rules = PICTURE_RULES

@@ -14,7 +14,6 @@ from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.features import CachedFeatures
 from kandinsky_exp.data.formats import download
 from kandinsky_exp.data.formats.shards import Shards
-from kandinsky_exp.models.components import PARTS
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import description, integrity, run_folder
 from kandinsky_exp.sweeps import outcomes, parent_run
@@ -128,10 +127,10 @@ def describe(
     data: Readers,
 ) -> None:
     """Record parameters, origins and data sets."""
-    asked = run_settings.asked(cfg, "text_encoder" in build.stage_class(cfg).encoders)
+    asked = run_settings.asked(cfg, build.stage_class(cfg).reads_captions())
     for note in [*data.notes, *(long_texts.prompt_notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)
-    side = PARTS[build.stage_class(cfg).part][0]
+    side = build.stage_class(cfg).half
     goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
     before = saved_config.flatten_saved(space.folder) if goes_on else {}
     if accelerator.is_main_process:

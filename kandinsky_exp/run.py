@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from kandinsky_exp import build, records, results, run_settings
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
-from kandinsky_exp.memory import advice
+from kandinsky_exp.memory import savings
 from kandinsky_exp.preflight import OpenRun, is_finished, open_run
 from kandinsky_exp.runs import forking, run_folder
 from kandinsky_exp.stages.base import DiffusionStage
@@ -48,7 +48,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
             return nothing_left(opened)
         with recorded(opened) as tracker:
             stage, data = load(opened)
-            with advice.given(cfg, opened.accelerator.device, stage):
+            with savings.explain_out_of_memory(cfg, opened.accelerator.device, stage):
                 training, callbacks = set_up(opened, tracker, stage, data)
                 train_loss = train(opened, training, callbacks, data)
             loss = finish(opened, training, callbacks.validator.loss if data.held_out is not None else train_loss)
@@ -63,7 +63,7 @@ def load(opened: OpenRun) -> tuple[DiffusionStage, Readers]:
     drawn = distributed.on_main_process(lambda: class_images.complete(wanted, weights, how, accelerator.device))
     set_seed(cfg.seed)
     stage = build.bare_stage(cfg, weights)
-    settings = build.read_settings(cfg, accelerator.device, by_row=opened.space.record.split is None)
+    settings = build.read_settings(cfg, stage, accelerator.device, by_row=opened.space.record.split is None)
     splits = replace(opened.splits, class_images=drawn)
     data = open_readers(splits, stage, settings, accelerator, logger.info)
     if settings.cached:  # what draws images takes what it needs by itself

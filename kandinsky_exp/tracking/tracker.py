@@ -17,17 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kandinsky_exp.errors import Interrupted, Pruned
+from kandinsky_exp.tracking import mlflow_run
 from kandinsky_exp.tracking.delivery import Delivery, settle
 from kandinsky_exp.tracking.disk_queue import Record
 from kandinsky_exp.tracking.mlflow_names import legal_name, param_text, reason, run_tags, tag_texts
-from kandinsky_exp.tracking.mlflow_run import (
-    dataset_record,
-    find_or_make,
-    image_record,
-    images_to,
-    reopen,
-    steps_logged,
-)
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.sender import described
 from kandinsky_exp.tracking.store import artifact_location, connect, explained, impatient
@@ -170,9 +163,9 @@ class MlflowTracker:
             with explained(uri):
                 artifacts = artifact_location(uri, artifact_root)
                 every = run_tags(tags, parent_run_id)
-                run_id = run_id or find_or_make(client, (experiment, artifacts), run_name, token, every)
-                reopen(client, uri, run_id, tags, artifacts)
-                logged = steps_logged(client, run_id, box, redone_from)
+                run_id = run_id or mlflow_run.find_or_make(client, (experiment, artifacts), run_name, token, every)
+                mlflow_run.reopen(client, uri, run_id, tags, artifacts)
+                logged = mlflow_run.steps_logged(client, run_id, box, redone_from)
             box.open()
             box.remove_status()  # of an earlier process: this one's will come
             return cls(
@@ -192,8 +185,8 @@ class MlflowTracker:
 
     def log_image(self, key: str, image: "Image", step: int, prompt: str | None = None) -> None:
         clean, step = legal_name(key), int(step)
-        record = image_record(clean, step, self._redone_from is not None and step >= self._redone_from)
-        self._attach(record, images_to(record["name"], image))
+        record = mlflow_run.image_record(clean, step, self._redone_from is not None and step >= self._redone_from)
+        self._attach(record, mlflow_run.images_to(record["name"], image))
         if not self._has_images:
             self._has_images = True
             self.set_tags({"mlflow.loggedImages": "True"})  # the UI looks for images where this is set
@@ -216,7 +209,7 @@ class MlflowTracker:
         self._attach({"what": f"the artifact {file}", "to": to or None}, lambda place: (place / name).write_bytes(data))
 
     def log_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
-        self._record(dataset_record(name, digest, source, rows, context))
+        self._record(mlflow_run.dataset_record(name, digest, source, rows, context))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._record({"kind": "tags", "what": "the tags", "texts": tag_texts(tags)})

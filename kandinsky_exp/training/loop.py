@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from kandinsky_exp.errors import Interrupted, NonFiniteLoss, RunFailure, UserError
-from kandinsky_exp.stages.base import Features, Stage
+from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.system.distributed import Agreement
 from kandinsky_exp.system.signals import Stop
 from kandinsky_exp.tracking.tracker import Tracker
@@ -41,7 +41,7 @@ class Training:
         unread: of the meter, at the last checkpoint: what was measured and not reported yet.
     """
 
-    stage: Stage
+    stage: DiffusionStage
     network: nn.Module
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LRScheduler

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import center_crop_resize
 from kandinsky_exp.models.pipelines import SampleSettings
-from kandinsky_exp.stages.base import Features, Stage
+from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
@@ -178,7 +178,7 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def fixed_noise_loss(
-    stage: Stage,
+    stage: DiffusionStage,
     network: nn.Module,
     held_out: HeldOut,
     *,
@@ -204,7 +204,13 @@ def fixed_noise_loss(
 
 
 def _summed(
-    stage: Stage, network: nn.Module, held_out: HeldOut, accelerator: Accelerator, seed: int, draws: int, size: int
+    stage: DiffusionStage,
+    network: nn.Module,
+    held_out: HeldOut,
+    accelerator: Accelerator,
+    seed: int,
+    draws: int,
+    size: int,
 ) -> Tensor:
     """(sum of losses, their number) over the rows of this process."""
     mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))

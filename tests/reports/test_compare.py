@@ -162,7 +162,7 @@ def test_the_table_says_what_differed_and_how_it_went(page: Page, sweep: Sweep) 
 
 
 def test_what_a_run_does_not_have_is_left_open(page: Page) -> None:
-    for head in ("stage", "lr", *html.SCORES[:4], "samples/s"):
+    for head in ("stage", "lr", *[*html.SCORES][:4], "samples/s"):
         assert page.column(head)["failed"] == ("–", None), head
     assert page.column("best val. loss")["no validation"] == ("–", None)
     assert page.column("last train loss")["no validation"][0] == "0.25"

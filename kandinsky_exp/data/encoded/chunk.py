@@ -1,6 +1,7 @@
 """What is encoded and not yet written: the examples since the last commit of a journal."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -38,12 +39,12 @@ class Chunk:
         captions_each = sum(self.counts) / max(1, len(self.counts))
         return sizes[0] / ready + sizes[1] / max(1, len(captions)) * captions_each
 
-    def image_columns(self, captions_before: int, views: int, ragged: str) -> dict[str, Any]:
+    def image_columns(self, captions_before: int, views: int, ragged: Collection[str]) -> dict[str, Any]:
         """A row per view of each image.
 
         Args:
             captions_before: those that the table has already.
-            ragged: the feature whose shapes differ, if there is one.
+            ragged: features whose shapes differ.
         """
         starts = accumulate(self.counts, initial=captions_before)
         facts = {
@@ -58,14 +59,14 @@ class Chunk:
             **_columns([cells for row in self.images for cells in row], ragged),
         }
 
-    def caption_columns(self) -> dict[str, Any]:
+    def caption_columns(self, ragged: Collection[str]) -> dict[str, Any]:
         """A row per caption."""
-        return _columns(self.captions, ragged="text_states")
+        return _columns(self.captions, ragged)
 
 
-def _columns(rows: list[Cells], ragged: str) -> dict[str, Any]:
+def _columns(rows: list[Cells], ragged: Collection[str]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     for name in rows[0]:
         cells = [row[name] for row in rows]
-        columns[name] = cells if name == ragged else np.stack(cells)
+        columns[name] = cells if name in ragged else np.stack(cells)
     return columns

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -14,7 +14,7 @@ from kandinsky_exp.data import tally
 from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.chunk import Chunk
 from kandinsky_exp.data.encoded.journal import Journal
-from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK
 from kandinsky_exp.data.encoded.progress import ProgressBar
 from kandinsky_exp.data.encoded.table import DTYPES, Array
 from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, collate, is_of_workers, workers_failed
@@ -32,10 +32,15 @@ CacheDtype = Literal["fp16", "fp32"]
 
 
 class Encoder(Protocol):
-    """The part of a stage that encodes; image keys and text keys may come in separate batches."""
+    """The part of a stage that encodes; image keys and text keys may come in separate batches.
+
+    Of its `ragged_features` those of captions follow the caption's mask; with buckets those of images their shape.
+    """
 
     @property
     def preprocess(self) -> Preprocess: ...
+    @property
+    def ragged_features(self) -> Collection[str]: ...
     def encode(self, examples: Features) -> Features: ...
 
 
@@ -193,11 +198,13 @@ class Walk:
     def _encode_captions(self, batch: list[Features]) -> None:
         features = self.stage.encode(collate(batch))
         owners = self._owners(len(self.chunk.captions), len(batch))
-        lengths = [_prefix(row) for row in features.pop("text_mask").cpu()]
+        lengths, ragged = [_prefix(row) for row in features[MASK].cpu()], features.keys() & self.stage.ragged_features
+        if ragged:
+            del features[MASK]  # their lengths tell it
         arrays = {name: self._array(name, tensor, owners) for name, tensor in features.items()}
         for row, length in enumerate(lengths):
             cells = {name: array[row] for name, array in arrays.items()}
-            cells["text_states"] = cells["text_states"][:length].copy()  # a copy: the padding need not stay in memory
+            cells |= {name: cells[name][:length].copy() for name in ragged}  # copies: padding need not stay in memory
             self.chunk.captions.append(cells)
 
     def _owners(self, start: int, count: int) -> list[str]:
@@ -229,10 +236,10 @@ class Walk:
         if not self.bar.announced:
             self._announce((time.monotonic() - self.bar.started) / max(1, chunk.seen))
         if chunk.ids:
-            ragged = "latents" if self.stage.preprocess.buckets else ""
+            ragged = self.stage.ragged_features if self.stage.preprocess.buckets else ()
             self.journal.append(IMAGES, chunk.image_columns(progress.captions, 1 + self.how.mirrored, ragged))
         if chunk.captions:
-            self.journal.append(CAPTIONS, chunk.caption_columns())
+            self.journal.append(CAPTIONS, chunk.caption_columns(self.stage.ragged_features))
         progress.source_rows += chunk.seen
         progress.images += len(chunk.ids)
         progress.captions += len(chunk.captions)
