@@ -225,9 +225,10 @@ def test_files_and_functions_are_short(file: Path) -> None:
     assert lines <= 300
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            limit = 100 if (file.name, node.name) == ("loop.py", "train") else 80
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= limit, node.name
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+            if (file.name, node.name) == ("run.py", "run"):  # the architecture, at a glance
+                assert node.end_lineno - node.lineno + 1 <= 40
 
 
 def test_half_of_all_functions_fit_in_fifteen_lines() -> None:
