@@ -81,7 +81,6 @@ class Callbacks:
         self.writer.save(
             checkpoint.snapshot(
                 self.training,
-                self.training.stage.part,
                 self.accelerator,
                 validated=validated,
                 validation_loss=self.validator.loss if validated else None,
