@@ -159,7 +159,7 @@ def _named() -> Iterator[str]:
 def _verbs() -> Iterator[str]:
     for verb, row in cli.VERBS.items():
         if verb != "train":
-            hints = typing.get_type_hints(getattr(roots, verb.title()), include_extras=True)
+            hints = typing.get_type_hints(getattr(verb_schemas, verb.title()), include_extras=True)
             yield f"## `kandinsky-exp {verb}`\n"
             yield f"{row.purpose[0].upper()}{row.purpose[1:]}.\n"
             yield from _table(_of_root(verb), hints, "")
