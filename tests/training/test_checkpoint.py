@@ -49,9 +49,7 @@ def trained(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
 
 
 def snapshot(training: Any, accelerator: Any) -> checkpoint.Snapshot:
-    return checkpoint.snapshot(
-        training, training.stage.part, accelerator, validated=True, validation_loss=0.5, total_batch=4
-    )
+    return checkpoint.snapshot(training, accelerator, validated=True, validation_loss=0.5, total_batch=4)
 
 
 def files(folder: Path) -> dict[str, Any]:
@@ -130,7 +128,7 @@ def test_a_copy_is_the_state_at_its_step(stage: str, extras: list[str], trained:
     after = copy.deepcopy(accelerator.unwrap_model(training.network).state_dict())
     folder = held.write(tmp_path / "later")
     assert files(folder) == files(tmp_path / "at-once" / "step-00000001")
-    checkpoint.load(training, folder, training.stage.part, accelerator)
+    checkpoint.load(training, folder, accelerator)
     assert training.step == 1
     assert files(snapshot(training, accelerator).write(tmp_path / "again")) == files(folder)
     for _ in range(3):
@@ -158,7 +156,7 @@ def test_the_state_of_another_memory_format_fits(trained: Any, tmp_path: Path) -
     for state in tensors["optimizer"]["state"].values():
         state.update({key: value.contiguous() for key, value in state.items()})
     state_file.write(tensors, folder / state_file.NAME)
-    checkpoint.load(training, folder, "unet", accelerator)
+    checkpoint.load(training, folder, accelerator)
     for parameter, state in training.optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
     convolution = accelerator.unwrap_model(training.network).conv_in.weight
