@@ -47,7 +47,8 @@ class Server:
 
     def answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+            search = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"  # it opens the store
+            with urllib.request.urlopen(search, timeout=30) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
