@@ -26,7 +26,7 @@ from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
-from kandinsky_exp.system import accelerators, host_memory
+from kandinsky_exp.system import accelerators, files, host_memory
 from kandinsky_exp.training.ema import is_schedule_free
 from kandinsky_exp.training.feature_loader import ReadSettings
 from kandinsky_exp.training.loop import Training
@@ -52,7 +52,7 @@ def weights(cfg: DictConfig, cls: type[Weights] = Weights) -> Weights:
 
 
 def cache_folder(cfg: DictConfig) -> Path:
-    return Path(cfg.output_root).expanduser() / "cache"
+    return files.output_root(cfg.output_root) / "cache"
 
 
 def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[str]:
@@ -129,7 +129,7 @@ def data(cfg: DictConfig) -> sources.Splits:
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 
-def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.Report:
+def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.DataSummary:
     """Read every row that costs little to read; images are looked at when they are encoded.
 
     Raises:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kandinsky_exp.data.file_hashes import FileDigests, of_content
-from kandinsky_exp.data.preprocess import open_rgb
+from kandinsky_exp.data.pictures import open_rgb
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError, cause_of
 from kandinsky_exp.system.files import on_disk
@@ -76,11 +76,6 @@ def read_file(path: str, limit: int = MAX_BYTES) -> bytes:
     if len(read) > limit:
         raise OSError(0, f"larger than the limit of {limit >> 10:,} KB")
     return read
-
-
-def given(content: bytes) -> bytes:
-    """`Example.read` of bytes that are here already."""
-    return content
 
 
 def nothing() -> bytes:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kandinsky_exp.data import tally
-from kandinsky_exp.data.checks import Report, check, find_bad, problem_of
+from kandinsky_exp.data.checks import DataSummary, check, find_bad, problem_of
 from kandinsky_exp.data.dreambooth import of_class, subject
 from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
 from kandinsky_exp.data.formats import metadata
@@ -25,9 +25,9 @@ from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.files import expanded, is_file, is_folder
 
 __all__ = [
+    "DataSummary",
     "Example",
     "Indexed",
-    "Report",
     "Source",
     "Splits",
     "check",

@@ -18,7 +18,7 @@ from PIL import Image
 
 from kandinsky_exp import run_settings
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.examples import Example, given
+from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.file_hashes import MISSING, FileDigests
 from kandinsky_exp.data.preprocess import center_crop_resize, crop_resize
 from kandinsky_exp.errors import DataError
@@ -346,7 +346,7 @@ def noise():
 
 
 def example(content):
-    return Example("a.png", ("x",), lambda: given(content), "list.csv, line 2")
+    return Example("a.png", ("x",), lambda: content, "list.csv, line 2")
 
 
 RED = (255, 0, 0)

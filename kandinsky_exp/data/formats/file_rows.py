@@ -19,7 +19,7 @@ from kandinsky_exp.data.examples import Example, Indexed, no_columns, nothing, r
 from kandinsky_exp.data.file_hashes import FileDigests, release, update
 from kandinsky_exp.data.formats import metadata
 from kandinsky_exp.data.formats.metadata import CHUNK, Row
-from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.data.tally import SHOWN, Tally, first_few
 from kandinsky_exp.errors import DataError
 
 SCHEMA = pa.schema(
@@ -191,8 +191,8 @@ def read_listed(file: Path, image_column: str, caption_column: str, *, inside: b
     )
     source = gather(title, home, origin, unit, rows)
     if source.columns.column("file").null_count == len(source):
-        some = (f"{source[row].where}: {source[row].problem}" for row in range(min(len(source), metadata.SHOWN)))
-        raise DataError(metadata.first_few(some, len(source)))
+        some = (f"{source[row].where}: {source[row].problem}" for row in range(min(len(source), SHOWN)))
+        raise DataError(first_few(some, len(source)))
     return source
 
 
