@@ -15,7 +15,6 @@ from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import host_memory
-from kandinsky_exp.training import class_images
 from kandinsky_exp.training.async_checkpoint import ROOM
 
 # What the process of a run grows by beyond this one's before it holds a tensor: readers, code and scratch of kernels.
@@ -136,7 +135,7 @@ class Estimate:
     def _class_images(self) -> Iterator[Parts]:
         """One picture at a time, of base networks that leave again."""
         rows = pipelines.rows_at_once(1, guided=True)
-        for parts in class_images.DRAWS_WITH if self.draws_class else ():
+        for parts in pipelines.WHOLE if self.draws_class else ():
             yield from self._scene(self.base, parts, *(self.dry_run.answering(part, rows[part]) for part in parts))
 
     def _scene(self, there: Parts, names: Collection[str], *activations: int) -> Iterator[Parts]:
