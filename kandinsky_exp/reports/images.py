@@ -16,7 +16,7 @@ from PIL import Image
 
 from kandinsky_exp.reports.run_data import Run
 from kandinsky_exp.tracking import artifact_folders
-from kandinsky_exp.tracking.mlflow_names import reason
+from kandinsky_exp.tracking.mlflow_names import IMAGE, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +27,6 @@ SIDES = ((400, 256), (900, 192), (MAX_IMAGES, 128))  # (up to so many images, lo
 FETCHERS = 8  # images at a time: a server takes its time for each
 SMALL_FILE = 60_000  # bytes: a PNG that is fetched as it is, where MLflow's own reduced copy would not be smaller
 MAX_PIXELS = 64_000_000
-NAME = re.compile(r"images/(.+)\+step\+(\d+)\+timestamp\+(\d+)\+[0-9a-f-]+(\.png|\+compressed\.webp)")
 WANTED = re.compile(r"(validation|reconstruction)/\d+")
 
 Prompts = list[tuple[int, dict[str, str]]]  # (from this step on, by key)
@@ -98,10 +97,11 @@ def _listed(client: "MlflowClient", run_id: str, index: int, folder: Path) -> li
     """A run's images, of each key and step the newest: a reduced copy where the picture is large."""
     newest: dict[tuple[str, int], dict[str, tuple[int, Any]]] = {}
     for file in client.list_artifacts(run_id, "images"):
-        match = NAME.fullmatch(file.path)
-        if match and WANTED.fullmatch(key := match[1].replace("~", "/")):
-            kinds = newest.setdefault((key, int(match[2])), {})
-            kinds[match[4]] = max(kinds.get(match[4], (0, None)), (int(match[3]), file), key=lambda item: item[0])
+        match = IMAGE.fullmatch(file.path)
+        if match and WANTED.fullmatch(key := match["key"].replace("~", "/")):
+            kinds = newest.setdefault((key, int(match["step"])), {})
+            before = kinds.get(match["kind"], (0, None))
+            kinds[match["kind"]] = max(before, (int(match["time"]), file), key=lambda item: item[0])
     prompts = read_prompts(client, run_id, folder) if newest else []
     return [Stored(index, Row(key, prompt_at(prompts, key, step)), step, _choice(kinds))
             for (key, step), kinds in newest.items()]  # fmt: skip
