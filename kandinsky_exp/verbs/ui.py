@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import ConfigError, Interrupted, RunFailure
-from kandinsky_exp.system import redaction
+from kandinsky_exp.system import redaction, signals
 from kandinsky_exp.tracking import store, store_probe
 
 PATIENCE = 180.0  # seconds until MLflow has to answer; it may take thirty
@@ -44,7 +43,7 @@ def ui(cfg: DictConfig) -> float:
         RunFailure: MLflow's server does not start, or ended by itself.
         Interrupted: a signal came; the server has ended.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "ui")
     if cfg.tracker.name == "none":
         raise ConfigError("tracker: none records nothing, so there is nothing to show; leave tracker=none out")
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
@@ -53,7 +52,8 @@ def ui(cfg: DictConfig) -> float:
     is_server = store.kind_of(uri) == "http"
     if not is_server:
         check_address(cfg.host, cfg.port)
-    with noted_signals() as came:
+    came: list[int] = []  # noted and no more, so that no signal comes between a process and its end
+    with signals.handling(lambda number, _: came.append(number), STOPS):
         uri, experiment_id = find_experiment(uri, cfg.tracker.experiment)
         if is_server:
             print(page(without_user(uri), experiment_id))
@@ -123,21 +123,6 @@ def listening_problem(host: str, port: int) -> OSError | None:
     except OSError as error:
         return error
     return None
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """The numbers of the signals that come; noted and no more, so that none comes between a process and its end."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPS}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def serve(cfg: DictConfig, uri: str, experiment_id: str, came: list[int]) -> None:
