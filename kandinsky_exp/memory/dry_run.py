@@ -225,6 +225,7 @@ class DryRun:
 
     def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> int:
         """Bytes beyond what is there, without gradients."""
-        with torch.no_grad(), TensorTracker(self._held(networks, held)) as live:
+        live = TensorTracker(self._held(networks, held))
+        with torch.no_grad(), live:
             action()
         return live.peak
