@@ -1,4 +1,4 @@
-"""Host memory that this process may still ask for: what the machine has, and what its control groups leave of it."""
+"""Free host memory, as the machine and its control groups (cgroups) limit it."""
 
 import ctypes
 import sys
@@ -60,8 +60,8 @@ def limits(root: Path = CGROUPS, own: Path = OWN) -> Iterator[int]:
         if controllers not in ("", "memory"):
             continue
         version, mount = (1, root / "memory") if controllers else (2, root)
-        place = Path(path.lstrip("/"))
-        for folder in (place, *place.parents):  # inside a container the path may be the outside's: then its root counts
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):  # inside a container the path may be the outside's: then its root counts
             left = _left(mount / folder, *FILES[version])
             if left is not None:
                 yield left
