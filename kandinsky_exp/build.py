@@ -118,18 +118,14 @@ def data(cfg: DictConfig) -> sources.Splits:
     """
     settings = target_settings(cfg, "data")
     accepted = inspect.signature(get_method(settings["_target_"])).parameters
-    if extra := list(stage_class(cfg).extra_inputs):
-        settings["extra_columns"] = extra
-        if "extra_columns" not in accepted:
-            raise ConfigError(
-                f"data._target_: {settings['_target_']} reads no further columns, and this model reads "
-                f"{', '.join(extra)}; take data=folder, list or hub"
-            )
     arguments = {key: value for key, value in settings.items() if key == "_target_" or key in accepted}
     try:
         splits = instantiate(arguments)
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    if columns := sorted(stage_class(cfg).extra_inputs):
+        splits.train = splits.train.with_columns(columns)
+        splits.validation = splits.validation and splits.validation.with_columns(columns)
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 

@@ -41,7 +41,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         NonFiniteLoss: training diverged.
         Interrupted: a signal came; a checkpoint was written.
     """
-    validation.validate(cfg, trusted_modules)
+    validation.validate(cfg, "train", trusted_modules)
     logs.quiet_libraries()
     with open_run(cfg) as opened:
         if is_finished(cfg, opened.accelerator.num_processes, opened.space):

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: Optuna asks, a launcher runs, the validation loss is told; the study is on disk.
+"""`hydra/sweeper=optuna`: trials of a study on disk, asked from Optuna and run by any launcher of Hydra.
 
 Hydra looks for plugins in this namespace only. The published Optuna plugin is for Optuna 2, whose data bases do not
 work with a current SQLAlchemy. Optuna itself is imported once it is used: Hydra imports this module at every start.
@@ -205,7 +205,7 @@ def tell(
     value: float | None,
     is_stopped: bool,
 ) -> None:
-    """What a trial came to. One that was stopped with the sweep, or before it started, waits for the next start."""
+    """Tell how a trial ended. One that was stopped with the sweep, or before it started, waits for the next start."""
     from optuna.trial import TrialState
 
     if is_stopped and (outcome is None or outcome.status not in ("FINISHED", "PRUNED")):

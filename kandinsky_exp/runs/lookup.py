@@ -1,4 +1,4 @@
-"""The folder that a run, a checkpoint, a job of a sweep or an MLflow run id stands for, and what lies in it."""
+"""Find what a user names: the folder of a run, a checkpoint, a job of a sweep or an MLflow run id."""
 
 import re
 from pathlib import Path

@@ -65,12 +65,14 @@ class Call:
 
     Args:
         answer: takes the call itself and a config; raises nothing.
+        verb: whose config it is.
         function: `module:function`, taking the config.
         trusted: modules that `_target_` may name too.
         verbose: show the traceback of a user's mistake as well.
     """
 
     answer: "Callable[[Call, DictConfig], Answer]"
+    verb: str
     function: str
     trusted: tuple[str, ...]
     verbose: bool

@@ -1,4 +1,4 @@
-"""Whether an MLflow store answers, and whether the installed MLflow can use it, asked within seconds."""
+"""Ask an MLflow store, within seconds, whether it answers and fits the installed MLflow."""
 
 import contextlib
 import socket

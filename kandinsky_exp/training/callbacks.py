@@ -57,7 +57,7 @@ class Callbacks:
         Raises:
             Pruned: a sweeper gives the run up.
         """
-        host_memory.trim()  # what the steps left is room for what draws
+        host_memory.give_back_blocks()  # what the steps left is room for what draws
         self.validator(step)
         self.validated = step
         loss, best = self.validator.loss, self.space.record.best_loss
@@ -76,7 +76,7 @@ class Callbacks:
         distributed.on_main_process(lambda: self._save(self.validated == step))
 
     def _save(self, validated: bool) -> None:
-        host_memory.trim()  # of what the steps left, for the copy
+        host_memory.give_back_blocks()  # of what the steps left, for the copy
         self.tracker.sync()  # no checkpoint is there whose records could still be lost
         self.writer.save(
             checkpoint.snapshot(

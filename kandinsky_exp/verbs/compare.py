@@ -32,7 +32,7 @@ def compare(cfg: DictConfig) -> float:
         ConfigError: something that is named is no run, or is not in the store.
         TrackingError: the store does not answer.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "compare")
     check_choice(cfg)
     root = files.output_root(cfg.output_root)
     key = "runs" if cfg.sweep.source is None else "sweep"

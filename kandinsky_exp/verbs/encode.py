@@ -21,7 +21,7 @@ def encode(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> None:
     Raises:
         UserError: the config, the data or the weights are not usable, or there is no room.
     """
-    validation.validate(cfg, trusted_modules)
+    validation.validate(cfg, "encode", trusted_modules)
     if cfg.list or cfg.remove:
         _show(cfg)
     else:

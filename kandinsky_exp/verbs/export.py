@@ -34,7 +34,7 @@ def export(cfg: DictConfig) -> None:
     Raises:
         ConfigError: an adapter cannot be read, does not fit its base, or there is nothing to merge.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "export")
     logs.quiet_libraries()
     with signals.stop_signals():
         found = [find_adapter(cfg, "adapter", text) for text in names_of(cfg.adapter.source)]

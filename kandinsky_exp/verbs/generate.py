@@ -38,7 +38,7 @@ def generate(cfg: DictConfig) -> float:
     Raises:
         ConfigError: a source is none, or does not fit its side.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "generate")
     logs.quiet_libraries()
     with signals.stop_signals(), distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         device_limits.check_precision(cfg, accelerator.device)

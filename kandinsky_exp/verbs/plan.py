@@ -31,7 +31,7 @@ def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     Raises:
         UserError: the config or the data is not usable.
     """
-    validation.validate(cfg, trusted_modules)
+    validation.validate(cfg, "plan", trusted_modules)
     logs.quiet_libraries()
     with distributed.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
         return distributed.on_main_process(lambda: tell(cfg, accelerator))
@@ -147,7 +147,7 @@ class Planner:
         if settings is None:
             yield "none of the settings that save memory makes it fit, nor do all of them together"
         else:
-            needed = self._with(savings.changed(self.cfg, settings)).needed()
+            needed = max(phase.needed for phase in self._with(savings.changed(self.cfg, settings)).phases())
             yield f"the cheapest setting that fits: {' '.join(settings)} ({gb(needed)})"
 
     def _with(self, cfg: DictConfig) -> Estimate:

@@ -43,7 +43,7 @@ def ui(cfg: DictConfig) -> float:
         RunFailure: MLflow's server does not start, or ended by itself.
         Interrupted: a signal came; the server has ended.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "ui")
     if cfg.tracker.name == "none":
         raise ConfigError("tracker: none records nothing, so there is nothing to show; leave tracker=none out")
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
@@ -127,8 +127,8 @@ def listening_problem(host: str, port: int) -> OSError | None:
 
 def serve(cfg: DictConfig, uri: str, experiment_id: str, came: list[int]) -> None:
     """Run MLflow's server until a signal came."""
-    shown = ANYWHERE.get(cfg.host, cfg.host)
-    base = f"http://{f'[{shown}]' if ':' in shown else shown}:{cfg.port}"
+    address = ANYWHERE.get(cfg.host, cfg.host)
+    base = f"http://{f'[{address}]' if ':' in address else address}:{cfg.port}"
     if cfg.host not in LOOPBACK:
         print(f"host: whoever reaches port {cfg.port} can read and change the runs", file=sys.stderr)
     print("starting MLflow, which takes up to half a minute …", file=sys.stderr, flush=True)
@@ -209,7 +209,7 @@ def check_alive(process: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
         raise RunFailure(f"MLflow's server ended with exit code {process.returncode}{last_words(log)}")
 
 
-def last_words(log: IO[bytes], count: int = 10) -> str:
+def last_words(log: IO[bytes]) -> str:
     log.seek(0)
-    lines = log.read().decode("utf-8", "replace").splitlines()[-count:]
+    lines = log.read().decode("utf-8", "replace").splitlines()[-10:]
     return redaction.masked("\n  ".join([":", *lines])) if lines else ""

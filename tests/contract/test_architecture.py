@@ -20,6 +20,7 @@ CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 # stands for all modules in it.
 ROOMS = {
     "errors": set(),
+    "hydra_adapter": set(),
     "optimizers": set(),
     "schedules": set(),
     "tiny": set(),
@@ -27,14 +28,14 @@ ROOMS = {
     "data": {"system"},
     "models": {"data.file_hashes", "system", "tiny"},
     "stages": {"data.preprocess", "models"},
-    "config": {"models", "system"},
+    "config": {"hydra_adapter", "models", "system"},
     "tracking": {"system"},
     "reports": {"system", "tracking"},
     "runs": {"config", "models", "system", "tracking"},
     "training": {"data", "models", "runs", "stages", "system", "tracking"},
     "run_settings": {"models", "system", "training"},
     "build": {"config", "data", "models", "run_settings", "stages", "system", "training"},
-    "sweeps": {"build", "config", "reports", "runs", "system", "tracking"},
+    "sweeps": {"build", "config", "hydra_adapter", "reports", "runs", "system", "tracking"},
     "memory": {"build", "config", "data", "models", "run_settings", "stages", "system", "training"},
 }
 # The story of a run and what is typed: they may import all of the above, and what is named.
@@ -51,7 +52,7 @@ OUTER = {
 TO_CUT: set[tuple[str, str]] = set()
 KNOW_OMEGACONF = {
     *("config", "sweeps", "memory", "runs.lookup", "runs.model_sources", "verbs"),
-    *("cli", "run", "preflight", "results", "records", "build", "run_settings"),
+    *("cli", "hydra_adapter", "run", "preflight", "results", "records", "build", "run_settings"),
 }
 STILL_KNOW_OMEGACONF: set[str] = set()
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "models")

@@ -16,6 +16,7 @@ from diffusers import PriorTransformer, UNet2DConditionModel
 from running import SMALL, composed, same, train
 from safetensors import safe_open
 from safetensors.torch import load_file
+from stepping import step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_exp import build, cli
@@ -45,18 +46,6 @@ def trained(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
             return made, accelerator
 
         yield make
-
-
-def step(training: Any) -> None:
-    """Every trainable weight, every average and the optimizer's state move."""
-    generator = torch.Generator().manual_seed(training.step)
-    for parameter in training.trainable:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    training.optimizer.step()
-    training.scheduler.step()
-    if training.ema is not None:
-        training.ema.step(training.trainable)
-    training.step += 1
 
 
 def snapshot(training: Any, accelerator: Any) -> checkpoint.Snapshot:

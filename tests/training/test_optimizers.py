@@ -13,7 +13,7 @@ from diffusers import AutoPipelineForText2Image, PriorTransformer
 from omegaconf import OmegaConf
 from running import composed, network, same, stopped_at, train
 from safetensors.torch import load_file
-from test_checkpoint import step
+from stepping import step
 from torch import Tensor
 
 from kandinsky_exp import build, schedules
