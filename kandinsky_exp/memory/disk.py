@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import build
 from kandinsky_exp.data.encoded import catalog
-from kandinsky_exp.data.encoded.table import DTYPES
+from kandinsky_exp.data.encoded.columns import DTYPES
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.splits import Splits

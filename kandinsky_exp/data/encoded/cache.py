@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_exp.data.encoded import catalog
-from kandinsky_exp.data.encoded.encode_loop import Encoder, EncodeSettings, Walk
+from kandinsky_exp.data.encoded.encode_loop import EncodeLoop, Encoder, EncodeSettings
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES, removal
 from kandinsky_exp.data.encoded.table import FORMAT, FeatureTable
@@ -107,7 +107,7 @@ def _encode(
         _refuse_gaps(progress.skipped, folder, how)
         size = progress.batch_size
         with encoding_told(f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""), encoders:
-            Walk(source, stage, replace(how, batch_size=size), journal, log).encode_all()
+            EncodeLoop(source, stage, replace(how, batch_size=size), journal, log).encode_all()
         if not progress.images:
             reasons = first_few(progress.skipped) or "it holds no image"
             raise DataError(f"{source.name}: none of its examples can be used\n{reasons}")

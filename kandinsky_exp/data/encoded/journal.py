@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kandinsky_exp.data.encoded.catalog import writing
+from kandinsky_exp.data.encoded.columns import Columns, ColumnWriter, head_checksum
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS
-from kandinsky_exp.data.encoded.table import FORMAT, NO_FEATURES, Columns, ColumnWriter, head_checksum
+from kandinsky_exp.data.encoded.table import FORMAT, NO_FEATURES
 from kandinsky_exp.data.long_texts import cut_caption
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.system.logs import Log

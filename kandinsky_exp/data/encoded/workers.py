@@ -3,7 +3,7 @@
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -45,20 +45,30 @@ class Loaded:
     note: str = ""
 
 
-@dataclass
-class Batch:
-    """Loaded examples, their image tensors stacked by shape: one group, unless sizes differ.
+@dataclass(frozen=True)
+class Stack:
+    """Tensors of equal shapes, stacked: what a worker hands over.
 
     Args:
-        examples: in the source's order, without their tensors.
-        groups: (places in `examples`, one stack per view).
-        captions: (n, …) of all captions in order; `counts` of each example.
+        offsets: of the examples in their batch that the rows belong to.
+        views: one stack per view.
     """
 
+    offsets: list[int]
+    views: list[Features]
+
+    def rows(self) -> Iterator[tuple[int, list[Features]]]:
+        for number, offset in enumerate(self.offsets):
+            yield offset, [{name: tensor[number] for name, tensor in view.items()} for view in self.views]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Loaded examples in the source's order; their tensors apart from them, the images' by shape."""
+
     examples: list[Loaded]
-    groups: list[tuple[list[int], list[Features]]] = field(default_factory=list)
-    captions: Features | None = None
-    counts: list[int] = field(default_factory=list)
+    images: list[Stack]
+    captions: list[Stack]
 
 
 def collate(rows: Sequence[Features]) -> Features:
@@ -187,18 +197,15 @@ def leave_signals(worker: int) -> None:
 
 def _batch(loaded: list[Loaded]) -> Batch:
     by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
-    for place, example in enumerate(loaded):
+    for offset, example in enumerate(loaded):
         if not example.problem:
             shapes = tuple(tensor.shape for tensor in example.images[0].values())
-            by_shape.setdefault(shapes, []).append(place)
-    groups = []
-    for places in by_shape.values():
-        views = range(len(loaded[places[0]].images))
-        groups.append((places, [collate([loaded[place].images[view] for place in places]) for view in views]))
-    captions = [caption for example in loaded for caption in example.captions]
-    return Batch(
-        [replace(example, images=(), captions=()) for example in loaded],
-        groups,
-        collate(captions) if captions else None,
-        [len(example.captions) for example in loaded],
-    )
+            by_shape.setdefault(shapes, []).append(offset)
+    images = [
+        Stack(offsets, [collate(view) for view in zip(*(loaded[offset].images for offset in offsets), strict=True)])
+        for offsets in by_shape.values()
+    ]
+    owners = [offset for offset, example in enumerate(loaded) for _ in example.captions]
+    texts = [caption for example in loaded for caption in example.captions]
+    captions = [Stack(owners, [collate(texts)])] if texts else []
+    return Batch([replace(example, images=(), captions=()) for example in loaded], images, captions)
