@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import fields
@@ -16,6 +17,7 @@ from typing import Any
 from kandinsky_exp.config import allowlist
 from kandinsky_exp.config.schema import OpenNode
 from kandinsky_exp.config.types import misfit
+from kandinsky_exp.data.source_facts import SourceFacts
 
 INSTALL = {
     "prodigyopt": 'pip install "kandinsky-exp[prodigy]"',
@@ -42,6 +44,20 @@ def older_than(package: str, least: tuple[int, ...]) -> str | None:
 
 def how_to_install(package: str) -> str:
     return INSTALL.get(package, f"pip install {package}")
+
+
+def source_facts(target: Any, added: Collection[str] = ()) -> SourceFacts:
+    """What a source of data declares of itself; the defaults where it declares nothing, or may not be imported.
+
+    Args:
+        added: modules that the user trusts.
+    """
+    module, _, name = str(target).rpartition(".")
+    if module == allowlist.FUNCTIONS["data"] or module in sys.modules or allowlist.covers(added, module):
+        with contextlib.suppress(Exception, SystemExit):  # `check` says what is wrong
+            facts: SourceFacts = vars(getattr(import_module(module), name))["facts"]
+            return facts
+    return SourceFacts()
 
 
 def nodes(node: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

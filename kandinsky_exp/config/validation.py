@@ -63,7 +63,8 @@ def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = Fa
         quick = True  # nor does it build anything, and a second is long for a list
     wrong = dict(_check_schema(values, root))
     good = {key: value for key, value in _leaves(values) if key not in wrong and value != "???"}
-    beyond = [*consistency.files(good), *consistency.together(good)]
+    source = targets.source_facts(good.get("data._target_"), allowlist.user_modules(cfg, trusted))
+    beyond = [*consistency.files(good, source), *consistency.together(good, source)]
     found = [f"{key}: {text}" for key, text in [*wrong.items(), *(item for item in beyond if item[0] not in wrong)]]
     if "trusted_modules" not in wrong and (files := allowlist.refused(cfg, trusted)):
         found.append(

@@ -6,7 +6,6 @@ from functools import partial
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
-from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.pictures import NOTE
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.data.tally import Tally, first_few
@@ -52,7 +51,7 @@ def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Dat
     held_out = _count(splits.validation) if splits.validation is not None else 0
     unused: Tally = {}
     for source in splits.both:
-        tally.add(unused, source.beside if isinstance(source, Shards) else source.left_out())
+        tally.add(unused, source.left_out())
     if splits.class_images is not None:
         tally.add(unused, splits.class_images.left_out())
     captions_known = captions if len(known) == len(splits.both) else None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from PIL import Image
 
 from kandinsky_exp.data.file_hashes import FileDigests, of_content
 from kandinsky_exp.data.pictures import open_rgb
+from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.files import on_disk
@@ -86,8 +87,14 @@ def nothing() -> bytes:
 class Source(ABC):
     """Examples that can be walked in a fixed order, picklable for the workers of a DataLoader."""
 
-    streamed: ClassVar[bool]  # no random access: a row is reached by walking to it
     name: str
+
+    @property
+    def provenance(self) -> tuple[str, str]:
+        """What a record calls it, and where it comes from: a path, a URL, or a hub id."""
+        if Path(self.name).exists():
+            return Path(self.name).name, self.name
+        return self.name, self.name.rpartition("/")[0]  # <hub id>/<split>
 
     @property
     @abstractmethod
@@ -105,15 +112,21 @@ class Source(ABC):
     def fingerprint(self, digests: FileDigests) -> str:
         """64 hex digits that follow ids, captions and image bytes in order, not the folder they lie in."""
 
+    def limited(self, count: int, seed: int) -> "Source":
+        """At most so many of the examples, where it can be cut."""
+        return self
+
     def left_out(self) -> Tally:
-        """What lies where the examples do and is none; of a stream, what its last walk saw."""
+        """What lies where the examples do and is none."""
+        return {}
+
+    def passed_over(self) -> Tally:
+        """Of a stream: what the last walk saw and is no part of an example."""
         return {}
 
 
 class Indexed(Source):
     """Examples by row number."""
-
-    streamed = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -124,6 +137,12 @@ class Indexed(Source):
 
     def examples(self, start: int = 0) -> Iterator[Example]:
         return (self[row] for row in range(start, len(self)))
+
+    def limited(self, count: int, seed: int) -> Source:
+        """Drawn by seed; a smaller number draws a subset of a larger one's."""
+        if count >= len(self):
+            return self
+        return Subset(self.name, self, np.sort(order(seed, 0, len(self))[:count]))
 
     def caption_counts(self) -> NDArray[np.int64]:
         """How many captions each row has, (n,)."""

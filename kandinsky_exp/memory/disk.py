@@ -13,6 +13,7 @@ from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.columns import DTYPES
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.source_facts import Announced, AnnouncedSplits
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.memory.dry_run import DryRun
 
@@ -41,7 +42,7 @@ class Cache:
         return 0 if self.is_there else int(OF_A_TABLE + (self.images or 0) * self.each)
 
 
-def of_caches(cfg: DictConfig, made: DryRun, splits: Splits) -> Iterator[Cache]:
+def of_caches(cfg: DictConfig, made: DryRun, splits: Splits | AnnouncedSplits) -> Iterator[Cache]:
     """Without a look at the content of images and encoders: what has changed meanwhile is encoded anew."""
     reads_captions = made.stage.preprocess.tokenizer is not None
     for source in splits.both:
@@ -71,7 +72,7 @@ def _each(cfg: DictConfig, made: DryRun, captions: float, tokens: float) -> floa
     return total + float(captions * (features["text_embeds"] + tokens * state + OF_A_CAPTION))
 
 
-def _captions(preprocess: Preprocess, source: Source) -> tuple[float, float]:
+def _captions(preprocess: Preprocess, source: Source | Announced) -> tuple[float, float]:
     """(captions per image, tokens per caption) of some rows; of a stream, which would have to be read, a guess."""
     length = preprocess.tokenizer.model_max_length  # type: ignore[union-attr]
     if not isinstance(source, Indexed):

@@ -20,7 +20,6 @@ from kandinsky_exp.data.encoded.workers import from_workers, leave_signals
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
@@ -290,8 +289,7 @@ class _Opener:
         self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
     ) -> None:
         self.notes += tally.lines(noted)
-        unused = source.beside if isinstance(source, Shards) else source.left_out()  # the check of the data has said it
-        self.skipped += [*tally.lines(unused), *tally.lines(noted), *skipped]
+        self.skipped += [*tally.lines(source.left_out()), *tally.lines(noted), *skipped]
         if skipped:
             self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")
         if truncated:

@@ -27,7 +27,7 @@ ROOMS = {
     "data": {"system"},
     "models": {"data.file_hashes", "system", "tiny"},
     "stages": {"data.preprocess", "models"},
-    "config": {"models", "system"},
+    "config": {"data.source_facts", "models", "system"},
     "tracking": {"system"},
     "reports": {"system", "tracking"},
     "runs": {"config", "models", "system", "tracking"},

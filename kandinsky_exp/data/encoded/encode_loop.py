@@ -113,8 +113,7 @@ class EncodeLoop:
             if self.chunk.seen >= chunk_rows:
                 self._commit()
             before = time.monotonic()  # the first batch takes longer than the others: it is not counted
-        if self.source.streamed:  # of others it was said before
-            tally.add(self.journal.progress.noted, self.source.left_out())
+        tally.add(self.journal.progress.noted, self.source.passed_over())
         self._commit()
 
     def _check(self, batch: Batch, rest: Iterator[Batch]) -> None:

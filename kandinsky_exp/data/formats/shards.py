@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -83,8 +83,6 @@ class Shards(Source):
     beside: Tally = field(default_factory=dict)
     unused: Tally = field(default_factory=dict, compare=False)
 
-    streamed = True
-
     @cached_property
     def count(self) -> int | None:
         """By the headers alone; None for compressed shards and those by URL."""
@@ -107,7 +105,20 @@ class Shards(Source):
             return example
         raise IndexError(f"row {row} of {self.name}")
 
+    @property
+    def provenance(self) -> tuple[str, str]:
+        first = download.shown(self.shards[0])
+        where = first if download.is_url(first) else str(Path(first).absolute())
+        return f"{Path(first).name}{self.name.removeprefix(first)}", where
+
+    def limited(self, count: int, seed: int) -> Source:
+        """The first ones."""
+        return replace(self, limit=count)
+
     def left_out(self) -> Tally:
+        return self.beside
+
+    def passed_over(self) -> Tally:
         return self.unused
 
     def fingerprint(self, digests: FileDigests) -> str:
