@@ -82,9 +82,17 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
-    """The ratios that the README promises; arguments after `--` go to tests/bench/run.py. Let nothing else run."""
+    """The ratios of docs/benchmarks.md; arguments after `--` go to tests/bench/run.py. Let nothing else run."""
     python = project_environment(session)
     session.run(python, "tests/bench/run.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The documentation as HTML pages in build/docs; a link or an anchor that leads nowhere is an error."""
+    session.install(*CONSTRAINTS, *group("docs"))
+    # Not --quiet, with which no warning counts; and without a note of each build on the theme's successor.
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(default=False)

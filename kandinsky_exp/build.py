@@ -21,9 +21,9 @@ from kandinsky_exp.config.verb_schemas import Train
 from kandinsky_exp.data import source_facts, sources
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
-from kandinsky_exp.errors import ConfigError, UserError
+from kandinsky_exp.errors import ConfigError, UserError, first_line
 from kandinsky_exp.models import adapters, compatibility
-from kandinsky_exp.models.components import PARTS, side_parts
+from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
 from kandinsky_exp.system import accelerators, host_memory
@@ -59,7 +59,7 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
     """Have every part that the run will need on this machine, the result's included, before anything starts.
 
     Args:
-        also: names of parts that are needed besides.
+        also: names of parts that are needed besides, to draw.
 
     Returns:
         What the user should know of them, a line each.
@@ -68,18 +68,18 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
         ConfigError: a hub repository cannot be reached or has no such part, or the parts do not fit.
     """
     cls = stage_class(cfg)
-    needed = {cls.part, *cls.encoders, *side_parts(PARTS[cls.part][0]), *also}
-    draws_images = bool(run_settings.prompts(cfg.validation.prompts))
-    leaves_a_combined_pipeline = cls.part == "unet" and cfg.adapter.name == "none"
-    if draws_images or leaves_a_combined_pipeline:
-        needed |= set(PARTS)
+    needed = {cls.part, *cls.encoders, *side_parts(cls.half), *also}
+    if run_settings.prompts(cfg.validation.prompts):
+        needed |= {part for some in cls.draws_with for one in some for part in side_parts(PARTS[one][0])}
+    if cfg.adapter.name == "none":
+        needed |= set(result_parts(cls.half, cls.result_pipeline))
     for part in sorted(needed):
         parts.folder(part)
-    notes = compatibility.check(parts, needed)
+    notes = compatibility.check(parts, needed, required={**compatibility.REQUIRED, cls.half: cls.requires})
     cls.check_weights(parts)
     if cfg.adapter.name != "none":
         check_adapter(cfg, compatibility.without_data(cls.part, parts.folder(cls.part)))
-    if "movq" in {*cls.encoders, *also}:
+    if cls.reads_pixels() or also:
         compatibility.check_resolution(parts, cfg.data.resolution)
     return notes
 
@@ -117,7 +117,15 @@ def data(cfg: DictConfig) -> sources.Splits:
         DataError: it cannot be read.
     """
     settings = target_settings(cfg, "data")
-    arguments = source_facts.arguments(get_method(settings["_target_"]), settings)
+    reader = get_method(settings["_target_"])
+    if extra := list(stage_class(cfg).extra_inputs):
+        settings["extra_columns"] = extra
+        if "extra_columns" not in inspect.signature(reader).parameters:
+            raise ConfigError(
+                f"data._target_: {settings['_target_']} reads no further columns, and this model reads "
+                f"{', '.join(extra)}; take data=folder, list or hub"
+            )
+    arguments = source_facts.arguments(reader, settings)
     try:
         splits = instantiate({"_target_": settings["_target_"], **arguments})
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
@@ -131,9 +139,9 @@ def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.DataSummary:
     Raises:
         DataError: with the first rows that cannot be used, unless these are to be skipped.
     """
-    encoders = stage_class(cfg).encoders
-    summary = sources.check(splits, "text_encoder" in encoders, skip=cfg.data.on_error == "skip")
-    note = note_on_sizes(cfg.data.resolution) if cfg.data.buckets and "movq" in encoders else ""
+    cls = stage_class(cfg)
+    summary = sources.check(splits, cls.reads_captions(), skip=cfg.data.on_error == "skip")
+    note = note_on_sizes(cfg.data.resolution) if cfg.data.buckets and cls.reads_pixels() else ""
     return replace(summary, notes=(*summary.notes, note)) if note else summary
 
 
@@ -227,7 +235,7 @@ def try_optimizer(cfg: DictConfig, device: torch.device) -> str:
     try:
         made.step()
     except Exception as error:  # whatever a library's kernels raise
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(
             f"optimizer: {cfg.optimizer._target_} does not work on this device, {device.type} ({reason}); take "
             "another, e.g. optimizer=adamw"
@@ -256,12 +264,12 @@ def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device:
     return made
 
 
-def read_settings(cfg: DictConfig, device: torch.device, by_row: bool = False) -> ReadSettings:
+def read_settings(cfg: DictConfig, made: DiffusionStage, device: torch.device, by_row: bool = False) -> ReadSettings:
     """How the data set of a run becomes batches; for `by_row` see there."""
     return ReadSettings(
         cache=cache_folder(cfg),
         cached=cfg.data.cache,
-        how=encode_settings(cfg, device),
+        how=encode_settings(cfg, made, device),
         seed=cfg.seed,
         fraction=cfg.validation.fraction,
         workers=cfg.data.num_workers,
@@ -271,24 +279,15 @@ def read_settings(cfg: DictConfig, device: torch.device, by_row: bool = False) -
     )
 
 
-def encode_settings(cfg: DictConfig, device: torch.device) -> EncodeSettings:
+def encode_settings(cfg: DictConfig, made: DiffusionStage, device: torch.device) -> EncodeSettings:
     return EncodeSettings(
         dtype=cfg.data.cache_dtype,
-        batch_size=cfg.data.encode_batch or encode_batch(cfg, device),
+        batch_size=cfg.data.encode_batch or made.encode_batch(device),
         fixed_batch=cfg.data.encode_batch is not None,
         workers=cfg.data.encode_workers,
         mirrored=cfg.data.flip,
         skip_bad=cfg.data.on_error == "skip",
     )
-
-
-def encode_batch(cfg: DictConfig, device: torch.device) -> int:
-    """Images per batch of the frozen encoders: as many as fill an accelerator; on the CPU as many as still gain."""
-    if device.type == "cpu":
-        return 8
-    if stage_class(cfg).name == "prior":
-        return 64
-    return max(1, 16 * 512**2 // int(cfg.data.resolution) ** 2)
 
 
 def pruner(settings: DictConfig) -> Any:

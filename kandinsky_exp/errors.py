@@ -5,7 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 # CUDA, HIP, XPU and NCCL have the words, cuBLAS, cuDNN and their kin a status; MPS has words of its own as well.
 OF_DEVICE = re.compile(
@@ -117,9 +117,14 @@ def is_of_host(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(OF_HOST.search(str(error)))
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, limit: int = 300) -> str:
     """What an exception of a library says, in one line that fits a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
+
+
+def cause_of(error: BaseException) -> str:
+    """`first_line`, but of an error of the system its plain text, without number and path."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 @contextmanager
@@ -136,6 +141,15 @@ def memory_told(kind: type[Exception], message: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise kind(message.format(first_line(error))) from error
+
+
+def encoding_told(advice: str = "") -> AbstractContextManager[None]:
+    """Around encoding, and around moving what encodes: the end of memory becomes a DataError.
+
+    Args:
+        advice: a setting that helps, before the one that always does.
+    """
+    return memory_told(DataError, f"the encoders ran out of memory ({{}}); set {advice}precision=bf16")
 
 
 def is_own_mistake(error: Exception) -> bool:

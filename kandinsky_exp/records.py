@@ -13,14 +13,13 @@ from kandinsky_exp.config import recorded_paths, saved_config
 from kandinsky_exp.data import long_texts
 from kandinsky_exp.data.buckets import notes_on_rare
 from kandinsky_exp.data.features import CachedFeatures
-from kandinsky_exp.models.components import PARTS
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs import integrity, run_folder, run_notes
+from kandinsky_exp.runs import description, integrity, run_folder
 from kandinsky_exp.sweeps import outcomes, parent_run
 from kandinsky_exp.system import files
+from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import delivery, provenance, store
 from kandinsky_exp.tracking import tracker as tracking
-from kandinsky_exp.tracking.mlflow_names import masked
 from kandinsky_exp.tracking.store import artifact_root
 from kandinsky_exp.training.feature_loader import FeatureReader, Readers
 
@@ -44,8 +43,8 @@ def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.R
         name, tags = job.name, {**tags, **parent_run.job_tags(job)}
     if space.record.run_id is None:  # later it is the user's, who can write more there
         links = [] if parent is None else [parent_run.report_link(tracker_uri(cfg), parent)]
-        tags |= run_notes.note(run_notes.command(), links)
-    tracker = tracking.MlflowTracker(
+        tags |= description.tags(description.command(), links)
+    tracker = tracking.MlflowTracker.open(
         tracker_uri(cfg),
         cfg.tracker.experiment,
         name,
@@ -139,10 +138,10 @@ def describe(
     data: Readers,
 ) -> None:
     """Parameters, origins and the data set, for whoever compares this run later."""
-    asked = run_settings.asked(cfg, "text_encoder" in build.stage_class(cfg).encoders)
+    asked = run_settings.asked(cfg, build.stage_class(cfg).reads_captions())
     for note in [*data.notes, *(long_texts.prompt_notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)
-    side = PARTS[build.stage_class(cfg).part][0]
+    side = build.stage_class(cfg).half
     goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
     before = saved_config.flatten_saved(space.folder) if goes_on else {}
     if accelerator.is_main_process:
@@ -151,8 +150,8 @@ def describe(
     if isinstance(tracker, tracking.NullTracker):
         return
     flat = saved_config.flatten(cfg)
-    bookkeeping = run_notes.split(flat)[1]
-    tracker.log_params(run_notes.split(recorded_paths.news(flat, before))[0])
+    bookkeeping = description.split(flat)[1]
+    tracker.log_params(description.split(recorded_paths.news(flat, before))[0])
     revision = space.record.revision
     tags = {
         "weights": flat[f"weights.{side}"] + (f"@{revision}" if revision else ""),

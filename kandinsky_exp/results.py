@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 from kandinsky_exp import records
 from kandinsky_exp.errors import RunFailure
 from kandinsky_exp.models import adapters, pipelines, read_back
-from kandinsky_exp.models.components import PARTS
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import hub
 from kandinsky_exp.runs.run_folder import RunFolder
@@ -24,10 +23,11 @@ def save(accelerator: Accelerator, space: RunFolder, training: Training, weights
     """`adapter/` or `pipeline/`, with the averaged weights where there are any. Main process only."""
     network = accelerator.unwrap_model(training.network)
     with ema.averaged_weights(training):
-        bare = training.stage.snapshot(training.stage.network, {}).tensors
+        stage = training.stage
+        bare = stage.snapshot(stage.network, {}).tensors
 
         def write(folder: Path) -> None:
-            training.stage.save(network, folder)
+            stage.save(network, folder)
             read_back.check(read_back.written(folder), bare, folder)
 
         if adapters.has_adapter(network):
@@ -35,7 +35,7 @@ def save(accelerator: Accelerator, space: RunFolder, training: Training, weights
             write(result)
         else:
             result = space.folder / "pipeline"
-            pipelines.save_result(weights, PARTS[training.stage.part][0], result, write)
+            pipelines.save_result(weights, stage.half, stage.result_pipeline, result, write)
     logger.info("result: %s", result)
 
 

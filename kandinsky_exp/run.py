@@ -1,6 +1,7 @@
 """One run, from a config to a trained network: the story of the whole package in one function."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ from kandinsky_exp.data import sources
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
-from kandinsky_exp.memory import advice, device_limits
+from kandinsky_exp.memory import device_limits, savings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import forking, hub, resuming, run_folder
 from kandinsky_exp.sweeps import pruning
@@ -75,7 +76,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 )
                 set_seed(cfg.seed)
                 stage = build.bare_stage(cfg, weights)
-                settings = build.read_settings(cfg, accelerator.device, by_row=space.record.split is None)
+                settings = build.read_settings(cfg, stage, accelerator.device, by_row=space.record.split is None)
                 data = open_readers(splits, stage, settings, accelerator, logger.info)
                 if settings.cached:  # what draws images takes what it needs by itself
                     weights.release(stage.encoders)
@@ -85,7 +86,7 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 data.notes.extend(records.notes_on_shapes(data.train, steps, count))
                 if space.start is not None and space.is_fork:  # once more, for now epochs are steps
                     forking.check_length(space.start, steps)
-                with advice.given(cfg, accelerator.device, stage):
+                with savings.explain_out_of_memory(cfg, accelerator.device, stage):
                     training = build.training(cfg, stage, accelerator, steps)
                     judge = pruning.judge(cfg, steps)
                     events = Callbacks(cfg, accelerator, space, training, tracker, data.held_out, judge)
@@ -147,11 +148,16 @@ def prepare(
     if splits.is_divided and isinstance(splits.train, sources.Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # too few images are told now
     root, name = place(cfg)
-    space = run_folder.claim(root, name, build.stage_class(cfg).name, cfg.checkpoint.resume, held)
+    cls = build.stage_class(cfg)
+    space = run_folder.claim(root, name, cls.name, cfg.checkpoint.resume, held)
+    space.record.part = cls.part
     space.notes += notes
     with run_folder.given_back(space):
         if space.start is not None and space.is_fork:
-            forking.check(cfg, weights, space.start, optimizer)
+            part = build.stage_class(cfg).part
+            # The others of an adapter's inits read the weights, and have the same shapes.
+            attach = functools.partial(build.attach, cfg, init="default")
+            forking.check(space.start, weights, part, cfg.adapter, attach, optimizer)
             forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
         compare(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # what goes on keeps the split that it began with
@@ -190,11 +196,12 @@ def compare(cfg: DictConfig, weights: Weights, splits: sources.Splits, count: in
         holds_out=splits.is_divided,
         total_batch=run_settings.total_batch(cfg, count),
         processes=count,
+        rules=PICTURE_RULES,
     )
     before = saved_config.flatten_saved(space.folder) if space.is_resumed else {}
     resuming.check(space, before, now := saved_config.flatten(cfg), facts)
     space.repeats = resuming.repeats(space, now, facts)
-    space.notes += resuming.notes_on_rules(space) if reads else []
+    space.notes += resuming.notes_on_rules(space, PICTURE_RULES) if reads else []
     space.record.encoders = encoders
     if reads or not space.is_resumed:
         space.record.rules = PICTURE_RULES

@@ -1,12 +1,13 @@
 """What no single value tells: files that are not there, settings that contradict each other, packages that lack.
 
-All functions take `good`: {dotted key: value} of those settings whose values are well-formed. None imports torch.
+All functions take `good`: {dotted key: value} of those settings whose values are well-formed. None imports torch, but
+where something hangs on the stage: `stage` gives its class, None where the config names none that is good.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from kandinsky_exp.system import text_files
 from kandinsky_exp.system.files import exists, expanded, is_file, is_folder, looks_local
 
 Values = dict[str, Any]
+Stage = Callable[[], Any]
 Found = Iterator[tuple[str, str]]  # (key, what is wrong; what to do)
 
 MAX_NAME = 200  # bytes; file systems take 255, and suffixes are put behind
@@ -30,19 +32,26 @@ LEAST_FACTOR = 0.01  # of Prodigy's rate: what is smaller was meant as a rate
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 
 
-def files(good: Values, source: SourceFacts) -> Found:
+def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
     """What the settings name on this machine and is not there, or cannot be used."""
     yield from _data(good, source)
-    yield from _resume(good)
+    yield from _resume(good, stage)
     yield from _output(good)
     for key in ("validation.prompts", "prompts"):
         if key in good and (problem := _prompts(key, good[key])):
             yield key, problem
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
-        yield from _weights(good)
+        found = list(_weights(good, components.NETWORKS, compatibility.REQUIRED))
+        if (found or good.get("weights.variant")) and (made := stage()) is not None:
+            parts = (made.part, *made.encoders)  # where nothing will be drawn, no other source is opened
+            sides = (
+                components.NETWORKS if good.get("validation.prompts") else {components.PARTS[one][0] for one in parts}
+            )
+            found = list(_weights(good, sides, {**compatibility.REQUIRED, made.half: made.requires}))
+        yield from found
 
 
-def _resume(good: Values) -> Found:
+def _resume(good: Values, stage: Stage) -> Found:
     """`checkpoint` reads it later, for what it holds; here, before a new run has a folder."""
     resume = good.get("checkpoint.resume", "auto")
     if resume in ("auto", "never"):
@@ -53,10 +62,11 @@ def _resume(good: Values) -> Found:
     folder = expanded(resume)
     is_run = (folder / "checkpoints").is_dir()
     steps = [step for step in ((folder / "checkpoints").glob("step-*") if is_run else [folder]) if _has_state(step)]
-    other = {"PriorStage": "unet", "DecoderStage": "prior"}.get(str(good.get("model._target_")).rpartition(".")[2])
     if not steps:
         yield "checkpoint.resume", f"there is no complete checkpoint in '{resume}'; give a run or a step-… folder"
-    elif other is not None and (max(steps) / other).is_dir():
+        return
+    holds = {part for part in components.NETWORKS.values() if (max(steps) / part).is_dir()}
+    if holds and (made := stage()) is not None and made.part not in holds:
         yield "checkpoint.resume", f"'{resume}' belongs to another stage; set model=, or give another checkpoint"
 
 
@@ -120,12 +130,9 @@ def _prompts(key: str, prompts: Any) -> str | None:
     return f"'{prompts}' is empty; write one prompt per line" if is_empty else None
 
 
-def _weights(good: Values) -> Found:
-    sides: tuple[components.PipelineHalf, ...] = ("prior", "decoder")
-    if good["model._target_"].endswith(".PriorStage") and not good.get("validation.prompts"):
-        sides = ("prior",)  # nothing will be drawn: the decoder is never opened
-    sources: dict[components.PipelineHalf, str] = {
-        side: good[f"weights.{side}"] for side in sides if f"weights.{side}" in good
+def _weights(good: Values, sides: Collection[components.PipelineHalf], required: compatibility.Required) -> Found:
+    sources = {
+        side: good[f"weights.{side}"] for side in components.NETWORKS if side in sides and f"weights.{side}" in good
     }
     variant = good.get("weights.variant")
     found = {side: components.check_source(source, side, variant) for side, source in sources.items()}
@@ -134,7 +141,7 @@ def _weights(good: Values) -> Found:
         yield f"weights.{side}", problem
     local = {side: source for side, source in sources.items() if side not in wrong and compatibility.is_local(source)}
     folders = compatibility.local_folders(local)
-    for side, problem in compatibility.disagreements(folders):
+    for side, problem in compatibility.disagreements(folders, required):
         yield f"weights.{side}", f"'{sources[side]}': {problem}"
     for side, source in sources.items():
         revision = good.get(f"weights.{side}_revision")
@@ -149,11 +156,11 @@ def _weights(good: Values) -> Found:
             )
 
 
-def together(good: Values, source: SourceFacts) -> Found:
+def together(good: Values, stage: Stage, source: SourceFacts) -> Found:
     """Settings that contradict each other, or ask for a package that is not there."""
     yield from _publishing(good)
     yield from _adapter(good)
-    yield from _training(good)
+    yield from _training(good, stage)
     yield from _optimizer(good)
     yield from _reading(good, source)
     yield from _preserving(good)
@@ -199,12 +206,12 @@ def _adapter(good: Values) -> Found:
         yield "adapter.init", f"{init} changes the frozen weights, which {bits} has rounded; take default or gaussian"
 
 
-def _training(good: Values) -> Found:
+def _training(good: Values, stage: Stage) -> Found:
     in_halves = good.get("precision.frozen_dtype") != "float32" and good.get("precision.mixed_precision") == "no"
     if in_halves and "model._target_" in good:  # `generate` runs everything in that one type
         yield "precision.frozen_dtype", "half precision needs mixed precision; take precision=bf16, or leave it float32"
-    if good.get("trainer.attention") == "xformers" and good.get("model._target_", "").endswith(".PriorStage"):
-        yield "trainer.attention", "xformers cannot take the prior's mask, whose rows of 81 are not aligned; take sdpa"
+    if good.get("trainer.attention") == "xformers" and (why := getattr(stage(), "unfit_attention", {}).get("xformers")):
+        yield "trainer.attention", why
     elif good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
         how = targets.how_to_install("xformers")
         yield "trainer.attention", f"xformers is not installed; {how}, or take sdpa"

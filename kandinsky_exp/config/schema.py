@@ -90,6 +90,7 @@ class _DataKeys:
 @dataclass
 class Data(OpenNode, _DataKeys):
     role = "data"
+    given_later = frozenset({"extra_columns"})
     beside = frozenset(_DataKeys.__annotations__)
 
     _partial_: bool = False

@@ -25,6 +25,9 @@ INSTALL = {
     "bitsandbytes": 'pip install "kandinsky-exp[bitsandbytes]" (it is made for CUDA)',
     "xformers": 'pip install "kandinsky-exp[xformers]" (it needs CUDA)',
 }
+MOVED = re.compile(
+    r"kandinsky_exp\.(weights|pipelines|adapters)\b|import name '(weights|pipelines|adapters)' from 'kandinsky_exp'"
+)
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -153,6 +156,17 @@ def check(key: str, node: dict[str, Any], schema: type[OpenNode] = OpenNode, add
     return problems
 
 
+def stage_of(node: Any, added: Collection[str]) -> type[Any] | None:
+    """The class of the stage that a node names, None where `check_name` or `check` finds something wrong with it."""
+    if not isinstance(node, dict) or "_target_" not in node or check_name("", node, added):
+        return None
+    try:
+        found = _locate(node["_target_"], added)
+    except _NotThereError:
+        return None
+    return found if inspect.isclass(found) and hasattr(found, "half") else None
+
+
 def _is_odd(name: str) -> bool:
     return str(name).startswith("_") and name not in HYDRA_KEYS
 
@@ -222,7 +236,11 @@ def _locate(path: str, added: Collection[str]) -> Any:
                 parent = ".".join(parts[:index])
                 close = _close(part, [text for text in dir(found) if not text.startswith("_")])
                 raise _NotThereError(f"there is no '{part}' in {parent or 'the Python path'}{close}") from error
-            raise _NotThereError(f"importing {name} failed: {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            if moved := MOVED.search(reason):
+                old = moved[1] or moved[2]
+                reason = f"kandinsky_exp.{old} is kandinsky_exp.models.{old} now; change that import"
+            raise _NotThereError(f"importing {name} failed: {reason}") from error
     return found
 
 

@@ -7,6 +7,7 @@ otherwise, or has arguments that no schema knows: a misspelt number is answered 
 import typing
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -18,7 +19,7 @@ from kandinsky_exp.config.schema import OpenNode
 from kandinsky_exp.config.suggestions import suggest
 from kandinsky_exp.config.types import misfit
 from kandinsky_exp.config.verb_schemas import ROOTS
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.errors import ConfigError, first_line
 
 NEEDED = {  # what to do about a key that is not set
     "run": "give the folder of a finished run, run=outputs/my_decoder",
@@ -56,15 +57,17 @@ def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = Fa
     try:
         values = _resolved(cfg)
     except OmegaConfBaseException as error:
-        return [f"{error.full_key or 'config'}: {str(error).splitlines()[0]}; name a key that exists"]
+        return [f"{error.full_key or 'config'}: {first_line(error)}; name a key that exists"]
     root = max(ROOTS, key=lambda schema: len(_hints(schema).keys() & values.keys()))
     if values.get("list") or values.get("remove"):  # `encode` reads no data then: what has to be given need not be
         values["data"] = {key: "." if value == "???" else value for key, value in values["data"].items()}
         quick = True  # nor does it build anything, and a second is long for a list
     wrong = dict(_check_schema(values, root))
     good = {key: value for key, value in _leaves(values) if key not in wrong and value != "???"}
-    source = targets.source_facts(good.get("data._target_"), allowlist.user_modules(cfg, trusted))
-    beyond = [*consistency.files(good, source), *consistency.together(good, source)]
+    added = allowlist.user_modules(cfg, trusted)
+    stage = partial(targets.stage_of, values.get("model"), added)
+    source = targets.source_facts(good.get("data._target_"), added)
+    beyond = [*consistency.files(good, stage, source), *consistency.together(good, stage, source)]
     found = [f"{key}: {text}" for key, text in [*wrong.items(), *(item for item in beyond if item[0] not in wrong)]]
     if "trusted_modules" not in wrong and (files := allowlist.refused(cfg, trusted)):
         found.append(

@@ -5,8 +5,8 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from kandinsky_exp.data.file_hashes import FileDigests, of_content
 from kandinsky_exp.data.pictures import open_rgb
 from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.tally import Tally
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, cause_of
 from kandinsky_exp.system.files import on_disk
 
 MAX_BYTES = 256 << 20  # of one image's file
@@ -36,6 +36,7 @@ class Example:
         where: the line that speaks of it.
         caption_problem: why `captions` is empty.
         problem: why there is no image; `read` has nothing to read then.
+        extra: cells of further columns, by name, where a stage reads some.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Example:
     where: str
     caption_problem: str = ""
     problem: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def image(self) -> Image.Image:
         """The picture, RGB, upright, transparency over white.
@@ -55,10 +57,8 @@ class Example:
             raise DataError(f"{self.where}: {self.problem}")
         try:
             return open_rgb(io.BytesIO(self.read()))
-        except OSError as error:
-            reason = error.strerror or str(error)
         except Exception as error:  # Pillow's format plug-ins raise whatever a damaged file makes them raise
-            reason = str(error) or type(error).__name__
+            reason = cause_of(error)
         raise DataError(f"{self.where}: image {self.id}: {reason}; mend it or take the row out")
 
 
@@ -195,7 +195,7 @@ def picture_digests(source: Indexed, rows: NDArray[np.int64]) -> NDArray[np.int6
         try:
             return of_content(example.read())
         except OSError as error:
-            raise DataError(f"{example.where}: image {example.id}: {error.strerror or error}") from error
+            raise DataError(f"{example.where}: image {example.id}: {cause_of(error)}") from error
 
     return np.array(list(in_threads(digest, len(rows))), np.int64).reshape(-1, 2)
 

@@ -107,7 +107,7 @@ class OnlineExamples(Dataset[Features]):
                 raise DataError(f"{example.where}: {example.caption_problem}")
             caption = example.captions[choose_caption(self.seed, epoch, index, len(example.captions))]
         image = example.image()
-        features = self.preprocess(self.preprocess.mirror(image) if mirror else image, caption)
+        features = self.preprocess(self.preprocess.mirror(image) if mirror else image, caption, example.extra)
         return features | {"index": torch.tensor(index)}
 
     def pictures(self, source: Source) -> Rows | None:

@@ -5,10 +5,10 @@ import hashlib
 import os
 import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kandinsky_exp.errors import DataError
-from kandinsky_exp.system.files import exists, on_disk
+from kandinsky_exp.system.files import exists, on_disk, replacing
 from kandinsky_exp.system.logs import Log
 
 MISSING = bytes(32)  # stands for a file that cannot be read
@@ -165,14 +165,8 @@ class _Memory:
         schema = self.columns.schema.with_metadata({b"sum": self._sum()})
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=file.parent, prefix=".files-", delete=False) as target:
-                try:
-                    with pa.ipc.new_file(target, schema) as writer:
-                        writer.write_batch(self.columns.replace_schema_metadata(schema.metadata))
-                    Path(target.name).replace(file)
-                except BaseException:
-                    Path(target.name).unlink()
-                    raise
+            with replacing(file, f".{uuid.uuid4().hex}") as aside, pa.ipc.new_file(str(aside), schema) as writer:
+                writer.write_batch(self.columns.replace_schema_metadata(schema.metadata))
 
     def filtered(self, keep: NDArray[np.bool_]) -> "_Memory":
         return self if keep.all() else _Memory(self.columns.filter(pa.array(keep)))

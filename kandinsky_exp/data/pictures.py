@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from kandinsky_exp.errors import first_line
+
 MIN_SIDE = 8  # pixels
 MAX_SHAPE = 50  # long sides per short side: CLIP scales the short side to 224, and the long one with it
 # Not all that Pillow can open: of EPS, for one, it has another program run the code.
@@ -178,7 +180,7 @@ def as_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
             transform = _to_srgb(profile, pixels.mode)
             return (pixels.convert("RGB") if transform is None else transform.apply(pixels)), ""
     except (ImageCms.PyCMSError, OSError, ValueError, ImportError) as error:
-        wrong = f"cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__})"
+        wrong = f"cannot be read ({first_line(error)})"
     return as_srgb(image, None)[0], f"its colour profile {wrong}; the colours were taken as sRGB"
 
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from kandinsky_exp.data.buckets import Size, nearest_bucket
-from kandinsky_exp.data.encoded.layout import PICTURE_RULES
+from kandinsky_exp.data.encoded.layout import MASK, PICTURE_RULES
 
 
 def center_crop_resize(image: Image.Image, resolution: int) -> Tensor:
@@ -55,20 +55,33 @@ class Preprocess:
         tokenizer: CLIP's, gives `input_ids` (L,) and `text_mask` (L,) bool, L = 77 for the published weights.
         resolution: side of `pixels` (3, R, R) in [-1, 1], for the image autoencoder.
         buckets: sizes (width, height) of which an image takes the nearest in shape: `pixels` (3, height, width).
+        extra_inputs: further columns of the data set, as tensors of these shapes beside those of the image.
     """
 
     image_processor: Any | None
     tokenizer: Any | None
     resolution: int | None
     buckets: tuple[Size, ...] = ()
+    extra_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def __call__(self, image: Image.Image | None, caption: str | None) -> dict[str, Tensor]:
-        """Tensors without a batch axis. `image` must be RGB; None for either leaves its keys out."""
+    def __call__(
+        self, image: Image.Image | None, caption: str | None, extra: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Tensors without a batch axis. `image` must be RGB; None for either leaves its keys out.
+
+        Args:
+            extra: cells of the columns that `extra_inputs` names; needed with an image.
+
+        Raises:
+            ValueError: a cell holds no numbers of its shape.
+        """
         tensors: dict[str, Tensor] = {}
         if image is not None and self.image_processor is not None:
             tensors["clip_pixels"] = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
         if image is not None and self.resolution is not None:
             tensors["pixels"] = crop_resize(image, *self.size(image))
+        if image is not None:
+            tensors |= {name: _numbers(name, (extra or {})[name], size) for name, size in self.extra_inputs.items()}
         if caption is not None and self.tokenizer is not None:
             tensors |= self.tokenize([caption])[0][0]
         return tensors
@@ -96,7 +109,7 @@ class Preprocess:
         )
         rows = zip(captions, tokens.input_ids, tokens.attention_mask.bool(), tokens.encodings, strict=True)
         return [
-            ({"input_ids": ids, "text_mask": mask}, caption[: max(text.offsets)[1]] if text.overflowing else None)
+            ({"input_ids": ids, MASK: mask}, caption[: max(text.offsets)[1]] if text.overflowing else None)
             for caption, ids, mask, text in rows
         ]
 
@@ -112,7 +125,17 @@ class Preprocess:
             rules = self.tokenizer.backend_tokenizer.to_str()  # normaliser, vocabulary, merges and all
             rules = rules[rules.index('"added_tokens"') :]  # before these: truncation and padding of the last call
             tokenizer = [rules, self.tokenizer.model_max_length, self.tokenizer.pad_token_id]
-        parts = json.dumps(
-            [PICTURE_RULES, processor, tokenizer, self.resolution, self.buckets], sort_keys=True, default=str
-        )
-        return hashlib.sha256(parts.encode()).hexdigest()
+        parts = [PICTURE_RULES, processor, tokenizer, self.resolution, self.buckets]
+        if self.extra_inputs:  # without, as it was before there were any
+            parts.append(dict(self.extra_inputs))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _numbers(name: str, cell: Any, shape: tuple[int, ...]) -> Tensor:
+    try:
+        numbers = np.asarray(json.loads(cell) if isinstance(cell, str) else cell, np.float32)
+    except (ValueError, TypeError):
+        numbers = np.array(np.nan)
+    if numbers.shape != shape or not np.isfinite(numbers).all():
+        raise ValueError(f"'{name}' holds {cell!r:.60}, not {'a number' if not shape else f'numbers of shape {shape}'}")
+    return torch.from_numpy(numbers.copy())

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from kandinsky_exp import build
 from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.columns import DTYPES
+from kandinsky_exp.data.encoded.layout import MASK
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.source_facts import Announced, AnnouncedSplits
@@ -63,13 +64,14 @@ def _cache(cfg: DictConfig, made: DryRun, name: str, count: int | None, captions
 def _each(cfg: DictConfig, made: DryRun, captions: float, tokens: float) -> float:
     """Bytes per image, which has so many captions of so many tokens."""
     itemsize = np.dtype(DTYPES[cfg.data.cache_dtype]).itemsize
-    features = {name: shape.numel() * itemsize for name, shape in made.encoded().items()}
-    images = sum(size for name, size in features.items() if not name.startswith("text_")) + OF_A_ROW
-    total = float(images * (1 + cfg.data.flip))
-    if made.stage.preprocess.tokenizer is None:
-        return total
-    state = made.encoded()["text_states"][-1] * itemsize
-    return total + float(captions * (features["text_embeds"] + tokens * state + OF_A_CAPTION))
+    images, *texts = made.encoded()
+    total = float((sum(shape.numel() for shape in images.values()) * itemsize + OF_A_ROW) * (1 + cfg.data.flip))
+    for shapes in texts:
+        ragged = shapes.keys() & made.stage.ragged_features
+        numbers = sum(tokens * shapes[name][1:].numel() for name in ragged)
+        numbers += sum(shapes[name].numel() for name in shapes.keys() - ragged - {MASK})
+        total += captions * (numbers * itemsize + OF_A_CAPTION)
+    return total
 
 
 def _captions(preprocess: Preprocess, source: Source | Announced) -> tuple[float, float]:
@@ -84,7 +86,7 @@ def _captions(preprocess: Preprocess, source: Source | Announced) -> tuple[float
 
 def _tokens(preprocess: Preprocess, texts: Sequence[str]) -> float:
     """Their mean number."""
-    return sum(int(tensors["text_mask"].sum()) for tensors, _ in preprocess.tokenize(texts)) / len(texts)
+    return sum(int(tensors[MASK].sum()) for tensors, _ in preprocess.tokenize(texts)) / len(texts)
 
 
 def free(folder: Path) -> int | None:

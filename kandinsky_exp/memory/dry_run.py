@@ -1,6 +1,6 @@
-"""A run's networks and what it does with them, on tensors that have shapes and no data: how much memory it needs.
+"""A dry run: what a run does with its networks, on tensors that have shapes and no data, to measure their memory.
 
-The real code runs – the stage's loss, its adapter, checkpointing, mixed precision, the backward pass – and takes the
+The real code runs: the stage's loss, its adapter, checkpointing, mixed precision, the backward pass. It takes the
 kernels that it would take with data; `TensorTracker` follows what is alive. What a kernel takes inside is not seen.
 """
 
@@ -14,16 +14,15 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.memory import optimizer_state
-from kandinsky_exp.memory.meta_weights import MetaWeights, give_fakes
+from kandinsky_exp.memory.meta_weights import MetaWeights
 from kandinsky_exp.memory.optimizer_state import StepNeed
-from kandinsky_exp.memory.tensor_tracker import Peak, TensorTracker
-from kandinsky_exp.models import adapters, weight_files
+from kandinsky_exp.memory.tensor_tracker import TensorTracker
+from kandinsky_exp.models import adapters, pipelines, weight_files
 from kandinsky_exp.stages.base import DiffusionStage, Features
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -31,11 +30,10 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 NETWORK = ("adapter", "precision.name", "model")  # the settings that decide what the network is
 BASE = "adapter.base_precision"
 BASE_BYTES = {"int8": 1.0, "nf4": 0.53}  # per frozen weight of a linear layer, scales included
-OF_IMAGES, OF_CAPTIONS = ("clip_pixels", "pixels"), ("input_ids", "text_mask")
 
 
 def once(*settings: str) -> Callable[[Method], Method]:
-    """One answer for all rehearsals that share their answers and agree in these settings."""
+    """One answer for all dry runs that share their answers and agree in these settings."""
 
     def remembered(method: Method) -> Method:
         @functools.wraps(method)
@@ -53,11 +51,7 @@ def once(*settings: str) -> Callable[[Method], Method]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of weights, and bytes.
-
-    Args:
-        saved: bytes of what a checkpoint holds of the network.
-    """
+    """Numbers of weights, and bytes: `saved` is what a checkpoint holds of the network."""
 
     trained: int
     frozen: int
@@ -72,13 +66,11 @@ class Passes:
 
     Args:
         gradients: what is left after the last one.
-        activations: what the forward pass leaves, or the peak holds beside all gradients.
-        peak: of both together: gradients come while activations go.
+        peak: with all that is there at once: gradients come while activations go.
     """
 
     gradients: int
-    activations: int
-    peak: Peak
+    peak: int
 
 
 class Mixed(nn.Module):
@@ -94,12 +86,12 @@ class Mixed(nn.Module):
 
 
 class DryRun:
-    """The stage of a run, built as the run builds it, once something is asked that is not known.
+    """The stage of a run, built as the run builds it once something is asked that is not known.
 
     Args:
         cfg: settings of a run.
         accelerator: of the device that would train.
-        answers: shared by the rehearsals of several settings.
+        answers: shared by the dry runs of several settings.
     """
 
     def __init__(self, cfg: DictConfig, accelerator: Accelerator, answers: dict[Any, Any] | None = None) -> None:
@@ -167,12 +159,7 @@ class DryRun:
 
     @once(*NETWORK, "optimizer")
     def optimizer(self) -> StepNeed:
-        """State and temporaries of the real optimizer."""
-
-        def make(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return build.make_optimizer(self.cfg, weights, self.accelerator.device)
-
-        return optimizer_state.measure(make, self._trainable(), self.device)
+        return optimizer_state.measure(self.cfg, self._trainable(), self.device)
 
     def _trainable(self) -> list[Tensor]:
         return [value for value in self.network.parameters() if value.requires_grad]
@@ -185,33 +172,31 @@ class DryRun:
         with self._fakes(self.network, *self._encoders()):
             features = self._features(run_settings.shown(self.cfg))
             network = self.mixed.train()
-            with TensorTracker(self._held(network, features), run_settings.large_blocks(self.cfg)) as live:
-                forward = 0
+            with TensorTracker(self._held([network], features.values())) as live:
                 for _ in range(min(2, self.cfg.trainer.grad_accumulation)):
                     loss = self.stage.loss(network, features, torch.Generator(self.device)).loss
-                    forward = forward or live.peak
                     loss.backward()  # type: ignore[no-untyped-call]  # untyped
                     del loss
-                gradients = live.now
+                passes = Passes(live.now, live.peak)
             network.zero_grad()
-        return Passes(gradients, max(forward, live.peak - gradients), live.at_most)
+        return passes
 
     @once("precision.name", "data.resolution", "model")
-    def encoding(self, batch: int) -> Peak:
+    def encoding(self, batch: int) -> int:
         """Activations of the encoders, which see images and captions apart."""
         with self._fakes(*self._encoders()):
-            batches = [self._examples(batch, keys) for keys in (OF_IMAGES, OF_CAPTIONS)]
-            needs = [self._need(partial(self.stage.encode, some), *self._encoders()) for some in batches if some]
-        return max(needs, key=lambda need: need.total)
+            batches = self.stage.dummy_inputs(batch)
+            return max(self._need(partial(self.stage.encode, some), *self._encoders()) for some in batches)
 
     @once("precision.name", "data.resolution", "model")
-    def encoded(self) -> dict[str, torch.Size]:
-        """The shapes of what the encoders make of a picture and a caption."""
+    def encoded(self) -> list[dict[str, torch.Size]]:
+        """The shapes of what the encoders make of a picture, and of a caption."""
         with self._fakes(*self._encoders()), torch.no_grad():
-            return {name: value.shape[1:] for name, value in self.stage.encode(self._examples(1)).items()}
+            batches = [self.stage.encode(some) for some in self.stage.dummy_inputs(1)]
+        return [{name: value.shape[1:] for name, value in features.items()} for features in batches]
 
     @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
-    def validation(self, batch: int) -> Peak:
+    def validation(self, batch: int) -> int:
         """Activations of the fixed-noise loss."""
         with self._fakes(self.network, *self._encoders()):
             features = self._features(batch)
@@ -220,33 +205,20 @@ class DryRun:
             return self._need(action, network, held=features.values())
 
     @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
-    def answering(self, part: str, batch: int, trains: bool = False) -> Peak:
+    def answering(self, part: str, batch: int, trains: bool = False) -> int:
         """Activations of a network that answers a batch while images are drawn: the one that trains, or a frozen one.
 
         Only the first draws in mixed precision.
         """
-        network = self.network if trains else self.weights.load(part)
-        with self._fakes(network), self._autocast() if trains else contextlib.nullcontext():
-            return self._need(partial(self._ask, part, network.eval(), batch), network)
-
-    def _ask(self, part: str, network: Any, batch: int) -> object:
-        config, dtype = network.config, next(network.parameters()).dtype
-
-        def some(*sides: int) -> Tensor:
-            return torch.empty(batch, *sides, device=self.device, dtype=dtype)
-
-        if part == "image_encoder":
-            return network(some(3, config.image_size, config.image_size))
-        if part == "text_encoder":
-            return network(torch.zeros(batch, config.max_position_embeddings, device=self.device, dtype=torch.long))
-        if part == "prior":
-            embed, length = config.embedding_dim, config.num_embeddings
-            return network(some(embed), 0, some(embed), some(length, embed), some(length).bool())
-        side = self.cfg.data.resolution // self.weights.latent_scale()
-        if part == "movq":
-            return network.decode(some(config.latent_channels, side, side), force_not_quantize=True)
-        condition = {"image_embeds": some(config.encoder_hid_dim)}
-        return network(some(config.in_channels, side, side), 0, None, added_cond_kwargs=condition)
+        if trains:
+            with self._fakes(self.network, *self._encoders()), self._autocast():
+                features, steps = self._features(batch), torch.zeros(batch, dtype=torch.long, device=self.device)
+                noisy = self.stage.clean(features)
+                action = partial(self.stage.predict, self.network.eval(), noisy, steps, features)
+                return self._need(action, self.network, held=[*features.values(), noisy])
+        network, side = self.weights.load(part), self.cfg.data.resolution // self.weights.latent_scale()
+        with self._fakes(network):
+            return self._need(partial(pipelines.ask, part, network.eval(), batch, side, self.device), network)
 
     # --- tensors without data
 
@@ -259,7 +231,7 @@ class DryRun:
         with self._mode:
             for network in networks:
                 if id(network) not in self._faked:
-                    give_fakes(network, self.device)
+                    network.to_empty(device=self.device)
                     self._faked.add(id(network))
             yield
 
@@ -269,26 +241,18 @@ class DryRun:
         dtype = torch.float16 if name == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=name != "no")
 
-    def _examples(self, batch: int, keys: Iterable[str] = OF_IMAGES + OF_CAPTIONS) -> Features:
-        """A blank picture and an empty caption have the shapes of all others."""
-        side = self.cfg.data.resolution
-        example = self.stage.preprocess(Image.new("RGB", (side, side)), "")
-        chosen = {key: example[key] for key in keys if key in example}
-        return {key: torch.empty((batch, *row.shape), dtype=row.dtype) for key, row in chosen.items()}
-
     def _features(self, batch: int) -> Features:
         with torch.no_grad():
             self.stage.use_null_condition(self.stage.encode_null())
-            return {key: value.to(self.device) for key, value in self.stage.encode(self._examples(batch)).items()}
+            encoded = [self.stage.encode(some) for some in self.stage.dummy_inputs(batch)]
+            return {key: value.to(self.device) for features in encoded for key, value in features.items()}
 
     @staticmethod
-    def _held(network: nn.Module, features: Features) -> list[Tensor]:
-        return [*network.parameters(), *network.buffers(), *features.values()]
+    def _held(networks: Iterable[nn.Module], features: Iterable[Tensor]) -> list[Tensor]:
+        return [value for one in networks for value in (*one.parameters(), *one.buffers())] + [*features]
 
-    def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> Peak:
-        """What is needed beyond what is there, without gradients."""
-        weights = [value for network in networks for value in (*network.parameters(), *network.buffers())]
-        live = TensorTracker([*weights, *held], run_settings.large_blocks(self.cfg))
-        with torch.no_grad(), live:
+    def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> int:
+        """Bytes beyond what is there, without gradients."""
+        with torch.no_grad(), TensorTracker(self._held(networks, held)) as live:
             action()
-        return live.at_most
+        return live.peak

@@ -1,30 +1,30 @@
-"""What a run holds in memory, by phase and by part: while it encodes, trains, validates, draws and writes a checkpoint.
+"""Estimated memory of each phase of a run, by part: encoding, training, validation, drawing, checkpoints.
 
 On an accelerator its memory counts; else that of the process, where networks stay once they were loaded, and where
 Python and the libraries are as well.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
-from kandinsky_exp.memory.dry_run import DryRun, Passes
-from kandinsky_exp.memory.tensor_tracker import Peak
+from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.stages.base import DiffusionStage
+from kandinsky_exp.system import host_memory
+from kandinsky_exp.training import class_images
 
 # What the process of a run grows by beyond this one's before it holds a tensor: readers, code and scratch of kernels.
 GROWS = 120_000_000
-# Between blocks that the C library cuts from one heap, per byte of these: measured, see «Will it fit?» in the README.
-GAPS = 0.4
-MLFLOW = 100_000_000  # bytes that its client takes of the process, see the benchmarks of the README
+# Of a step's activations on the host, holes between blocks that are kept for the next: see tests/bench/planned.py.
+FRAGMENTS = 0.25
+MLFLOW = 100_000_000  # bytes that its client takes of the process, see the benchmarks
 ROOM = 0.9  # of the free memory: a checkpoint's copy takes no more
 
-MAPPED = "mapped files"
-NOTHING = Peak(0, 0, 0)
+MAPPED, COPY = "mapped files", "copy"
 READ = ("frozen encoders", "trained weights", "frozen weights")  # of what is steady: there once the network is read
 
 Parts = dict[str, int]
@@ -32,7 +32,7 @@ Parts = dict[str, int]
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by part. Parts that are never there at once have a negative one beside them."""
+    """Bytes by part at the moment at which a phase holds most."""
 
     name: str
     parts: Parts
@@ -43,13 +43,18 @@ class Phase:
 
     @property
     def needed(self) -> int:
-        """Bytes that there has to be room for: the system drops what it can read from a file again."""
-        return self.total - self.parts.get(MAPPED, 0)
+        """Bytes that there has to be room for: files are read again, and no copy is made where memory is short."""
+        return self.total - self.parts.get(MAPPED, 0) - self.parts.get(COPY, 0)
+
+    @property
+    def accuracy(self) -> float:
+        """By which part of it the estimate may be wrong, as measured on a CPU."""
+        return 0.1 if self.name == "encoding" else 0.15
 
 
 @dataclass
-class Phases:
-    """All phases of a run.
+class Estimate:
+    """Memory of a run.
 
     Args:
         images: that train, None where nobody knows yet; of `held_out` the same.
@@ -60,7 +65,7 @@ class Phases:
     """
 
     cfg: DictConfig
-    rehearsal: DryRun
+    dry_run: DryRun
     images: int | None
     held_out: int | None
     encodes: bool
@@ -68,203 +73,141 @@ class Phases:
     python: int
     capacity: int
 
-    def all(self) -> Iterator[Phase]:
-        """Each of them, in the order in which they come."""
-        yield from self.phases()
-        yield from self._saving()
-
     def phases(self) -> Iterator[Phase]:
-        """Those that there has to be room for."""
-        yield from self._drawing_class()
-        yield from self._loading()
-        yield from self._encoding()
-        yield from self._training()
-        yield from self._validating()
-        yield from self._drawing()
+        """In the order in which they come, each at the largest of its moments."""
+        phases = {
+            "class": self._class_images,
+            "loading": self._loading,
+            "encoding": self._encoding,
+            "training": self._training,
+            "validation": self._validation,
+            "drawing": self._drawing,
+            "checkpoint": self._checkpoint,
+        }
+        for name, moments in phases.items():
+            if found := [Phase(name, parts) for parts in moments()]:
+                yield max(found, key=lambda phase: phase.total)
 
     def needed(self) -> int:
-        """Bytes of the largest that there has to be room for."""
+        """Bytes that there has to be room for."""
         return max(phase.needed for phase in self.phases())
 
     def least(self) -> int:
         """Bytes that training needs whatever its activations are: known without a step."""
-        return sum(self.steady.values()) + self.rehearsal.sizes().trained_bytes
-
-    @cached_property
-    def passes(self) -> Passes:
-        return self.rehearsal.passes()
+        return sum(self.steady.values()) + self.dry_run.sizes().trained_bytes
 
     @cached_property
     def on_host(self) -> bool:
         """Whether the device's memory is that of the process."""
-        return bool(self.rehearsal.device.type == "cpu")
-
-    @cached_property
-    def steady(self) -> Parts:
-        """What is there from the first step to the last."""
-        cfg, sizes = self.cfg, self.rehearsal.sizes()
-        steady = self._base() | {"trained weights": sizes.trained_bytes, "frozen weights": sizes.frozen_bytes}
-        steady["optimizer"] = self.rehearsal.optimizer().state
-        if cfg.trainer.ema_decay is not None:
-            steady["average"] = sizes.trained_bytes
-        if not cfg.data.cache:
-            steady["frozen encoders"] = self._parts(self.stage.encoders)
-        if self.on_host and self._draws():
-            steady["parts that draw"] = self._parts(self._stay())
-        return steady
+        return bool(self.dry_run.device.type == "cpu")
 
     @cached_property
     def stage(self) -> type[DiffusionStage]:
         return build.stage_class(self.cfg)
 
-    def _base(self) -> Parts:
+    @cached_property
+    def base(self) -> Parts:
         """Python and its libraries, where they are in the same memory."""
         if not self.on_host:
             return {}
         return {"Python": self.python + GROWS + (MLFLOW if self.cfg.tracker.name == "mlflow" else 0)}
 
-    def _parts(self, names: Iterable[str]) -> int:
-        return sum(self.rehearsal.part(name)[1] for name in names)
+    @cached_property
+    def steady(self) -> Parts:
+        """What is there from the first step to the last."""
+        cfg, sizes = self.cfg, self.dry_run.sizes()
+        steady = self.base | {"trained weights": sizes.trained_bytes, "frozen weights": sizes.frozen_bytes}
+        steady["optimizer"] = self.dry_run.optimizer().state
+        if cfg.trainer.ema_decay is not None:
+            steady["average"] = sizes.trained_bytes
+        if not cfg.data.cache:
+            steady["frozen encoders"] = self._size(self.stage.encoders)
+        if self.on_host and self._draws():
+            steady["parts that draw"] = self._size(self.stage.stays_loaded)
+        return steady
 
-    def _mapped(self, *names: str) -> Parts:
-        """Pages of the files of a frozen part, while it is read in another type than theirs: of the largest."""
-        if not self.on_host:
-            return {}
-        return {MAPPED: max(self.rehearsal.mapped(name, self.cfg.precision.frozen_dtype) for name in names)}
+    def _size(self, names: Iterable[str]) -> int:
+        """Bytes of frozen parts."""
+        return sum(self.dry_run.part(name)[1] for name in names)
 
-    # --- the phases
+    def _mapped(self, names: Iterable[str]) -> Parts:
+        """Pages of the files of frozen parts, while they are read in another type than theirs: of the largest."""
+        dtype = self.cfg.precision.frozen_dtype
+        return {MAPPED: max(self.dry_run.mapped(name, dtype) for name in names)} if self.on_host else {}
 
-    def _drawing_class(self) -> Iterator[Phase]:
-        """One picture at a time, of base networks that leave again: the largest of what happens one after the other."""
-        if self.draws_class:
-            needs, pairs = self.rehearsal.answering, 2  # with the condition and without
-            scenes = [
-                (["image_encoder"], [needs("image_encoder", 1)]),
-                (["prior", "text_encoder"], [needs("text_encoder", 1), needs("prior", pairs)]),
-                (["unet", "movq"], [needs("unet", pairs), needs("movq", 1)]),
-            ]
-            phases = [
-                Phase("class", self._base() | {"parts that draw": self._parts(parts), "activations": need.total})
-                for parts, some in scenes
-                for need in some
-            ]
-            phases += [
-                Phase("class", self._base() | {"parts that draw": self._parts(parts)} | self._mapped(*parts))
-                for parts, _ in scenes
-            ]
-            yield max(phases, key=lambda phase: phase.total)
+    # --- the moments of each phase
 
-    def _loading(self) -> Iterator[Phase]:
-        """The part at which most is in the memory of the process: its file's pages beside it, what came before it."""
+    def _class_images(self) -> Iterator[Parts]:
+        """One picture at a time, of base networks that leave again."""
+        rows = pipelines.rows_at_once(1, guided=True)
+        for parts in class_images.DRAWS_WITH if self.draws_class else ():
+            yield from self._scene(self.base, parts, *(self.dry_run.answering(part, rows[part]) for part in parts))
+
+    def _scene(self, there: Parts, names: Collection[str], *activations: int) -> Iterator[Parts]:
+        """Frozen parts are read, then answer one after the other."""
+        there = there | {"parts that draw": self._size(names)}
+        yield there | self._mapped(names)
+        yield from (there | {"activations": size} for size in activations)
+
+    def _loading(self) -> Iterator[Parts]:
+        """A part's file beside the part, and beside those that were read before it."""
         if not self.on_host:
             return
-        made, base, held, phases = self.rehearsal, self._base(), 0, []
-        for part in self.stage.encoders if self.encodes else ():
-            held += made.part(part)[1]
-            phases.append(Phase("loading", base | {"frozen encoders": held} | self._mapped(part)))
-        steady = self._base() | {name: self.steady.get(name, 0) for name in READ}
+        encoders = self.stage.encoders if self.encodes else ()
+        for count, part in enumerate(encoders, 1):
+            yield self.base | {"frozen encoders": self._size(encoders[:count])} | self._mapped([part])
         dtype = "float32" if self.cfg.adapter.name == "none" else self.cfg.precision.frozen_dtype
-        phases.append(Phase("loading", steady | {MAPPED: made.mapped(self.stage.part, dtype)}))
-        yield max(phases, key=lambda phase: phase.total)
+        read = {name: size for name, size in self.steady.items() if name in READ}
+        yield self.base | read | {MAPPED: self.dry_run.mapped(self.stage.part, dtype)}
 
-    def _encoding(self) -> Iterator[Phase]:
-        if not (self.encodes and self.cfg.data.cache):
-            return
-        made = self.rehearsal
-        batch = build.encode_settings(self.cfg, made.device).batch_size
-        parts = self._base() | {"frozen encoders": self._parts(self.stage.encoders)}
-        yield Phase("encoding", parts | {"activations": made.encoding(min(batch, self.images or batch)).total})
+    def _encoding(self) -> Iterator[Parts]:
+        if self.encodes and self.cfg.data.cache:
+            batch = build.encode_settings(self.cfg, self.dry_run.stage, self.dry_run.device).batch_size
+            activations = self.dry_run.encoding(min(batch, self.images or batch))
+            yield self.base | {"frozen encoders": self._size(self.stage.encoders), "activations": activations}
 
-    def _training(self) -> Iterator[Phase]:
-        passes, made = self.passes, self.rehearsal
-        parts = self.steady | {"gradients": passes.gradients, "activations": passes.activations}
-        peak = max(passes.peak.total, passes.gradients + made.optimizer().temporary)
+    def _training(self) -> Iterator[Parts]:
+        """The passes, the optimizer's step; what is encoded online, on the CPU between the steps, elsewhere beside."""
+        passes, steady = self.dry_run.passes(), self.steady
         if not self.cfg.data.cache:
-            encoding = made.encoding(run_settings.shown(self.cfg)).total
-            # On the CPU batches are encoded between the steps, elsewhere beside them.
-            peak = max(peak, encoding) if self.on_host else peak + encoding
-        parts["not at once"] = peak - passes.gradients - passes.activations
-        yield Phase("training", parts | self._gaps())
+            online = steady | {"encoding": self.dry_run.encoding(run_settings.shown(self.cfg))}
+            yield online
+            steady = steady if self.on_host else online
+        steady = steady | {"gradients": passes.gradients}
+        activations = passes.peak - passes.gradients
+        keeps_blocks = self.on_host and run_settings.large_blocks(self.cfg) == host_memory.FAST
+        fragments = int(FRAGMENTS * activations) if keeps_blocks else 0
+        yield steady | {"activations": activations, "fragments": fragments}
+        yield steady | {"optimizer's step": self.dry_run.optimizer().temporary}
 
-    def _validating(self) -> Iterator[Phase]:
+    def _validation(self) -> Iterator[Parts]:
         if self.held_out != 0:
             batch = min(self.cfg.validation.batch_size, self.held_out or self.cfg.validation.batch_size)
-            yield self._between_steps("validation", {}, self.rehearsal.validation(batch))
+            yield self.steady | {"activations": self.dry_run.validation(batch)}
 
-    def _drawing(self) -> Iterator[Phase]:
-        """The largest of what happens one after the other to draw images."""
-        scenes = [
-            self._between_steps("drawing", {"parts that draw": self._parts(parts)}, need)
-            for parts, needs in self._scenes()
-            for need in needs
-        ]
-        scenes += [
-            self._between_steps("drawing", {"parts that draw": self._parts(parts)} | self._mapped(*parts), NOTHING)
-            for parts, _ in self._scenes()
-        ]
-        if scenes:
-            yield max(scenes, key=lambda phase: phase.total)
-
-    def _between_steps(self, name: str, parts: Parts, need: Peak) -> Phase:
-        """What comes after steps, in the room that they leave."""
-        if not self.on_host:
-            return Phase(name, self.steady | parts | {"activations": need.total})
-        kept = self.passes.peak.small
-        beyond = min(need.total, need.large + max(0, need.small - kept))
-        return Phase(name, self.steady | parts | {"kept of steps": kept, "activations": beyond} | self._gaps())
-
-    def _gaps(self) -> Parts:
-        """Between small blocks of host memory, once a step was made."""
-        if not self.on_host:
-            return {}
-        return {"gaps": int(GAPS * self.passes.peak.small)}
-
-    def _saving(self) -> Iterator[Phase]:
-        """A checkpoint's copy in host memory, where there is room for it."""
-        copy, kept = self.snapshot_bytes(), self.passes.peak.small
-        steady = sum(self.steady.values())
-        if self.on_host and self.cfg.checkpoint.behind and copy <= ROOM * (self.capacity - steady - kept):
-            parts = {"kept of steps": kept, "copy": max(0, copy - kept)}
-            yield Phase("checkpoint", self.steady | parts | self._gaps())
-
-    def snapshot_bytes(self) -> int:
-        """Of a checkpoint's tensors."""
-        state = self.steady["optimizer"]
-        return self.network_bytes() * (1 + (self.cfg.trainer.ema_decay is not None)) + state
-
-    def network_bytes(self) -> int:
-        """What is saved of the network."""
-        return self.rehearsal.sizes().saved
-
-    # --- drawing
+    def _drawing(self) -> Iterator[Parts]:
+        count, own = self._draws(), self.stage.part
+        rows = pipelines.rows_at_once(count, self.cfg.validation.guidance_scale > 1)
+        prompts = run_settings.prompts(self.cfg.validation.prompts)
+        for parts in self.stage.draws_with if count else ():
+            if prompts or own in parts:  # what is redrawn needs no embedding of a prompt
+                frozen = [*(self.stage.stays_loaded if self.on_host else ()), *(part for part in parts if part != own)]
+                needs = [self.dry_run.answering(part, rows[part], part == own) for part in parts]
+                yield from self._scene(self.steady, dict.fromkeys(frozen), *needs)
 
     def _draws(self) -> int:
         """Images at once."""
         prompts = len(run_settings.prompts(self.cfg.validation.prompts))
-        redrawn = self.cfg.validation.reconstructions if self.stage.name == "decoder" else 0
+        redrawn = self.cfg.validation.reconstructions if self.stage.redraws else 0
         redrawn = min(redrawn, redrawn if self.held_out is None else self.held_out)
         return min(int(self.cfg.validation.batch_size), max(prompts, redrawn))
 
-    def _stay(self) -> list[str]:
-        """Frozen parts that are loaded to draw and stay loaded."""
-        return ["movq"] if self.stage.name == "decoder" else ["text_encoder", "unet", "movq"]
+    def _checkpoint(self) -> Iterator[Parts]:
+        """A copy in host memory, where there is room for it."""
+        copy = self.checkpoint_bytes()
+        if self.on_host and self.cfg.checkpoint.behind and copy <= ROOM * (self.capacity - sum(self.steady.values())):
+            yield self.steady | {COPY: copy}
 
-    def _scenes(self) -> Iterator[tuple[list[str], list[Peak]]]:
-        """(frozen parts on the device, activations of what they do there one after the other)."""
-        count, needs = self._draws(), self.rehearsal.answering
-        if not count:
-            return
-        pairs = count * (2 if self.cfg.validation.guidance_scale > 1 else 1)  # with the condition and without
-        stay = self._stay() if self.on_host else []
-
-        def loaded(*parts: str) -> list[str]:
-            return list(dict.fromkeys([*stay, *parts]))
-
-        if run_settings.prompts(self.cfg.validation.prompts):
-            prior = [] if self.stage.name == "prior" else ["prior"]
-            yield loaded("text_encoder", *prior), [needs("text_encoder", count), needs("prior", pairs, not prior)]
-            if not prior:
-                yield loaded("image_encoder"), [needs("image_encoder", 1)]
-        unet = [] if self.stage.name == "decoder" else ["unet"]
-        at_once = -(-count // pipelines.slices(count))
-        yield loaded("movq", *unet), [needs("unet", pairs, not unet), needs("movq", at_once)]
+    def checkpoint_bytes(self) -> int:
+        networks = 1 + (self.cfg.trainer.ema_decay is not None)
+        return self.dry_run.sizes().saved * networks + self.steady["optimizer"]

@@ -1,5 +1,6 @@
 """The parts of Kandinsky 2.2 as their configs describe them: shapes and types, and no data."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,9 @@ class MetaWeights(Weights):
         if part not in MODELS:
             return super()._made(part, folder, dtype, bits)
         network = compatibility.without_data(part, folder)
-        nn.Module.to(network, getattr(torch, dtype))  # diffusers' own `to` warns of modules to keep in float32
-        if part == "prior":  # the stage looks at these two, and refuses those of an untrained one
-            network.clip_mean = nn.Parameter(torch.zeros(network.clip_mean.shape))
-            network.clip_std = nn.Parameter(torch.ones(network.clip_std.shape))
-        return network
+        return nn.Module.to(network, getattr(torch, dtype))  # diffusers' own warns of modules to keep in float32
 
-
-def give_fakes(network: nn.Module, device: torch.device) -> None:
-    """Tensors on a device in place of those on the meta device; to be called inside a `FakeTensorMode`."""
-    for module in network.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                fake = nn.Parameter(_like(weight, device), requires_grad=weight.requires_grad)
-                module._parameters[name] = fake
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = _like(buffer, device)
-
-
-def _like(value: Tensor, device: torch.device) -> Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    def tensors(self, part: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Ones: a stage looks at them, and refuses what cannot be."""
+        shapes = compatibility.expected_shapes(part, self.folder(part))
+        return {name: torch.ones(shapes[name]) for name in names}

@@ -1,13 +1,16 @@
-"""What an optimizer keeps for each weight, and what its step needs besides, measured on a few small real weights."""
+"""Memory of an optimizer's state and of its step, measured on a few small real weights."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from kandinsky_exp import build
 from kandinsky_exp.memory.tensor_tracker import TensorTracker
 
 # By number of dimensions. All are prime, so that the size of a tensor tells which sides it has: rows, columns or all.
@@ -31,13 +34,9 @@ class StepNeed:
     temporary: int
 
 
-def measure(make: Make, trainable: Sequence[Tensor], device: torch.device) -> StepNeed:
-    """What an optimizer will need for weights of these shapes.
-
-    Args:
-        make: from parameters to the optimizer.
-        trainable: with or without data.
-    """
+def measure(cfg: DictConfig, trainable: Sequence[Tensor], device: torch.device) -> StepNeed:
+    """What the configured optimizer needs for weights of these shapes, with or without data."""
+    make = partial(build.make_optimizer, cfg, device=device)
     rules = {sides: _rules(make, sides, device) for sides in {_sides(weight) for weight in trainable}}
     state = sum(rule(weight) for weight in trainable for rule in rules[_sides(weight)])
     sizes = [weight.nbytes for weight in trainable]
@@ -62,8 +61,8 @@ def _rules(make: Make, dimensions: int, device: torch.device) -> list[Callable[[
 def _rule(value: Tensor, sides: tuple[int, ...]) -> Callable[[Tensor], float]:
     for count in range(len(sides) + 1):
         for chosen in combinations(range(len(sides)), count):
-            if math.prod(sides[place] for place in chosen) == value.numel():
-                return lambda weight: math.prod(weight.shape[place] for place in chosen if weight.ndim) * value.itemsize
+            if math.prod(sides[index] for index in chosen) == value.numel():
+                return lambda weight: math.prod(weight.shape[index] for index in chosen if weight.ndim) * value.itemsize
     return lambda weight: weight.numel() * value.nbytes / math.prod(sides)  # such as one number per block
 
 
@@ -90,7 +89,7 @@ def _weights(dimensions: int, count: int, device: torch.device) -> list[nn.Param
     return [nn.Parameter(torch.ones(SIDES[dimensions], device=device)) for _ in range(count)]
 
 
-def _step(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter]) -> None:
+def _step(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     getattr(optimizer, "train", lambda: None)()  # schedule-free ones have two modes

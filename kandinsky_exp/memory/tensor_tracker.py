@@ -2,27 +2,11 @@
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Bytes at most.
-
-    Args:
-        total: of all blocks at once.
-        large: of the large ones alone.
-        small: of the others alone.
-    """
-
-    total: int
-    large: int
-    small: int
 
 
 class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped
@@ -32,21 +16,13 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # unty
 
     Args:
         held: tensors that are there already, which do not count.
-        large: bytes, from which on a block is a large one.
     """
 
-    def __init__(self, held: Iterable[Tensor] = (), large: int = 0) -> None:
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped
-        self.large = large
-        self.now: int = 0
+        self.now: int = 0  # bytes
         self.peak: int = 0
-        self._by_size, self._peaks = [0, 0], [0, 0]  # small, large
         self._known = {tensor.untyped_storage()._cdata for tensor in held}
-
-    @property
-    def at_most(self) -> Peak:
-        small, large = self._peaks
-        return Peak(self.peak, large, small)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -61,16 +37,10 @@ class TensorTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # unty
         if key in self._known:
             return
         self._known.add(key)
-        self._count(size, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, key, size).atexit = False
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self._count(-size, size)
-
-    def _count(self, change: int, size: int) -> None:
-        place = int(size >= self.large)
-        self.now += change
-        self._by_size[place] += change
-        self.peak = max(self.peak, self.now)
-        self._peaks[place] = max(self._peaks[place], self._by_size[place])
+        self.now -= size

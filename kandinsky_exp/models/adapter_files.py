@@ -177,7 +177,7 @@ def stage(shapes: Shapes) -> PipelineHalf | None:
     return found.pop() if len(found) == 1 else None
 
 
-def misfit(shapes: Shapes, network: Shapes) -> str | None:
+def base_problem(shapes: Shapes, network: Shapes) -> str | None:
     """Why an adapter does not go onto a network, or None.
 
     Args:

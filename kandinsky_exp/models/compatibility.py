@@ -16,15 +16,22 @@ from kandinsky_exp.models.components import MODELS, PARTS, PipelineHalf, pipelin
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
 
-# (part, key of its config) that have to be one number, and whose source is to blame.
-EQUAL: tuple[tuple[tuple[str, str], tuple[str, str], PipelineHalf], ...] = (
-    (("prior", "embedding_dim"), ("image_encoder", "projection_dim"), "prior"),
-    (("prior", "embedding_dim"), ("text_encoder", "projection_dim"), "prior"),
-    (("prior", "embedding_dim"), ("text_encoder", "hidden_size"), "prior"),
-    (("prior", "num_embeddings"), ("text_encoder", "max_position_embeddings"), "prior"),
-    (("unet", "in_channels"), ("movq", "latent_channels"), "decoder"),
-    (("unet", "encoder_hid_dim"), ("image_encoder", "projection_dim"), "decoder"),
-)
+# (part, key of its config), and what it has to equal: another part's, or a value.
+Requirement = tuple[tuple[str, str], tuple[str, str] | str]
+Required = Mapping[PipelineHalf, tuple[Requirement, ...]]
+REQUIRED: Required = {
+    "prior": (
+        (("prior", "embedding_dim"), ("image_encoder", "projection_dim")),
+        (("prior", "embedding_dim"), ("text_encoder", "projection_dim")),
+        (("prior", "embedding_dim"), ("text_encoder", "hidden_size")),
+        (("prior", "num_embeddings"), ("text_encoder", "max_position_embeddings")),
+    ),
+    "decoder": (
+        (("unet", "addition_embed_type"), "image"),
+        (("unet", "in_channels"), ("movq", "latent_channels")),
+        (("unet", "encoder_hid_dim"), ("image_encoder", "projection_dim")),
+    ),
+}
 
 
 def local_folders(sources: Mapping[PipelineHalf, str]) -> dict[str, Path]:
@@ -42,30 +49,32 @@ def is_local(source: str) -> bool:
     return source != "tiny" and files.is_folder(source)
 
 
-def disagreements(folders: Mapping[str, Path]) -> Iterator[tuple[PipelineHalf, str]]:
+def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) -> Iterator[tuple[PipelineHalf, str]]:
     """(side, what is wrong) of parts that cannot work together, by their configs; of parts that are not given, nothing.
 
     Args:
         folders: of networks, by part.
+        required: what has to agree, by the side whose source is to blame.
     """
     configs = {part: _config(folder) for part, folder in folders.items() if part in MODELS}
-    embedding = configs.get("unet", {}).get("addition_embed_type", "image")
-    if embedding != "image":
-        shown = json.dumps(embedding)
-        yield (
-            "decoder",
-            f"its unet has addition_embed_type={shown}, not image: it is no Kandinsky 2.2 decoder; give one",
-        )
     wrong = set()  # one number that is odd disagrees with many
-    for (one, key), (other, other_key), side in EQUAL:
-        first, second = configs.get(one, {}).get(key), configs.get(other, {}).get(other_key)
-        if first is not None and second is not None and first != second and one not in wrong:
-            wrong.add(one)
-            whose = f"{other} of weights.{PARTS[other][0]}"
-            yield (
-                side,
-                f"its {one} has {key}={first}, but {whose} has {other_key}={second}; give what was made together",
-            )
+    for side, requirements in required.items():
+        for (one, key), wanted in requirements:
+            config = configs.get(one, {})
+            if isinstance(wanted, str):
+                if (value := config.get(key, wanted)) != wanted:
+                    shown = f"{key}={json.dumps(value)}, not {wanted}"
+                    yield side, f"its {one} has {shown}: it is no Kandinsky 2.2 {side}; give one"
+                continue
+            (other, other_key), first = wanted, config.get(key)
+            second = configs.get(other, {}).get(other_key)
+            if first is not None and second is not None and first != second and one not in wrong:
+                wrong.add(one)
+                whose = f"{other} of weights.{PARTS[other][0]}"
+                yield (
+                    side,
+                    f"its {one} has {key}={first}, but {whose} has {other_key}={second}; give what was made together",
+                )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -77,7 +86,11 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def check(
-    weights: Weights, parts: set[str], network: Mapping[str, Path] | None = None, keys: str = "weights.{side}"
+    weights: Weights,
+    parts: set[str],
+    network: Mapping[str, Path] | None = None,
+    keys: str = "weights.{side}",
+    required: Required = REQUIRED,
 ) -> list[str]:
     """Refuse parts that do not fit; nothing is loaded. What ships with the package is not looked at alone.
 
@@ -85,6 +98,7 @@ def check(
         parts: names of those that will be used.
         network: folders of trained networks that go in, in place of the source's own, by part.
         keys: what the settings of the sides are called, for messages.
+        required: what has to agree, by side.
 
     Returns:
         What the user should know of them, a line each.
@@ -93,11 +107,11 @@ def check(
         ConfigError: they do not fit each other, or the weights not their config.
     """
     folders = {part: weights.folder(part) for part in sorted(parts) if part in MODELS} | dict(network or {})
-    found = [f"{keys.format(side=side)}: {problem}" for side, problem in disagreements(folders)]
+    found = [f"{keys.format(side=side)}: {problem}" for side, problem in disagreements(folders, required)]
     for part, folder in folders.items():
         side = PARTS[part][0]
         is_ours = (weights.prior if side == "prior" else weights.decoder) == "tiny" and part not in (network or {})
-        problem = None if is_ours else misfit(part, folder, weights.variant)
+        problem = None if is_ours else weights_problem(part, folder, weights.variant)
         found += [f"{keys.format(side=side)}: {folder} {problem}"] if problem else []
     if found:
         raise ConfigError(found)
@@ -116,10 +130,10 @@ def check_resolution(weights: Weights, resolution: int) -> None:
         raise ConfigError(f"data.resolution: has to be a multiple of {multiple} for these weights, not {resolution}")
 
 
-def misfit(part: str, folder: Path, variant: str | None) -> str | None:
+def weights_problem(part: str, folder: Path, variant: str | None) -> str | None:
     """What is wrong with the weights of a network, as its config describes it, or None."""
     try:
-        expected = described(part, folder)
+        expected = expected_shapes(part, folder)
     except Exception as error:  # a value that the class can make nothing of raises whatever it happens to raise
         return f"cannot become a {MODELS[part]}: {first_line(error)}; its config.json is not that of these weights"
     if problem := weight_files.lacking(folder, variant):
@@ -133,7 +147,7 @@ def misfit(part: str, folder: Path, variant: str | None) -> str | None:
     return _difference(expected, found)
 
 
-def described(part: str, folder: Path) -> dict[str, tuple[int, ...]]:
+def expected_shapes(part: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's tensors by its config alone."""
     return {name: tuple(tensor.shape) for name, tensor in without_data(part, folder).state_dict().items()}
 

@@ -34,12 +34,23 @@ MODELS = {
     "unet": "UNet2DConditionModel",
     "movq": "VQModel",
 }
-COMBINED = "KandinskyV22CombinedPipeline"
+NETWORKS: dict[PipelineHalf, str] = {"prior": "prior", "decoder": "unet"}  # the part of each half that can train
+# The pipelines that results are, by half. A combined one holds both halves.
+RESULTS: dict[PipelineHalf, str] = {"prior": "KandinskyV22PriorPipeline", "decoder": "KandinskyV22CombinedPipeline"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def side_parts(side: PipelineHalf) -> list[str]:
     return [name for name, (owner, _) in PARTS.items() if owner == side]
+
+
+def is_combined(pipeline: object) -> bool:
+    return str(pipeline).endswith("CombinedPipeline")
+
+
+def result_parts(half: PipelineHalf, pipeline: str) -> list[str]:
+    """The parts of a result, by the half that trained and the class of its pipeline."""
+    return list(PARTS) if is_combined(pipeline) else side_parts(half)
 
 
 def is_hub_id(source: str) -> bool:
@@ -126,4 +137,4 @@ def subfolder(folder: Path, part: str) -> str:
     """The part's folder name in this pipeline's layout; combined pipelines prefix the prior's parts."""
     side, name = PARTS[part]
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    return f"prior_{name}" if side == "prior" and index.get("_class_name") == COMBINED else name
+    return f"prior_{name}" if side == "prior" and is_combined(index.get("_class_name")) else name

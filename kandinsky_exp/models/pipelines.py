@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.models import weight_files
-from kandinsky_exp.models.components import COMBINED, MODELS, PARTS, PipelineHalf, side_parts
+from kandinsky_exp.models.components import MODELS, NETWORKS, PARTS, PipelineHalf, is_combined, result_parts
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.system.files import replacing_folder
 
 COMPANIONS = {  # classes of transformers that read the same files; the first is the published pipelines'
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -152,6 +153,37 @@ def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Imag
     return images
 
 
+def rows_at_once(count: int, guided: bool) -> dict[str, int]:
+    """Of each part, how many rows it answers at once while so many pictures are drawn; guidance asks twice."""
+    asked = count * 2 if guided else count
+    decoded = -(-count // slices(count))
+    return {"text_encoder": count, "image_encoder": 1, "prior": asked, "unet": asked, "movq": decoded}
+
+
+def ask(part: str, network: Any, batch: int, side: int, device: torch.device) -> object:
+    """The answer of a part, as it is asked while pictures are drawn, to tensors whose shapes alone count.
+
+    Args:
+        side: of latents.
+    """
+    config, dtype = network.config, next(network.parameters()).dtype
+
+    def some(*sides: int) -> Tensor:
+        return torch.empty(batch, *sides, device=device, dtype=dtype)
+
+    if part == "image_encoder":
+        return network(some(3, config.image_size, config.image_size))
+    if part == "text_encoder":
+        return network(torch.zeros(batch, config.max_position_embeddings, device=device, dtype=torch.long))
+    if part == "prior":
+        embed, length = config.embedding_dim, config.num_embeddings
+        return network(some(embed), 0, some(embed), some(length, embed), some(length).bool())
+    if part == "movq":
+        return network.decode(some(config.latent_channels, side, side), force_not_quantize=True)
+    condition = {"image_embeds": some(config.encoder_hid_dim)}
+    return network(some(config.in_channels, side, side), 0, None, added_cond_kwargs=condition)
+
+
 def slices(count: int) -> int:
     """In how many parts MoVQ decodes so many pictures: two at once, or three, hold little memory.
 
@@ -168,29 +200,29 @@ def _pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     return pictures
 
 
-def save_result(weights: Weights, side: PipelineHalf, folder: Path, save_network: Callable[[Path], None]) -> None:
+def save_result(
+    weights: Weights, half: PipelineHalf, pipeline: str, folder: Path, save_network: Callable[[Path], None]
+) -> None:
     """Write a complete pipeline: the trained network, and everything else linked from where it was loaded.
 
     A prior becomes a prior pipeline (`DiffusionPipeline.from_pretrained`), a decoder a combined one: from a local
     folder, `AutoPipelineForText2Image.from_pretrained` needs both halves.
+
+    Args:
+        half: that trained.
+        pipeline: name of the result's class.
     """
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    trained = "prior" if side == "prior" else "unet"
-    index: dict[str, Any] = {"_class_name": "KandinskyV22PriorPipeline" if side == "prior" else COMBINED}
-    index["_diffusers_version"] = diffusers.__version__
-    for part in side_parts("prior") + (side_parts("decoder") if side == "decoder" else []):
-        owner, name = PARTS[part]
-        name = f"prior_{name}" if side == "decoder" and owner == "prior" else name
-        index[name] = _index_entry(weights, part)
-        if part == trained:
-            save_network(aside / name)
-        else:
-            link_part(weights.folder(part), aside / name, weights.variant)
-    (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    with replacing_folder(folder) as aside:
+        for part in result_parts(half, pipeline):
+            owner, name = PARTS[part]
+            name = f"prior_{name}" if is_combined(pipeline) and owner == "prior" else name
+            index[name] = _index_entry(weights, part)
+            if part == NETWORKS[half]:
+                save_network(aside / name)
+            else:
+                link_part(weights.folder(part), aside / name, weights.variant)
+        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _index_entry(weights: Weights, part: str) -> list[str]:

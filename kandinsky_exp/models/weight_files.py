@@ -5,11 +5,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky_exp.errors import ConfigError, DataError
+from safetensors import SafetensorError, safe_open
+
+from kandinsky_exp.errors import ConfigError, DataError, first_line
 
 PICKLES = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5", ".hdf5", ".npy", ".npz"}
@@ -25,7 +27,6 @@ VARIANT = re.compile(
 INDEX = re.compile(r"(?P<stem>(diffusion_pytorch_)?model)\.safetensors\.index\.(?P<variant>[^.]+)\.json")
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of the format, in torch's names
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-MAX_HEADER = 100 << 20  # bytes, as the format has it
 
 SET_VARIANT = "set weights.variant="  # the way out where all is there, under other names
 OBJECTS = {  # files with one JSON object, of the parts that are no networks
@@ -201,31 +202,24 @@ def bytes_to_cast(files: Iterable[Path], dtype: str) -> int:
 
 def _entries(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """(shape, the format's name of the type) by the tensor's name."""
-    length, entries = _head(file)
-    try:
-        entries.pop("__metadata__", None)
-        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
-        found = {str(name): (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in entries.items()}
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError("the header is no table of tensors") from error
-    if 8 + length + max(ends, default=0) != file.stat().st_size:
-        raise ValueError("the file is shorter or longer than its header says")
-    return found
+    with _opened(file) as content:
+        tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 - it is no mapping
+        return {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in tensors.items()}
 
 
 def metadata(file: Path) -> dict[str, str]:
     """What a safetensors file says beside its tensors; raises as `header` does."""
-    found = _head(file)[1]
-    found = found.get("__metadata__") if isinstance(found, dict) else None
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+    with _opened(file) as content:
+        return content.metadata() or {}
 
 
-def _head(file: Path) -> tuple[int, Any]:
-    with file.open("rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        if length > min(file.stat().st_size - 8, MAX_HEADER):
-            raise ValueError("the header is longer than the file")
-        return length, json.loads(content.read(length))
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "np") as content:  # NumPy: the tensors are not read, and torch takes a second to import
+            yield content
+    except SafetensorError as error:
+        raise ValueError(first_line(error)) from error
 
 
 def damaged(folder: Path, variant: str | None) -> str | None:

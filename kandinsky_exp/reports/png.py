@@ -1,12 +1,10 @@
 """The pictures of a report for a README: loss curves, and the last validation images."""
 
 import io
-import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +14,8 @@ from PIL import Image
 from kandinsky_exp.reports.figures import SMOOTHING, colour, dash, smoothed
 from kandinsky_exp.reports.images import ImageGrid
 from kandinsky_exp.reports.run_data import TRAIN, VALIDATION, Run, finite
+from kandinsky_exp.system.files import replacing
+from kandinsky_exp.system.image_grid import labelled_grid
 
 LINES: dict[str, Literal["-", "--", ":", "-."]] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 MOST_NAMES = 24  # in the legend
@@ -25,13 +25,14 @@ NAME = 38  # characters
 
 def curves(runs: Sequence[Run], path: Path) -> None:
     """Training loss (smoothed) and validation loss of all runs, over the steps."""
-    with _quiet():
-        figure = Figure(figsize=(12, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _draw(left, runs, TRAIN, f"training loss (moving average, {SMOOTHING:g})")
-        _draw(right, runs, VALIDATION, "validation loss (fixed noise)")
-        _legend(figure, runs)
-        _write(figure, path)
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw(left, runs, TRAIN, f"training loss (moving average, {SMOOTHING:g})")
+    _draw(right, runs, VALIDATION, "validation loss (fixed noise)")
+    _legend(figure, runs)
+    with replacing(path) as aside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # letters that the font lacks become boxes
+        figure.savefig(aside, format="png", dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.12)
 
 
 def _draw(axes: Axes, runs: Sequence[Run], key: str, title: str) -> None:
@@ -62,36 +63,34 @@ def _legend(figure: Figure, runs: Sequence[Run]) -> None:
         names.append(f"and {len(runs) - len(shown)} more")
     legend = figure.legend(handles, ["."] * len(handles), loc="outside right upper", frameon=False, fontsize=9)
     for text, name in zip(legend.get_texts(), names, strict=True):
-        _set(text, name)
+        text.set_parse_math(False)  # a name with two `$` is no formula
+        text.set_text(name)
 
 
-def images(runs: Sequence[Run], album: ImageGrid, path: Path) -> bool:
+def images(runs: Sequence[Run], grid: ImageGrid, path: Path) -> bool:
     """Prompts in rows, runs in columns, each run at its last step; where there are many, the best of each stage.
 
     Returns:
         Whether there was an image to show; else no file is left at `path`.
     """
     path.unlink(missing_ok=True)
-    having = {run for _, run in album.cells}
+    having = {run for _, run in grid.cells}
     if not having:
         return False
     columns = sorted(sorted(having, key=lambda run: _rank(runs, run))[:MOST_COLUMNS])
-    rows = [row for row in range(len(album.rows)) if any((row, run) in album.cells for run in columns)][:MOST_ROWS]
-    with _quiet():
-        figure = Figure(figsize=(1.6 + 1.9 * len(columns), 0.7 + 2.1 * len(rows)), layout="constrained")
-        grid = figure.subplots(len(rows), len(columns), squeeze=False)
-        for line, row in enumerate(rows):
-            for place, run in enumerate(columns):
-                _show(grid[line][place], album.last(row, run))
-            prompt = album.rows[row].prompt or album.rows[row].key
-            label = grid[line][0].set_ylabel("", rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
-            _set(label, _wrapped(prompt, 18, 6))
-        for place, run in enumerate(columns):
-            title = grid[0][place].set_title("", fontsize=9, color="black")
-            _set(title, _wrapped(runs[run].label, 24, 3))
-        if len(columns) < len(having):
-            figure.supxlabel(f"{len(columns)} best of {len(having)} runs", fontsize=9)
-        _write(figure, path)
+    rows = [row for row in range(len(grid.rows)) if any((row, run) in grid.cells for run in columns)][:MOST_ROWS]
+    left_out = f"{len(columns)} best of {len(having)} runs" if len(columns) < len(having) else ""
+    found = [grid.last(row, run) for row in rows for run in columns]
+    pictures = [Image.open(io.BytesIO(one[1])) if one else Image.new("RGB", (1, 1), "white") for one in found]
+    sheet = labelled_grid(
+        pictures,
+        [f"step {one[0]}" if one else "–" for one in found],
+        len(columns),
+        heads=[left_out, *(runs[run].label for run in columns)],
+        sides=[grid.rows[row].prompt or grid.rows[row].key for row in rows],
+    )
+    with replacing(path) as aside:
+        sheet.save(aside, "PNG")
     return True
 
 
@@ -102,41 +101,3 @@ def _rank(runs: Sequence[Run], index: int) -> float:
         return float("inf")
     same = (run.scores.best for run in runs if run.stage == one.stage)
     return sum(best is not None and best < one.scores.best for best in same)
-
-
-def _show(axes: Axes, found: tuple[int, bytes] | None) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if found is None:
-        axes.text(0.5, 0.5, "–", transform=axes.transAxes, ha="center", va="center", color="gray")
-        return
-    step, data = found
-    with Image.open(io.BytesIO(data)) as picture:
-        axes.imshow(picture.convert("RGB"), interpolation="nearest" if picture.width < 128 else "antialiased")
-    axes.set_xlabel(f"step {step}", fontsize=8, color="dimgray")
-
-
-def _wrapped(text: str, width: int, lines: int) -> str:
-    return textwrap.fill(text, width, max_lines=lines, placeholder=" …")
-
-
-def _set(text: Any, content: str) -> None:
-    """A text as it is: a prompt with two `$` is no formula."""
-    text.set_parse_math(False)
-    text.set_text(content)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Letters that the font lacks become boxes, without a warning for each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-def _write(figure: Figure, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    figure.savefig(aside, format="png", dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.12)
-    aside.replace(path)

@@ -1,14 +1,13 @@
-"""Whether a new run can begin at the checkpoint of another: told from a few headers, before anything loads."""
+"""Check that a new run can begin at the checkpoint of another, by a few headers and before anything loads."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from torch import nn
 
-from kandinsky_exp import build
 from kandinsky_exp.errors import CheckpointError
 from kandinsky_exp.models import adapter_files, adapters, compatibility, weight_files
 from kandinsky_exp.models.components import PARTS
@@ -19,18 +18,27 @@ from kandinsky_exp.system.files import setting
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check(cfg: DictConfig, weights: Weights, start: Path, optimizer: str) -> None:
+def check(
+    start: Path,
+    weights: Weights,
+    part: str,
+    adapter: Mapping[str, Any],
+    attach: Callable[[nn.Module], object],
+    optimizer: str,
+) -> None:
     """Compare what a checkpoint holds with what the run would put it into; its stage, the config's check has compared.
 
     Args:
         start: the checkpoint.
+        part: the network that the run trains.
+        adapter: the settings of its adapter.
+        attach: puts that onto the network.
         optimizer: name of the class that the run trains with.
 
     Raises:
         CheckpointError: with all that does not fit, and how to start from the other run's weights instead.
     """
-    part = build.stage_class(cfg).part
-    problems = list(_misfits(cfg, weights, start / part))
+    problems = list(_misfits(start / part, weights, part, adapter, attach))
     used = integrity.read_state(start).get("optimizer")
     if used not in (None, optimizer):
         problems.append(f"optimizer: it was made with {used}, and this run trains with {optimizer}")
@@ -58,20 +66,21 @@ def check_length(start: Path, steps: int) -> None:
         )
 
 
-def _misfits(cfg: DictConfig, weights: Weights, folder: Path) -> Iterator[str]:
+def _misfits(
+    folder: Path, weights: Weights, part: str, adapter: Mapping[str, Any], attach: Callable[[nn.Module], object]
+) -> Iterator[str]:
     """What keeps the network of the run from taking the weights in a folder."""
-    has_adapter, adapts = adapter_files.is_adapter(folder), cfg.adapter.name != "none"
+    has_adapter, adapts = adapter_files.is_adapter(folder), adapter["name"] != "none"
     if has_adapter != adapts:
         yield (
             "adapter: it holds an adapter, and this run trains all weights"
             if has_adapter
-            else f"adapter: it holds all weights of a run without one, and this run trains a {cfg.adapter.name}"
+            else f"adapter: it holds all weights of a run without one, and this run trains a {adapter['name']}"
         )
         return
-    part = build.stage_class(cfg).part
     network = compatibility.without_data(part, weights.folder(part))
     if adapts:
-        build.attach(cfg, network, init="default")  # the others read the weights, and have the same shapes
+        attach(network)
     files = adapters.snapshot(network, {})
     ours = {name: tuple(value.shape) for name, value in files.tensors.items()}
     if not adapts:
@@ -80,7 +89,7 @@ def _misfits(cfg: DictConfig, weights: Weights, folder: Path) -> Iterator[str]:
         yield from _difference(f"weights.{PARTS[part][0]}: its network is another", ours, theirs)
         return
     theirs = weight_files.header(folder / adapter_files.WEIGHTS_NAME)
-    times = 2 if cfg.adapter.init in adapters.TAKEN_FROM_WEIGHTS else 1  # what it began with is in the file too
+    times = 2 if adapter["init"] in adapters.TAKEN_FROM_WEIGHTS else 1  # what it began with is in the file too
     yield from _other_settings(folder / adapter_files.WEIGHTS_NAME, files.metadata, times)
     if _layers(ours) != _layers(theirs):
         yield f"adapter.target_modules: it changes {len(_layers(theirs))} layers, this run {len(_layers(ours))}"
@@ -94,11 +103,11 @@ def _layers(shapes: Shapes) -> set[str]:
 def _difference(what: str, ours: Shapes, theirs: Shapes) -> Iterator[str]:
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
-            yield f"{what}: {name} is {_shown(theirs.get(name))} there, {_shown(ours.get(name))} here"
+            yield f"{what}: {name} is {_shape(theirs.get(name))} there, {_shape(ours.get(name))} here"
             return
 
 
-def _shown(shape: tuple[int, ...] | None) -> str:
+def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, RunFailure, first_line
-from kandinsky_exp.models.components import COMBINED, read_object
+from kandinsky_exp.models.components import PARTS, is_combined, read_object, side_parts
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.runs import run_states
 from kandinsky_exp.runs.model_card import Result, model_card
@@ -19,7 +19,6 @@ from kandinsky_exp.system.files import setting
 
 logger = logging.getLogger(__name__)
 PATIENCE = 30.0  # seconds; the hub's own client waits for ever
-DECODER = ("unet", "movq", "scheduler")
 
 
 def check_access(repo: str, private: bool) -> str | None:
@@ -174,11 +173,13 @@ def _files(run_folder: Path, result: Result) -> dict[str, Path | bytes]:
         path.relative_to(root).as_posix(): path for path in found if path.suffix in PART_FILES
     }
     index = {} if result.is_adapter else read_object(root / "model_index.json")
-    if result.linked_prior is None or index.get("_class_name") != COMBINED:
+    if result.linked_prior is None or not is_combined(index.get("_class_name")):
         return files
-    own = {key: value for key, value in index.items() if key in ("_diffusers_version", *DECODER)}
-    files = {path: file for path, file in files.items() if path.partition("/")[0] in DECODER}
-    files["model_index.json"] = (json.dumps({"_class_name": "KandinskyV22Pipeline", **own}, indent=2) + "\n").encode()
+    decoder = [PARTS[part][1] for part in side_parts("decoder")]
+    own = {key: value for key, value in index.items() if key in ("_diffusers_version", *decoder)}
+    files = {path: file for path, file in files.items() if path.partition("/")[0] in decoder}
+    name = index["_class_name"].replace("Combined", "")
+    files["model_index.json"] = (json.dumps({"_class_name": name, **own}, indent=2) + "\n").encode()
     return files
 
 

@@ -5,12 +5,12 @@ sha256 tells bits that flipped on a disk or on the way from one; whoever can wri
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kandinsky_exp.errors import CheckpointError
+from kandinsky_exp.errors import CheckpointError, cause_of
+from kandinsky_exp.system.files import flush
 
 STATE = "state.json"
 SUM = "sha256"
@@ -22,16 +22,7 @@ def seal(folder: Path, state: dict[str, Any]) -> None:
     content = {**state, "files": files}
     (folder / STATE).write_text(json.dumps({**content, SUM: _sum(content)}, indent=2) + "\n", "utf-8")
     for path in [*folder.rglob("*"), folder]:
-        flush_to_disk(path)
-
-
-def flush_to_disk(path: Path) -> None:
-    """A rename may reach the disk before the data it names: force the data first."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(path)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -47,10 +38,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         if not isinstance(state["files"], dict) or type(state["step"]) is not int:
             raise TypeError("it lacks its step or the list of its files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
-            f"checkpoint.resume: {folder} is no complete checkpoint ({STATE}: {reason}); give a checkpoints/step-… "
-            "folder, or a run's"
+            f"checkpoint.resume: {folder} is no complete checkpoint ({STATE}: {cause_of(error)}); give a "
+            "checkpoints/step-… folder, or a run's"
         ) from error
     return dict(state)
 

@@ -8,15 +8,14 @@ from omegaconf import DictConfig
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.config.recorded_paths import Move
 from kandinsky_exp.errors import ConfigError, cut
-from kandinsky_exp.models.components import PipelineHalf, is_hub_id
+from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
 from kandinsky_exp.models.weight_files import alone, untrusted
 from kandinsky_exp.runs import run_states
 from kandinsky_exp.runs.run_folder import read_record
-from kandinsky_exp.system import files
-from kandinsky_exp.tracking import mlflow_names, store, store_probe
+from kandinsky_exp.system import files, redaction
+from kandinsky_exp.tracking import store, store_probe
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-NETWORK: dict[PipelineHalf, str] = {"prior": "prior", "decoder": "unet"}
 
 
 def located(cfg: DictConfig, key: str, source: str, side: PipelineHalf | None) -> tuple[Path, str | None]:
@@ -38,7 +37,7 @@ def _job(sweep: Path, key: str, side: PipelineHalf | None) -> Path:
         ConfigError: there is none, or there are several.
     """
     records = {folder: read_record(folder) for folder in sorted(sweep.iterdir())}
-    jobs = [folder for folder, record in records.items() if record is not None and side in (None, record.stage)]
+    jobs = [folder for folder, record in records.items() if record is not None and side in (None, record.half)]
     if len(jobs) != 1:
         listed = ", ".join(f"'{folder.name}'" for folder in jobs[:5]) or "none"
         raise ConfigError(f"{key}: {sweep} is a sweep with {len(jobs)} such jobs ({listed}); give the folder of one")
@@ -63,23 +62,19 @@ def trained_network(folder: Path, side: PipelineHalf) -> Path:
     Raises:
         ConfigError: it holds the other stage, or nothing yet.
     """
-    name = NETWORK[side]
+    name = NETWORKS[side]
     # A checkpoint's averaged weights are what its run validates with and would leave behind.
     for candidate in (folder / "adapter", folder / f"{name}_ema", folder / name):
-        if candidate.is_dir() and (candidate.name != "adapter" or stage_of(folder) == side):
+        if candidate.is_dir() and (candidate.name != "adapter" or run_states.half_of(folder) == side):
             if problem := untrusted(candidate) or alone(candidate):
                 raise ConfigError(f"{side}: {folder}: {problem}")
             return candidate
     if read_record(folder) is None:  # a checkpoint, or what else lies in a run
         raise ConfigError(f"{side}: {folder} holds no trained {side}; give a run, or one of its checkpoints")
-    if (trained := stage_of(folder)) != side:
+    if (trained := run_states.half_of(folder)) != side:
         other = files.setting(trained, folder)
         raise ConfigError(f"{side}: {folder} holds no trained {side}, it is of the {trained}; give it as {other}")
     raise ConfigError(f"{side}: {run_states.no_result(folder, side, name)}")
-
-
-def stage_of(run_folder: Path) -> PipelineHalf:
-    return "prior" if run_states.is_prior(run_folder) else "decoder"
 
 
 def source_of(run_folder: Path, side: PipelineHalf) -> str:
@@ -116,9 +111,7 @@ def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
     try:
         folder = client.get_run(run_id).data.tags.get("run_folder")
     except MlflowException as error:
-        raise ConfigError(
-            f"{key}: the store {mlflow_names.masked(uri)} has no run {run_id}; set tracker.uri"
-        ) from error
+        raise ConfigError(f"{key}: the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri") from error
     place = None if folder is None else _here(Path(cfg.output_root).expanduser(), Path(folder), run_id)
     if place is None:
         raise ConfigError(f"{key}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")

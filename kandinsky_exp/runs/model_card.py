@@ -12,7 +12,7 @@ import yaml
 
 from kandinsky_exp.config import targets
 from kandinsky_exp.errors import cut
-from kandinsky_exp.models.components import PipelineHalf, is_hub_id
+from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
 from kandinsky_exp.runs.run_folder import Record
 from kandinsky_exp.system import redaction
 
@@ -44,7 +44,7 @@ class Result:
 
     @property
     def stage(self) -> PipelineHalf:
-        return "prior" if self.record.stage == "prior" else "decoder"
+        return self.record.half
 
     def base(self, side: PipelineHalf) -> str | None:
         """The hub id of what the run started from, None where that lies elsewhere."""
@@ -170,6 +170,6 @@ def _code(repo: str, result: Result) -> Iterator[str]:
         at = f", revision={str(revision)!r}" if revision else ""
         yield f"{half} = DiffusionPipeline.from_pretrained({repr(source) if source else half.upper()}{at})"
     if result.is_adapter:
-        network = "prior.prior" if result.stage == "prior" else "decoder.unet"
+        network = f"{result.stage}.{NETWORKS[result.stage]}"
         yield f'{network}.load_lora_adapter("{repo}", weight_name="pytorch_lora_weights.safetensors", prefix=None)'
     yield f'image = decoder(**prior("{PROMPT}", num_inference_steps={steps!r}), {drawing}).images[0]'

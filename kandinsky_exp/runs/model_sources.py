@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
 from kandinsky_exp.models import adapter_files, adapters, compatibility
-from kandinsky_exp.models.components import PARTS, PipelineHalf, check_source, is_hub_id
+from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
 from kandinsky_exp.runs import run_states
-from kandinsky_exp.runs.lookup import NETWORK, located, recorded_id, run_of, source_of, trained_network
+from kandinsky_exp.runs.lookup import located, recorded_id, run_of, source_of, trained_network
 
 logger = logging.getLogger(__name__)
 
@@ -75,22 +75,22 @@ def find_origins(cfg: DictConfig) -> dict[PipelineHalf, ModelSource]:
     """
     loose = {
         side: [find_adapter(cfg, f"{side}_adapter", text, side) for text in names_of(cfg[f"{side}_adapter"])]
-        for side in NETWORK
+        for side in NETWORKS
     }
     found: dict[PipelineHalf, ModelSource] = {
-        side: find_origin(cfg, side, cfg[side]) for side in NETWORK if cfg[side] is not None
+        side: find_origin(cfg, side, cfg[side]) for side in NETWORKS if cfg[side] is not None
     }
-    for side in NETWORK:
+    for side in NETWORKS:
         for adapter in loose[side]:
             if adapter.side != side:
                 other = f"{adapter.side}_adapter"
                 raise ConfigError(f"{side}_adapter: {adapter.folder} is of the {adapter.side}; give it as {other}=")
-    homes = {side: [one.run_folder for one in loose[side]] for side in NETWORK}
+    homes = {side: [one.run_folder for one in loose[side]] for side in NETWORKS}
     partners = [origin.run_folder for origin in found.values()] + homes["prior"] + homes["decoder"]
-    for side in NETWORK:
+    for side in NETWORKS:
         if side not in found:
             found[side] = started_from(cfg, [*homes[side], *partners], side)
-    return scaled({side: with_adapters(found[side], loose[side]) for side in NETWORK}, cfg.adapter_scale)
+    return scaled({side: with_adapters(found[side], loose[side]) for side in NETWORKS}, cfg.adapter_scale)
 
 
 def names_of(value: Any) -> list[str]:
@@ -129,7 +129,7 @@ def scaled(origins: Mapping[PipelineHalf, ModelSource], scale: Any) -> dict[Pipe
     rest = iter(scales)
     return {
         side: replace(origins[side], adapters=tuple(replace(one, scale=next(rest)) for one in origins[side].adapters))
-        for side in NETWORK
+        for side in NETWORKS
         if side in origins
     }
 
@@ -190,7 +190,7 @@ def _shapes(folder: Path, key: str) -> adapter_files.Shapes:
 
 def _with_file(place: Path, key: str, source: str) -> Path:
     """The folder with the adapter's file: this one, a run's, or a checkpoint's, averaged where there is that."""
-    names = ("adapter", "unet_ema", "unet", "prior_ema", "prior")
+    names = ["adapter", *(name for part in NETWORKS.values() for name in (f"{part}_ema", part))]
     folder = next((one for one in (place, *(place / name for name in names)) if adapter_files.is_adapter(one)), None)
     if folder is None:
         if run_of(place) == place:
@@ -233,19 +233,19 @@ def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]
     Raises:
         ConfigError: a part cannot be fetched, a file is damaged, or what should work together does not fit.
     """
-    trained = {NETWORK[side]: origin.network for side, origin in origins.items() if origin.network is not None}
+    trained = {NETWORKS[side]: origin.network for side, origin in origins.items() if origin.network is not None}
     folders = [one.folder for origin in origins.values() for one in origin.adapters]
     for note in compatibility.check(weights, set(PARTS), trained, keys=keys) + passed_over(
         [*trained.values(), *folders]
     ):
         logger.warning(note)
     for side, origin in origins.items():
-        part = NETWORK[side]
+        part = NETWORKS[side]
         if origin.adapters:
-            shapes = compatibility.described(part, origin.network or weights.folder(part))
+            shapes = compatibility.expected_shapes(part, origin.network or weights.folder(part))
         for one in origin.adapters:
             key = keys.format(side=side)
-            if (problem := adapter_files.misfit(_shapes(one.folder, key), shapes)) is not None:
+            if (problem := adapter_files.base_problem(_shapes(one.folder, key), shapes)) is not None:
                 raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
 
 
@@ -263,7 +263,7 @@ def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> A
     Raises:
         ConfigError: a file cannot be loaded.
     """
-    part, source = NETWORK[side], origin.network
+    part, source = NETWORKS[side], origin.network
     try:
         network = weights.load(part) if source is None else weights.read_model(part, source)
         if origin.adapters:

@@ -1,10 +1,9 @@
-"""What may be different when a run goes on, and what may not: then it would not be the same run any more."""
+"""Check the settings, data and weights of a resumed run against what it was so far."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from kandinsky_exp.config import recorded_paths
-from kandinsky_exp.data.encoded.layout import PICTURE_RULES
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import integrity
 from kandinsky_exp.runs.run_folder import RunFolder
@@ -57,6 +56,7 @@ class Facts:
         encoders: of the frozen encoders' files; None = not compared.
         holds_out: whether `validation.fraction` decides which images train.
         total_batch: samples per optimizer step, over all processes.
+        rules: by which pictures are read, `PICTURE_RULES`.
     """
 
     source: str | None
@@ -64,6 +64,7 @@ class Facts:
     holds_out: bool
     total_batch: int
     processes: int
+    rules: int
 
 
 def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
@@ -88,7 +89,9 @@ def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
         (facts.encoders, space.record.encoders, "weights: not the encoders that it trains with"),
     ):
         if None not in (found, recorded) and found != recorded:
-            problems.append(what + (MORE_IS_READ if what.startswith("data") and is_of_old_rules(space) else ""))
+            problems.append(
+                what + (MORE_IS_READ if what.startswith("data") and is_of_old_rules(space, facts.rules) else "")
+            )
     if state["total_batch"] != facts.total_batch:
         problems.append(
             f"trainer.batch_size × trainer.grad_accumulation × processes: was {state['total_batch']}, is "
@@ -96,7 +99,7 @@ def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
         )
     if problems:
         listed = "\n  ".join(problems)
-        weights = f"weights.{space.record.stage}" if any(_is_in(key, OF_STATE) for key in different) else None
+        weights = f"weights.{space.record.half}" if any(_is_in(key, OF_STATE) for key in different) else None
         way, what = (weights, "result") if weights else ("checkpoint.resume", "weights")
         raise ConfigError(
             f"name: {space.folder} cannot go on with other\n  {listed}\nSet these as they were; or start anew under "
@@ -106,14 +109,14 @@ def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
     space.notes += _notes(different, state["processes"], facts.processes)
 
 
-def is_of_old_rules(space: RunFolder) -> bool:
+def is_of_old_rules(space: RunFolder, rules: int) -> bool:
     """Whether a run began when pictures were read by other rules."""
-    return space.is_resumed and space.start is not None and space.record.rules != PICTURE_RULES
+    return space.is_resumed and space.start is not None and space.record.rules != rules
 
 
-def notes_on_rules(space: RunFolder) -> list[str]:
+def notes_on_rules(space: RunFolder, rules: int) -> list[str]:
     """What is to be known of a run that goes on with pictures that are read by other rules than before."""
-    if not is_of_old_rules(space):
+    if not is_of_old_rules(space, rules):
         return []
     return [
         "since this run began, colour profiles of pictures count, and so do transparent colours of 16-bit pictures and "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kandinsky_exp.errors import CheckpointError, ConfigError, UserError
+from kandinsky_exp.models.components import PARTS, PipelineHalf
 from kandinsky_exp.runs import integrity
 from kandinsky_exp.system.files import LOG, fresh_folder, make_root, occupied, write_atomically
 
@@ -27,6 +28,7 @@ class Record:
     Args:
         status: RUNNING, FINISHED, FAILED or KILLED.
         stage: what trains in the folder; `sweep` for a folder of jobs.
+        part: of Kandinsky that trains; None of a run from before it was recorded.
         validation_loss: what `run` returned, once finished.
         best_loss: the lowest validation loss so far.
         rows: images that train; None before they were counted.
@@ -52,6 +54,14 @@ class Record:
     revision: str | None = None
     split: str | None = None
     rules: int | None = None
+    part: str | None = None
+
+    @property
+    def half(self) -> PipelineHalf:
+        """The half of Kandinsky that trains."""
+        if self.part in PARTS:
+            return PARTS[self.part][0]
+        return "prior" if self.stage == "prior" else "decoder"
 
 
 @dataclass

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import CheckpointError, ConfigError
+from kandinsky_exp.models.components import NETWORKS, PipelineHalf
 from kandinsky_exp.runs import integrity
-from kandinsky_exp.runs.run_folder import read_record
+from kandinsky_exp.runs.run_folder import Record, read_record
 from kandinsky_exp.system import files
 from kandinsky_exp.system.files import LOG, occupied
 
@@ -65,10 +66,11 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
 def no_adapter(run_folder: Path, key: str) -> str:
     """Why a run holds no adapter, and what to do, as `...; ...`."""
     if saved_config.value(run_folder, "adapter.name") in (None, "none"):
-        side = "prior" if is_prior(run_folder) else "decoder"
-        return f"{run_folder} trained all weights, no adapter; it is drawn with by {files.setting(side, run_folder)}"
-    return no_result(run_folder, key, "prior" if is_prior(run_folder) else "unet")
+        drawn = files.setting(half_of(run_folder), run_folder)
+        return f"{run_folder} trained all weights, no adapter; it is drawn with by {drawn}"
+    return no_result(run_folder, key, NETWORKS[half_of(run_folder)])
 
 
-def is_prior(run_folder: Path) -> bool:
-    return (saved_config.value(run_folder, "model._target_") or "").endswith("PriorStage")
+def half_of(run_folder: Path) -> PipelineHalf:
+    """The half of Kandinsky that a run trains."""
+    return (read_record(run_folder) or Record()).half

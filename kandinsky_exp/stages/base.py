@@ -1,7 +1,8 @@
-"""The seam between the loop and what is trained, and the part of the objective that both stages share.
+"""The seam between the loop and what is trained, and the part of the objective that all stages share.
 
 The loop prepares `stage.network` and hands the prepared network back in. A stage reads features, never pixels: they
-come from a cache or from `encode` on the fly, and the loss cannot tell. A third stage is one subclass and one yaml.
+come from a cache or from `encode` on the fly, and the loss cannot tell. What others have to know of a stage it
+declares, so that a further one is one subclass and one yaml.
 """
 
 from abc import ABC, abstractmethod
@@ -9,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import adapters
+from kandinsky_exp.models import adapters, components
 from kandinsky_exp.models.adapters import NetworkFiles
+from kandinsky_exp.models.compatibility import REQUIRED, Requirement
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
@@ -43,53 +46,10 @@ class StageLoss:
     timesteps: Tensor
 
 
-class Stage(Protocol):
-    """What the loop, the cache and the validation know of a stage.
-
-    Args:
-        part: the network's name among the parts of Kandinsky, and its folder's in a checkpoint.
-        encoders: the frozen parts that `encode` needs.
-    """
-
-    name: ClassVar[str]
-    part: ClassVar[str]
-    encoders: ClassVar[tuple[str, ...]]
-    preprocess: Preprocess
-
-    @property
-    def network(self) -> nn.Module:
-        """What trains."""
-
-    @property
-    def num_timesteps(self) -> int:
-        """Length T of the noise schedule."""
-
-    def encode(self, examples: dict[str, Tensor]) -> Features:
-        """Frozen encoders over preprocessed examples; no gradient."""
-
-    def null_condition(self) -> Features:
-        """The features that stand for «no condition», as single rows."""
-
-    def loss(
-        self, network: nn.Module, features: Features, generator: Generators, timesteps: Tensor | None = None
-    ) -> StageLoss:
-        """The objective on one batch. Conditions are dropped only while `network.training`."""
-
-    def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]:
-        """Images for prompts, through the whole of Kandinsky."""
-
-    def reconstruct(self, network: nn.Module, features: Features, settings: SampleSettings) -> list[Image.Image]:
-        """Images from the features of real ones; none where the network has no say in what those look like."""
-
-    def save(self, network: nn.Module, folder: Path) -> None:
-        """Write the network in diffusers layout, or its adapter alone where that is what trains."""
-
-    def snapshot(self, network: nn.Module, trained: Mapping[str, Tensor]) -> NetworkFiles:
-        """What `save` would write, with `trained` in place of the parameters of these names, to be written later."""
-
-
 class DiffusionStage(ABC):
     """The shared objective: noise the clean features, ask the network, weigh the squared error.
+
+    A class declares `name`, `part`, `encoders`, and what of the rest is not as here.
 
     Args:
         weights: where the parts come from.
@@ -98,8 +58,17 @@ class DiffusionStage(ABC):
     """
 
     name: ClassVar[str]
-    part: ClassVar[str]
-    encoders: ClassVar[tuple[str, ...]]
+    part: ClassVar[str]  # that trains: its name in `components.PARTS`, and its folder's in a checkpoint
+    half: ClassVar[components.PipelineHalf]  # of Kandinsky; this and the next two follow from `part`
+    requires: ClassVar[tuple[Requirement, ...]]  # what of the network's config has to agree with what
+    result_pipeline: ClassVar[str]  # class of the pipeline that a full run leaves
+    encoders: ClassVar[tuple[str, ...]]  # frozen parts that `encode` needs
+    draws_with: ClassVar[tuple[tuple[str, ...], ...]] = ()  # parts that `sample` holds at a time, one after the other
+    stays_loaded: ClassVar[tuple[str, ...]] = ()  # of these, what is not forgotten when all is drawn
+    redraws: ClassVar[bool] = False  # whether `reconstruct` gives anything
+    ragged_features: ClassVar[tuple[str, ...]] = ()  # follow the caption's length, or with buckets the picture's shape
+    extra_inputs: ClassVar[Mapping[str, tuple[int, ...]]] = {}  # columns beside picture and caption: shapes of numbers
+    unfit_attention: ClassVar[Mapping[str, str]] = {}  # values of `trainer.attention`, and why they cannot be
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
     preprocess: Preprocess
     alphas_cumprod: Tensor
@@ -111,6 +80,22 @@ class DiffusionStage(ABC):
         self.condition_dropout = condition_dropout
         self.device = torch.device("cpu")  # of the constants, and of features
         self._null: Features | None = None
+
+    def __init_subclass__(cls) -> None:
+        if "part" in vars(cls):
+            half = components.PARTS[cls.part][0]
+            declared = {"half": half, "requires": REQUIRED[half], "result_pipeline": components.RESULTS[half]}
+            for name in declared.keys() - vars(cls).keys():
+                setattr(cls, name, declared[name])
+
+    @classmethod
+    def reads_captions(cls) -> bool:
+        return "text_encoder" in cls.encoders
+
+    @classmethod
+    def reads_pixels(cls) -> bool:
+        """Whether `data.resolution` changes what trains."""
+        return "movq" in cls.encoders
 
     @cached_property
     def network(self) -> nn.Module:
@@ -152,12 +137,28 @@ class DiffusionStage(ABC):
         """The null condition from the frozen encoders, rows of batch size 1."""
 
     @abstractmethod
-    def encode(self, examples: dict[str, Tensor]) -> Features: ...
+    def encode(self, examples: dict[str, Tensor]) -> Features:
+        """Frozen encoders over preprocessed examples, no gradient; pictures and captions may come apart."""
+
+    def encode_batch(self, device: torch.device) -> int:
+        """Pictures per call of `encode`: as many as fill an accelerator; on the CPU as many as still gain."""
+        side = self.preprocess.resolution
+        if device.type == "cpu":
+            return 8
+        return 64 if side is None else max(1, 16 * 512**2 // side**2)
+
+    def dummy_inputs(self, batch: int) -> list[Features]:
+        """What `encode` gets of `batch` examples, pictures and captions apart: tensors whose shapes alone count."""
+        side, extra = self.preprocess.resolution or 64, {key: np.zeros(size) for key, size in self.extra_inputs.items()}
+        rows = [self.preprocess(Image.new("RGB", (side, side)), None, extra), self.preprocess(None, "")]
+        return [{key: torch.empty((batch, *x.shape), dtype=x.dtype) for key, x in row.items()} for row in rows if row]
 
     @abstractmethod
-    def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]: ...
+    def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]:
+        """Images for prompts, through the whole of Kandinsky."""
 
     def reconstruct(self, network: nn.Module, features: Features, settings: SampleSettings) -> list[Image.Image]:
+        """Images from the features of real ones; none where the network has no say in what those look like."""
         return []
 
     @abstractmethod
@@ -165,6 +166,7 @@ class DiffusionStage(ABC):
         """Recompute activations in the backward pass instead of keeping them."""
 
     def null_condition(self) -> Features:
+        """The features that stand for «no condition», as single rows."""
         if self._null is None:
             self._null = self._placed(self.encode_null())
         return self._null
@@ -179,7 +181,7 @@ class DiffusionStage(ABC):
     def loss(
         self, network: nn.Module, features: Features, generator: Generators, timesteps: Tensor | None = None
     ) -> StageLoss:
-        """The objective of section 5 of the design on one batch.
+        """The objective on one batch. Conditions are dropped only while `network.training`.
 
         Args:
             features: `loss_weight` (B,) among them weighs the samples in every term of the loss.
@@ -199,7 +201,7 @@ class DiffusionStage(ABC):
         prediction, variance = output[:, : clean.shape[1]], output[:, clean.shape[1] :]
         per_sample = (prediction - target).square().flatten(1).mean(1)
         weights = features.get("loss_weight")
-        loss = diffusion.weighted_mean(self._weigh(per_sample, timesteps), weights)
+        loss = diffusion.weighted_mean(self.weigh(per_sample, timesteps, features), weights)
         extra = self.variance_term(prediction, variance, clean, noisy, timesteps, weights)
         return StageLoss(loss if extra is None else loss + extra, per_sample.detach(), timesteps)
 
@@ -215,7 +217,8 @@ class DiffusionStage(ABC):
         """A loss for the learned variance, its samples weighted by `weights` (B,); none unless a stage has one."""
         return None
 
-    def _weigh(self, per_sample: Tensor, timesteps: Tensor) -> Tensor:
+    def weigh(self, per_sample: Tensor, timesteps: Tensor, features: Features) -> Tensor:
+        """The squared errors (B,) as they count in the loss."""
         if self.snr_gamma is None:
             return per_sample
         weights = diffusion.min_snr_weights(timesteps, self.alphas_cumprod, self.snr_gamma, self.prediction_type)
@@ -258,9 +261,11 @@ class DiffusionStage(ABC):
             self._null = self._placed(self._null)
 
     def save(self, network: nn.Module, folder: Path) -> None:
+        """Write the network in diffusers layout, or its adapter alone where that is what trains."""
         adapters.save(network, folder)
 
     def snapshot(self, network: nn.Module, trained: Mapping[str, Tensor]) -> NetworkFiles:
+        """What `save` would write, with `trained` in place of the parameters of these names, to be written later."""
         return adapters.snapshot(network, trained)
 
 

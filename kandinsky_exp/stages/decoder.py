@@ -29,6 +29,10 @@ class DecoderStage(DiffusionStage):
     name = "decoder"
     part = "unet"
     encoders = ("image_encoder", "movq")
+    draws_with = (("text_encoder", "prior"), ("unet", "movq"))
+    stays_loaded = ("movq",)
+    redraws = True
+    ragged_features = ("latents",)
     memory_format = torch.channels_last  # convolutions: 5 to 8 % of a step on the CPU
 
     def __init__(
@@ -47,7 +51,7 @@ class DecoderStage(DiffusionStage):
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = schedule.config.prediction_type
         self.vlb_weight = self._checked_vlb_weight(vlb_weight, schedule.config.get("variance_type"))
-        self.preprocess = Preprocess(weights.load("image_processor"), None, resolution)
+        self.preprocess = Preprocess(weights.load("image_processor"), None, resolution, extra_inputs=self.extra_inputs)
         self._prompt_embeds: dict[tuple[object, ...], pipelines.Embeds] = {}
 
     def _checked_vlb_weight(self, weight: float, variance_type: str | None) -> float:

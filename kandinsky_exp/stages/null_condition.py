@@ -11,7 +11,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kandinsky_exp.data.encoded.cache import encoding_told
+from kandinsky_exp.errors import encoding_told
 from kandinsky_exp.stages.base import DiffusionStage, Features
 
 

@@ -1,7 +1,7 @@
 """The prior: from a caption to the CLIP embedding of an image that it could describe."""
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
@@ -30,6 +30,12 @@ class PriorStage(DiffusionStage):
     name = "prior"
     part = "prior"
     encoders = ("image_encoder", "text_encoder")
+    draws_with = (("text_encoder", "prior"), ("image_encoder",), ("unet", "movq"))
+    stays_loaded = ("text_encoder", "unet", "movq")
+    ragged_features = ("text_states",)
+    unfit_attention: ClassVar = {
+        "xformers": "xformers cannot take the prior's mask, whose rows of 81 are not aligned; take sdpa"
+    }
 
     def __init__(
         self, weights: Weights, *, resolution: int = 512, snr_gamma: float | None = None, condition_dropout: float = 0.1
@@ -40,7 +46,8 @@ class PriorStage(DiffusionStage):
         schedule = DDPMScheduler(num_train_timesteps=config.num_train_timesteps, beta_schedule="squaredcos_cap_v2")
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = config.prediction_type
-        self.preprocess = Preprocess(weights.load("image_processor"), weights.load("tokenizer"), None)
+        images, captions = weights.load("image_processor"), weights.load("tokenizer")
+        self.preprocess = Preprocess(images, captions, None, extra_inputs=self.extra_inputs)
         self._zero_embed: Tensor | None = None  # (1, E): what the decoder guides away from
 
     @classmethod
@@ -57,9 +64,7 @@ class PriorStage(DiffusionStage):
         """No forward uses the parameters `clip_mean` and `clip_std`: trainable, they break distributed training."""
         network.clip_mean.requires_grad_(False)
         network.clip_std.requires_grad_(False)
-        exact = {name: getattr(network, name).detach().clone() for name in STATISTICS}
-        if network.clip_std.dtype != torch.float32:
-            exact |= self.weights.tensors(self.part, STATISTICS)
+        exact = self.weights.tensors(self.part, STATISTICS)
         _refuse_zeros(exact["clip_std"])
         self.mean, self.std = exact["clip_mean"], exact["clip_std"]
 

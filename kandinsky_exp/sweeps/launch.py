@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp.config import command_line, grammar, hydra_errors
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.runs import run_notes
+from kandinsky_exp.runs import description
 from kandinsky_exp.sweeps import check, job_process, optuna_study, supervise
 from kandinsky_exp.sweeps import session as sweep
 from kandinsky_exp.sweeps.outcomes import JobFolder
@@ -82,7 +82,8 @@ def launch(verb: str, line: command_line.CommandLine, call: job_process.Call, st
         store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))  # before there is a folder
     folder = sweep.place(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
-    command = shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *map(run_notes.shown, named)])
+    overrides = map(description.redacted_override, named)
+    command = shlex.join(["kandinsky-exp", *([] if verb == "train" else [verb]), *overrides])
     with (
         sweep.occupied(folder),
         job_process.desk(call.function) as desk,  # it imports while this process asks the store

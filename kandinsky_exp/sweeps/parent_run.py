@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from kandinsky_exp.errors import TrackingError
-from kandinsky_exp.runs import run_folder, run_notes
+from kandinsky_exp.runs import description, run_folder
 from kandinsky_exp.sweeps.outcomes import Outcome
 from kandinsky_exp.tracking import store
 from kandinsky_exp.tracking.mlflow_names import JOB
@@ -27,7 +27,7 @@ def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> Tra
     record = run_folder.read_record(folder) or run_folder.Record(stage="sweep", token=uuid.uuid4().hex)
     space = run_folder.RunFolder(folder, record)
     space.write_record()  # the token first: whatever is killed now, the next start finds the same run
-    tracker = MlflowTracker(
+    tracker = MlflowTracker.open(
         uri,
         cfg.tracker.experiment,
         folder.name,
@@ -38,7 +38,7 @@ def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> Tra
         tags={"sweep": folder.name, "run_folder": str(folder)},
     )
     if record.run_id is None and tracker.run_id is not None:  # later the description is the user's
-        tracker.set_tags(run_notes.note(command, [report_link(uri, tracker.run_id)]))
+        tracker.set_tags(description.tags(command, [report_link(uri, tracker.run_id)]))
     record.run_id = tracker.run_id
     space.write_record()
     return tracker
@@ -84,7 +84,7 @@ def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
     parent = run_folder.read_record(folder.parent)
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     try:
-        tracker = MlflowTracker(
+        tracker = MlflowTracker.open(
             uri,
             cfg.tracker.experiment,
             outcome.name,

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterator
@@ -133,9 +134,49 @@ def locked(file: Path) -> FileLock:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, whole."""
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_text(text, "utf-8")
+
+
+@contextmanager
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
+    """A file to write, which then takes the place of `path`: a reader sees the old or the new one, whole.
+
+    Args:
+        mark: tells the files of several writers apart.
+    """
+    aside = path.with_name(f".{path.name}{mark}.part")
+    aside.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        yield aside
+        flush(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of `folder`: that is there whole or not at all."""
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk has other uses for the room
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.rename(folder)
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder on the disk: a rename may get there before the data it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

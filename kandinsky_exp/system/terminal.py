@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from kandinsky_exp.errors import cause_of
+
 logger = logging.getLogger(__name__)
 MESSAGE = "nothing more can be shown (%s): what follows is in the log alone"
 
@@ -59,7 +61,7 @@ class Lasting:
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
         if Lasting.lost is None:
-            Lasting.lost = getattr(error, "strerror", None) or str(error)
+            Lasting.lost = cause_of(error)
             logger.warning(MESSAGE, Lasting.lost)
 
 

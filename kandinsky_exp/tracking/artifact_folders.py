@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from kandinsky_exp.tracking.mlflow_names import masked
+from kandinsky_exp.system.redaction import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kandinsky_exp.system.files import flush
+
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
@@ -225,11 +227,7 @@ def inside(folder: Path) -> Iterator[Path]:
 
 def fsync(path: Path) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
     except FileNotFoundError:  # delivered meanwhile
         pass
     except OSError as error:

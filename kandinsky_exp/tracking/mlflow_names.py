@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from kandinsky_exp.system.redaction import masked as masked  # what writes to a store takes both from here
+from kandinsky_exp.errors import first_line
+from kandinsky_exp.system.redaction import masked
 
 MAX_PARAM = 100  # characters: tables have them in columns; MLflow would take 6,000
 MAX_TAG = 8000  # MLflow's limits
@@ -24,8 +25,7 @@ MAX_DIGEST = 36
 
 def reason(error: BaseException) -> str:
     """The first line of what went wrong, without credentials."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return masked(lines[0].strip().rstrip("."))[:300]
+    return masked(first_line(error, 1 << 16).strip().rstrip("."))[:300]  # cut last: half a secret is not known as one
 
 
 def legal_name(key: str) -> str:

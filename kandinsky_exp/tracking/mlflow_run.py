@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky_exp.errors import TrackingError
+from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import artifact_folders
 from kandinsky_exp.tracking.disk_queue import Record
 from kandinsky_exp.tracking.mlflow_names import (
     MAX_DATASET_NAME,
     MAX_DIGEST,
     dataset_source,
-    masked,
     same_param,
     shortened,
     tag_texts,

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kandinsky_exp.errors import TrackingError, UserError, is_own_mistake
+from kandinsky_exp.system.files import replacing
+from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import artifact_folders, store_schema
-from kandinsky_exp.tracking.mlflow_names import masked, reason
+from kandinsky_exp.tracking.mlflow_names import reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,12 +98,10 @@ def _make_sqlite(path: Path) -> None:
     """Make a store, whole or not at all: MLflow takes seconds for it, and cannot use one that was left half-made."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    aside = path.with_name(f".{path.name}.part")
-    for left in (aside, aside.with_name(f"{aside.name}-journal")):
-        left.unlink(missing_ok=True)
-    store = SqlAlchemyStore(_sqlite_uri(aside), "./mlruns")  # type: ignore[no-untyped-call]  # MLflow's default, not made
-    store.engine.dispose()
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.with_name(f"{aside.name}-journal").unlink(missing_ok=True)
+        store = SqlAlchemyStore(_sqlite_uri(aside), "./mlruns")  # type: ignore[no-untyped-call]  # MLflow's default
+        store.engine.dispose()
 
 
 @contextlib.contextmanager

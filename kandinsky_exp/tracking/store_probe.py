@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from kandinsky_exp.errors import TrackingError
+from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import store_schema
-from kandinsky_exp.tracking.mlflow_names import masked
 from kandinsky_exp.tracking.store import explained, kind_of, sqlite_path
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}

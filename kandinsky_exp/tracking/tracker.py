@@ -1,7 +1,7 @@
 """Where a run is recorded: parameters, metrics, images and artifacts in an MLflow store, or nowhere.
 
 Once a run exists, recording never ends the training: a write that fails is a warning, and what could not be written
-waits in the run's folder. Whether the store answers is asked before: by `probe`, and by `MlflowTracker`'s constructor.
+waits in the run's folder. Whether the store answers is asked before: by `probe`, and by `MlflowTracker.open`.
 """
 
 import contextlib
@@ -12,22 +12,15 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kandinsky_exp.errors import Interrupted, Pruned
+from kandinsky_exp.tracking import mlflow_run
 from kandinsky_exp.tracking.delivery import Delivery, settle
 from kandinsky_exp.tracking.disk_queue import Record
 from kandinsky_exp.tracking.mlflow_names import legal_name, param_text, reason, run_tags, tag_texts
-from kandinsky_exp.tracking.mlflow_run import (
-    dataset_record,
-    find_or_make,
-    image_record,
-    images_to,
-    reopen,
-    steps_logged,
-)
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.sender import described
 from kandinsky_exp.tracking.store import artifact_location, connect, explained, impatient
@@ -91,27 +84,10 @@ class NullTracker:
 
     run_id: str | None = None
 
-    def log_params(self, params: Mapping[str, Any]) -> None: ...
+    def _ignore(self, *values: Any, **named: Any) -> None: ...
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def log_image(self, key: str, image: "Image", step: int, prompt: str | None = None) -> None: ...
-
-    def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
-
-    def log_text(self, text: str, file: str) -> None: ...
-
-    def log_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None: ...
-
-    def set_tags(self, tags: Mapping[str, str]) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def finish(self, status: Status) -> None: ...
-
-    def abandon(self, status: Status) -> None: ...
+    log_params = log_metrics = log_image = log_artifact = log_text = log_dataset = set_tags = _ignore
+    flush = sync = finish = abandon = _ignore
 
 
 class MlflowTracker:
@@ -122,23 +98,36 @@ class MlflowTracker:
     the store; what an earlier process left in the outbox goes before it.
 
     Args:
-        uri: of the store; a relative sqlite path is made absolute.
-        experiment: made where it does not exist.
-        run_name: of a new run.
-        artifact_root: local folder for the artifacts of a new experiment; a server decides for itself.
-        outbox: folder for what waits; None = what the store has not taken when the run is finished is lost.
-        run_id: the run to go on with; None makes a new one.
-        token: becomes a tag of a new run. Where there is a run with it already, that one is gone on with: its process
-            was killed before it could remember the id.
-        tags: set at once. `parent_run_id`: of a sweep's job.
-        redone_from: what is there already of this step and later ones is not recorded again; None: all is recorded.
-
-    Raises:
-        TrackingError: the store cannot be used, or has no run `run_id`.
+        uri: of the store, absolute.
+        delivery: from the outbox to the run.
+        logged: (key, step) of the metrics that are there already, and not recorded again.
+        redone_from: what is there of this step and later ones is not recorded again; None: all is recorded.
+        is_kept: the outbox outlives the process.
+        held: closed when the run is finished.
     """
 
     def __init__(
         self,
+        uri: str,
+        run_id: str,
+        delivery: Delivery,
+        logged: Collection[tuple[str, int]],
+        redone_from: int | None,
+        is_kept: bool,
+        held: contextlib.ExitStack,
+    ) -> None:
+        self.uri = uri
+        self.run_id: str | None = run_id
+        self._delivery, self._outbox = delivery, delivery.outbox
+        self._logged, self._redone_from = logged, redone_from
+        self._is_kept, self._held = is_kept, held
+        self._prompts: dict[str, str] = {}
+        self._prompts_file = ""
+        self._has_images = self._finished = False
+
+    @classmethod
+    def open(
+        cls,
         uri: str,
         experiment: str,
         run_name: str,
@@ -149,30 +138,39 @@ class MlflowTracker:
         tags: Mapping[str, str] = {},
         parent_run_id: str | None = None,
         redone_from: int | None = None,
-    ) -> None:
+    ) -> "MlflowTracker":
+        """Make a run in a store, or go on with one.
+
+        Args:
+            uri: of the store; a relative sqlite path is made absolute.
+            experiment: made where it does not exist.
+            run_name: of a new run.
+            artifact_root: local folder for the artifacts of a new experiment; a server decides for itself.
+            outbox: folder for what waits; None = what the store has not taken when the run is finished is lost.
+            run_id: the run to go on with; None makes a new one.
+            token: becomes a tag of a new run. Where there is a run with it already, that one is gone on with: its
+                process was killed before it could remember the id.
+            tags: set at once. `parent_run_id`: of a sweep's job.
+            redone_from: as of the class.
+
+        Raises:
+            TrackingError: the store cannot be used, or has no run `run_id`.
+        """
         with contextlib.ExitStack() as held:
             held.enter_context(impatient())
-            self._client, self.uri = connect(uri)
-            self._is_kept = outbox is not None
-            if outbox is None:
-                outbox = Path(tempfile.gettempdir()) / f"kandinsky_exp-{uuid.uuid4().hex}"
-                held.callback(shutil.rmtree, outbox, ignore_errors=True)
-            self._outbox = Outbox(outbox)
-            with explained(self.uri):
-                place = artifact_location(self.uri, artifact_root)
+            client, uri = connect(uri)
+            box = Outbox(_temporary_folder(held) if outbox is None else outbox)
+            with explained(uri):
+                artifacts = artifact_location(uri, artifact_root)
                 every = run_tags(tags, parent_run_id)
-                run_id = run_id or find_or_make(self._client, (experiment, place), run_name, token, every)
-                reopen(self._client, self.uri, run_id, tags, place)
-                self._redone_from = redone_from
-                self._there = steps_logged(self._client, run_id, self._outbox, redone_from)
-            self.run_id: str | None = run_id
-            self._prompts: dict[str, str] = {}
-            self._prompts_file = ""
-            self._has_images = self._finished = False
-            self._outbox.open()
-            self._outbox.remove_status()  # of an earlier process: this one's will come
-            self._delivery = Delivery(self._client, run_id, self._outbox)
-            self._held = held.pop_all()
+                run_id = run_id or mlflow_run.find_or_make(client, (experiment, artifacts), run_name, token, every)
+                mlflow_run.reopen(client, uri, run_id, tags, artifacts)
+                logged = mlflow_run.steps_logged(client, run_id, box, redone_from)
+            box.open()
+            box.remove_status()  # of an earlier process: this one's will come
+            return cls(
+                uri, run_id, Delivery(client, run_id, box), logged, redone_from, outbox is not None, held.pop_all()
+            )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         texts = {legal_name(key): param_text(value) for key, value in params.items()}
@@ -181,14 +179,14 @@ class MlflowTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now, step = time.time_ns() // 1_000_000, int(step)
         values = {legal_name(key): float(value) for key, value in metrics.items()}
-        new = {key: value for key, value in values.items() if (key, step) not in self._there}
+        new = {key: value for key, value in values.items() if (key, step) not in self._logged}
         if new:
             self._record({"kind": "metrics", "step": step, "time": now, "values": new}, points=len(new))
 
     def log_image(self, key: str, image: "Image", step: int, prompt: str | None = None) -> None:
         clean, step = legal_name(key), int(step)
-        record = image_record(clean, step, self._redone_from is not None and step >= self._redone_from)
-        self._attach(record, images_to(record["name"], image))
+        record = mlflow_run.image_record(clean, step, self._redone_from is not None and step >= self._redone_from)
+        self._attach(record, mlflow_run.images_to(record["name"], image))
         if not self._has_images:
             self._has_images = True
             self.set_tags({"mlflow.loggedImages": "True"})  # the UI looks for images where this is set
@@ -211,7 +209,7 @@ class MlflowTracker:
         self._attach({"what": f"the artifact {file}", "to": to or None}, lambda place: (place / name).write_bytes(data))
 
     def log_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
-        self._record(dataset_record(name, digest, source, rows, context))
+        self._record(mlflow_run.dataset_record(name, digest, source, rows, context))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._record({"kind": "tags", "what": "the tags", "texts": tag_texts(tags)})
@@ -268,6 +266,12 @@ class MlflowTracker:
         self._prompts[key] = prompt
         # Not in `images/`: one file there that is not named like an image, and the UI shows no image of the run at all.
         self.log_text(json.dumps(self._prompts, indent=2, ensure_ascii=False), self._prompts_file)
+
+
+def _temporary_folder(held: contextlib.ExitStack) -> Path:
+    folder = Path(tempfile.gettempdir()) / f"kandinsky_exp-{uuid.uuid4().hex}"
+    held.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from kandinsky_exp import run_settings
 from kandinsky_exp.errors import Pruned
 from kandinsky_exp.runs import run_folder
-from kandinsky_exp.system import distributed
+from kandinsky_exp.system import distributed, host_memory
 from kandinsky_exp.tracking.tracker import Tracker
 from kandinsky_exp.training import checkpoint, loop
 from kandinsky_exp.training.async_checkpoint import CheckpointWriter
@@ -70,6 +70,7 @@ class Callbacks:
         Raises:
             Pruned: a sweeper gives the run up.
         """
+        host_memory.trim()  # what the steps left is room for what draws
         self.validator(step)
         self.validated = step
         loss, best = self.validator.loss, self.space.record.best_loss
@@ -88,6 +89,7 @@ class Callbacks:
         distributed.on_main_process(lambda: self._save(self.validated == step))
 
     def _save(self, validated: bool) -> None:
+        host_memory.trim()  # of what the steps left, for the copy
         self.tracker.sync()  # no checkpoint is there whose records could still be lost
         self.writer.save(
             checkpoint.snapshot(

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from kandinsky_exp.errors import CheckpointError, is_out_of_memory
+from kandinsky_exp.errors import CheckpointError, first_line, is_out_of_memory
 from kandinsky_exp.models import adapters, read_back
 from kandinsky_exp.models.adapters import NetworkFiles
-from kandinsky_exp.runs.integrity import flush_to_disk, read_state, seal
+from kandinsky_exp.runs.integrity import read_state, seal
+from kandinsky_exp.system.files import replacing_folder
 from kandinsky_exp.training import ema, state_file
 from kandinsky_exp.training.loop import Training
 from kandinsky_exp.training.state_file import mapped
@@ -56,23 +57,14 @@ class Snapshot:
     def write(self, root: Path) -> Path:
         """`root/step-…`, whole or not at all."""
         folder = root / f"step-{self.step:08d}"
-        aside = root / f".{folder.name}.part"
         for left in root.glob(".step-*.part"):  # by a process that was killed
             shutil.rmtree(left)
-        aside.mkdir(parents=True)
-        try:
+        with replacing_folder(folder) as aside:  # it may be a damaged one that was passed over when the run was resumed
             for name, files in self.networks.items():
                 files.write(aside / name)
                 read_back.check(read_back.written(aside / name), files.tensors, folder / name)
             state_file.write(self.tensors, aside / state_file.NAME)
             seal(aside, self.state)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk has other uses for the room
-            raise
-        if folder.exists():  # a damaged one that was passed over when the run was resumed
-            shutil.rmtree(folder)
-        aside.rename(folder)
-        flush_to_disk(root)
         return folder
 
 
@@ -172,10 +164,9 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if is_out_of_memory(error):  # it does fit this run
             raise
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"checkpoint.resume: {folder} does not fit this run ({reason}); use the settings it was made with, start "
-            "anew under another name"
+            f"checkpoint.resume: {folder} does not fit this run ({first_line(error)}); use the settings it was made "
+            "with, start anew under another name"
         ) from error
     training.step = state["step"]
     return state

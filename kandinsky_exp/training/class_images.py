@@ -15,7 +15,7 @@ import torch
 from kandinsky_exp.data import long_texts
 from kandinsky_exp.data.dreambooth import MADE, ClassImages, drawn_name
 from kandinsky_exp.data.encoded.progress import EVERY_SECONDS
-from kandinsky_exp.errors import ConfigError, DataError, memory_told
+from kandinsky_exp.errors import ConfigError, DataError, cause_of, memory_told
 from kandinsky_exp.models import compatibility, pipelines
 from kandinsky_exp.models.components import PARTS, PipelineHalf, check_source, is_hub_id, side_parts
 from kandinsky_exp.models.pipelines import SampleSettings
@@ -26,6 +26,7 @@ OUT_OF_MEMORY = (
     "drawing class images ran out of memory ({}); set precision=fp16 or bf16, or give pictures of the class in "
     "data.class_path"
 )
+DRAWS_WITH = (("image_encoder",), ("prior", "text_encoder"), ("unet", "movq"))  # parts at a time, see `draw`
 logger = logging.getLogger(__name__)
 
 
@@ -193,9 +194,8 @@ def draw(
         decoder = pipelines.decoder_pipeline(weights)
         for done, number in enumerate(numbers, start=1):
             (image,) = pipelines.decode(decoder, embeds[done - 1], replace(how, first=number))
-            aside = folder / f".{drawn_name(number)}.part"
-            image.save(aside, "PNG")
-            aside.replace(folder / drawn_name(number))
+            with files.replacing(folder / drawn_name(number)) as aside:
+                image.save(aside, "PNG")
             if time.monotonic() - said > EVERY_SECONDS:
                 said = time.monotonic()
                 logger.info("drew %d of %d class images", done, len(numbers))
@@ -213,6 +213,6 @@ def writing(folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise DataError(
-            f"data.class_path: class images cannot be written to {folder} ({error.strerror or error}); make room, or "
+            f"data.class_path: class images cannot be written to {folder} ({cause_of(error)}); make room, or "
             "give a folder that can"
         ) from error

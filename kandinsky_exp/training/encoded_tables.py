@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from kandinsky_exp.data.encoded.cache import cache_key, encode_table, encoding_told
+from kandinsky_exp.data.encoded.cache import cache_key, encode_table
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, encoding_told
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import distributed
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kandinsky_exp.stages.base import Features, Stage
+from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.training.seeding import derive_seed, validation_generator
@@ -42,7 +42,7 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def validate(
-    stage: Stage,
+    stage: DiffusionStage,
     network: nn.Module,
     held_out: HeldOut,
     *,
@@ -68,7 +68,13 @@ def validate(
 
 
 def _summed(
-    stage: Stage, network: nn.Module, held_out: HeldOut, accelerator: Accelerator, seed: int, draws: int, size: int
+    stage: DiffusionStage,
+    network: nn.Module,
+    held_out: HeldOut,
+    accelerator: Accelerator,
+    seed: int,
+    draws: int,
+    size: int,
 ) -> Tensor:
     """(sum of losses, their number) over the rows of this process."""
     mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))

@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from kandinsky_exp.errors import Interrupted, NonFiniteLoss, RunFailure, UserError
-from kandinsky_exp.stages.base import Features, Stage
+from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.system.agreement import Agreement
 from kandinsky_exp.tracking.tracker import Tracker
 from kandinsky_exp.training.display import progress_bar, report
@@ -40,7 +40,7 @@ class Training:
         unread: of the meter, at the last checkpoint: what was measured and not reported yet.
     """
 
-    stage: Stage
+    stage: DiffusionStage
     network: nn.Module
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LRScheduler

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from PIL import Image
 
 from kandinsky_exp.data.preprocess import center_crop_resize
-from kandinsky_exp.models.image_grid import labelled_grid
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.stages.base import Features
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
+from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking.tracker import Tracker
 from kandinsky_exp.training import ema, fixed_noise, loop
 

@@ -15,8 +15,8 @@ from kandinsky_exp.errors import ConfigError, cut
 from kandinsky_exp.reports import report, run_data
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.runs.lookup import RUN_ID
-from kandinsky_exp.system import files, logs
-from kandinsky_exp.tracking import mlflow_names, store, store_probe
+from kandinsky_exp.system import files, logs, redaction
+from kandinsky_exp.tracking import store, store_probe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -123,7 +123,7 @@ def missing(client: "MlflowClient", uri: str, run_ids: Iterable[str]) -> list[st
                 raise
             is_there = False
         if not is_there:
-            found.append(f"the store {mlflow_names.masked(uri)} has no run {run_id}; set tracker.uri, or leave it out")
+            found.append(f"the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri, or leave it out")
     return found
 
 

@@ -20,10 +20,10 @@ from PIL import Image
 from kandinsky_exp import cli
 from kandinsky_exp.data import sources
 from kandinsky_exp.models import pipelines
-from kandinsky_exp.models.image_grid import labelled_grid
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.system import files, logs
+from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking import mlflow_names, store
 from kandinsky_exp.training.validation import to_image
 

@@ -66,7 +66,7 @@ def _encode(cfg: DictConfig) -> None:
         settings = ReadSettings(
             cache=folder,
             cached=True,
-            how=build.encode_settings(cfg, accelerator.device),
+            how=build.encode_settings(cfg, stage, accelerator.device),
             seed=cfg.seed,
             fraction=0.0,
             workers=0,

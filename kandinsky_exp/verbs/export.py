@@ -11,8 +11,7 @@ from kandinsky_exp import build
 from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
-from kandinsky_exp.models.components import PipelineHalf
-from kandinsky_exp.runs.lookup import NETWORK
+from kandinsky_exp.models.components import NETWORKS, RESULTS, PipelineHalf
 from kandinsky_exp.runs.model_sources import (
     Adapter,
     ModelSource,
@@ -72,7 +71,7 @@ def alone(cfg: DictConfig, adapter: Adapter, root: Path, name: str) -> None:
         weights, origins = build.weights(cfg), find_sides(cfg, [adapter])
         use(weights, origins)
         check_networks(weights, origins, keys="adapter")
-        part = NETWORK[adapter.side]
+        part = NETWORKS[adapter.side]
         network = compatibility.without_data(part, origins[adapter.side].network or weights.folder(part))
         tensors, _ = adapter_tensors.read(adapter.folder, adapter_tensors.layers(network))
     folder = files.fresh_folder(root, name)
@@ -100,7 +99,7 @@ def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None
     def save(place: Path) -> None:
         network.to(dtype).save_pretrained(place)
 
-    pipelines.save_result(weights, side, folder / "pipeline", save)
+    pipelines.save_result(weights, side, RESULTS[side], folder / "pipeline", save)
     files.write_atomically(folder / "config.yaml", saved_config.to_yaml(cfg))
     print(folder)
 
@@ -108,7 +107,7 @@ def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None
 def find_sides(cfg: DictConfig, found: list[Adapter]) -> dict[PipelineHalf, ModelSource]:
     """What the adapters go onto, and the other stage: what their run had, or else the `weights` group's."""
     runs = [one.run_folder for one in found]
-    origins = {side: started_from(cfg, runs, side) for side in NETWORK}
+    origins = {side: started_from(cfg, runs, side) for side in NETWORKS}
     side = found[0].side
     if cfg.base is not None:
         origins[side] = find_origin(cfg, side, cfg.base)

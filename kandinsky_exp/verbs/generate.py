@@ -19,11 +19,11 @@ from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.components import PipelineHalf
-from kandinsky_exp.models.image_grid import labelled_grid
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs.model_sources import ModelSource, check_networks, find_origins, load_network, use
 from kandinsky_exp.system import distributed, files, logs, signals
 from kandinsky_exp.system.halving import Halving
+from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking import store, store_probe
 
 OUT_OF_MEMORY = "drawing ran out of memory ({}); set precision=bf16, or smaller height and width"

@@ -15,11 +15,10 @@ from kandinsky_exp.config import allowlist, targets, validation
 from kandinsky_exp.data import source_facts, sources
 from kandinsky_exp.memory import device_limits, disk, savings
 from kandinsky_exp.memory.dry_run import DryRun
-from kandinsky_exp.memory.estimate import MAPPED, Phase, Phases
+from kandinsky_exp.memory.estimate import MAPPED, Estimate, Phase
 from kandinsky_exp.system import distributed as processes
 from kandinsky_exp.system import files, host_memory, logs
 
-TIGHT = 0.85  # of the memory: beyond it, what the estimate may be wrong by counts
 GB = 1e9
 SHOWN = 5e5  # bytes, the least that a table shows
 
@@ -58,18 +57,17 @@ class Planner:
         self.capacity = capacity(cfg, accelerator.device, accelerator.num_processes)
         splits = known(cfg)
         self.train, self.held_out = rows(cfg, splits)
-        self.made = DryRun(cfg, accelerator)  # what is learned from it counts for other settings, too
-        self.caches = list(disk.of_caches(cfg, self.made, splits)) if cfg.data.cache else []
+        self.dry_run = DryRun(cfg, accelerator)  # what is learned from it counts for other settings, too
+        self.caches = list(disk.of_caches(cfg, self.dry_run, splits)) if cfg.data.cache else []
         self.draws_class = splits.class_images is not None and bool(splits.class_images.missing())
-        self.need = self._need(cfg, self.made)
-        self.phases = list(self.need.all())
+        self.estimate = self._estimate(cfg, self.dry_run)
+        self.phases = list(self.estimate.phases())
         self.peak = max(self.phases, key=lambda phase: phase.total)
 
-    def _need(self, cfg: DictConfig, made: DryRun) -> Phases:
+    def _estimate(self, cfg: DictConfig, dry_run: DryRun) -> Estimate:
         encodes = not all(found.is_there for found in self.caches) or not self.caches
-        return Phases(
-            cfg, made, self.train, self.held_out, encodes, self.draws_class, python=self.python, capacity=self.capacity
-        )
+        counts = (self.train, self.held_out)
+        return Estimate(cfg, dry_run, *counts, encodes, self.draws_class, self.python, self.capacity)
 
     def lines(self) -> Iterator[str]:
         yield self._title()
@@ -84,11 +82,11 @@ class Planner:
         cfg = self.cfg
         what = "all weights" if cfg.adapter.name == "none" else f"{cfg.adapter.name} of rank {cfg.adapter.rank}"
         how = f"batches of {run_settings.shown(cfg)} at {cfg.data.resolution} px, {cfg.precision.name}"
-        return f"{self.made.stage.name}, {what}, {how}"
+        return f"{self.dry_run.stage.name}, {what}, {how}"
 
     def _parameters(self) -> str:
-        sizes = self.made.sizes()
-        encoders = sum(self.made.part(part)[0] for part in self.made.stage.encoders)
+        sizes = self.dry_run.sizes()
+        encoders = sum(self.dry_run.part(part)[0] for part in self.dry_run.stage.encoders)
         return (
             f"parameters  {sizes.trained:,} train, {sizes.frozen:,} of the network are frozen, {encoders:,} in encoders"
         )
@@ -103,8 +101,8 @@ class Planner:
         return f"memory      {peak}; {name}, {limit} {gb(self.capacity)}"
 
     def _disk(self) -> Iterator[str]:
-        checkpoint, count = self.need.snapshot_bytes(), self._checkpoints()
-        result = self.need.network_bytes()
+        checkpoint, count = self.estimate.checkpoint_bytes(), self._checkpoints()
+        result = self.dry_run.sizes().saved
         written = sum(found.bytes for found in self.caches)
         free = disk.free(Path(self.cfg.output_root).expanduser().absolute())
         total = written + checkpoint * count + result
@@ -127,10 +125,8 @@ class Planner:
 
     def _steps(self) -> str:
         count = self.accelerator.num_processes
-        per_step, steps = (
-            run_settings.total_batch(self.cfg, count),
-            run_settings.total_steps(self.cfg, self.train, count),
-        )
+        per_step = run_settings.total_batch(self.cfg, count)
+        steps = run_settings.total_steps(self.cfg, self.train, count)
         if self.train is None:
             return f"steps       {steps:,} of {per_step} images; how many images there are is known once they are read"
         epochs = steps * per_step / self.train
@@ -142,24 +138,25 @@ class Planner:
     # --- what to do where it does not fit
 
     def _warnings(self) -> Iterator[str]:
-        if self.need.needed() <= self.capacity:
-            if max(phase.needed for phase in self.phases) > TIGHT * self.capacity:
+        needed = max(phase.needed for phase in self.phases)
+        if needed <= self.capacity:
+            if max(phase.needed * (1 + phase.accuracy) for phase in self.phases) > self.capacity:
                 yield "note: it fits, but not by more than the estimate may be wrong"
             return
-        yield f"warning: {gb(self.need.needed())} are needed, and there are {gb(self.capacity)}"
+        yield f"warning: {gb(needed)} are needed, and there are {gb(self.capacity)}"
         settings = savings.cheapest(self.cfg, self.accelerator.device, self._fits)
         if settings is None:
             yield "none of the settings that save memory makes it fit, nor do all of them together"
         else:
-            needed = self._with(savings.changed(self.cfg, settings))
-            yield f"the cheapest setting that fits: {' '.join(settings)} ({gb(needed.needed())})"
+            needed = self._with(savings.changed(self.cfg, settings)).needed()
+            yield f"the cheapest setting that fits: {' '.join(settings)} ({gb(needed)})"
 
-    def _with(self, cfg: DictConfig) -> Phases:
-        return self._need(cfg, DryRun(cfg, self.accelerator, self.made.answers))
+    def _with(self, cfg: DictConfig) -> Estimate:
+        return self._estimate(cfg, DryRun(cfg, self.accelerator, self.dry_run.answers))
 
     def _fits(self, cfg: DictConfig) -> bool:
-        need = self._with(cfg)
-        return need.least() <= self.capacity and all(phase.needed <= self.capacity for phase in need.phases())
+        estimate = self._with(cfg)
+        return estimate.least() <= self.capacity and all(one.needed <= self.capacity for one in estimate.phases())
 
 
 def capacity(cfg: DictConfig, device: torch.device, processes: int) -> int:
@@ -193,14 +190,14 @@ def rows(cfg: DictConfig, splits: sources.Splits | sources.AnnouncedSplits) -> t
 
 
 def table(phases: Sequence[Phase]) -> Iterator[str]:
-    """Parts by phase, in GB."""
-    shown = [name for phase in phases for name, size in phase.parts.items() if abs(size) >= SHOWN]
-    names = list(dict.fromkeys(shown))
+    """Parts by phase, in GB, and how far off they may be."""
+    names = dict.fromkeys(name for phase in phases for name, size in phase.parts.items() if size >= SHOWN)
     yield "".join([f"{'GB':<18}", *(f"{phase.name:>12}" for phase in phases)])
     for name in names:
         cells = (f"{phase.parts[name] / GB:>12.3f}" if phase.parts.get(name) else f"{'–':>12}" for phase in phases)
         yield "".join([f"{name:<18}", *cells])
     yield "".join([f"{'together':<18}", *(f"{phase.total / GB:>12.3f}" for phase in phases)])
+    yield "".join([f"{'accuracy on a CPU':<18}", *(f"{f'±{phase.accuracy:.0%}':>12}" for phase in phases)])
 
 
 def gb(size: int) -> str:

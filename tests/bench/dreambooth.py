@@ -25,7 +25,7 @@ from PIL import Image
 
 from kandinsky_exp import cli
 from kandinsky_exp.data import sources
-from kandinsky_exp.models.image_grid import labelled_grid
+from kandinsky_exp.system.image_grid import labelled_grid
 
 SIDE = 64  # pixels
 PROMPT = "a 3d emoji of sks animal"

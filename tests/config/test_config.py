@@ -428,6 +428,20 @@ def test_a_users_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "importing my_broken failed: ModuleNotFoundError: No module named 'no_such_thing'" in found
 
 
+@pytest.mark.parametrize("name", ["weights", "pipelines", "adapters"])
+@pytest.mark.parametrize("line", ["from kandinsky_exp.{} import anything", "from kandinsky_exp import {}"])
+def test_an_import_from_a_former_place_is_told_the_new_one(
+    line: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"my_old_{name}_{len(line)}"
+    (tmp_path / f"{module}.py").write_text(f"import {module}_beside\n")
+    (tmp_path / f"{module}_beside.py").write_text(line.format(name))
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = validation.problems(composed(*TINY, f"model._target_={module}.Mine"), trusted=[module])
+    moved = f"kandinsky_exp.{name} is kandinsky_exp.models.{name} now; change that import"
+    assert found == f"model._target_: importing {module} failed: {moved}"
+
+
 def test_nested_targets_are_found() -> None:
     values = {"a": {"_target_": "x.Y", "b": [{"_target_": "z.Z"}]}, "c": 1}
     assert [key for key, _ in targets.nodes(values)] == ["a", "a.b.0"]

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from kandinsky_exp import cli
 from kandinsky_exp.config import command_line, grammar, hydra_errors
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.runs import run_notes
+from kandinsky_exp.runs import description
 from kandinsky_exp.sweeps import check, launch, supervise
 
 TINY = ["model=prior", "weights=tiny", "data=emoji", "tracker=none"]
@@ -272,7 +272,7 @@ SWEPT = ["--config-dir=mine", "experiment=swept", "seed=1", "name=s"]
 @pytest.mark.usefixtures("of_job")
 def test_the_command_of_a_job_makes_one_run(words: list[str], mine: Path) -> None:
     words = [word.replace("--config-dir=mine", f"--config-dir={mine}") for word in words]
-    typed = shlex.split(run_notes.command() or "")
+    typed = shlex.split(description.command() or "")
     assert typed[:2] == ["kandinsky-exp", "train"]
     assert sorted(typed[2:]) == sorted(words)
     assert not settled(*typed[2:]).sweeps

@@ -48,16 +48,13 @@ OUTER = {
 }
 # Arrows that are still to be cut.
 TO_CUT = {
-    ("runs.forking", "build"),
-    ("runs.resuming", "data.encoded.layout"),
-    ("stages.null_condition", "data.encoded.cache"),
     ("training.callbacks", "run_settings"),
 }
 KNOW_OMEGACONF = {
     *("config", "sweeps", "memory", "runs.lookup", "runs.model_sources", "verbs"),
     *("cli", "run", "results", "records", "build", "run_settings"),
 }
-STILL_KNOW_OMEGACONF = {"runs.forking", "training.callbacks"}
+STILL_KNOW_OMEGACONF = {"training.callbacks"}
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "models")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
 LAZY = {"mlflow", "datasets"}  # optional at run time: imported by the functions that use them
@@ -179,7 +176,7 @@ def test_the_loop_knows_the_seam_and_the_trackers_protocol_only() -> None:
     taken = {
         (item.module, item.name) for item in IMPORTS["training.loop"] if room_of(item.module) in ("stages", "tracking")
     }
-    assert taken <= {("stages.base", "Stage"), ("stages.base", "Features"), ("tracking.tracker", "Tracker")}
+    assert taken <= {("stages.base", "DiffusionStage"), ("stages.base", "Features"), ("tracking.tracker", "Tracker")}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] in CLEAR_OF_FRAMEWORKS])

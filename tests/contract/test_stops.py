@@ -14,13 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from commands import Forked, start
 from running import SMALL, client, composed, history, network, prepare, runs, same, train
 from safetensors.torch import load_file
 
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import Interrupted
-from kandinsky_exp.memory import advice as memory_advice
+from kandinsky_exp.memory import savings
 from kandinsky_exp.run import run
 from kandinsky_exp.runs import integrity
 from kandinsky_exp.system import signals
@@ -187,9 +188,9 @@ def test_no_memory_names_three_settings(tmp_path: Path) -> None:
     assert record(tmp_path / "d")["status"] == "FAILED"
 
 
-def use(**given: int) -> memory_advice.Use:
+def use(**given: int) -> savings.Use:
     facts = {"trainable": 4, "frozen": 0, "optimizer": 8, "average": 0, "encoders": 0, "activations": 1}
-    return memory_advice.Use(**{name: value * 10**9 for name, value in {**facts, **given}.items()})
+    return savings.Use(**{name: value * 10**9 for name, value in {**facts, **given}.items()})
 
 
 @pytest.mark.parametrize(
@@ -209,14 +210,14 @@ def use(**given: int) -> memory_advice.Use:
 def test_what_lowers_memory_most_comes_first(
     overrides: list[str], given: dict[str, int], device: str, first: str, tmp_path: Path
 ) -> None:
-    advice = memory_advice.advice(composed(tmp_path, *overrides), use(**given), device)
+    advice = savings.advice(composed(tmp_path, *overrides), use(**given), torch.device(device))
     assert advice[0].startswith(first), advice
     assert len(advice) == 3
 
 
 def test_of_validation_the_batch_of_validation(tmp_path: Path) -> None:
     cfg = composed(tmp_path, "trainer.batch_size=8")
-    (first, *_) = memory_advice.advice(cfg, use(activations=40), "cuda", validating=True)
+    (first, *_) = savings.advice(cfg, use(activations=40), torch.device("cuda"), validating=True)
     assert first.startswith("validation.batch_size=4")
 
 
@@ -229,7 +230,7 @@ def test_of_validation_the_batch_of_validation(tmp_path: Path) -> None:
     ],
 )
 def test_what_was_asked_for(text: str, expected: int) -> None:
-    assert memory_advice.asked_for(RuntimeError(text)) == expected
+    assert savings.size_in(RuntimeError(text)) == expected
 
 
 # --- data

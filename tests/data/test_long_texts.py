@@ -50,7 +50,7 @@ def test_without_a_cache_they_are_named_too(tmp_path):
     cfg = composed(tmp_path, *settings)
     accelerator = build.accelerator(cfg)
     stage = build.bare_stage(cfg, build.weights(cfg))
-    read = build.read_settings(cfg, accelerator.device)
+    read = build.read_settings(cfg, stage, accelerator.device)
     data = open_readers(build.data(cfg), stage, read, accelerator, lambda line: None)
     assert [line.split(":")[0] for line in data.cut] == ["0.png", "1.png"]
     assert data.notes[0].startswith("2 captions are longer than 77 tokens and were cut:\n0.png: read up to")

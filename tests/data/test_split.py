@@ -73,7 +73,7 @@ def opened(root: Path, *overrides: str, by_row: bool = False) -> Readers:
     cfg = composed(root, "data.max_samples=null", "data.resolution=64", *overrides)
     accelerator = build.accelerator(cfg)
     stage = build.bare_stage(cfg, build.weights(cfg))
-    settings = build.read_settings(cfg, accelerator.device, by_row)
+    settings = build.read_settings(cfg, stage, accelerator.device, by_row)
     return open_readers(build.data(cfg), stage, settings, accelerator, lambda line: None)
 
 

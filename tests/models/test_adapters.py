@@ -230,7 +230,7 @@ def test_an_adapter_counts_the_same_under_other_trainers_names(form, part, plain
     other = foreign.write(form, folder, tmp_path / "other", part, 12.0, 4)
     shapes = adapter_files.read(other)
     assert adapter_files.stage(shapes) == {"prior": "prior", "unet": "decoder"}[part]
-    assert adapter_files.misfit(shapes, compatibility.described(part, weights.folder(part))) is None
+    assert adapter_files.base_problem(shapes, compatibility.expected_shapes(part, weights.folder(part))) is None
     found, base = merged(weights, part, other), weights.load(part).state_dict()
     assert found.keys() == expected.keys()
     changed = [name for name, value in expected.items() if not torch.equal(value, base[name])]
@@ -306,14 +306,14 @@ def test_the_file_tells_whose_it_is_and_whom_it_fits(weights, tmp_path):
         adapters.save(attach(weights.load_trainable(part)), tmp_path / part)
         shapes = adapter_files.read(tmp_path / part)
         assert adapter_files.stage(shapes) == side
-        network = compatibility.described(part, weights.folder(part))
-        assert adapter_files.misfit(shapes, network) is None
+        network = compatibility.expected_shapes(part, weights.folder(part))
+        assert adapter_files.base_problem(shapes, network) is None
         wider = {name: (shape[0], *(size + 1 for size in shape[1:])) for name, shape in network.items()}
-        assert "inputs, the base's has" in str(adapter_files.misfit(shapes, wider))
+        assert "inputs, the base's has" in str(adapter_files.base_problem(shapes, wider))
         flat = {name: shape[:1] for name, shape in network.items()}
-        assert "no layer that an adapter can change" in str(adapter_files.misfit(shapes, flat))
+        assert "no layer that an adapter can change" in str(adapter_files.base_problem(shapes, flat))
         fewer = {name: shape for name, shape in network.items() if "to_q" not in name}
-        assert "which the base has not" in str(adapter_files.misfit(shapes, fewer))
+        assert "which the base has not" in str(adapter_files.base_problem(shapes, fewer))
     (tmp_path / "unet" / adapters.WEIGHTS_NAME).write_bytes(b"\x10" + bytes(20))
     with pytest.raises(ValueError, match="damaged or cut off"):
         adapter_files.read(tmp_path / "unet")

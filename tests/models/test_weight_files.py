@@ -91,7 +91,8 @@ def test_a_result_from_shards_of_a_variant_loads_as_any_other(sharded: Path, tmp
     """Its parts have plain names, its index names them, and what was there of other variants stays behind."""
     (sharded / "movq" / "diffusion_pytorch_model.bf16.safetensors").write_bytes(b"of another variant")
     weights = load(sharded)
-    pipelines.save_result(weights, "decoder", tmp_path / "pipeline", weights.load("unet").save_pretrained)
+    result, save = components.RESULTS["decoder"], weights.load("unet").save_pretrained
+    pipelines.save_result(weights, "decoder", result, tmp_path / "pipeline", save)
     assert not list((tmp_path / "pipeline").rglob("*16*"))
     loaded = AutoPipelineForText2Image.from_pretrained(tmp_path / "pipeline", local_files_only=True)
     for part, network in (("movq", loaded.movq), ("image_encoder", loaded.prior_image_encoder)):

@@ -45,7 +45,7 @@ class Sweep:
         return MlflowClient(default_uri(self.root))
 
     def track(self, name: str, **options: Any) -> MlflowTracker:
-        made = MlflowTracker(default_uri(self.root), "tests", name, self.root / "mlartifacts", **options)
+        made = MlflowTracker.open(default_uri(self.root), "tests", name, self.root / "mlartifacts", **options)
         self.ids[name] = str(made.run_id)
         return made
 
@@ -162,7 +162,7 @@ def test_the_table_says_what_differed_and_how_it_went(page: Page, sweep: Sweep) 
 
 
 def test_what_a_run_does_not_have_is_left_open(page: Page) -> None:
-    for head in ("stage", "lr", *html.SCORES[:4], "samples/s"):
+    for head in ("stage", "lr", *[*html.SCORES][:4], "samples/s"):
         assert page.column(head)["failed"] == ("–", None), head
     assert page.column("best val. loss")["no validation"] == ("–", None)
     assert page.column("last train loss")["no validation"][0] == "0.25"
@@ -503,7 +503,7 @@ def test_an_artifact_store_that_is_gone_costs_the_images_only(
     sweep: Sweep, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The parent's artifacts cannot be written, those of a run not be read."""
-    one = MlflowTracker(default_uri(sweep.root), "elsewhere", "one", tmp_path / "gone")
+    one = MlflowTracker.open(default_uri(sweep.root), "elsewhere", "one", tmp_path / "gone")
     one.log_metrics({"train/loss": 1.0}, 1)
     one.finish("FINISHED")
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)

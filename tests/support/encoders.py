@@ -13,6 +13,7 @@ class PriorEncoders:
 
     def __init__(self):
         self.preprocess = Preprocess(architecture.image_processor(), architecture.tokenizer(), None)
+        self.ragged_features = ("text_states",)
         self.image_encoder = architecture.image_encoder().eval()
         self.text_encoder = architecture.text_encoder().eval()
         self.images = self.captions = 0
@@ -36,6 +37,7 @@ class DecoderEncoders:
 
     def __init__(self):
         self.preprocess = Preprocess(architecture.image_processor(), None, 64)
+        self.ragged_features = ("latents",)
         self.image_encoder = architecture.image_encoder().eval()
         self.movq = architecture.movq().eval()
 

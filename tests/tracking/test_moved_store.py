@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 def record(root: Path, run_id: str | None = None, step: int = 1, experiment: str = "tests") -> MlflowTracker:
     """A run with an image, new or gone on with."""
     utils._artifact_repos_cache.clear()  # as in a new process
-    tracker = MlflowTracker(default_uri(root), experiment, "a run", root / "mlartifacts", root / "outbox", run_id)
+    tracker = MlflowTracker.open(default_uri(root), experiment, "a run", root / "mlartifacts", root / "outbox", run_id)
     tracker.log_image("validation/00", Image.new("RGB", (8, 8), "red"), step, "a prompt")
     tracker.finish("FINISHED")
     return tracker
@@ -107,7 +107,7 @@ def test_a_store_without_its_artifacts_says_what_it_lacks(
 
 
 def test_a_run_without_images_lacks_nothing(root: Path) -> None:
-    tracker = MlflowTracker(default_uri(root), "tests", "bare", root / "mlartifacts")
+    tracker = MlflowTracker.open(default_uri(root), "tests", "bare", root / "mlartifacts")
     tracker.finish("FINISHED")
     assert not collected(root, str(tracker.run_id)).notes
 

@@ -33,8 +33,9 @@ from running import train
 
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.errors import Interrupted, TrackingError
+from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking.delivery import deliver_left
-from kandinsky_exp.tracking.mlflow_names import MAX_PARAM, dataset_source, masked, param_text, value_text
+from kandinsky_exp.tracking.mlflow_names import MAX_PARAM, dataset_source, param_text, value_text
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.provenance import git_commit, pip_freeze
 from kandinsky_exp.tracking.store import default_uri
@@ -64,7 +65,7 @@ def tracker(output_root: Path) -> Iterator[MlflowTracker]:
 
 
 def track(output_root: Path, **options: Any) -> MlflowTracker:
-    return MlflowTracker(default_uri(output_root), "tests", "a run", output_root / "mlartifacts", **options)
+    return MlflowTracker.open(default_uri(output_root), "tests", "a run", output_root / "mlartifacts", **options)
 
 
 def red(size: int = 64) -> Image.Image:
@@ -198,7 +199,7 @@ def test_store_and_artifacts_are_where_they_should_be(output_root: Path, tracker
     "uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "", "sqlite://", "sqlite:///:memory:", "ftp://a"]
 )
 def test_a_store_that_mlflow_refuses_is_refused_at_once(uri: str, tmp_path: Path) -> None:
-    for attempt in (probe, lambda uri: MlflowTracker(uri, "tests", "a", tmp_path)):
+    for attempt in (probe, lambda uri: MlflowTracker.open(uri, "tests", "a", tmp_path)):
         with pytest.raises(TrackingError, match=r"(?s)tracker.uri.*sqlite:///"):
             attempt(uri)
 
@@ -330,7 +331,7 @@ def test_a_store_of_another_mlflow_is_explained(
 def test_a_deleted_experiment_is_explained(client: MlflowClient, output_root: Path) -> None:
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(TrackingError, match="mlflow experiments restore"):
-        MlflowTracker(default_uri(output_root), "gone", "a", output_root)
+        MlflowTracker.open(default_uri(output_root), "gone", "a", output_root)
 
 
 # Status (pitfall 27)
@@ -366,7 +367,7 @@ def ends(root: Path, name: str) -> None:
     def stop(number: int, _: object) -> None:
         raise Interrupted(number)
 
-    tracker = MlflowTracker(default_uri(root), "endings", name, root / "mlartifacts")
+    tracker = MlflowTracker.open(default_uri(root), "endings", name, root / "mlartifacts")
     signal.signal(signal.SIGTERM, stop)
     with tracked(tracker):
         tracker.log_metrics({"a": 1.0}, 0)
@@ -604,9 +605,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from PIL import Image
-from kandinsky_exp.tracking.tracker import MlflowTracker, default_uri
+from kandinsky_exp.tracking.store import default_uri
+from kandinsky_exp.tracking.tracker import MlflowTracker
 root, outbox = Path(sys.argv[1]), Path(sys.argv[2])
-tracker = MlflowTracker(default_uri(root), "tests", "a run", root / "mlartifacts", outbox, token="killed" + outbox.name)
+token = "killed" + outbox.name
+tracker = MlflowTracker.open(default_uri(root), "tests", "a run", root / "mlartifacts", outbox, token=token)
 print(tracker.run_id, flush=True)
 for step in range(0, 30, 10):
     tracker.log_metrics({"a": float(step)}, step)
@@ -712,7 +715,7 @@ def test_an_artifact_store_that_is_away_holds_up_no_metrics(
 ) -> None:
     root, outbox = tmp_path / "mlartifacts", tmp_path / "outbox"
     root.write_text("not a folder")
-    tracker = MlflowTracker(default_uri(output_root), "no artifacts", "a", root, outbox)
+    tracker = MlflowTracker.open(default_uri(output_root), "no artifacts", "a", root, outbox)
     for name in "abc":
         tracker.log_text(name, f"{name}.txt")
     tracker.log_metrics({"a": 1.0}, 1)

@@ -366,6 +366,7 @@ def test_a_plan_counts_the_pictures_that_are_decoded_at_once(tmp_path: Path, acc
     prompts = "validation.prompts=[a, b, c, d, e, f, g, h]"
     cfg = composed(tmp_path, "tracker=none", "precision=bf16", prompts, verb="plan")
     planner = Planner(cfg, accelerator)
-    *_, (parts, needs) = planner.need._scenes()
-    assert parts == ["movq"]
-    assert needs == [planner.made.answering("unet", 16, True), planner.made.answering("movq", 2)]
+    *_, network, movq = planner.estimate._drawing()
+    assert network["parts that draw"] == movq["parts that draw"] == planner.dry_run.part("movq")[1]
+    assert network["activations"] == planner.dry_run.answering("unet", 16, True)
+    assert movq["activations"] == planner.dry_run.answering("movq", 2)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kandinsky_exp import build, schedules
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.memory import advice
+from kandinsky_exp.memory import optimizer_state
 from kandinsky_exp.optimizers import Muon
 from kandinsky_exp.run import run
 from kandinsky_exp.runs import integrity
@@ -168,15 +168,14 @@ def test_its_state_survives_a_checkpoint(name: str, trains: str, built: Any, tmp
         step(resumed)
     assert state_of(whole, accelerator)[1] == state_of(resumed, other)[1]
     if trains == "model=decoder":
-        assert_the_advice_on_memory_knows_its_state(name, whole)
+        assert_its_state_is_known_before(composed(tmp_path, *settings), whole)
 
 
-def assert_the_advice_on_memory_knows_its_state(name: str, training: Any) -> None:
+def assert_its_state_is_known_before(cfg: Any, training: Any) -> None:
     large = [weight for weight in training.trainable if weight.numel() >= 4096]  # 8 bits are for these alone
     held = {id(value): value for weight in large for value in training.optimizer.state[weight].values()}
     measured = sum(value.nbytes for value in held.values() if isinstance(value, Tensor))
-    told = sum(weight.nbytes * advice.state_per_weight(target(name), weight) for weight in large)
-    assert measured == pytest.approx(told, rel=0.05)
+    assert measured == pytest.approx(optimizer_state.measure(cfg, large, torch.device("cpu")).state, rel=0.05)
 
 
 # --- what is particular to one of them

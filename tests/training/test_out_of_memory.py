@@ -24,7 +24,7 @@ from kandinsky_exp.data import sources
 from kandinsky_exp.data.encoded.cache import encode_table
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.errors import ConfigError, DataError, OutOfMemory, is_of_host, is_out_of_memory
-from kandinsky_exp.memory import advice
+from kandinsky_exp.memory import savings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.run import run
 from kandinsky_exp.runs import integrity
@@ -271,7 +271,7 @@ def test_the_message_names_settings(error: Exception, words: str, tiny_folder: P
     cfg = composed(tmp_path, "model=prior", f"weights.prior={tiny_folder}", f"weights.decoder={tiny_folder}")
     with distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         stage = build.stage(cfg, build.weights(cfg))
-        with pytest.raises(OutOfMemory) as caught, advice.given(cfg, accelerator.device, stage):
+        with pytest.raises(OutOfMemory) as caught, savings.explain_out_of_memory(cfg, accelerator.device, stage):
             raise error
     assert words in str(caught.value)
     assert ("expandable" in str(caught.value)) == ("unallocated" in str(error))

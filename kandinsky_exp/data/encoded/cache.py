@@ -16,7 +16,7 @@ from kandinsky_exp.data.encoded.table import FORMAT, FeatureTable
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.tally import SHOWN, first_few
-from kandinsky_exp.errors import DataError, memory_told
+from kandinsky_exp.errors import DataError, encoding_told
 from kandinsky_exp.system.logs import Log
 
 
@@ -61,15 +61,6 @@ def encode_table(
         table = catalog.open_table(folder, log)
         assert table is not None  # made just now, and the lock is held  # nosec B101
         return _accepted(table, how, log)
-
-
-def encoding_told(advice: str = "") -> AbstractContextManager[None]:
-    """Around encoding, and around moving what encodes: the end of memory becomes a DataError.
-
-    Args:
-        advice: a setting that helps, before the one that always does.
-    """
-    return memory_told(DataError, f"the encoders ran out of memory ({{}}); set {advice}precision=bf16")
 
 
 def _found(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:

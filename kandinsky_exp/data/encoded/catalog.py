@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from kandinsky_exp.data.encoded.layout import IMAGES, META, PICTURE_RULES, PROGRESS, command
-from kandinsky_exp.errors import ConfigError, DataError
+from kandinsky_exp.errors import ConfigError, DataError, cause_of
 from kandinsky_exp.system.logs import Log
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def open_table(folder: Path, log: Log, *, mend: bool = False) -> "FeatureTable |
         return None
     except (OSError, MemoryError) as error:
         raise DataError(
-            f"the encoded features in {folder} cannot be read ({_reason(error)}); they were left as they are: give the "
-            "same command again once that is mended, or set output_root to another folder"
+            f"the encoded features in {folder} cannot be read ({cause_of(error)}); they were left as they are: give "
+            "the same command again once that is mended, or set output_root to another folder"
         ) from error
     with contextlib.suppress(OSError):  # its time is that of its last use; a read-only disk keeps none
         os.utime(folder / META)
@@ -114,13 +114,9 @@ def _about_disk(folder: Path, error: OSError) -> str:
             f"same command again, or set output_root to another disk, or remove tables ({command(folder)})"
         )
     return (
-        f"output_root: encoded features cannot be written to {folder.parent} ({_reason(error)}); set output_root to a "
+        f"output_root: encoded features cannot be written to {folder.parent} ({cause_of(error)}); set output_root to a "
         "folder that can, or data.cache=false to train without them"
     )
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def refuse_if_no_room(folder: Path, needed: int) -> None:
@@ -214,7 +210,7 @@ def remove(cache: Path, names: list[str]) -> tuple[list[Entry], int]:
                 shutil.rmtree(cache / entry.name)
         return chosen, sum(entry.bytes for entry in chosen) + (_sweep(cache) if "all" in names else 0)
     except OSError as error:
-        raise ConfigError(f"remove: {error.filename or cache} cannot be removed ({_reason(error)})") from error
+        raise ConfigError(f"remove: {error.filename or cache} cannot be removed ({cause_of(error)})") from error
 
 
 def _named(name: str, found: list[Entry], cache: Path) -> set[str]:

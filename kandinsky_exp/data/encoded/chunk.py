@@ -1,7 +1,7 @@
 """What is encoded and not yet written: batches that fill, and the rows since the last commit of a journal."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -76,12 +76,12 @@ class Chunk:
         captions_each = len(self.captions) / max(1, len(self.images))
         return _mean_size(self.images) + _mean_size(self.captions) * captions_each
 
-    def image_columns(self, captions_before: int, ragged: str) -> dict[str, Any]:
+    def image_columns(self, captions_before: int, ragged: Collection[str]) -> dict[str, Any]:
         """A row per view of each image.
 
         Args:
             captions_before: those that the table has already.
-            ragged: the feature whose shapes differ, if there is one.
+            ragged: features whose shapes differ.
         """
         counts = [row.captions for row in self.images]
         facts = {
@@ -97,21 +97,20 @@ class Chunk:
             **_columns(self.images, ragged),
         }
 
-    def caption_columns(self) -> dict[str, Any]:
+    def caption_columns(self, ragged: Collection[str]) -> dict[str, Any]:
         """A row per caption."""
-        return _columns(self.captions, ragged="text_states")
+        return _columns(self.captions, ragged)
 
 
 def _mean_size(rows: Sequence[Row]) -> float:
     encoded = [row for row in rows if row.views]
-    return sum(array.nbytes for row in encoded for cells in row.views for array in cells.values()) / max(
-        1, len(encoded)
-    )
+    size = sum(array.nbytes for row in encoded for cells in row.views for array in cells.values())
+    return size / max(1, len(encoded))
 
 
-def _columns(rows: Sequence[Row], ragged: str) -> dict[str, Any]:
+def _columns(rows: Sequence[Row], ragged: Collection[str]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     for name in rows[0].views[0]:
         cells = [view[name] for row in rows for view in row.views]
-        columns[name] = cells if name == ragged else np.stack(cells)
+        columns[name] = cells if name in ragged else np.stack(cells)
     return columns

@@ -115,6 +115,7 @@ class MappedColumns:
                 raise  # the system's; Arrow's own speak of what it found in the file
             raise ValueError(f"{path.name}: {error}") from error
         shapes = {field.name: json.loads(field.metadata[b"shape"]) for field in reader.schema}
+        self.ragged = [name.removesuffix(SHAPE) for name in shapes if name.endswith(SHAPE)]  # rows differ in shape
         self._starts = list(accumulate((batch.num_rows for batch in batches), initial=0))
         self._views = [{name: _view(batch.column(name), shape) for name, shape in shapes.items()} for batch in batches]
 

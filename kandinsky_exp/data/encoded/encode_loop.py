@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -15,7 +15,7 @@ from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.chunk import BatchFiller, Chunk, Row
 from kandinsky_exp.data.encoded.columns import DTYPES, Array
 from kandinsky_exp.data.encoded.journal import Journal
-from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK
 from kandinsky_exp.data.encoded.progress import ProgressBar
 from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, is_of_workers, workers_failed
 from kandinsky_exp.data.examples import Source
@@ -32,10 +32,15 @@ CacheDtype = Literal["fp16", "fp32"]
 
 
 class Encoder(Protocol):
-    """The part of a stage that encodes; image keys and text keys may come in separate batches."""
+    """The part of a stage that encodes; image keys and text keys may come in separate batches.
+
+    Of its `ragged_features` those of captions follow the caption's mask; with buckets those of images their shape.
+    """
 
     @property
     def preprocess(self) -> Preprocess: ...
+    @property
+    def ragged_features(self) -> Collection[str]: ...
     def encode(self, examples: Features) -> Features: ...
 
 
@@ -161,12 +166,15 @@ class EncodeLoop:
     def _encode(self, rows: list[Row], views: list[Features]) -> None:
         for view in views:
             features = self.stage.encode(view)
-            mask = features.pop("text_mask").cpu() if "text_mask" in features else None
+            mask = features[MASK].cpu() if MASK in features else None
+            ragged = set() if mask is None else features.keys() & self.stage.ragged_features
+            if ragged:
+                del features[MASK]  # their lengths tell it
             arrays = {name: self._array(name, tensor, rows) for name, tensor in features.items()}
             for number, row in enumerate(rows):
                 cells = {name: array[number] for name, array in arrays.items()}
-                if mask is not None:  # a copy: the padding need not stay in memory
-                    cells["text_states"] = cells["text_states"][: _prefix(mask[number])].copy()
+                length = 0 if mask is None else _prefix(mask[number])
+                cells |= {name: cells[name][:length].copy() for name in ragged}  # copies: padding need not stay
                 row.views.append(cells)
 
     def _array(self, name: str, tensor: Tensor, rows: Sequence[Row]) -> Array:
@@ -191,10 +199,10 @@ class EncodeLoop:
         if not self.bar.announced:
             self._announce((time.monotonic() - self.bar.started) / max(1, chunk.seen))
         if chunk.images:
-            ragged = "latents" if self.stage.preprocess.buckets else ""
+            ragged = self.stage.ragged_features if self.stage.preprocess.buckets else ()
             self.journal.append(IMAGES, chunk.image_columns(progress.captions, ragged))
         if chunk.captions:
-            self.journal.append(CAPTIONS, chunk.caption_columns())
+            self.journal.append(CAPTIONS, chunk.caption_columns(self.stage.ragged_features))
         progress.source_rows += chunk.seen
         progress.images += len(chunk.images)
         progress.captions += len(chunk.captions)

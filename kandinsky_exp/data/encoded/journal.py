@@ -1,7 +1,6 @@
 """How far an encoding came, on disk: a process that is killed loses what it had not written yet, and nothing else."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS
 from kandinsky_exp.data.encoded.table import FORMAT, NO_FEATURES
 from kandinsky_exp.data.long_texts import cut_caption
 from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.system.files import write_atomically
 from kandinsky_exp.system.logs import Log
 
 NAMED = 1000  # captions that were cut, so that a table of millions stays readable
@@ -132,9 +132,4 @@ def _read(folder: Path) -> Progress | None:
 
 
 def _write(file: Path, content: dict[str, object]) -> None:
-    aside = file.with_suffix(".aside")
-    with aside.open("w", encoding="utf-8") as handle:
-        json.dump(content, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(file)
+    write_atomically(file, json.dumps(content, indent=1))

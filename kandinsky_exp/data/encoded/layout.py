@@ -10,6 +10,7 @@ META = "table.json"  # of a complete table
 PROGRESS = "progress.json"  # of one in the making
 # How files become pixels, and names examples; 1 knew no colour profiles. Tables of other rules are not used any more.
 PICTURE_RULES = 2
+MASK = "text_mask"  # which tokens of a caption count: what the encoders read, and training
 DEFAULT_ROOT = Path("outputs")
 
 

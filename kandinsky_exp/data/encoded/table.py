@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kandinsky_exp.data.encoded.columns import SHAPE, Array, MappedColumns, head_checksum
-from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK, META
 from kandinsky_exp.data.tally import Tally
 
 NO_FEATURES = ("id", "source_row", "caption_start", "caption_count", "picture")
@@ -61,8 +61,7 @@ class FeatureTable:
     @property
     def noted(self) -> Tally:
         """What else was not used; tables of before did not count it."""
-        noted: Tally = self.meta.get("noted", {})
-        return noted
+        return dict(self.meta.get("noted", {}))
 
     @property
     def ids(self) -> list[str]:
@@ -81,8 +80,8 @@ class FeatureTable:
         return int(self._image(index)["caption_count"])
 
     def shapes(self) -> Array:
-        """Shape of the latents of each image, (n, 3); of use where they differ."""
-        return self._images.column(f"latents{SHAPE}")[:: self.views]
+        """Shape of what differs in shape of each image, (n, 3): of the latents."""
+        return self._images.column(f"{self._images.ragged[0]}{SHAPE}")[:: self.views]
 
     def pictures(self) -> Array | None:
         """(n, 2), equal where two images are the same file; None in a table from before that was stored."""
@@ -91,8 +90,7 @@ class FeatureTable:
     def row(self, index: int, caption: int = 0, view: int = 0) -> dict[str, Tensor]:
         """Features of an image and of one of its captions, without a batch axis.
 
-        `image_embeds` (E,), `latents` (4, h, w), `text_embeds` (E,), `text_states` (L, E) zero after the mask,
-        `text_mask` (L,) bool: as many of them as were encoded.
+        What the stage's encoders gave, of varying length zero after the caption's mask, `text_mask` (L,) bool.
 
         Args:
             view: 1 for the mirrored image, where it was encoded.
@@ -112,20 +110,24 @@ class FeatureTable:
             return features
         if not 0 <= (caption := choose(count)) < count:
             raise IndexError(f"caption {caption} of {count} of {cells['id']}")
-        return features | self._text(self._captions.row(start + caption))
+        return features | self._text(self._captions.row(start + caption), self._captions.ragged)
 
     def _image(self, index: int, view: int = 0) -> dict[str, Any]:
         if not (0 <= index < len(self) and 0 <= view < self.views):
             raise IndexError(f"row {index} of {len(self)}, view {view} of {self.views}")
         return self._images.row(index * self.views + view)
 
-    def _text(self, cells: dict[str, Any]) -> dict[str, Tensor]:
-        states, length = cells.pop("text_states"), self.meta["text_length"]
-        padded = np.zeros((length, states.shape[1]), states.dtype)
-        padded[: len(states)] = states
-        features = {name: _tensor(cell) for name, cell in cells.items()}
-        return features | {"text_states": torch.from_numpy(padded), "text_mask": torch.arange(length) < len(states)}
+    def _text(self, cells: dict[str, Any], ragged: list[str]) -> dict[str, Tensor]:
+        length = self.meta["text_length"]
+        features = {name: _tensor(cell, length if name in ragged else None) for name, cell in cells.items()}
+        masks = [torch.arange(length) < len(cells[name]) for name in ragged]
+        return features | ({MASK: masks[0]} if masks else {})
 
 
-def _tensor(view: Array) -> Tensor:
-    return torch.from_numpy(np.array(view))  # a copy: the map is read-only, and pages it in here and now
+def _tensor(view: Array, length: int | None = None) -> Tensor:
+    """A copy, zero up to `length`: the map is read-only, and pages it in here and now."""
+    if length is None:
+        return torch.from_numpy(np.array(view))
+    padded = np.zeros((length, *view.shape[1:]), view.dtype)
+    padded[: len(view)] = view
+    return torch.from_numpy(padded)

@@ -106,7 +106,7 @@ class Loader(Dataset[Loaded]):
         captions = self.preprocess.tokenize(example.captions) if wants_captions else []
         return Loaded(
             example.id,
-            tuple(self.preprocess(view, None) for view in views),
+            tuple(self.preprocess(view, None, example.extra) for view in views),
             tuple(tensors for tensors, _ in captions),
             tuple(kept for _, kept in captions if kept is not None),
             picture=of_content(example.read()),

@@ -1,10 +1,11 @@
 """Images in files, their captions in a table: kept as Arrow columns, so that memory hardly grows with the rows."""
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SCHEMA = pa.schema(
         ("problems", pa.int32()),
     ]
 )
+EXTRA = pa.field("extra", pa.large_string())  # after these, where a stage reads further columns: their cells as JSON
 LEADS_OUT = re.compile(r"^/|(^|/)\.\.(/|$)")
 Captions = tuple[tuple[str, ...], str]  # or none, and why
 Problems = tuple[str, str]  # as in Example: with the image, with the captions
@@ -42,6 +44,7 @@ class FileRow:
     file: str | None
     captions: tuple[str, ...]
     problems: Problems = ("", "")
+    extra: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,7 @@ class FileRows(Indexed):
         home: the folder that relative file names start from.
         origin: the file that lists the images, or the folder.
         unit: what `number` counts there, "line" or "row"; empty where no file lists them.
-        columns: of `SCHEMA`.
+        columns: of `SCHEMA`, and `EXTRA`.
         problems: that `columns.problems` points at; the first is none.
         unused: what lies in the folder and is no example.
     """
@@ -70,12 +73,13 @@ class FileRows(Indexed):
         return int(self.columns.num_rows)
 
     def __getitem__(self, row: int) -> Example:
-        file, captions, number, code = (column[row].as_py() for column in self.columns.columns)
+        file, captions, number, code, *extra = (column[row].as_py() for column in self.columns.columns)
         problem, caption_problem = self.problems[code]
         place = f"{self.unit} {number}"
         where = f"{self.origin}, {place}" if self.unit else self.origin
         read = nothing if file is None else partial(read_file, os.path.join(self.home, file))  # noqa: PTH118 - NUL
-        return Example(file or place, tuple(captions), read, where, caption_problem, problem)
+        cells = json.loads(extra[0]) if extra else {}
+        return Example(file or place, tuple(captions), read, where, caption_problem, problem, cells)
 
     def left_out(self) -> Tally:
         return self.unused
@@ -94,6 +98,8 @@ class FileRows(Indexed):
         total = hashlib.sha256(b"files")
         update(total, files)
         update(total, self.columns.column("captions"))
+        if self.columns.num_columns > len(SCHEMA):
+            update(total, self.columns.column(EXTRA.name))
         update(total, digests(f"{home} {self.origin}", _paths(str(home), files)))
         release()
         return total.hexdigest()
@@ -110,35 +116,39 @@ def _paths(home: str, files: pa.Array) -> pa.Array:
 class _Columns:
     """Gathers rows: few are Python objects at any time."""
 
+    schema: pa.Schema
     batches: list[pa.RecordBatch] = field(default_factory=list)
-    held: list[tuple[str | None, tuple[str, ...], int, int]] = field(default_factory=list)
+    held: list[tuple[Any, ...]] = field(default_factory=list)
     codes: dict[Problems, int] = field(default_factory=lambda: {("", ""): 0})
 
     def add(self, row: FileRow) -> None:
-        self.held.append((row.file, row.captions, row.number, self.codes.setdefault(row.problems, len(self.codes))))
+        code = self.codes.setdefault(row.problems, len(self.codes))
+        self.held.append((row.file, row.captions, row.number, code, row.extra)[: len(self.schema)])
         if len(self.held) == CHUNK:
             self._pack()
 
     def _pack(self) -> None:
-        columns = zip(*self.held, strict=True) if self.held else [()] * len(SCHEMA)
-        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
-        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+        columns = zip(*self.held, strict=True) if self.held else [()] * len(self.schema)
+        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, self.schema, strict=True)]
+        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
         self.held = []
 
     def finish(self) -> pa.RecordBatch:
         self._pack()
-        columns = pa.Table.from_batches(self.batches, SCHEMA).combine_chunks()
+        columns = pa.Table.from_batches(self.batches, self.schema).combine_chunks()
         self.batches = []
-        return columns.to_batches()[0] if columns.num_rows else pa.RecordBatch.from_pylist([], SCHEMA)
+        return columns.to_batches()[0] if columns.num_rows else pa.RecordBatch.from_pylist([], self.schema)
 
 
-def gather(name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRow]) -> FileRows:
+def gather(
+    name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRow], schema: pa.Schema = SCHEMA
+) -> FileRows:
     """A source of rows.
 
     Raises:
         DataError: if there are none.
     """
-    columns = _Columns()
+    columns = _Columns(schema)
     for row in rows:
         columns.add(row)
     release()
@@ -153,10 +163,13 @@ def image_columns(asked: str) -> list[str]:
     return ["file_name", "image"] if asked == "image" else [asked]
 
 
-def read_listed(file: Path, image_column: str, caption_column: str, *, inside: bool) -> FileRows:
+def read_listed(
+    file: Path, image_column: str, caption_column: str, extra_columns: Collection[str] = (), *, inside: bool
+) -> FileRows:
     """The rows of a file that lists images. A bad row becomes an example with a problem.
 
     Args:
+        extra_columns: whose cells the examples bring along.
         inside: whether the images have to lie in the file's folder.
 
     Raises:
@@ -165,17 +178,17 @@ def read_listed(file: Path, image_column: str, caption_column: str, *, inside: b
     names = image_columns(image_column)
     home, origin, unit = file.parent, file, metadata.unit(file)
     title = str(home if inside else file)
-    plain = metadata.read_plain(file, names, caption_column)
+    plain = None if extra_columns else metadata.read_plain(file, names, caption_column)
     release()
     if plain and not (inside and pc.any(_leads_out(plain[0])).as_py()):
         return FileRows(title, str(home), str(origin), unit, _all_good(*plain, unit == "line"), (("", ""),))
     rows = (
         FileRow(number, None, (), (row, ""))
         if isinstance(row, str)
-        else _file_row(number, row, names, caption_column, inside)
-        for number, row in metadata.read(file, [*names, caption_column])
+        else _with_extra(_file_row(number, row, names, caption_column, inside), row, extra_columns)
+        for number, row in metadata.read(file, [*names, caption_column, *extra_columns])
     )
-    source = gather(title, home, origin, unit, rows)
+    source = gather(title, home, origin, unit, rows, SCHEMA.append(EXTRA) if extra_columns else SCHEMA)
     if source.columns.column("file").null_count == len(source):
         some = (f"{source[row].where}: {source[row].problem}" for row in range(min(len(source), SHOWN)))
         raise DataError(first_few(some, len(source)))
@@ -208,6 +221,13 @@ def _file_row(number: int, row: Row, names: list[str], caption_column: str, insi
     elif inside and LEADS_OUT.search(file):
         problem = f"{file} leads out of the folder; move the image inside, or list paths in a file: data=list"
     return FileRow(number, file if not problem else None, captions, (problem, wordless))
+
+
+def _with_extra(made: FileRow, row: Row, columns: Collection[str]) -> FileRow:
+    if lacking := [name for name in columns if row.get(name) is None]:
+        problem = made.problems[0] or f"no '{lacking[0]}' among {', '.join(row)}, which this model reads; add it"
+        return replace(made, file=None, problems=(problem, made.problems[1]))
+    return replace(made, extra=json.dumps({name: row[name] for name in columns})) if columns else made
 
 
 def parse_captions(row: dict[str, Any], column: str) -> Captions:

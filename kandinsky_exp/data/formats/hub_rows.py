@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from kandinsky_exp.data.examples import MAX_BYTES, Example, Indexed, read_file
 from kandinsky_exp.data.file_hashes import CHUNK, FileDigests, Hash, update
 from kandinsky_exp.data.formats.file_rows import LEADS_OUT, parse_captions
 from kandinsky_exp.data.formats.metadata import holds_pictures
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, first_line
 
 FEW = 64  # rows of a Parquet file that are in memory at once, where each is a picture
 
@@ -30,6 +30,7 @@ class HubRows(Indexed):
     Args:
         home: where paths of images start from.
         inside: whether they have to stay in there.
+        extra_columns: further ones that a stage reads.
     """
 
     name: str
@@ -38,6 +39,7 @@ class HubRows(Indexed):
     caption_column: str
     home: str = ""
     inside: bool = False
+    extra_columns: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,7 +48,8 @@ class HubRows(Indexed):
         values = self.rows[row]
         captions, problem = parse_captions(values, self.caption_column)
         read = partial(_bytes, _parts(values[self.image_column]), self.home, self.inside)
-        return Example(f"row {row}", captions, read, f"{self.name}, row {row}", problem)
+        cells = {name: values[name] for name in self.extra_columns}
+        return Example(f"row {row}", captions, read, f"{self.name}, row {row}", problem, extra=cells)
 
     def caption_counts(self) -> NDArray[np.int64]:
         return self._about_captions[0]
@@ -70,7 +73,8 @@ class HubRows(Indexed):
         return counts, wrong
 
     def fingerprint(self, digests: FileDigests) -> str:
-        total = hashlib.sha256(f"hub {len(self)} {self.image_column} {self.caption_column}".encode())
+        columns = (self.image_column, self.caption_column, *self.extra_columns)
+        total = hashlib.sha256(f"hub {len(self)} {' '.join(columns)}".encode())
         files = [file["filename"] for file in self.rows.cache_files]
         if files and self._holds_bytes():
             update(total, digests.required(f"hub {self.name}", files))
@@ -152,7 +156,7 @@ def load(name: str, split: str, revision: str | None, subset: str | None = None)
         raise not_there(name, revision, subset, error) from error
 
 
-def parquet_rows(file: Path, image_column: str, caption_column: str) -> HubRows:
+def parquet_rows(file: Path, image_column: str, caption_column: str, extra_columns: Collection[str] = ()) -> HubRows:
     """A source of a Parquet file in which the pictures are.
 
     Raises:
@@ -165,18 +169,20 @@ def parquet_rows(file: Path, image_column: str, caption_column: str) -> HubRows:
             "parquet", data_files=glob.escape(str(file.absolute())), split="train", batch_size=FEW
         )
     except Exception as error:  # as above
-        raise DataError(f"{file}: not a Parquet file that can be read: {_reason(error)}; write it again") from error
+        raise DataError(f"{file}: not a Parquet file that can be read: {first_line(error)}; write it again") from error
     if not len(rows):
         raise DataError(f"{file}: it has no rows; write one per image")
-    made = hub_rows(str(file), "train", rows, image_column, caption_column)
+    made = hub_rows(str(file), "train", rows, image_column, caption_column, extra_columns)
     return replace(made, name=str(file), home=str(file.parent.absolute()), inside=False)
 
 
-def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column: str) -> HubRows:
+def hub_rows(
+    name: str, split: str, rows: Any, image_column: str, caption_column: str, extra_columns: Collection[str] = ()
+) -> HubRows:
     """A source of one loaded split.
 
     Raises:
-        DataError: if it has no such column of images, or no rows.
+        DataError: if it has no such column of images, or no rows, or lacks a further column.
     """
     import datasets
 
@@ -189,9 +195,12 @@ def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column
         raise DataError(f"data.name: split '{split}' of {name} has no rows")
     if not of_files:
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    keep = [column for column in (image_column, caption_column) if column in rows.column_names]
+    extra = tuple(extra_columns)
+    if lacking := [column for column in extra if column not in rows.column_names]:
+        raise DataError(f"data.name: {name} has no column '{lacking[0]}', which this model reads; add it")
+    keep = [column for column in (image_column, caption_column, *extra) if column in rows.column_names]
     home = str(Path(name).absolute()) if of_files else ""  # an image of `datasets` has whole paths
-    return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column, home, of_files)
+    return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column, home, of_files, extra)
 
 
 def _kind(feature: Any) -> str:
@@ -206,9 +215,8 @@ def not_there(name: str, revision: str | None, subset: str | None, error: Except
     if known and (subset not in known if subset else len(known) > 1):
         wrong = f"{name} has no configuration '{subset}'" if subset else f"{name} has several configurations"
         return DataError(f"data.subset: {wrong}; give one of {', '.join(known)}")
-    reason = _reason(error)
     check = "check the id, your access (hf auth login) and the network, or give a local copy"
-    return DataError(f"data.name: {name} cannot be loaded: {reason}; {check}")
+    return DataError(f"data.name: {name} cannot be loaded: {first_line(error)}; {check}")
 
 
 def _subsets(name: str, revision: str | None) -> list[str]:
@@ -219,7 +227,3 @@ def _subsets(name: str, revision: str | None) -> list[str]:
         return [str(subset) for subset in datasets.get_dataset_config_names(name, revision=revision)]
     except Exception:  # as above: then the first error says more
         return []
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, cause_of, first_line
 from kandinsky_exp.system import text_files as texts
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -59,7 +59,7 @@ def read(file: Path, columns: Sequence[str]) -> Numbered:
     except UnicodeDecodeError:
         raise DataError(f"{file}, line {_undecodable(file)}: not UTF-8 text; save the file as UTF-8") from None
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{file} cannot be read: {cause_of(error)}") from None
 
 
 def _undecodable(file: Path) -> int:
@@ -216,9 +216,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
                     yield number, others | row
                     number += 1
     except pa.ArrowException as error:
-        raise DataError(
-            f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0]}; write it again"
-        ) from None
+        raise DataError(f"{path}: not a Parquet file that can be read: {first_line(error)}; write it again") from None
 
 
 def picture_column(file: Path, columns: Sequence[str]) -> str | None:

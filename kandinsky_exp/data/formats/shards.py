@@ -27,7 +27,7 @@ from kandinsky_exp.data.formats.file_rows import Captions, parse_captions
 from kandinsky_exp.data.formats.folders import HEAD
 from kandinsky_exp.data.formats.tar_members import BESIDE, MANY, Group, Grouping, Member
 from kandinsky_exp.data.tally import Tally
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, cause_of
 from kandinsky_exp.system.text_files import decode
 
 MAX_TEXT = 4 << 20  # bytes of a member with a caption, or with the JSON around it
@@ -219,7 +219,7 @@ def _reading(shard: str) -> Iterator[tuple[tarfile.TarFile, int | None]]:
             with tarfile.open(shard, "r:*" if _is_compressed(shard) else "r:", tarinfo=_Member) as archive:
                 yield archive, Path(shard).stat().st_size
     except DAMAGE as error:
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+        reason = cause_of(error).rstrip(":")
         raise DataError(
             f"{download.shown(shard)}: no tar file that can be read to its end: {reason}; copy it again"
         ) from None

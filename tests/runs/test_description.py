@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from running import composed
 
 from kandinsky_exp.config import saved_config
-from kandinsky_exp.runs import run_notes
+from kandinsky_exp.runs import description
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_what_nobody_compares_by_is_a_tag(tmp_path: Path) -> None:
     flat = saved_config.flatten(
         composed(tmp_path, "data=dreambooth", "data.instance_path=.", "data.instance_prompt=a sks dog")
     )
-    params, tags = run_notes.split(flat | {"sweep.devices": "auto"})
+    params, tags = description.split(flat | {"sweep.devices": "auto"})
     assert {
         "config.output_root",
         "config.hub.push",
@@ -56,15 +56,15 @@ def test_what_nobody_compares_by_is_a_tag(tmp_path: Path) -> None:
 
 def test_a_run_from_python_says_nothing() -> None:
     HydraConfig.instance().cfg = None  # an earlier test's
-    assert run_notes.command() is None
-    assert run_notes.note(None) == {}
+    assert description.command() is None
+    assert description.tags(None) == {}
 
 
 @pytest.mark.parametrize(
     "typed", [["data=emoji", 'validation.prompts=["a dog, red", "it\'s"]', "name=a"]], indirect=True
 )
 def test_the_command_can_be_pasted(typed: list[str]) -> None:
-    assert shlex.split(run_notes.command() or "") == ["kandinsky-exp", "train", *typed]
+    assert shlex.split(description.command() or "") == ["kandinsky-exp", "train", *typed]
 
 
 SECRETS = [
@@ -76,7 +76,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("typed", [["data=hub", *SECRETS]], indirect=True)
 def test_the_command_holds_no_secrets(typed: list[str]) -> None:
-    command = run_notes.command() or ""
+    command = description.command() or ""
     assert "hidden" not in command
     assert "postgresql+psycopg2://***@host/db" in command
 
@@ -84,9 +84,9 @@ def test_the_command_holds_no_secrets(typed: list[str]) -> None:
 @pytest.mark.parametrize("typed", [["sweep=lr", "data=emoji", "name=all", "optimizer.lr=1e-6"]], indirect=True)
 def test_a_job_of_a_sweep_is_made_alone(typed: list[str]) -> None:
     words = ["kandinsky-exp", "train", "sweep=lr", "data=emoji", "optimizer.lr=1e-6", "hydra.mode=RUN"]
-    assert shlex.split(run_notes.command() or "") == words
+    assert shlex.split(description.command() or "") == words
 
 
 def test_the_description_is_markdown() -> None:
-    note = run_notes.note("kandinsky-exp 'name=a```b'", ["[report](report.html)", "more"])[run_notes.NOTE]
+    note = description.tags("kandinsky-exp 'name=a```b'", ["[report](report.html)", "more"])[description.NOTE]
     assert note == "````sh\nkandinsky-exp 'name=a```b'\n````\n\n[report](report.html)\n\nmore"

@@ -1,20 +1,28 @@
-"""Pictures side by side with their captions."""
+"""A grid of pictures, with a label under each and headings around them."""
 
 import math
 from collections.abc import Sequence
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 MIN_SIDE = 160  # pixels: below, a caption under the picture would be a few letters wide
 MAX_SIDE = 512  # pixels: above, a grid of many would be too large to open
-FONT_SIZE = 14
+FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # Pillow's own has no é and no Cyrillic
+FONT_SIZE = 12
+LINE_HEIGHT = 16
 LINES = 3
 GAP = 8
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-
-def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
+def labelled_grid(
+    images: Sequence[Image.Image],
+    labels: Sequence[str],
+    columns: int | None = None,
+    *,
+    heads: Sequence[str] = (),
+    sides: Sequence[str] = (),
+) -> Image.Image:
     """One RGB picture of all `images` in rows, on white, each with its label below, in up to three lines.
 
     Small pictures are enlarged by a whole factor without smoothing, so that their pixels stay what they are; large ones
@@ -24,6 +32,8 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns:
         images: at least one, of any sizes and modes.
         labels: one for each image.
         columns: pictures in a row; None makes the grid about square.
+        heads: headings of the columns; where there are `sides`, the first is that of the column of `sides`.
+        sides: headings of the rows.
 
     Raises:
         ValueError: no images, another number of labels, or no columns.
@@ -35,21 +45,31 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns:
         raise ValueError(f"labelled_grid: columns must be at least 1, not {columns}")
     cells = _scaled([_on_white(image) for image in images])
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    font = ImageFont.load_default(FONT_SIZE)
+    font = ImageFont.truetype(FONT, FONT_SIZE)
     texts = [_wrapped(label, font, width) for label in labels]
-    line_height = math.ceil(FONT_SIZE * 1.25)
-    step = width + GAP
+    lefts = [GAP + column * (width + GAP) + (MIN_SIDE + GAP if sides else 0) for column in range(columns + 1)]
+    head_lefts = [GAP, *lefts] if sides else lefts
+    head_texts = [_wrapped(text, font, right - left - GAP)
+                  for text, left, right in zip(heads, head_lefts, head_lefts[1:], strict=False)]  # fmt: skip
     rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
-    tops = [GAP]
+    tops = [GAP + LINE_HEIGHT * max(map(len, head_texts), default=0)]
     for row in rows:
-        tops.append(tops[-1] + height + line_height * max(1, *(len(texts[i]) for i in row)) + 2 * GAP)
-    sheet = Image.new("RGB", (columns * step + GAP, tops[-1]), "white")
+        tops.append(tops[-1] + height + LINE_HEIGHT * max(1, *(len(texts[i]) for i in row)) + 2 * GAP)
+    sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
+
+    def write(lines: Sequence[str], left: int, top: int) -> None:
+        for number, line in enumerate(lines):
+            draw.text((left, top + number * LINE_HEIGHT), line, fill="black", font=font)
+
+    for lines, left in zip(head_texts, head_lefts, strict=False):
+        write(lines, left, GAP // 2)
+    for text, top in zip(sides, tops, strict=False):
+        write(_wrapped(text, font, MIN_SIDE, height // LINE_HEIGHT), GAP, top)
     for top, row in zip(tops, rows, strict=False):
-        for left, i in zip(range(GAP, sheet.width, step), row, strict=False):
+        for left, i in zip(lefts, row, strict=False):
             sheet.paste(cells[i], (left + (width - cells[i].width) // 2, top + (height - cells[i].height) // 2))
-            for line, text in enumerate(texts[i]):
-                draw.text((left, top + height + GAP // 2 + line * line_height), text, fill="black", font=font)
+            write(texts[i], left, top + height + GAP // 2)
     return sheet
 
 
@@ -74,8 +94,8 @@ def _scaled(images: list[Image.Image]) -> list[Image.Image]:
     return [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(images, sizes, strict=True)]
 
 
-def _wrapped(text: str, font: Font, width: int) -> list[str]:
-    """`text` in at most LINES lines of at most `width` pixels, with an ellipsis where it is cut."""
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int = LINES) -> list[str]:
+    """`text` in at most `limit` lines of at most `width` pixels, with an ellipsis where it is cut."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
@@ -84,15 +104,15 @@ def _wrapped(text: str, font: Font, width: int) -> list[str]:
         else:
             lines += _broken(word, font, width)
     lines = [line for line in lines if line]
-    if len(lines) <= LINES:
+    if len(lines) <= limit:
         return lines
-    last = lines[LINES - 1]
+    last = lines[limit - 1]
     while last and font.getlength(last + "…") > width:
         last = last[:-1]
-    return [*lines[: LINES - 1], last.rstrip() + "…"]
+    return [*lines[: limit - 1], last.rstrip() + "…"]
 
 
-def _broken(word: str, font: Font, width: int) -> list[str]:
+def _broken(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     pieces = [""]
     for letter in word:
         if pieces[-1] and font.getlength(pieces[-1] + letter) > width:

@@ -1,4 +1,4 @@
-"""What a run's page in MLflow says: which settings are parameters, which are tags, and the command that made it."""
+"""The description of a run in MLflow: its parameters, its tags, and the command that makes it again."""
 
 import re
 import shlex
@@ -47,10 +47,10 @@ def command() -> str | None:
     words = ["kandinsky-exp", "train", *(f"--config-dir={folder}" for folder in folders)]
     if settings.job.config_name not in (None, "train"):
         words.append(f"--config-name={settings.job.config_name}")
-    return shlex.join([*words, *map(shown, overrides)])
+    return shlex.join([*words, *map(redacted_override, overrides)])
 
 
-def note(made_by: str | None, lines: Iterable[str] = ()) -> dict[str, str]:
+def tags(made_by: str | None, lines: Iterable[str] = ()) -> dict[str, str]:
     """The tag with a run's description in Markdown; nothing where there is nothing to say.
 
     Args:
@@ -64,7 +64,7 @@ def note(made_by: str | None, lines: Iterable[str] = ()) -> dict[str, str]:
     return {NOTE: "\n\n".join(paragraphs)} if paragraphs else {}
 
 
-def shown(override: str) -> str:
+def redacted_override(override: str) -> str:
     """An override without what is secret in it."""
     key, equals, value = override.partition("=")
     return f"{key}{equals}{redaction.redacted({key.rpartition('.')[2]: value})[key.rpartition('.')[2]]}"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from kandinsky_exp.models import image_grid
-from kandinsky_exp.models.image_grid import labelled_grid
+from kandinsky_exp.system import image_grid
+from kandinsky_exp.system.image_grid import labelled_grid
 
 
 def red(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> Image.Image:
@@ -59,7 +59,7 @@ def test_labels_are_drawn_below() -> None:
 
 
 def test_labels_wrap_and_end_in_an_ellipsis() -> None:
-    font = ImageFont.load_default(image_grid.FONT_SIZE)
+    font = ImageFont.truetype(image_grid.FONT, image_grid.FONT_SIZE)
     lines = image_grid._wrapped("a very long caption about nothing at all " * 9, font, 192)
     assert len(lines) == image_grid.LINES
     assert lines[-1].endswith("…")
@@ -79,3 +79,23 @@ def test_wrong_arguments() -> None:
     for images, labels, columns in [([], [], None), ([red()], [], None), ([red()], ["a"], 0)]:
         with pytest.raises(ValueError, match="labelled_grid"):
             labelled_grid(images, labels, columns)
+
+
+def test_headings_stand_above_the_columns_and_left_of_the_rows() -> None:
+    plain = labelled_grid([red()] * 6, ["step 1"] * 6, 3)
+    sheet = labelled_grid([red()] * 6, ["step 1"] * 6, 3, heads=["", "one", "two", "three"], sides=["a cat", "собака"])
+    side = image_grid.MIN_SIDE + image_grid.GAP
+    assert sheet.size == (plain.width + side, plain.height + image_grid.LINE_HEIGHT)
+    assert np.asarray(sheet.crop((side, 0, sheet.width, image_grid.LINE_HEIGHT))).min() < 100, "the runs' names"
+    below = (side, image_grid.LINE_HEIGHT + image_grid.GAP)
+    assert sheet.crop((*below, *sheet.size)).tobytes() == plain.crop((0, image_grid.GAP, *plain.size)).tobytes()
+    for number in range(2):
+        top = below[1] + number * (192 + image_grid.LINE_HEIGHT + 2 * image_grid.GAP)
+        beside = np.asarray(sheet.crop((0, top, side, top + 100)))
+        assert beside.min() < 100, "the prompt of each row"
+
+
+def test_letters_with_accents_are_in_the_font() -> None:
+    font = ImageFont.truetype(image_grid.FONT, image_grid.FONT_SIZE)
+    missing = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != missing for letter in "éäк–…")
