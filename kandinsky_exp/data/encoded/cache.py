@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def encode_table(
     log: Log,
     *,
     encoders: AbstractContextManager[Any] | None = None,
-    about: dict[str, object] | None = None,
+    about: Mapping[str, object] | None = None,
 ) -> FeatureTable:
     """Open the table in `folder`, after encoding every image and every caption once if it is not there.
 
@@ -90,7 +90,7 @@ def _encode(
     how: EncodeSettings,
     log: Log,
     encoders: AbstractContextManager[Any],
-    about: dict[str, object],
+    about: Mapping[str, object],
 ) -> None:
     journal = Journal(catalog.partial(folder), how.batch_size, log, fixed_batch=how.fixed_batch)
     progress = journal.progress

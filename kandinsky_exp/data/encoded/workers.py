@@ -18,7 +18,7 @@ from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.file_hashes import of_content
 from kandinsky_exp.data.pictures import NOTE
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, first_line
 
 Features = dict[str, Tensor]
 
@@ -93,7 +93,7 @@ class Loader(Dataset[Loaded]):
         except DataError as error:
             return Loaded(example.id, problem=str(error))
         except Exception as error:  # whatever a processor or tokenizer stumbles over: it must be known at what
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line(error)}"
             return Loaded(example.id, problem=f"{example.where}: image {example.id}: {reason}")
 
     def _load(self, example: Example) -> Loaded:
@@ -121,7 +121,7 @@ class Loader(Dataset[Loaded]):
         """
         loader: DataLoader[Loaded] = DataLoader(
             self,
-            batch_sampler=_Chunks(examples, batch_size),
+            batch_sampler=_lists(examples, batch_size),
             num_workers=workers,
             collate_fn=_batch,
             worker_init_fn=leave_signals if workers else None,
@@ -129,22 +129,12 @@ class Loader(Dataset[Loaded]):
         return from_workers(loader, "data.encode_workers")
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """Lists of consecutive items."""
-
-    items: Iterator[Example]
-    size: int
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        while chunk := self._next():
-            yield chunk
-
-    def _next(self) -> list[Example]:
-        try:
-            return list(islice(self.items, self.size))
-        except OSError as error:
-            raise DataError(f"data: the examples cannot be read any further ({error})") from error
+def _lists(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    try:
+        while some := list(islice(examples, size)):
+            yield some
+    except OSError as error:
+        raise DataError(f"data: the examples cannot be read any further ({error})") from error
 
 
 def from_workers(loader: "DataLoader[Any]", key: str) -> Iterator[Any]:
