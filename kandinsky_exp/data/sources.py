@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.checks import DataSummary, check, find_bad, problem_of
-from kandinsky_exp.data.dreambooth import of_class, subject
+from kandinsky_exp.data.dreambooth import ClassImages, refuse, subject
 from kandinsky_exp.data.examples import Example, Indexed, Source
 from kandinsky_exp.data.formats import metadata
 from kandinsky_exp.data.formats.download import shown
@@ -241,10 +241,11 @@ def dreambooth(
     skip = [folder for folder in (held_out, class_folder) if folder is not None]
     train = subject("data.instance_path", instance_path, instance_prompt, skip)
     validation = subject("data.validation_path", held_out, instance_prompt) if held_out is not None else None
-    kept = None
+    class_images = None
     if class_prompt is not None:
-        kept = of_class(class_folder, class_prompt, num_class_images, prior_loss_weight)
-    return Splits(train, validation, kept, dividable=False)
+        refuse("data.class_prompt", class_prompt)
+        class_images = ClassImages(class_folder, class_prompt, num_class_images, prior_loss_weight)
+    return Splits(train, validation, class_images, dividable=False)
 
 
 def subset(splits: Splits, max_samples: int | None, seed: int) -> Splits:

@@ -9,6 +9,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _record_batch(columns: Columns) -> pa.RecordBatch:
     fields, arrays = [], []
     for name, values in flat.items():
         cells = ragged.get(name, values)
-        checksums = [_checksum(cells, row, before) for row, before in enumerate(checksums)]
+        checksums = [_checksum(cells[row], before) for row, before in enumerate(checksums)]
         array, shape = _arrow(cells)
         arrays.append(array)
         fields.append(pa.field(name, array.type, nullable=False, metadata={"shape": json.dumps(shape)}))
@@ -82,8 +83,7 @@ def _record_batch(columns: Columns) -> pa.RecordBatch:
     return pa.record_batch([*arrays, pa.array(checksums, pa.uint32())], schema=pa.schema(fields))
 
 
-def _checksum(cells: Any, row: int, before: int) -> int:
-    cell: Any = cells[row]
+def _checksum(cell: Any, before: int) -> int:
     return zlib.crc32(cell.encode() if isinstance(cell, str) else np.ascontiguousarray(cell).data, before)
 
 
@@ -135,7 +135,7 @@ class MappedColumns:
         views, place = self._views[batch], index - self._starts[batch]
         cells = {name: _cell(view, place) for name, view in views.items()}
         expected = int(cells.pop(CHECKSUM))
-        if self._sum(cells.values()) != expected:
+        if reduce(lambda before, cell: _checksum(cell, before), cells.values(), 0) != expected:
             raise DataError(
                 f"{self.path}: row {index} is damaged; remove the table with `{removal(self.path.parent)}`, and it "
                 "will be encoded again"
@@ -143,13 +143,6 @@ class MappedColumns:
         for name in [name for name in cells if name.endswith(SHAPE)]:
             cells[name.removesuffix(SHAPE)] = cells[name.removesuffix(SHAPE)].reshape(cells.pop(name))
         return cells
-
-    @staticmethod
-    def _sum(cells: Any) -> int:
-        total = 0
-        for cell in cells:
-            total = zlib.crc32(cell.encode() if isinstance(cell, str) else cell, total)
-        return total
 
     def has(self, name: str) -> bool:
         return name in self._views[0]

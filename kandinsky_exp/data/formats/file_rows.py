@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,50 +113,26 @@ def _paths(home: str, files: pa.Array) -> pa.Array:
     return pc.if_else(pc.starts_with(files, "/"), files, joined).fill_null("")
 
 
-@dataclass
-class _Columns:
-    """Gathers rows: few are Python objects at any time."""
-
-    schema: pa.Schema
-    batches: list[pa.RecordBatch] = field(default_factory=list)
-    held: list[tuple[Any, ...]] = field(default_factory=list)
-    codes: dict[Problems, int] = field(default_factory=lambda: {("", ""): 0})
-
-    def add(self, row: FileRow) -> None:
-        code = self.codes.setdefault(row.problems, len(self.codes))
-        self.held.append((row.file, row.captions, row.number, code, row.extra)[: len(self.schema)])
-        if len(self.held) == CHUNK:
-            self._pack()
-
-    def _pack(self) -> None:
-        columns = zip(*self.held, strict=True) if self.held else [()] * len(self.schema)
-        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, self.schema, strict=True)]
-        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
-        self.held = []
-
-    def finish(self) -> pa.RecordBatch:
-        self._pack()
-        columns = pa.Table.from_batches(self.batches, self.schema).combine_chunks()
-        self.batches = []
-        return columns.to_batches()[0] if columns.num_rows else pa.RecordBatch.from_pylist([], self.schema)
-
-
 def gather(
     name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRow], schema: pa.Schema = SCHEMA
 ) -> FileRows:
-    """A source of rows.
+    """A source of rows, few of which are Python objects at any time.
 
     Raises:
         DataError: if there are none.
     """
-    columns = _Columns(schema)
-    for row in rows:
-        columns.add(row)
+    codes: dict[Problems, int] = {("", ""): 0}
+    batches, rows = [], iter(rows)
+    while some := list(islice(rows, CHUNK)):
+        numbers = [codes.setdefault(row.problems, len(codes)) for row in some]
+        cells = [(row.file, row.captions, row.number, code, row.extra) for row, code in zip(some, numbers, strict=True)]
+        arrays = [pa.array(column, kind.type) for column, kind in zip(zip(*cells, strict=True), schema, strict=False)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
     release()
-    made = FileRows(name, str(home), str(origin), unit, columns.finish(), tuple(columns.codes))
-    if not len(made):
+    if not batches:
         raise DataError(f"{origin}: it has no rows; write one per image")
-    return made
+    (columns,) = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    return FileRows(name, str(home), str(origin), unit, columns, tuple(codes))
 
 
 def image_columns(asked: str) -> list[str]:

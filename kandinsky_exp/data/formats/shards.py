@@ -151,7 +151,7 @@ class Shards(Source):
             _refuse_bomb(member, end)
             limit = MAX_TEXT if member.name.lower().endswith(f".{self._text_key}") else MAX_BYTES
             is_needed = number + MANY >= start  # it is known later which row it belongs to
-            for group in grouping.take(_Content(archive, member, is_needed).as_member(_problem(member, limit))):
+            for group in grouping.take(_Content(archive, member, _problem(member, limit), is_needed)):
                 yield group
                 number += 1
         yield from grouping.finish()
@@ -243,15 +243,13 @@ def _problem(member: tarfile.TarInfo, limit: int) -> str:
     return ""
 
 
-class _Content:
+class _Content(Member):
     """A member's bytes, read in order, as a stream gives them."""
 
-    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo, is_needed: bool) -> None:
+    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo, refused: str, is_needed: bool) -> None:
+        super().__init__(member.name, refused)
         self.archive, self.member, self.is_needed = archive, member, is_needed
         self.begun: bytes | None = None
-
-    def as_member(self, problem: str) -> Member:
-        return Member(self.member.name, problem, self.head, self.all)
 
     def head(self) -> bytes:
         self.file = self.archive.extractfile(self.member)
@@ -259,7 +257,7 @@ class _Content:
         self.begun = self.file.read(HEAD)
         return self.begun
 
-    def all(self) -> bytes:
+    def content(self) -> bytes:
         if not self.is_needed:
             return b""
         begun = self.head() if self.begun is None else self.begun
