@@ -26,7 +26,7 @@ from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
-from kandinsky_exp.system import accelerators, host_memory
+from kandinsky_exp.system import accelerators, files, host_memory
 from kandinsky_exp.training.ema import is_schedule_free
 from kandinsky_exp.training.feature_loader import ReadSettings
 from kandinsky_exp.training.loop import Training
@@ -52,7 +52,7 @@ def weights(cfg: DictConfig, cls: type[Weights] = Weights) -> Weights:
 
 
 def cache_folder(cfg: DictConfig) -> Path:
-    return Path(cfg.output_root).expanduser() / "cache"
+    return files.output_root(cfg.output_root) / "cache"
 
 
 def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[str]:
@@ -117,19 +117,14 @@ def data(cfg: DictConfig) -> sources.Splits:
         DataError: it cannot be read.
     """
     settings = target_settings(cfg, "data")
-    reader = get_method(settings["_target_"])
-    if extra := list(stage_class(cfg).extra_inputs):
-        settings["extra_columns"] = extra
-        if "extra_columns" not in inspect.signature(reader).parameters:
-            raise ConfigError(
-                f"data._target_: {settings['_target_']} reads no further columns, and this model reads "
-                f"{', '.join(extra)}; take data=folder, list or hub"
-            )
-    arguments = source_facts.arguments(reader, settings)
+    arguments = source_facts.arguments(get_method(settings["_target_"]), settings)
     try:
         splits = instantiate({"_target_": settings["_target_"], **arguments})
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    if columns := sorted(stage_class(cfg).extra_inputs):
+        splits.train = splits.train.with_columns(columns)
+        splits.validation = splits.validation and splits.validation.with_columns(columns)
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 

@@ -1,41 +1,33 @@
-"""Verbs → Hydra apps. The only place that prints a user's error and decides an exit code.
+"""The command `kandinsky-exp`: its verbs, what is printed of an error, and exit codes.
 
 0 done · 2 the configuration or the data is wrong and nothing was trained · 1 failed while running ·
 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM) after a checkpoint was written.
 """
 
-import functools
 import hashlib
 import json
 import os
 import sys
 import traceback
-import typing
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp.config import allowlist, command_line, grammar, hydra_errors, validation
+from hydra_plugins.kandinsky_optuna.sweeper import OptunaSweeper
+from kandinsky_exp import hydra_adapter
+from kandinsky_exp.config import command_line, hydra_errors, validation
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, reason_of
-from kandinsky_exp.sweeps import job_process, launch
+from kandinsky_exp.sweeps import job_process, launch, supervise
 from kandinsky_exp.system import launch_environment, redaction, terminal
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
-
-# Hydra copies the store of all plugins' schemas before each look at its files: most of what --help took. There is one
-# store in a process, and it hands out copies.
-ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 # For conf/hydra: the first value that is not null. Here, for a process-based launcher imports this module with `Job`.
 OmegaConf.register_new_resolver("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
@@ -92,16 +84,15 @@ VERBS: dict[str, Verb] = {
 class Job:
     """What Hydra calls, once per job. A class and not a closure, so that process-based launchers can pickle it."""
 
-    function: str
-    trusted: tuple[str, ...] = ()  # modules: typed, for what a config file says of itself does not count
+    call: job_process.Call
     called: bool = field(default=False, init=False)
     failure: Exception | None = field(default=None, init=False)
 
     def __call__(self, cfg: DictConfig) -> Any:
         self.called = True
-        sweeping = launch.forget_multirun()
+        sweeping = supervise.forget_multirun()
         try:
-            return call(self.function, cfg, self.trusted)
+            return call(self.call, cfg)
         except Exception as error:
             self.failure = error
             if sweeping:  # the sweeper decides what becomes of the other jobs
@@ -109,22 +100,19 @@ class Job:
             return None  # kept for `main`: raised from here, Hydra would print a line of its own
 
 
-def call(function: str, cfg: DictConfig, trusted: tuple[str, ...]) -> Any:
-    """Run `module:function` on a config."""
-    validation.validate(cfg, trusted)  # also the first thing the function does; here, before its module imports torch
-    module, _, name = function.partition(":")
+def call(job: job_process.Call, cfg: DictConfig) -> Any:
+    """Run a verb on a config."""
+    # Also the first thing the function does; here, before its module imports torch.
+    validation.validate(cfg, job.verb, job.trusted)
+    module, _, name = job.function.partition(":")
     return getattr(import_module(module), name)(cfg)
 
 
+@terminal.lasting()
 def answered(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
     """The same for a job in its own process: however it ends, that is told, and printed where it went wrong."""
-    with terminal.lasting():
-        return _answer(job, cfg)
-
-
-def _answer(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
     try:
-        value = call(job.function, cfg, job.trusted)
+        value = call(job, cfg)
         return job_process.Answer("FINISHED", float(value) if isinstance(value, (int, float)) else None)
     except Pruned as verdict:
         return job_process.Answer("PRUNED", verdict.loss, str(verdict))
@@ -138,13 +126,9 @@ def _answer(job: job_process.Call, cfg: DictConfig) -> job_process.Answer:
         return job_process.Answer("FAILED", message=message, is_user_error=isinstance(error, UserError))
 
 
+@terminal.lasting()
 def main(argv: list[str] | None = None) -> None:
-    """Runs `kandinsky-exp [VERB] [overrides]`; returns when done, else raises SystemExit with the exit code."""
-    with terminal.lasting():
-        _main(argv)
-
-
-def _main(argv: list[str] | None) -> None:
+    """Run `kandinsky-exp [VERB] [overrides]`; return when done, else raise SystemExit with the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     os.environ.update(launch_environment.adopted(os.environ))
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -153,13 +137,13 @@ def _main(argv: list[str] | None) -> None:
             print(f"kandinsky-exp {version('kandinsky-exp')}")
         else:
             verb, rest = _split_verb(arguments)
-            _run(verb, command_line.parse([_plain(text, VERBS[verb]) for text in rest], VERBS), verbose)
+            _run(command_line.parse(verb, [_plain(text, VERBS[verb]) for text in rest], VERBS), verbose)
     except (Exception, KeyboardInterrupt, Interrupted) as error:
         sys.exit(_report(error, verbose))
 
 
 def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
-    """Takes the verb off the arguments, or off the line that a shell asks to complete."""
+    """Take the verb off the arguments, or off the line that a shell asks to complete."""
     if "-sc" in arguments and "COMP_LINE" in os.environ:
         program, _, line = os.environ["COMP_LINE"].partition(" ")
         first, space, rest = line.partition(" ")
@@ -181,38 +165,39 @@ def _plain(text: str, verb: Verb) -> str:
     return f"{verb.plain.get(key, key)}={value}" if equals else text
 
 
-def _run(verb: str, line: command_line.CommandLine, verbose: bool) -> None:
-    # HYDRA_FULL_ERROR: errors are to be raised to `main`, not printed by Hydra.
-    with _full_error(), _hydra_checked(line):
-        line = line if line.shows_something else _settled(verb, line)
-        if line.sweeps and VERBS[verb].trains and not line.shows_something:
-            swept = job_process.Call(answered, VERBS[verb].function, line.trusted, verbose)
-            if code := launch.launch(verb, line, swept, functools.partial(_start, verb, line)):
-                sys.exit(code)
-            return
-        job = Job(VERBS[verb].function, line.trusted)
-        try:
-            _start(verb, line, job)
-        except UserError:
-            raise
-        except Exception as error:
-            composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
-            if composing and not job.called:
-                raise hydra_errors.explain(error, line.root(verb), line) from error
-            raise
-        if job.failure is not None:
-            raise job.failure
+def _run(line: command_line.CommandLine, verbose: bool) -> None:
+    hydra_adapter.register(OptunaSweeper)
+    verb = VERBS[line.verb]
+    if not line.shows_something:
+        line = _settled(line, verb.trains)
+    work = job_process.Call(answered, line.verb, verb.function, line.trusted, verbose)
+    if line.sweeps and verb.trains and not line.shows_something:
+        if code := launch.launch(line, work):
+            sys.exit(code)
+        return
+    job = Job(work)
+    try:
+        line.start(job)
+    except UserError:
+        raise
+    except Exception as error:
+        composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
+        if composing and not job.called:
+            raise hydra_errors.explain(error, line) from error
+        raise
+    if job.failure is not None:
+        raise job.failure
 
 
-def _settled(verb: str, line: command_line.CommandLine) -> command_line.CommandLine:
+def _settled(line: command_line.CommandLine, trains: bool) -> command_line.CommandLine:
     """The line, knowing whether it sweeps. What is wrong with a sweep is told before the sweeper makes its folder."""
-    launch_environment.check_verb(os.environ, verb)
-    line, found = command_line.settled(verb, line, VERBS[verb].trains)
+    launch_environment.check_verb(os.environ, line.verb)
+    line, found = command_line.settled(line, trains)
     if line.sweeps or found:
         try:
-            found += hydra_errors.find_problems(line.root(verb), line)
+            found += hydra_errors.find_problems(line)
         except Exception as error:
-            raise hydra_errors.explain(error, line.root(verb), line) from error
+            raise hydra_errors.explain(error, line) from error
     if found:
         raise ConfigError(found)
     for note in line.notes if os.environ.get("RANK", "0") == "0" else ():
@@ -220,56 +205,8 @@ def _settled(verb: str, line: command_line.CommandLine) -> command_line.CommandL
     return line
 
 
-def _start(verb: str, line: command_line.CommandLine, job: typing.Callable[[DictConfig], Any], *more: str) -> None:
-    app = hydra.main(config_path="pkg://kandinsky_exp.conf", config_name=verb, version_base="1.3")(job)
-    naming = [] if line.shows_something else command_line.job_naming(line.overrides)
-    with _replaced(sys, "argv", [_program(), *line.arguments, *naming, *more]):
-        app()
-
-
-def _program() -> str:
-    return sys.argv[0] if sys.argv and not sys.argv[0].endswith(".py") else "kandinsky-exp"
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
-def _hydra_checked(line: command_line.CommandLine) -> Iterator[None]:
-    """Judges Hydra's own section of all that it composes: callbacks, plugins and loggers are built from it at once."""
-    load, keys = ConfigLoaderImpl.load_configuration, grammar.keys(line.overrides)
-
-    def checked(loader: ConfigLoaderImpl, *args: Any, **settings: Any) -> DictConfig:
-        cfg = load(loader, *args, **settings)
-        section = OmegaConf.to_container(cfg.hydra, resolve=False)
-        if found := allowlist.hydra_problems(typing.cast(dict[str, Any], section), line.trusted, keys):
-            raise ConfigError(found)
-        return cfg
-
-    with _replaced(ConfigLoaderImpl, "load_configuration", checked):
-        yield
-
-
-@contextmanager
-def _full_error() -> Iterator[None]:
-    before = {name: os.environ[name] for name in ("HYDRA_FULL_ERROR",) if name in os.environ}
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        os.environ.update(before)
-
-
 def _report(error: BaseException, verbose: bool) -> int:
-    """Prints what went wrong, with a traceback where it helps; returns the exit code."""
+    """Print what went wrong, with a traceback where it helps; return the exit code."""
     known = isinstance(error, (UserError, RunFailure, Interrupted, KeyboardInterrupt))
     if verbose or not known:
         print(redaction.masked("".join(traceback.format_exception(error))), file=sys.stderr, end="")

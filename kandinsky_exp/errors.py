@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 # CUDA, HIP, XPU and NCCL have the words, cuBLAS, cuDNN and their kin a status; MPS has words of its own as well.
 OF_DEVICE = re.compile(
@@ -18,6 +19,21 @@ class UserError(Exception):
     """Something the user can put right; nothing was trained. Exit code 2."""
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A wrong setting.
+
+    Args:
+        text: what is wrong; what to do.
+    """
+
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.text}"
+
+
 class ConfigError(UserError):
     """One or more wrong settings, listed together.
 
@@ -25,8 +41,8 @@ class ConfigError(UserError):
         problems: each as `key: what is wrong; what to do`.
     """
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+    def __init__(self, problems: str | Problem | Sequence[str | Problem]) -> None:
+        self.problems = [str(item) for item in ([problems] if isinstance(problems, str | Problem) else problems)]
         super().__init__("\n".join(self.problems))
 
 

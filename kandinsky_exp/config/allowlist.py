@@ -1,4 +1,4 @@
-"""Which code a config may name. A config may have come with a checkpoint: it is data until this has been asked.
+"""The list of code that a config may name. A config may have come with a checkpoint: it is data until it is checked.
 
 A `_target_` is judged twice: its name before anything is imported, for an import runs code; and then what was found
 under that name. The user adds modules by `trusted_modules`, on the command line or as an argument, never in a file.
@@ -6,12 +6,15 @@ under that name. The user adds modules by `trusted_modules`, on the command line
 
 import functools
 import inspect
+import pkgutil
 import re
-from collections.abc import Collection, Iterator
-from importlib import import_module
+from collections.abc import Collection
 from typing import Any
 
-from omegaconf import DictConfig, flag_override
+from omegaconf import DictConfig, ListConfig, flag_override
+
+from kandinsky_exp.config import saved_config
+from kandinsky_exp.errors import Problem
 
 KEY = "trusted_modules"
 MODULES = (
@@ -74,7 +77,7 @@ def refused(cfg: DictConfig, typed: Collection[str]) -> list[str]:
     return [name for name in _named(cfg) if name not in user_modules(cfg, typed)]
 
 
-def note(cfg: DictConfig, typed: Collection[str]) -> None:
+def remember(cfg: DictConfig, typed: Collection[str]) -> None:
     """Write what the user trusts into the config, and mark it as the user's: a file cannot set a flag."""
     names = user_modules(cfg, typed)
     if names != _named(cfg):
@@ -86,7 +89,7 @@ def note(cfg: DictConfig, typed: Collection[str]) -> None:
 
 def _named(cfg: DictConfig) -> list[str]:
     names = cfg.get(KEY)
-    return [] if names is None or isinstance(names, str) else [str(name) for name in names]
+    return [str(name) for name in names] if isinstance(names, ListConfig) else []
 
 
 def _flag(name: str) -> str:
@@ -153,21 +156,15 @@ def _origin(found: Any) -> str | None:
 def _has_role(found: Any, module: str | None, role: str) -> bool:
     if inspect.isclass(found):
         bases = [BASES[role]] if role in BASES else [] if role else [BASES["optimizer"], BASES["scheduler"]]
-        return any(issubclass(found, _class(name)) for name in bases)
+        return any(issubclass(found, pkgutil.resolve_name(name)) for name in bases)
     return inspect.isfunction(found) and module == FUNCTIONS.get(role)
-
-
-def _class(name: str) -> type:
-    module, _, last = name.rpartition(".")
-    found: type = getattr(import_module(module), last)
-    return found
 
 
 # --- Hydra's own section, which Hydra acts on before our code runs
 
 
-def hydra_problems(section: dict[str, Any], typed: Collection[str], keys: Collection[str]) -> list[str]:
-    """What is wrong with a composed `hydra` section, as `key: ...` messages.
+def hydra_problems(section: Any, typed: Collection[str], keys: Collection[str]) -> list[Problem]:
+    """What is wrong with a composed `hydra` section.
 
     Args:
         typed: modules that the user trusts.
@@ -175,18 +172,18 @@ def hydra_problems(section: dict[str, Any], typed: Collection[str], keys: Collec
     """
     allowed = (*OF_HYDRA, *typed)
     found = [
-        f"{key}: {value!r:.200} is nothing that Hydra may build; if you trust that code, type {KEY}=[...] too"
-        for key, name, value in _leaves(section, "hydra")
+        Problem(key, f"{value!r:.200} is nothing that Hydra may build; if you trust that code, type {KEY}=[...] too")
+        for key, name, value in saved_config.walk(section, "hydra")
         if name == "_target_" and not (isinstance(value, str) and covers(allowed, value))
     ]
     for name in ("hydra_logging", "job_logging"):
-        for key, last, value in _leaves(section.get(name), f"hydra.{name}"):
+        for key, last, value in saved_config.walk(section.get(name), f"hydra.{name}"):
             if _is_strange(last, value, typed):
-                found.append(f"{key}: {value!r:.200} is no handler or formatter of logging; name one that is")
+                found.append(Problem(key, f"{value!r:.200} is no handler or formatter of logging; name one that is"))
     settings = section.get("job", {}).get("env_set") or {}
     for name in settings:
         if not TUNING.fullmatch(str(name)) and f"hydra.job.env_set.{name}" not in keys:
-            found.append(f"hydra.job.env_set.{name}: is not for a file to set; export it, or type it")
+            found.append(Problem(f"hydra.job.env_set.{name}", "is not for a file to set; export it, or type it"))
     return found
 
 
@@ -194,13 +191,3 @@ def _is_strange(name: str, value: Any, typed: Collection[str]) -> bool:
     if name in ("()", "class"):
         return not (isinstance(value, str) and (LOGGING.fullmatch(value) or covers(typed, value)))
     return isinstance(value, str) and "://" in value and value not in STREAMS
-
-
-def _leaves(node: Any, key: str, last: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted key, its last name, value). A name may have dots of its own: what a sweep varies."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
-        yield key, last, node
-    else:
-        for name, value in items:
-            yield from _leaves(value, f"{key}.{name}", str(name))

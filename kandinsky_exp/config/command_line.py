@@ -1,121 +1,144 @@
 """What was typed after the verb: flags and overrides, and whether they make one run or a sweep."""
 
+import argparse
+import functools
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra import initialize_config_module
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.config_loader import ConfigLoader
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from yaml import YAMLError
 
+from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import allowlist, grammar, suggestions, validation
-from kandinsky_exp.errors import ConfigError, UserError, cut
+from kandinsky_exp.errors import ConfigError, Problem, UserError, cut
 from kandinsky_exp.system import files
 
 SEARCH_PATH = "hydra.searchpath"
 OF_SWEEPS = re.compile(r"hydra[./](sweeper|launcher)\b.*")  # keys that a single run does not read
+SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion")
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The arguments after the verb. `arguments` has the flags first, then the overrides, as argparse likes them."""
+    """A verb and the arguments after it.
 
+    Args:
+        flags: as Hydra's parser reads them.
+        arguments: the flags first, then the overrides.
+        sweeps: whether --multirun was typed; from `settled`, whether there will be a sweep.
+        trusted: modules that `_target_` may name too. They were typed: a file cannot add any.
+        check: of Hydra's section of what is composed.
+        mode: what Hydra's section says of that, from `settled`.
+        notes: what the user should know, a line each.
+    """
+
+    verb: str
+    flags: argparse.Namespace
     arguments: list[str]
     overrides: list[str]
     sweeps: bool
-    shows_something: bool  # --help, --cfg, --info, completion: nothing runs
-    config_dir: str | None
-    trusted: tuple[str, ...]  # modules that `_target_` may name too
-    notes: tuple[str, ...] = ()  # what the user should know, a line each
-    config_name: str | None = None  # a root config of the user's, in place of the verb's
+    trusted: tuple[str, ...]
+    check: hydra_adapter.Check
+    mode: RunMode | None = None
+    notes: tuple[str, ...] = ()
 
-    def root(self, verb: str) -> str:
-        """The name of the root config."""
-        return self.config_name or verb
+    @property
+    def root(self) -> str:
+        """The name of the root config: one of the user's, or the verb's."""
+        return self.flags.config_name or self.verb
+
+    @property
+    def shows_something(self) -> bool:
+        """Whether it is for --help, --cfg, --info or completion, so that nothing runs."""
+        return any(getattr(self.flags, name) for name in SHOWING)
 
     @property
     def search_path(self) -> list[str]:
         """The typed search path, for what is composed without the other overrides."""
         return [text for text in self.overrides if SEARCH_PATH in grammar.keys([text])]
 
-    def with_override(self, text: str, note: str) -> "CommandLine":
-        """The line with one more override, which has the last word, and a note on it."""
-        return replace(
-            self,
-            arguments=[*self.arguments, text],
-            overrides=[*self.overrides, text],
-            notes=(*self.notes, note),
-        )
+    @contextmanager
+    def composing(self) -> Iterator[ConfigLoader]:
+        """Hydra ready to compose, with the search path that it has for this line."""
+        with hydra_adapter.composing(self.flags, self.check) as hydra:
+            yield hydra.config_loader
+
+    def start(self, job: Any, *more: str) -> None:
+        """Let Hydra do what was typed.
+
+        Args:
+            job: called with the config of each run.
+            more: further overrides.
+        """
+        overrides = self.overrides
+        if not self.shows_something:
+            # Files that ask for a sweep are left to say so: a command that repeats one of its jobs has to undo it.
+            mode = [] if self.mode == RunMode.MULTIRUN else [f"hydra.mode={'MULTIRUN' if self.sweeps else 'RUN'}"]
+            overrides = [*overrides, *job_naming(overrides), *more, *mode]
+        flags = argparse.Namespace(**{**vars(self.flags), "overrides": overrides})
+        hydra_adapter.start(flags, self.root, self.sweeps, job, self.check)
 
 
-def parse(arguments: list[str], verbs: Iterable[str]) -> CommandLine:
-    """Checks the flags with Hydra's own parser; raises ConfigError where that would print its usage."""
-    parser = get_args_parser()
+def _check_section(trusted: Collection[str], typed: Collection[str], section: Any) -> None:
+    if found := allowlist.hydra_problems(section, trusted, typed):
+        raise ConfigError(found)
+
+
+def parse(verb: str, arguments: list[str], verbs: Iterable[str]) -> CommandLine:
+    """Check the flags with Hydra's own parser; raise ConfigError where that would print its usage."""
 
     def refuse(message: str) -> NoReturn:
         flag = message.partition("unrecognized arguments: --")[2].replace("=", " ").partition(" ")[0]
         meant = suggestions.suggest(flag, validation.all_keys()) if flag else ""
         raise ConfigError(f"{message}; settings are written key=value, without dashes; see kandinsky-exp --help{meant}")
 
-    vars(parser)["error"] = refuse
-    known = parser.parse_intermixed_args(arguments)
-    overrides = [_expand_home(text) for text in known.overrides]
+    flags = hydra_adapter.parse(arguments, refuse)
+    overrides = [_expand_home(text) for text in flags.overrides]
     problems = [
         _not_a_setting(text, verbs, arguments) for text in overrides if "=" not in text and not text.startswith("~")
     ]
-    problems += _missing_folders(known.config_dir, overrides)
-    if problems:
+    if problems := [*problems, *_wrong_flags(flags), *_missing_folders(flags.config_dir, overrides)]:
         raise ConfigError(problems)
-    flags = [text for text in arguments if text not in known.overrides]
-    return CommandLine(
-        arguments=[*flags, *overrides],
-        overrides=overrides,
-        sweeps=known.multirun,  # `settled` knows of other ways to ask for it
-        shows_something=bool(known.help or known.hydra_help or known.cfg or known.info or known.shell_completion),
-        config_dir=known.config_dir,
-        config_name=known.config_name,
-        trusted=tuple(dict.fromkeys(grammar.names(overrides, allowlist.KEY))),  # typed: a file cannot add any
-    )
+    words = [text for text in arguments if text not in flags.overrides]
+    trusted = tuple(dict.fromkeys(grammar.names(overrides, allowlist.KEY)))
+    check = functools.partial(_check_section, trusted, grammar.keys(overrides))
+    return CommandLine(verb, flags, [*words, *overrides], overrides, flags.multirun, trusted, check)
 
 
-def _missing_folders(config_dir: str | None, overrides: list[str]) -> Iterator[str]:
+def _wrong_flags(flags: argparse.Namespace) -> Iterator[Problem]:
+    """What Hydra's own entry refuses."""
+    if flags.help or flags.hydra_help:
+        return
+    if sum(bool(getattr(flags, name)) for name in ("run", "multirun", "cfg", "info", "shell_completion")) > 1:
+        several = "Only one of --run, --multirun, --cfg, --info and --shell_completion can be specified"
+        yield Problem("config", f"{several}; see kandinsky-exp --help")
+    if flags.resolve and flags.cfg is None:
+        alone = "The --resolve flag can only be used in conjunction with --cfg or --help"
+        yield Problem("config", f"{alone}; see kandinsky-exp --help")
+
+
+def _missing_folders(config_dir: str | None, overrides: list[str]) -> Iterator[Problem]:
     """Hydra passes over what is not there in its search path."""
     if config_dir is not None and not files.is_folder(config_dir):
-        yield f"--config-dir: folder '{cut(config_dir)}' not found; give the one of your yaml files"
+        yield Problem("--config-dir", f"folder '{cut(config_dir)}' not found; give the one of your yaml files")
     for override in grammar.readable(overrides):
         if override.key_or_group == SEARCH_PATH and not isinstance(override.value(), list):
-            yield f"{SEARCH_PATH}: has to be a list; write {SEARCH_PATH}=[{cut(override.get_value_string())}]"
+            given = cut(override.get_value_string())
+            yield Problem(SEARCH_PATH, f"has to be a list; write {SEARCH_PATH}=[{given}]")
     for place in grammar.names(overrides, SEARCH_PATH):
         scheme, _, path = place.rpartition("://")
         if scheme in ("", "file") and not files.is_folder(path):
-            yield f"{SEARCH_PATH}: folder '{cut(path)}' not found; give the one of your yaml files"
+            yield Problem(SEARCH_PATH, f"folder '{cut(path)}' not found; give the one of your yaml files")
 
 
-@contextmanager
-def composing(line: CommandLine) -> Iterator[ConfigLoaderImpl]:
-    """Hydra ready to compose, with the search path that it has for this line."""
-    GlobalHydra.instance().clear()
-    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        assert isinstance(loader, ConfigLoaderImpl)
-        if line.config_dir is not None:
-            place = f"file://{Path(line.config_dir).resolve()}"
-            loader.config_search_path.prepend("command-line", place, SearchPathQuery(provider="schema"))
-            loader.repository.initialize_sources(loader.config_search_path)
-        yield loader
-
-
-def settled(verb: str, line: CommandLine, trains: bool = True) -> tuple[CommandLine, list[str]]:
+def settled(line: CommandLine, trains: bool = True) -> tuple[CommandLine, list[Problem]]:
     """(the line, knowing whether it sweeps; what is typed of a sweep and does not go with this).
 
     Hydra takes `hydra.mode=MULTIRUN`, typed or from a file, for --multirun, which wins over `hydra.mode=RUN`.
@@ -123,57 +146,56 @@ def settled(verb: str, line: CommandLine, trains: bool = True) -> tuple[CommandL
     Raises:
         UserError: Hydra may not act on what a file says.
     """
-    section = _of_hydra(line.root(verb), line)
-    mode = None if section is None else section.mode
-    problems = []
-    if not trains and section is not None and "n_trials" in section.sweeper:
-        problems.append(f"hydra/sweeper: it learns from what jobs have trained, and {verb} trains none; list values")
-    if line.sweeps and mode == RunMode.RUN:
-        note = "hydra.mode=RUN: --multirun was given too, and wins; leave one of them out"
-        return line.with_override("hydra.mode=MULTIRUN", note), problems
-    if line.sweeps or mode == RunMode.MULTIRUN:
-        return replace(line, sweeps=True), problems
-    if mode == RunMode.RUN:  # it was said that a single run is meant
+    section = _of_hydra(line)
+    line = replace(line, mode=None if section is None else section.mode)
+    if line.sweeps or line.mode == RunMode.MULTIRUN:
+        notes = ("hydra.mode=RUN: --multirun was given too, and wins; leave one of them out",)
+        line = replace(line, sweeps=True, notes=notes if line.mode == RunMode.RUN else ())
+        if trains or section is None or "n_trials" not in section.sweeper:
+            return line, []
+        learns = f"it learns from what jobs have trained, and {line.verb} trains none; list values"
+        return line, [Problem("hydra/sweeper", learns)]
+    if line.mode == RunMode.RUN:  # it was said that a single run is meant
         return line, []
     found = [key for key in sorted(grammar.keys(line.overrides)) if OF_SWEEPS.fullmatch(key)]
-    problems = [f"{key}: is for a sweep, and this is a single run; add --multirun, or leave it out" for key in found]
+    alone = "is for a sweep, and this is a single run; add --multirun, or leave it out"
     params = None if section is None or found else section.sweeper.get("params")
     if params:
         note = f"hydra.sweeper.params: {', '.join(params)} would vary with --multirun; this is a single run"
-        line = replace(line, notes=(*line.notes, note))
-    return line, problems
+        line = replace(line, notes=(note,))
+    return line, [Problem(key, alone) for key in found]
 
 
-def _of_hydra(verb: str, line: CommandLine) -> Any:
+def _of_hydra(line: CommandLine) -> Any:
     """Hydra's own section, of as many overrides as can be composed; None where there is none."""
-    with composing(line) as loader:
-
-        def composed(texts: list[str]) -> DictConfig | None:
-            try:
-                cfg = loader.load_configuration(verb, texts, RunMode.MULTIRUN, validate_sweep_overrides=False)
-                cfg.hydra.mode  # noqa: B018 - a file may set it by an interpolation that leads nowhere
-                section: DictConfig = cfg.hydra
-                return section
-            except UserError:
-                raise
-            except Exception:  # whatever it is, `mistakes.explain` will say it
-                return None
-
-        section = composed(line.overrides)
-        if section is None:  # what chooses files, and is for Hydra, one by one
-            good: list[str] = []
-            for override in grammar.readable(line.overrides):
-                is_group = override.is_hydra_override() or bool(group_options(loader, override.key_or_group, verb))
-                if is_group and (tried := composed([*good, str(override.input_line)])) is not None:
-                    section = tried
-                    good.append(str(override.input_line))
+    with line.composing() as loader:
+        if (section := _section(loader, line.root, line.overrides)) is not None:
+            return section
+        good: list[str] = []
+        for override in grammar.readable(line.overrides):  # what chooses files, and is for Hydra, one by one
+            texts = [*good, str(override.input_line)]
+            is_group = override.is_hydra_override() or bool(group_options(loader, override.key_or_group, line.root))
+            if is_group and (tried := _section(loader, line.root, texts)) is not None:
+                section, good = tried, texts
         return section
 
 
-def group_options(loader: ConfigLoaderImpl, group: str, verb: str, search_path: Iterable[str] = ()) -> list[str]:
+def _section(loader: ConfigLoader, root: str, texts: list[str]) -> DictConfig | None:
+    try:
+        cfg = loader.load_configuration(root, texts, RunMode.MULTIRUN, validate_sweep_overrides=False)
+        cfg.hydra.mode  # noqa: B018 - a file may set it by an interpolation that leads nowhere
+        section: DictConfig = cfg.hydra
+        return section
+    except UserError:
+        raise
+    except Exception:  # whatever it is, `hydra_errors.explain` will say it
+        return None
+
+
+def group_options(loader: ConfigLoader, group: str, root: str, search_path: Iterable[str] = ()) -> list[str]:
     """The files of a group; none for what is no group."""
     try:
-        return loader.get_group_options(group, config_name=verb, overrides=list(search_path))
+        return loader.get_group_options(group, config_name=root, overrides=list(search_path))
     except (OSError, ValueError, YAMLError):  # no name of a folder: too long, say; or the root config is no yaml
         return []
 
@@ -183,7 +205,7 @@ def unknown_verb(word: str, verbs: Iterable[str]) -> str:
     names = list(verbs)
     return (
         f"{cut(word)}: no such verb, the verbs are {', '.join(names)}; a setting is written key=value, without spaces "
-        f"around the = sign{did_you_mean(word, names)}"
+        f"around the = sign{suggestions.did_you_mean(word, names)}"
     )
 
 
@@ -203,19 +225,9 @@ def _expand_home(text: str) -> str:
     return f"{key}={','.join(str(Path(part).expanduser()) for part in value.split(','))}"
 
 
-def _not_a_setting(text: str, verbs: Iterable[str], arguments: list[str]) -> str:
-    if text in verbs:
-        return f"{text}: the verb comes first: {shlex.join(['kandinsky-exp', text, *without(arguments, text)])}"
-    return f"{cut(text)}: not a setting; settings are written key=value, without spaces around the = sign"
-
-
-def without(words: list[str], word: str) -> list[str]:
-    """All but the first of such a word."""
-    place = words.index(word)
-    return [*words[:place], *words[place + 1 :]]
-
-
-def did_you_mean(word: Any, choices: Iterable[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
-    close = get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def _not_a_setting(text: str, verbs: Iterable[str], arguments: list[str]) -> Problem:
+    if text not in verbs:
+        return Problem(cut(text), "not a setting; settings are written key=value, without spaces around the = sign")
+    rest = list(arguments)
+    rest.remove(text)
+    return Problem(text, f"the verb comes first: {shlex.join(['kandinsky-exp', text, *rest])}")

@@ -1,4 +1,4 @@
-"""What no single value tells: files that are not there, settings that contradict each other, packages that lack.
+"""Check settings against files, against each other and against the installed packages.
 
 All functions take `good`: {dotted key: value} of those settings whose values are well-formed. None imports torch, but
 where something hangs on the stage: `stage` gives its class, None where the config names none that is good.
@@ -186,23 +186,20 @@ def _adapter(good: Values) -> Found:
         yield "adapter.rank", "has to be a whole number, at least 1, not null"
     if good.get("adapter.target_modules") == []:
         yield "adapter.target_modules", "is empty, so that nothing would train; name modules, or take null for all"
-    bits, init = good.get("adapter.base_precision"), good.get("adapter.init")
-    if bits is not None and not targets.is_installed("bitsandbytes"):
-        how = targets.how_to_install("bitsandbytes")
-        yield "adapter.base_precision", f"bitsandbytes is not installed; {how}, or leave it null"
-    elif bits is not None and (old := targets.older_than("bitsandbytes", BITSANDBYTES)):
-        least = ".".join(map(str, BITSANDBYTES))
-        yield (
-            "adapter.base_precision",
-            f"bitsandbytes {old} does not move 8-bit weights to a device, {least} does; pip install -U bitsandbytes, "
-            "or leave it null",
-        )
-    if bits is not None and good.get("precision.mixed_precision") == "no":
-        yield (
-            "adapter.base_precision",
-            f"{bits} computes in half precision; add precision=bf16 or fp16, or leave it null",
-        )
-    if bits is not None and init in ("pissa", "olora"):
+    if good.get("adapter.base_precision") is not None:
+        yield from _quantized(good)
+
+
+def _quantized(good: Values) -> Found:
+    key, bits, init = "adapter.base_precision", good["adapter.base_precision"], good.get("adapter.init")
+    if not targets.is_installed("bitsandbytes"):
+        yield key, f"bitsandbytes is not installed; {targets.how_to_install('bitsandbytes')}, or leave it null"
+    elif old := targets.older_than("bitsandbytes", BITSANDBYTES):
+        wrong = f"bitsandbytes {old} does not move 8-bit weights to a device, {'.'.join(map(str, BITSANDBYTES))} does"
+        yield key, f"{wrong}; pip install -U bitsandbytes, or leave it null"
+    if good.get("precision.mixed_precision") == "no":
+        yield key, f"{bits} computes in half precision; add precision=bf16 or fp16, or leave it null"
+    if init in ("pissa", "olora"):
         yield "adapter.init", f"{init} changes the frozen weights, which {bits} has rounded; take default or gaussian"
 
 
@@ -234,10 +231,8 @@ def _optimizer(good: Values) -> Found:
         schedule, warmup = good.get("scheduler._target_", CONSTANT), good.get("scheduler.warmup_steps", 0)
         what = "a schedule-free optimizer"
         if schedule != CONSTANT:
-            yield (
-                "scheduler._target_",
-                f"{what} keeps its rate, and averages instead of decaying; take scheduler=constant",
-            )
+            instead = "averages instead of decaying; take scheduler=constant"
+            yield "scheduler._target_", f"{what} keeps its rate, and {instead}"
         if warmup:
             yield "scheduler.warmup_steps", f"{what} warms up by itself; set optimizer.warmup_steps={warmup} instead"
         if good.get("trainer.ema_decay") is not None:
@@ -263,10 +258,8 @@ def _reading(good: Values, source: SourceFacts) -> Found:
 def _preserving(good: Values) -> Found:
     if good.get("data.class_prompt") is None:
         if good.get("data.class_path") is not None:
-            yield (
-                "data.class_path",
-                "is set, but without data.class_prompt no class is preserved; give one, or remove it",
-            )
+            lacking = "without data.class_prompt no class is preserved; give one, or remove it"
+            yield "data.class_path", f"is set, but {lacking}"
     elif good.get("data.buckets"):
         yield "data.buckets", "pictures of subject and class share a batch, so have one shape; set it to false"
 

@@ -1,4 +1,4 @@
-"""Overrides as Hydra reads them: its own grammar decides what was typed, and nobody else takes an override apart."""
+"""Read overrides with Hydra's own grammar; nobody else takes an override apart."""
 
 import math
 import re
@@ -35,7 +35,7 @@ def readable(texts: Iterable[str]) -> list[Override]:
         try:
             found.append(read(text))
         except (HydraException, RecursionError):
-            continue  # `mistakes.explain` will say it
+            continue  # `hydra_errors.explain` will say it
     return found
 
 

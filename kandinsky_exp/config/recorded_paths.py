@@ -1,4 +1,4 @@
-"""Paths as runs record them: absolute, whatever folder was the working one; and where they are after a move."""
+"""Paths in the configs of runs: recorded as absolute ones, and compared after a project was moved."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""The `config.yaml` of a run, which may be anybody's: data, of which nothing is resolved and nothing is built."""
+"""Flat and written forms of a config, and the `config.yaml` of a run.
+
+That file may be anybody's: it is read as data, of which nothing is resolved and nothing is built.
+"""
 
 import typing
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from kandinsky_exp.system import redaction
 
 NAME = "config.yaml"
 LARGEST = 1 << 18  # bytes
+Values = dict[str, Any]
 
 
 def read(run_folder: Path) -> Any:
@@ -56,12 +60,9 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-Values = dict[str, Any]
-
-
 def flatten(cfg: DictConfig) -> Values:
     """The resolved config as {dotted key: value}, secrets aside, paths absolute. Lists, empty mappings stay values."""
-    return dict(_leaves(redaction.redacted(recorded_paths.absolute(_resolved(cfg)))))
+    return dict(leaves(redaction.redacted(recorded_paths.absolute(resolved(cfg)))))
 
 
 def flatten_saved(run_folder: Path) -> Values:
@@ -70,26 +71,33 @@ def flatten_saved(run_folder: Path) -> Values:
     Raises:
         ConfigError: it cannot be read.
     """
-    return dict(_leaves(read(run_folder))) if (run_folder / NAME).is_file() else {}
+    return dict(leaves(read(run_folder))) if (run_folder / NAME).is_file() else {}
 
 
 def to_yaml(cfg: DictConfig) -> str:
     """The resolved config as yaml, secrets aside, paths absolute."""
-    return OmegaConf.to_yaml(OmegaConf.create(redaction.redacted(recorded_paths.absolute(_resolved(cfg)))))
+    return OmegaConf.to_yaml(OmegaConf.create(redaction.redacted(recorded_paths.absolute(resolved(cfg)))))
 
 
-def _resolved(cfg: DictConfig) -> Values:
+def resolved(cfg: DictConfig) -> Values:
     return typing.cast(Values, OmegaConf.to_container(cfg, resolve=True))
 
 
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, dict) and (node or not key):
         for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
     else:
         yield key, node
 
 
+def walk(node: Any, key: str = "", name: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted key, last name, value) of a node and of all that is in it; items of lists have their index for a name."""
+    yield key, name, node
+    for part, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from walk(value, f"{key}.{part}" if key else str(part), str(part))
+
+
 def dotted_keys(cfg: DictConfig) -> list[str]:
     """The dotted keys of all settings of an unresolved config."""
-    return [key for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False))]
+    return [key for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False))]

@@ -1,19 +1,19 @@
-"""The typed schema of what our own code reads: one dataclass per root config and per group of conf/.
+"""The typed schema of what our own code reads: a class for each group of conf/; `verb_schemas` has the root configs.
 
-A field with a default may be absent. An `OpenNode` is built through its `_target_`: further keys are that target's
+A key with a default may be absent. An `OpenNode` is built through its `_target_`: further keys are that target's
 arguments and are checked against its signature (`targets`). Defaults and explanations of the keys are in conf/.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+import typing
+from typing import Any, Literal
 
-from kandinsky_exp.config.rules import (
-    BELOW_ONE,
-    BETAS,
-    FRACTION,
-    MODEL_NAME,
+from kandinsky_exp.config.types import (
+    BelowOne,
+    Betas,
     Count,
     CountOrZero,
+    Fraction,
+    ModelName,
     Positive,
     PositiveOrZero,
     Prompts,
@@ -24,30 +24,35 @@ from kandinsky_exp.config.rules import (
 )
 
 
-@dataclass
-class OpenNode:
+class Group:
+    """Settings: the annotations of a subclass. It has no instances, for configs stay OmegaConf's."""
+
+    @classmethod
+    def annotations(cls) -> dict[str, Any]:
+        return typing.get_type_hints(cls, include_extras=True)
+
+
+class OpenNode(Group):
     """A node with a `_target_`. Subclasses type the arguments that are ours to judge; none has to be there."""
 
-    given_later: ClassVar[frozenset[str]] = frozenset()  # arguments that the run hands over: not settings
-    beside: ClassVar[frozenset[str]] = frozenset()  # keys that our code reads and the target does not take
-    by_run: ClassVar[frozenset[str]] = frozenset()  # null = the run decides, and leaves it out where no target takes it
-    role: ClassVar[str] = ""  # what the target has to be: see `trust`
+    given_later = frozenset[str]()  # arguments that the run hands over: not settings
+    beside = frozenset[str]()  # keys that our code reads and the target does not take
+    by_run = frozenset[str]()  # null = the run decides, and leaves it out where no target takes it
+    role = ""  # what the target has to be: see `allowlist`
 
     _target_: Text
     _partial_: bool = True
 
 
-@dataclass
 class Model(OpenNode):
     role = "model"
     given_later = frozenset({"weights", "resolution"})
 
     snr_gamma: Positive | None = None
-    condition_dropout: Annotated[float, FRACTION] = 0.0
+    condition_dropout: Fraction = 0.0
     vlb_weight: PositiveOrZero = 0.0
 
 
-@dataclass
 class Optimizer(OpenNode):
     role = "optimizer"
     given_later = frozenset({"params"})
@@ -55,14 +60,13 @@ class Optimizer(OpenNode):
 
     lr: Positive = 1.0
     weight_decay: PositiveOrZero = 0.0
-    betas: Annotated[list[float], BETAS] | None = None
+    betas: Betas | None = None
     eps: Positive | list[Positive] = 1.0
-    momentum: Annotated[float, BELOW_ONE] = 0.0
+    momentum: BelowOne = 0.0
     warmup_steps: CountOrZero = 0
     fused: bool | None = None
 
 
-@dataclass
 class Scheduler(OpenNode):
     role = "scheduler"
     given_later = frozenset({"optimizer", "total_steps"})
@@ -73,8 +77,7 @@ class Scheduler(OpenNode):
     lr_end: PositiveOrZero = 0.0
 
 
-@dataclass
-class _DataKeys:
+class _DataKeys(Group):
     resolution: Side
     max_samples: Count | None
     num_workers: CountOrZero
@@ -87,10 +90,8 @@ class _DataKeys:
     on_error: Literal["raise", "skip"]
 
 
-@dataclass
 class Data(OpenNode, _DataKeys):
     role = "data"
-    given_later = frozenset({"extra_columns"})
     beside = frozenset(_DataKeys.__annotations__)
 
     _partial_: bool = False
@@ -107,8 +108,7 @@ class Data(OpenNode, _DataKeys):
     prior_loss_weight: PositiveOrZero = 1.0
 
 
-@dataclass
-class Weights:
+class Weights(Group):
     prior: Text
     decoder: Text
     prior_revision: Text | None
@@ -116,28 +116,25 @@ class Weights:
     variant: Text | None
 
 
-@dataclass
-class Precision:
+class Precision(Group):
     name: Text
     mixed_precision: Literal["no", "fp16", "bf16"]
     frozen_dtype: Literal["float32", "float16", "bfloat16"]
     tf32: bool
 
 
-@dataclass
-class Adapter:
+class Adapter(Group):
     name: Literal["none", "lora", "dora"]
     rank: Count | None
     alpha: Positive | None
-    dropout: Annotated[float, BELOW_ONE]
+    dropout: BelowOne
     target_modules: Literal["attention", "all-linear"] | list[Text] | None
     use_rslora: bool
     init: Literal["default", "gaussian", "pissa", "olora"]
     base_precision: Literal["int8", "nf4"] | None
 
 
-@dataclass
-class Trainer:
+class Trainer(Group):
     max_steps: Count
     max_epochs: Count | None
     max_minutes: Positive | None
@@ -147,54 +144,48 @@ class Trainer:
     gradient_checkpointing: bool
     compile: bool
     attention: Literal["sdpa", "xformers", "eager"]
-    ema_decay: Annotated[float, BELOW_ONE] | None
+    ema_decay: BelowOne | None
     log_every: Count
 
 
-@dataclass
-class Checkpoint:
+class Checkpoint(Group):
     every: Count
     keep: Count
     behind: bool
     resume: Text
 
 
-@dataclass
-class Validation:
+class Validation(Group):
     every: Count
     prompts: Prompts
     inference_steps: Steps
     guidance_scale: PositiveOrZero
     seed: Seed
-    fraction: Annotated[float, BELOW_ONE]
+    fraction: BelowOne
     batch_size: Count
     draws: Count
     reconstructions: CountOrZero
 
 
-@dataclass
-class Tracker:
+class Tracker(Group):
     name: Literal["mlflow", "none"]
     uri: Text | None
     experiment: Text
-    register: Annotated[str, MODEL_NAME] | None = None
+    register: ModelName | None = None
 
 
-@dataclass
-class Hub:
+class Hub(Group):
     push: bool
     repo_id: Text | None
     private: bool
 
 
-@dataclass
-class Sweep:
+class Sweep(Group):
     devices: Literal["auto"] | list[int | str] | None
     max_jobs: Count
     trial: CountOrZero | None
 
 
-@dataclass
-class Repository:
+class Repository(Group):
     repo_id: Text | None
     private: bool | None

@@ -1,4 +1,4 @@
-"""What was probably meant by a key that there is not."""
+"""Suggestions for misspelt keys and words."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -36,4 +36,13 @@ def suggest(key: str, known: Iterable[str]) -> str:
     close = close or get_close_matches(key, choices, n=1, cutoff=0.75)
     by_last = {choice.rpartition(".")[2]: choice for choice in reversed(choices)}
     close = close or [by_last[text] for text in get_close_matches(last, by_last, n=1, cutoff=0.65)]
-    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+    return _question(close[:3])
+
+
+def did_you_mean(word: object, choices: Iterable[str]) -> str:
+    """`; did you mean ...?` for a word that is none of the choices, or nothing."""
+    return _question(get_close_matches(str(word), list(choices), n=1))
+
+
+def _question(close: list[str]) -> str:
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,23 +1,23 @@
-"""Every `_target_` before anything is built: that it may be named, exists, takes these arguments, of these types."""
+"""Check each `_target_` before anything is built: it may be named, exists, and takes these arguments of these types."""
 
 import contextlib
 import inspect
 import re
 import sys
 import typing
-from collections.abc import Collection, Iterator
-from dataclasses import fields
-from difflib import get_close_matches
+from collections.abc import Collection
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from kandinsky_exp.config import allowlist
-from kandinsky_exp.config.schema import OpenNode
-from kandinsky_exp.config.types import misfit
+from kandinsky_exp.config import allowlist, saved_config
+from kandinsky_exp.config.schema import Group, OpenNode
+from kandinsky_exp.config.suggestions import did_you_mean
+from kandinsky_exp.config.types import type_problem
 from kandinsky_exp.data.source_facts import SourceFacts
+from kandinsky_exp.errors import Problem
 
 INSTALL = {
     "prodigyopt": 'pip install "kandinsky-exp[prodigy]"',
@@ -63,20 +63,15 @@ def source_facts(target: Any, added: Collection[str] = ()) -> SourceFacts:
     return SourceFacts()
 
 
-def nodes(node: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def nodes(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """All mappings with a `_target_`, with their dotted keys, the outer ones first."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield key, node
-        for name, value in node.items():
-            yield from nodes(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from nodes(value, f"{key}.{index}")
+    return [(key, node) for key, _, node in saved_config.walk(values) if isinstance(node, dict) and "_target_" in node]
 
 
-def problems(values: dict[str, Any], root: type[Any], added: Collection[str], *, quick: bool = False) -> list[str]:
-    """What is wrong with any target in resolved settings, as `key: ...` messages.
+def problems(
+    values: dict[str, Any], root: type[Group], added: Collection[str], *, quick: bool = False
+) -> list[Problem]:
+    """What is wrong with any target in resolved settings.
 
     Args:
         root: the schema of `values`.
@@ -87,17 +82,17 @@ def problems(values: dict[str, Any], root: type[Any], added: Collection[str], *,
     for key, node in nodes(values):
         schema = _schema_of(root, key)
         problem = check_name(key, node, added)
-        judged = node.keys() <= {item.name for item in fields(schema)}
+        judged = node.keys() <= schema.annotations().keys()
         found += problem if problem or (quick and judged) else check(key, node, schema, added)
     return found
 
 
-def _schema_of(root: type[Any], key: str) -> type[OpenNode]:
-    annotation = typing.get_type_hints(root, include_extras=True).get(key)
+def _schema_of(root: type[Group], key: str) -> type[OpenNode]:
+    annotation = root.annotations().get(key)
     return annotation if isinstance(annotation, type) and issubclass(annotation, OpenNode) else OpenNode
 
 
-def check_name(key: str, node: dict[str, Any], added: Collection[str] = ()) -> list[str]:
+def check_name(key: str, node: dict[str, Any], added: Collection[str] = ()) -> list[Problem]:
     """The part of the check that imports nothing.
 
     Args:
@@ -105,55 +100,45 @@ def check_name(key: str, node: dict[str, Any], added: Collection[str] = ()) -> l
     """
     target = node["_target_"]
     if not isinstance(target, str):
-        return [f"{key}._target_: has to be package.module.name, not {target!r:.200}"]
+        return [Problem(f"{key}._target_", f"has to be package.module.name, not {target!r:.200}")]
     if problem := allowlist.name_problem(target, added):
-        return [f"{key}._target_: {problem}"]
-    again = [name for name, text in _texts(node) if "${" in text]
-    if again:  # it was escaped, and would be resolved when the target is built: into anything
-        return [f"{key}.{again[0]}: holds ${{ after everything was resolved; write the value itself"]
+        return [Problem(f"{key}._target_", problem)]
+    for place, name, value in saved_config.walk(node, key):
+        if "${" in name or (isinstance(value, str) and "${" in value):
+            # It was escaped, and would be resolved when the target is built: into anything.
+            return [Problem(place, "holds ${ after everything was resolved; write the value itself")]
     package = target.split(".")[0]
     if is_installed(package):
         return []
-    return [f"{key}._target_: {target} is in '{package}', which is not installed; {how_to_install(package)}"]
+    missing = f"{target} is in '{package}', which is not installed; {how_to_install(package)}"
+    return [Problem(f"{key}._target_", missing)]
 
 
-def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _texts(str(name), key)
-            yield from _texts(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _texts(value, f"{key}.{index}")
-    elif isinstance(node, str):
-        yield key, node
-
-
-def check(key: str, node: dict[str, Any], schema: type[OpenNode] = OpenNode, added: Collection[str] = ()) -> list[str]:
-    """What is wrong with a node whose name is good, as `key: ...` messages. Imports the target's module.
+def check(
+    key: str, node: dict[str, Any], schema: type[OpenNode] = OpenNode, added: Collection[str] = ()
+) -> list[Problem]:
+    """What is wrong with a node whose name is good. Imports the target's module.
 
     Args:
         key: the node's dotted key.
         schema: tells which keys are not the target's arguments, and what the target has to be.
         added: modules that the user trusts beside those that any config may name.
     """
+    name = node["_target_"]
     try:
-        target = _locate(node["_target_"], added)
-        if callable(target) and (problem := allowlist.object_problem(node["_target_"], target, schema.role, added)):
-            return [f"{key}._target_: {problem}"]
-        signature = inspect.signature(target)
+        target = _locate(name, added)
     except _NotThereError as error:
-        return [f"{key}._target_: {error}"]
-    except (TypeError, ValueError) as error:
-        built_in = "not callable" not in str(error) and "not a callable" not in str(error)
-        return [] if built_in else [f"{key}._target_: {node['_target_']} cannot be called; give a class or a function"]
-    problems = [f"{key}.{name}: no such key{_close(name, HYDRA_KEYS)}" for name in node if _is_odd(name)]
-    for name, value in node.items():
-        left_out = name in schema.beside or (value is None and name in schema.by_run)
-        if not str(name).startswith("_") and not left_out:
-            problem = _check_argument(name, node, target, signature, schema)
-            problems += [f"{key}.{name}: {problem}"] if problem else []
-    return problems
+        return [Problem(f"{key}._target_", str(error))]
+    if not callable(target):
+        return [Problem(f"{key}._target_", f"{name} cannot be called; give a class or a function")]
+    if problem := allowlist.object_problem(name, target, schema.role, added):
+        return [Problem(f"{key}._target_", problem)]
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # it is made in C and does not tell
+        return []
+    found = {argument: _check_argument(argument, node, target, signature, schema) for argument in node}
+    return [Problem(f"{key}.{argument}", problem) for argument, problem in found.items() if problem]
 
 
 def stage_of(node: Any, added: Collection[str]) -> type[Any] | None:
@@ -167,26 +152,27 @@ def stage_of(node: Any, added: Collection[str]) -> type[Any] | None:
     return found if inspect.isclass(found) and hasattr(found, "half") else None
 
 
-def _is_odd(name: str) -> bool:
-    return str(name).startswith("_") and name not in HYDRA_KEYS
-
-
-def _check_argument(name: str, node: dict[str, Any], target: Any, signature: inspect.Signature, schema: Any) -> str:
+def _check_argument(
+    name: str, node: dict[str, Any], target: Any, signature: inspect.Signature, schema: type[OpenNode]
+) -> str | None:
+    value = node[name]
+    if str(name).startswith("_"):
+        return None if name in HYDRA_KEYS else f"no such key{did_you_mean(name, HYDRA_KEYS)}"
+    if name in schema.beside or (value is None and name in schema.by_run):
+        return None
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     names = [text for text, parameter in signature.parameters.items() if parameter.kind not in variadic]
+    choices = [text for text in names if text not in schema.given_later]
     if name in schema.given_later:
-        return f"is handed over by the run itself; remove it{_close(name, set(names) - schema.given_later)}"
+        return f"is handed over by the run itself; remove it{did_you_mean(name, choices)}"
     if name not in names:
-        choices = [text for text in names if text not in schema.given_later]
         takes = ", ".join([*choices, *schema.beside]) or "no arguments"
-        return (
-            "" if takes_any else f"{node['_target_']} takes no such argument, it takes {takes}{_close(name, choices)}"
-        )
-    value = node[name]
+        meant = did_you_mean(name, choices)
+        return None if takes_any else f"{node['_target_']} takes no such argument, it takes {takes}{meant}"
     if (isinstance(value, dict) and "_target_" in value) or value == "???":
-        return ""
-    return misfit(value, _annotation(name, target, signature)) or ""
+        return None
+    return type_problem(value, _annotation(name, target, signature))
 
 
 def _annotation(name: str, target: Any, signature: inspect.Signature) -> Any:
@@ -199,15 +185,12 @@ def _annotation(name: str, target: Any, signature: inspect.Signature) -> Any:
     parameter = signature.parameters[name]
     annotation = hints.get(name, parameter.annotation)
     if annotation is not parameter.empty and not isinstance(annotation, str):
-        return annotation | None if parameter.default is None and _is_plain(annotation) else annotation
+        is_plain = annotation in (int, float, bool, str)
+        return annotation | None if is_plain and parameter.default is None else annotation
     default = parameter.default
     if isinstance(default, bool):
         return bool
     return float if isinstance(default, float) else Any
-
-
-def _is_plain(annotation: Any) -> bool:
-    return annotation in (int, float, bool, str)
 
 
 class _NotThereError(Exception):
@@ -234,16 +217,11 @@ def _locate(path: str, added: Collection[str]) -> Any:
         except (Exception, SystemExit) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == name:
                 parent = ".".join(parts[:index])
-                close = _close(part, [text for text in dir(found) if not text.startswith("_")])
-                raise _NotThereError(f"there is no '{part}' in {parent or 'the Python path'}{close}") from error
+                meant = did_you_mean(part, [text for text in dir(found) if not text.startswith("_")])
+                raise _NotThereError(f"there is no '{part}' in {parent or 'the Python path'}{meant}") from error
             reason = f"{type(error).__name__}: {error}"
             if moved := MOVED.search(reason):
                 old = moved[1] or moved[2]
                 reason = f"kandinsky_exp.{old} is kandinsky_exp.models.{old} now; change that import"
             raise _NotThereError(f"importing {name} failed: {reason}") from error
     return found
-
-
-def _close(name: Any, choices: Any) -> str:
-    close = get_close_matches(str(name), list(choices), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

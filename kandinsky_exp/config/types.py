@@ -1,19 +1,77 @@
-"""Does a value from a yaml file or a command line fit a type annotation? And what is that annotation in words?"""
+"""Check a value of a config against a type annotation, and put the annotation into words.
 
+Values are what yaml holds: numbers, texts, lists, mappings. An annotation is one of our schema, or of a library's
+signature.
+"""
+
+import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from kandinsky_exp.config.rules import Rule
-
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 SEQUENCES = (list, tuple, set, frozenset, Sequence, Iterable)
+UNIONS = (Union, types.UnionType)
 
 
-def misfit(value: Any, annotation: Any) -> str | None:
+# --- what our own settings have to be beyond their type
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition beside a type, in `Annotated`; `wants` goes on from "has to be"; empty where the type says it."""
+
+    holds: Callable[[Any], bool]
+    wants: str
+
+
+def at_least(low: int) -> Rule:
+    return Rule(lambda value: low <= value <= LARGEST, f"at least {low}")
+
+
+def _is_folder_name(text: str) -> bool:
+    return text.strip() == text and text not in ("", ".", "..") and not set(text) & set('/\\:*?"<>|\n')
+
+
+LARGEST = sys.float_info.max  # whole numbers have no end in Python
+
+Count = Annotated[int, at_least(1)]
+CountOrZero = Annotated[int, at_least(0)]
+Steps = Annotated[int, at_least(2)]  # the prior's noise schedule divides by one less
+Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")]
+Port = Annotated[int, Rule(lambda value: 0 < value < 2**16, "between 1 and 65535")]
+Side = Annotated[int, Rule(lambda value: value > 0 and value % 8 == 0, "a multiple of 8, such as 512 or 768")]
+Number = Annotated[float, Rule(lambda value: abs(value) <= LARGEST, "finite")]
+Positive = Annotated[float, Rule(lambda value: 0 < value <= LARGEST, "above 0")]
+PositiveOrZero = Annotated[float, at_least(0)]
+Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "between 0 and 1")]
+BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")]
+Betas = Annotated[
+    list[float],
+    Rule(lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two of them, each at least 0 and below 1"),
+]
+Text = Annotated[str, Rule(lambda text: text.strip() != "", "")]
+Name = Annotated[str, Rule(_is_folder_name, 'without any of / \\ : * ? " < > |')]
+ModelName = Annotated[
+    str, Rule(lambda text: text.strip() != "" and not set(text) & set("/:"), "a name without / and :")
+]
+Module = Annotated[
+    str,
+    Rule(lambda text: all(part.isidentifier() for part in text.split(".")), "the name of a module, as it is imported"),
+]
+Modules = list[Module]
+Names = list[Text] | Text
+Prompts = list[Text] | Text
+
+
+# --- the check
+
+
+def type_problem(value: Any, annotation: Any) -> str | None:
     """What is wrong with a value, as `has to be ..., not ...`, or None."""
     if fits(value, annotation):
         return None
@@ -24,39 +82,46 @@ def misfit(value: Any, annotation: Any) -> str | None:
         hint = f"; as text it needs quotes inside the shell's: '\"{value}\"'"
     elif isinstance(value, str) and fits([value], annotation):
         hint = f"; a list is written [{value}]"
-    return f"has to be {words(annotation)}, not {shown(value)}{hint}"
+    return f"has to be {words(annotation)}, not {_written(value)}{hint}"
 
 
 def fits(value: Any, annotation: Any) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        rules = [rule for rule in arguments[1:] if isinstance(rule, Rule)]
-        return fits(value, arguments[0]) and all(_holds(rule, value) for rule in rules)
-    if origin in (Union, types.UnionType):
+    kind = origin or annotation
+    if kind is Annotated:
+        return fits(value, arguments[0]) and all(rule.holds(value) for rule in _rules(arguments))
+    if kind in UNIONS:
         return any(fits(value, argument) for argument in arguments)
-    if origin is Literal:
+    if kind is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
-    if (origin or annotation) in SEQUENCES:
-        return _fits_sequence(value, origin, arguments)
-    if (origin or annotation) in (dict, Mapping):
+    if kind in SEQUENCES:
+        return isinstance(value, list) and _items_fit(value, annotation, arguments)
+    if kind in (dict, Mapping):
         return isinstance(value, dict)
     return _fits_plain(value, annotation)
 
 
-def _holds(rule: Rule, value: Any) -> bool:
-    try:
-        return rule.holds(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
+def _rules(arguments: tuple[Any, ...]) -> list[Rule]:
+    return [rule for rule in arguments[1:] if isinstance(rule, Rule)]
+
+
+def _items_fit(value: list[Any], annotation: Any, arguments: tuple[Any, ...]) -> bool:
+    if _has_fixed_length(annotation):
+        return len(value) == len(arguments) and all(map(fits, value, arguments))
+    return not arguments or all(fits(item, arguments[0]) for item in value)
+
+
+def _has_fixed_length(annotation: Any) -> bool:
+    """Whether it is a tuple with a type for each of its places."""
+    arguments = typing.get_args(annotation)
+    return typing.get_origin(annotation) is tuple and bool(arguments) and arguments[-1] is not Ellipsis
 
 
 def _fits_plain(value: Any, annotation: Any) -> bool:
     if annotation is None:
         return value is None
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (int, float):
+        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
     if annotation in PLAIN:
         return isinstance(value, annotation)
     if isinstance(annotation, type) and issubclass(annotation, (Enum, Path)):
@@ -73,48 +138,31 @@ def _is_elsewhere(annotation: Any) -> bool:
     )
 
 
-def _fits_sequence(value: Any, origin: Any, arguments: tuple[Any, ...]) -> bool:
-    if not isinstance(value, list):
-        return False
-    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
-        return len(value) == len(arguments) and all(map(fits, value, arguments))
-    return all(fits(item, arguments[0]) for item in value) if arguments else True
-
-
 def is_whole(annotation: Any) -> bool:
     """Whether numbers that fit an annotation are whole ones."""
-    kinds = set(_kinds(annotation))
-    return int in kinds and float not in kinds
+    return fits(8, annotation) and not fits(8.5, annotation)  # 8 keeps the rules of all whole settings
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        yield from _kinds(arguments[0])
-    elif origin in (Union, types.UnionType):
-        for argument in arguments:
-            yield from _kinds(argument)
-    else:
-        yield annotation
+# --- in words
 
 
 def words(annotation: Any) -> str:
     """An annotation in the words of a message."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        rules = " and ".join(rule.wants for rule in arguments[1:] if isinstance(rule, Rule))
-        kind = words(arguments[0])
-        return kind if not rules or (arguments[0] is str and rules.startswith("something")) else f"{kind}, {rules}"
-    if origin in (Union, types.UnionType):
+    kind = origin or annotation
+    if kind is Annotated:
+        plain, rules = words(arguments[0]), " and ".join(rule.wants for rule in _rules(arguments))
+        return f"{plain}, {rules}" if rules else plain
+    if kind in UNIONS:
         known = [words(argument) for argument in arguments if not _is_elsewhere(argument) or argument in PLAIN]
         return ", or ".join(dict.fromkeys(known)) or str(annotation)
-    if origin is Literal:
+    if kind is Literal:
         return f"one of {', '.join(map(str, arguments))}"
-    if (origin or annotation) in SEQUENCES:
-        if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+    if kind in SEQUENCES:
+        if _has_fixed_length(annotation):
             return f"a list of {len(arguments)} ({', '.join(map(words, arguments))})"
         return f"a list of {_plural(words(arguments[0]))}" if arguments else "a list"
-    if (origin or annotation) in (dict, Mapping):
+    if kind in (dict, Mapping):
         return "a mapping"
     return PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
@@ -123,7 +171,7 @@ def _plural(kind: str) -> str:
     return f"{kind.removeprefix('a ')}s" if kind in ("text", "a number", "a whole number") else kind
 
 
-def shown(value: Any) -> str:
+def _written(value: Any) -> str:
     """A value as the user would write it, cut to a line."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")

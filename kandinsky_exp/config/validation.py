@@ -1,25 +1,23 @@
-"""The check of a whole config before anything is loaded, and its flat and written forms.
+"""Check a whole config before anything is loaded, and find all that is wrong at once.
 
-Everything that is wrong is found at once. Only `targets.check` may import torch, and only for a config that is good
-otherwise, or has arguments that no schema knows: a misspelt number is answered at once.
+Only `targets.check` may import torch, and only for a config that is good otherwise, or has arguments that no schema
+knows: a misspelt number is answered at once.
 """
 
-import typing
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kandinsky_exp.config import allowlist, consistency, targets
-from kandinsky_exp.config.saved_config import Values, _leaves, _resolved
-from kandinsky_exp.config.schema import OpenNode
+from kandinsky_exp.config import allowlist, consistency, saved_config, targets
+from kandinsky_exp.config.saved_config import Values
+from kandinsky_exp.config.schema import Group, OpenNode
 from kandinsky_exp.config.suggestions import suggest
-from kandinsky_exp.config.types import misfit
-from kandinsky_exp.config.verb_schemas import ROOTS
-from kandinsky_exp.errors import ConfigError, first_line
+from kandinsky_exp.config.types import type_problem
+from kandinsky_exp.config.verb_schemas import SCHEMAS
+from kandinsky_exp.errors import ConfigError, Problem, first_line
 
 NEEDED = {  # what to do about a key that is not set
     "run": "give the folder of a finished run, run=outputs/my_decoder",
@@ -29,11 +27,10 @@ NEEDED = {  # what to do about a key that is not set
     "data.instance_path": "give the folder with the pictures of your subject",
     "data.instance_prompt": "give what they show, with a rare word for it, such as a photo of sks dog",
 }
-TYPE_IT = "if you trust that code, type trusted_modules=[{}], or hand it to the function from Python"
 
 
-def validate(cfg: DictConfig, trusted: Collection[str] = ()) -> None:
-    """Checks a composed root config; loads no weights and reads no images.
+def validate(cfg: DictConfig, verb: str, trusted: Collection[str] = ()) -> None:
+    """Check the composed root config of a verb; load no weights and read no images.
 
     Args:
         trusted: modules that the user lets `_target_` name too; noted in the config, which alone cannot add any.
@@ -41,96 +38,89 @@ def validate(cfg: DictConfig, trusted: Collection[str] = ()) -> None:
     Raises:
         ConfigError: with every problem, each as `key: what is wrong; what to do`.
     """
-    found = problems(cfg, trusted=trusted)
-    if found:
+    if found := problems(cfg, verb, trusted):
         raise ConfigError(found)
-    allowlist.note(cfg, trusted)
+    allowlist.remember(cfg, trusted)
 
 
-def problems(cfg: DictConfig, *, trusted: Collection[str] = (), quick: bool = False) -> list[str]:
-    """All that is wrong with a composed root config, each as `key: what is wrong; what to do`.
+def problems(cfg: DictConfig, verb: str, trusted: Collection[str] = (), *, quick: bool = False) -> list[Problem]:
+    """All that is wrong with the composed root config of a verb.
 
     Args:
         trusted: modules that the user lets `_target_` name too.
         quick: something is wrong already: import targets only for arguments that no schema knows.
     """
     try:
-        values = _resolved(cfg)
+        values = saved_config.resolved(cfg)
     except OmegaConfBaseException as error:
-        return [f"{error.full_key or 'config'}: {first_line(error)}; name a key that exists"]
-    root = max(ROOTS, key=lambda schema: len(_hints(schema).keys() & values.keys()))
-    if values.get("list") or values.get("remove"):  # `encode` reads no data then: what has to be given need not be
+        return [Problem(error.full_key or "config", f"{first_line(error)}; name a key that exists")]
+    schema = SCHEMAS[verb]
+    if verb == "encode" and (values.get("list") or values.get("remove")):
+        # It reads no data then: what has to be given need not be. Nor does it build anything, and a second is long.
         values["data"] = {key: "." if value == "???" else value for key, value in values["data"].items()}
-        quick = True  # nor does it build anything, and a second is long for a list
-    wrong = dict(_check_schema(values, root))
-    good = {key: value for key, value in _leaves(values) if key not in wrong and value != "???"}
-    added = allowlist.user_modules(cfg, trusted)
-    stage = partial(targets.stage_of, values.get("model"), added)
-    source = targets.source_facts(good.get("data._target_"), added)
+        quick = True
+    found = [*_check_group(values, schema)]
+    wrong = {problem.key for problem in found}
+    good = {key: value for key, value in saved_config.leaves(values) if key not in wrong and value != "???"}
+    modules = allowlist.user_modules(cfg, trusted)
+    stage = partial(targets.stage_of, values.get("model"), modules)
+    source = targets.source_facts(good.get("data._target_"), modules)
     beyond = [*consistency.files(good, stage, source), *consistency.together(good, stage, source)]
-    found = [f"{key}: {text}" for key, text in [*wrong.items(), *(item for item in beyond if item[0] not in wrong)]]
-    if "trusted_modules" not in wrong and (files := allowlist.refused(cfg, trusted)):
-        found.append(
-            f"trusted_modules: a config file may not add {', '.join(files)}; {TYPE_IT.format(','.join(files))}"
-        )
-    return found + targets.problems(values, root, allowlist.user_modules(cfg, trusted), quick=quick or bool(found))
+    found += [Problem(key, text) for key, text in [*beyond, *_untrusted(cfg, trusted)] if key not in wrong]
+    return found + targets.problems(values, schema, modules, quick=quick or bool(found))
+
+
+def _untrusted(cfg: DictConfig, trusted: Collection[str]) -> Iterator[tuple[str, str]]:
+    if names := allowlist.refused(cfg, trusted):
+        type_it = f"type trusted_modules=[{','.join(names)}], or hand it to the function from Python"
+        yield allowlist.KEY, f"a config file may not add {', '.join(names)}; if you trust that code, {type_it}"
 
 
 # --- the schema
 
 
-def _hints(schema: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(schema, include_extras=True)
+def _is_group(annotation: Any) -> TypeGuard[type[Group]]:
+    return isinstance(annotation, type) and issubclass(annotation, Group)
 
 
-def _check_schema(values: Values, schema: type[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) of a mapping and the mappings in it."""
-    hints = _hints(schema)
-    for item in fields(schema):
-        key, annotation = f"{prefix}{item.name}", hints[item.name]
-        if item.name not in values:
-            if item.default is MISSING:
-                yield key, "is missing; it was deleted from the config, put it back"
-        elif is_dataclass(annotation) and isinstance(annotation, type):
-            yield from _check_node(key, values[item.name], annotation)
-        elif problem := _check_value(key, values[item.name], annotation):
-            yield key, problem
+def _check_group(values: Values, schema: type[Group], prefix: str = "") -> Iterator[Problem]:
+    """What is wrong with a mapping and the mappings in it."""
+    annotations = schema.annotations()
+    for name, annotation in annotations.items():
+        if name in values:
+            yield from _check_value(f"{prefix}{name}", values[name], annotation)
+        elif not hasattr(schema, name):
+            yield Problem(f"{prefix}{name}", "is missing; it was deleted from the config, put it back")
     if not issubclass(schema, OpenNode):
-        names = [item.name for item in fields(schema)]
-        for name in values.keys() - set(names):
-            known = [*names, *all_keys()] if not prefix else [f"{prefix}{text}" for text in names]
-            yield f"{prefix}{name}", f"nothing reads this key; remove it{suggest(f'{prefix}{name}', known)}"
+        for name in (name for name in values if name not in annotations):
+            known = [f"{prefix}{text}" for text in annotations] if prefix else [*annotations, *all_keys()]
+            yield Problem(f"{prefix}{name}", f"nothing reads this key; remove it{suggest(f'{prefix}{name}', known)}")
 
 
-def _check_node(key: str, value: Any, schema: type[Any]) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        yield from _check_schema(value, schema, f"{key}.")
+def _check_value(key: str, value: Any, annotation: Any) -> Iterator[Problem]:
+    if not _is_group(annotation):
+        if value == "???":
+            yield Problem(key, f"is not set; {NEEDED.get(key, f'give it a value, {key}=...')}")
+        elif problem := type_problem(value, annotation):
+            yield Problem(key, problem)
+    elif isinstance(value, dict):
+        yield from _check_group(value, annotation, f"{key}.")
     else:
-        yield key, f"has to be a group of settings, not {value!r}; choose one with {key}=<option>"
-
-
-def _check_value(key: str, value: Any, annotation: Any) -> str | None:
-    if value == "???":
-        return f"is not set; {NEEDED.get(key, f'give it a value, {key}=...')}"
-    return misfit(value, annotation)
+        yield Problem(key, f"has to be a group of settings, not {value!r}; choose one with {key}=<option>")
 
 
 def annotation(key: str) -> Any:
     """What the schema says that a dotted key of a run has to be; None for a key that it does not know."""
-    found: Any = ROOTS[0]
-    for part in key.split("."):
-        found = _hints(found).get(part) if is_dataclass(found) and isinstance(found, type) else None
-    return found
-
-
-def _schema_keys(schemas: Iterable[type[Any]], prefix: str = "") -> Iterator[str]:
-    for schema in schemas:
-        for name, annotation in _hints(schema).items():
-            yield f"{prefix}{name}"
-            if isinstance(annotation, type) and is_dataclass(annotation):
-                yield from _schema_keys([annotation], f"{prefix}{name}.")
+    return dict(_schema_keys(SCHEMAS["train"])).get(key)
 
 
 def all_keys() -> list[str]:
     """The dotted keys of all verbs."""
-    return list(_schema_keys(ROOTS))
+    return [key for schema in SCHEMAS.values() for key, _ in _schema_keys(schema)]
+
+
+def _schema_keys(schema: type[Group], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, annotation in schema.annotations().items():
+        yield f"{prefix}{name}", annotation
+        if _is_group(annotation):
+            yield from _schema_keys(annotation, f"{prefix}{name}.")

@@ -1,149 +1,108 @@
 """The root config of each verb, of the groups in `schema`."""
 
-from dataclasses import dataclass
-from typing import Any
-
-from kandinsky_exp.config.rules import (
-    Count,
-    Modules,
-    Name,
-    Names,
-    Number,
-    Port,
-    Positive,
-    PositiveOrZero,
-    Prompts,
-    Seed,
-    Side,
-    Steps,
-    Text,
-)
-from kandinsky_exp.config.schema import (
-    Adapter,
-    Checkpoint,
-    Data,
-    Hub,
-    Model,
-    Optimizer,
-    Precision,
-    Repository,
-    Scheduler,
-    Sweep,
-    Tracker,
-    Trainer,
-    Validation,
-    Weights,
-)
+from kandinsky_exp.config import schema, types
 
 
-@dataclass
-class Train:
-    name: Name | None
-    output_root: Text
-    seed: Seed
-    model: Model
-    weights: Weights
-    data: Data
-    optimizer: Optimizer
-    scheduler: Scheduler
-    precision: Precision
-    adapter: Adapter
-    trainer: Trainer
-    checkpoint: Checkpoint
-    validation: Validation
-    tracker: Tracker
-    hub: Hub
-    sweep: Sweep
-    trusted_modules: Modules | None = None
+class Train(schema.Group):
+    name: types.Name | None
+    output_root: types.Text
+    seed: types.Seed
+    model: schema.Model
+    weights: schema.Weights
+    data: schema.Data
+    optimizer: schema.Optimizer
+    scheduler: schema.Scheduler
+    precision: schema.Precision
+    adapter: schema.Adapter
+    trainer: schema.Trainer
+    checkpoint: schema.Checkpoint
+    validation: schema.Validation
+    tracker: schema.Tracker
+    hub: schema.Hub
+    sweep: schema.Sweep
+    trusted_modules: types.Modules | None = None
 
 
-@dataclass
 class Plan(Train):
-    device_memory: Positive | None = None
+    device_memory: types.Positive | None = None
 
 
-@dataclass
-class Generate:
-    name: Name | None
-    output_root: Text
-    seed: Seed
-    weights: Weights
-    precision: Precision
-    tracker: Tracker
-    prior: Text | None
-    decoder: Text | None
-    prior_adapter: Names | None
-    decoder_adapter: Names | None
-    adapter_scale: Number | list[Number]
-    prompts: Prompts
+class Generate(schema.Group):
+    name: types.Name | None
+    output_root: types.Text
+    seed: types.Seed
+    weights: schema.Weights
+    precision: schema.Precision
+    tracker: schema.Tracker
+    prior: types.Text | None
+    decoder: types.Text | None
+    prior_adapter: types.Names | None
+    decoder_adapter: types.Names | None
+    adapter_scale: types.Number | list[types.Number]
+    prompts: types.Prompts
     negative_prompt: str
-    num_images: Count
-    guidance_scale: PositiveOrZero
-    inference_steps: Count
-    prior_guidance_scale: PositiveOrZero
-    prior_inference_steps: Steps
-    height: Side | None
-    width: Side | None
+    num_images: types.Count
+    guidance_scale: types.PositiveOrZero
+    inference_steps: types.Count
+    prior_guidance_scale: types.PositiveOrZero
+    prior_inference_steps: types.Steps
+    height: types.Side | None
+    width: types.Side | None
     log_to_run: bool
 
 
-@dataclass
-class Encode:
-    output_root: Text
-    seed: Seed
-    model: Model
-    weights: Weights
-    data: Data
-    precision: Precision
+class Encode(schema.Group):
+    output_root: types.Text
+    seed: types.Seed
+    model: schema.Model
+    weights: schema.Weights
+    data: schema.Data
+    precision: schema.Precision
     list: bool
-    remove: Names
-    trusted_modules: Modules | None = None
+    remove: types.Names
+    trusted_modules: types.Modules | None = None
 
 
-@dataclass
-class AdapterSource:
-    source: Names
+class AdapterSource(schema.Group):
+    source: types.Names
 
 
-@dataclass
-class Export:
-    name: Name | None
-    output_root: Text
-    weights: Weights
-    precision: Precision
-    tracker: Tracker
+class Export(schema.Group):
+    name: types.Name | None
+    output_root: types.Text
+    weights: schema.Weights
+    precision: schema.Precision
+    tracker: schema.Tracker
     adapter: AdapterSource
-    base: Text | None
-    adapter_scale: Number | list[Number]
+    base: types.Text | None
+    adapter_scale: types.Number | list[types.Number]
     merge: bool
 
 
-@dataclass
-class Push:
-    run: Text
-    hub: Repository
+class Push(schema.Group):
+    run: types.Text
+    hub: schema.Repository
 
 
-@dataclass
-class Ui:
-    output_root: Text
-    host: Text
-    port: Port
-    tracker: Tracker
+class Ui(schema.Group):
+    output_root: types.Text
+    host: types.Text
+    port: types.Port
+    tracker: schema.Tracker
 
 
-@dataclass
-class SweepSource:
-    source: Text | None
+class SweepSource(schema.Group):
+    source: types.Text | None
 
 
-@dataclass
-class Compare:
-    runs: Names | None
+class Compare(schema.Group):
+    runs: types.Names | None
     sweep: SweepSource
-    name: Name | None
-    output_root: Text
-    tracker: Tracker
+    name: types.Name | None
+    output_root: types.Text
+    tracker: schema.Tracker
 
 
-ROOTS: list[type[Any]] = [Train, Plan, Generate, Encode, Export, Push, Ui, Compare]
+SCHEMAS: dict[str, type[schema.Group]] = {
+    root.__name__.lower(): root for root in (Train, Plan, Generate, Encode, Export, Push, Ui, Compare)
+}

@@ -5,7 +5,7 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -84,6 +84,10 @@ def nothing() -> bytes:
     raise FileNotFoundError(2, "the row has no image")
 
 
+def no_columns(where: str, names: Sequence[str]) -> DataError:
+    return DataError(f"{where}: it has no column {', '.join(map(repr, names))}, which this model reads; add it")
+
+
 class Source(ABC):
     """Examples that can be walked in a fixed order, picklable for the workers of a DataLoader."""
 
@@ -115,6 +119,14 @@ class Source(ABC):
     def limited(self, count: int, seed: int) -> "Source":
         """At most so many of the examples, where it can be cut."""
         return self
+
+    def with_columns(self, names: Sequence[str]) -> "Source":
+        """The same with further columns of its metadata, as `Example.extra`.
+
+        Raises:
+            DataError: there are none of these names.
+        """
+        raise no_columns(self.name, names)
 
     def left_out(self) -> Tally:
         """What lies where the examples do and is none."""

@@ -1,4 +1,4 @@
-"""Crop and resize pictures (to an aspect-ratio bucket) and tokenize captions, as the frozen encoders read them."""
+"""Crop and resize pictures (to the nearest aspect-ratio bucket) and tokenize captions, as frozen encoders read them."""
 
 import hashlib
 import json

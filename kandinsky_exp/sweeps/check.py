@@ -1,4 +1,4 @@
-"""What a sweep varies, and what is wrong with that, before any job starts."""
+"""Read and check what a sweep varies, before any job starts."""
 
 import math
 from collections.abc import Iterator
@@ -14,9 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kandinsky_exp.config import command_line, grammar, hydra_errors, validation
-from kandinsky_exp.config.rules import Count, Rule, Seed, Text
-from kandinsky_exp.config.types import misfit
-from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.config.types import Count, Rule, Seed, Text, type_problem
+from kandinsky_exp.errors import ConfigError, Problem
 from kandinsky_exp.sweeps import devices
 
 MOST_VALUES = 50  # that are checked before a sweep starts: each takes a tenth of a second
@@ -61,33 +60,33 @@ class Varied:
     jobs: int
 
 
-def composed(verb: str, line: command_line.CommandLine) -> DictConfig:
+def composed(line: command_line.CommandLine) -> DictConfig:
     """The config that a sweep's jobs start from, with Hydra's own section.
 
     Raises:
         ConfigError: it cannot be composed.
     """
-    with command_line.composing(line) as loader:
+    with line.composing() as loader:
         try:
-            cfg = loader.load_configuration(verb, line.overrides, run_mode=RunMode.MULTIRUN)
+            cfg = loader.load_configuration(line.root, line.overrides, run_mode=RunMode.MULTIRUN)
         except HydraException as error:
-            raise hydra_errors.explain(error, verb, line) from error
+            raise hydra_errors.explain(error, line) from error
     if found := [*_wrong_settings(cfg)]:
         raise ConfigError(found)
     return cfg
 
 
-def _wrong_settings(cfg: DictConfig) -> Iterator[str]:
+def _wrong_settings(cfg: DictConfig) -> Iterator[Problem]:
     for plugin, settings in PLUGINS.items():
         node = cfg.hydra[plugin]
         for name, annotation in settings.items():
             if name not in node or (name == "seed" and OmegaConf.is_interpolation(node, name)):
                 continue  # what is taken from a setting of the run is judged there
-            if problem := misfit(_listed(node[name]), annotation):
-                yield f"hydra.{plugin}.{name}: {problem}"
+            if problem := type_problem(_listed(node[name]), annotation):
+                yield Problem(f"hydra.{plugin}.{name}", problem)
 
 
-def checked(verb: str, line: command_line.CommandLine, cfg: DictConfig) -> Varied:
+def checked(line: command_line.CommandLine, cfg: DictConfig) -> Varied:
     """What a sweep varies.
 
     Args:
@@ -97,28 +96,28 @@ def checked(verb: str, line: command_line.CommandLine, cfg: DictConfig) -> Varie
         ConfigError: all that is wrong with it, and with each single value.
     """
     texts = sweeper_texts(cfg)
-    if texts and (found := hydra_errors.find_problems(verb, replace(line, overrides=[*line.overrides, *texts]))):
+    if texts and (found := hydra_errors.find_problems(replace(line, overrides=[*line.overrides, *texts]))):
         raise ConfigError(found)
-    with command_line.composing(line) as loader:
+    with line.composing() as loader:
         several = varied(cfg, line.overrides, loader)
         if found := [*problems(cfg, several)]:
             raise ConfigError(found)
         fixed = [text for text in line.overrides if not grammar.read(text).is_sweep_override()]
         wrong: dict[str, None] = {}
         for single in single_values(several, MOST_VALUES):
-            wrong.update(dict.fromkeys(_of_job(verb, replace(line, overrides=[*fixed, *single]))))
+            wrong.update(dict.fromkeys(_of_job(replace(line, overrides=[*fixed, *single]))))
     if wrong:
         raise ConfigError(list(wrong))
     return several
 
 
-def _of_job(verb: str, job: command_line.CommandLine) -> list[str]:
+def _of_job(job: command_line.CommandLine) -> list[str]:
     """What is wrong with one job."""
     try:
-        cfg = compose(verb, job.overrides)
+        cfg = compose(job.root, job.overrides)
     except HydraException as error:
-        return hydra_errors.explain(error, verb, job).problems
-    return validation.problems(cfg, trusted=job.trusted, quick=True)
+        return hydra_errors.explain(error, job).problems
+    return [str(problem) for problem in validation.problems(cfg, job.verb, job.trusted, quick=True)]
 
 
 def sweep_dir(folder: str | Path) -> str:
@@ -143,30 +142,29 @@ def varied(cfg: DictConfig, typed: list[str], loader: ConfigLoader) -> Varied:
     return Varied(several, trials or math.prod(grammar.count(override) or 1 for override in several.values()))
 
 
-def problems(cfg: DictConfig, found: Varied) -> Iterator[str]:
-    """All that is wrong with what a sweep varies, each as `key: what is wrong; what to do`."""
+def problems(cfg: DictConfig, found: Varied) -> Iterator[Problem]:
+    """All that is wrong with what a sweep varies."""
     if not found.overrides:
-        yield "--multirun: nothing varies; give a setting several values, optimizer.lr=1e-5,3e-5, or choose sweep=lr"
+        several = "give a setting several values, optimizer.lr=1e-5,3e-5, or choose sweep=lr"
+        yield Problem("--multirun", f"nothing varies; {several}")
     optimizes = "n_trials" in cfg.hydra.sweeper
     for key, override in found.overrides.items():
         if (reason := _shared(override.key_or_group)) is not None:
-            yield f"{key}: {reason}"
+            yield Problem(key, reason)
         if grammar.count(override) is None and not optimizes:
-            yield f"{key}: an interval has no end of values; take hydra/sweeper=optuna, or list some"
+            yield Problem(key, "an interval has no end of values; take hydra/sweeper=optuna, or list some")
         single = grammar.values(override, MOST_LISTED)
         twice = sorted({value for value in single if single.count(value) > 1})
         if twice:
-            yield f"{key}: {', '.join(twice)} is there more than once; each job has a folder of its own"
+            yield Problem(key, f"{', '.join(twice)} is there more than once; each job has a folder of its own")
     if str(cfg.hydra.launcher._target_).rpartition(".")[2] in ON_THIS_MACHINE and (
         problem := devices.problem(_listed(cfg.sweep.devices))
     ):
-        yield f"sweep.devices: {problem}"
+        yield Problem("sweep.devices", problem)
     most = cfg.sweep.max_jobs
     if found.jobs > most:
-        yield (
-            f"sweep.max_jobs: this makes {found.jobs:,} jobs, and at most {most} are allowed; vary less, or set "
-            f"sweep.max_jobs={found.jobs} if you mean it"
-        )
+        allowed = f"this makes {found.jobs:,} jobs, and at most {most} are allowed"
+        yield Problem("sweep.max_jobs", f"{allowed}; vary less, or set sweep.max_jobs={found.jobs} if you mean it")
 
 
 def _listed(node: Any) -> Any:

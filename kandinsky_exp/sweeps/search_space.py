@@ -1,4 +1,4 @@
-"""What Optuna draws a setting's values from, by Hydra's grammar: choices, `range`, `interval`, `tag(log, …)`."""
+"""Optuna distributions from Hydra's override grammar: choices, `range`, `interval`, `tag(log, …)`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from kandinsky_exp.config import grammar, validation
-from kandinsky_exp.config.types import is_whole, misfit
+from kandinsky_exp.config.types import is_whole, type_problem
 from kandinsky_exp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def _interval(key: str, value: IntervalSweep, is_log: bool) -> "BaseDistribution
     else:  # the ends are not drawn
         tried = {low: math.nextafter(low, high), high: math.nextafter(high, low)}
     for shown, number in tried.items() if wanted is not None else ():
-        if problem := misfit(number, wanted):
-            raise ConfigError(f"{key}: {misfit(shown, wanted) or problem}; an interval draws all that lies in it")
+        if problem := type_problem(number, wanted):
+            raise ConfigError(f"{key}: {type_problem(shown, wanted) or problem}; an interval draws all that lies in it")
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=is_log)
     return FloatDistribution(low, high, log=is_log)

@@ -192,7 +192,7 @@ def open_readers(
     Raises:
         DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
     """
-    encoders = distributed.on_main_process(lambda: stage.weights.fingerprint(stage.encoders))
+    encoders = distributed.on_main_process(lambda: stage.encoding_fingerprint())
     null = distributed.on_main_process(lambda: null_condition(stage, settings.cache, encoders, accelerator.device))
     stage.use_null_condition(null)
     opener = _Opener(stage, settings, accelerator, encoders, log)

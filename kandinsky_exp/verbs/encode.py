@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Collection
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.data.encoded import catalog
+from kandinsky_exp.system import files
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def encode(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> None:
     Raises:
         UserError: the config, the data or the weights are not usable, or there is no room.
     """
-    validation.validate(cfg, trusted_modules)
+    validation.validate(cfg, "encode", trusted_modules)
     if cfg.list or cfg.remove:
         _show(cfg)
     else:
@@ -29,7 +29,7 @@ def encode(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> None:
 
 
 def _show(cfg: DictConfig) -> None:
-    folder = Path(cfg.output_root).expanduser() / "cache"
+    folder = files.output_root(cfg.output_root) / "cache"
     if cfg.remove:
         names = [cfg.remove] if isinstance(cfg.remove, str) else list(cfg.remove)
         removed, freed = catalog.remove(folder, names)
@@ -42,7 +42,7 @@ def _encode(cfg: DictConfig) -> None:
     from kandinsky_exp import build
     from kandinsky_exp.memory import device_limits
     from kandinsky_exp.models import compatibility
-    from kandinsky_exp.system import distributed, files, logs, signals
+    from kandinsky_exp.system import distributed, logs, signals
     from kandinsky_exp.training import class_images
     from kandinsky_exp.training.feature_loader import ReadSettings, open_readers
 

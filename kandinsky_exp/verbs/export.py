@@ -34,12 +34,12 @@ def export(cfg: DictConfig) -> None:
     Raises:
         ConfigError: an adapter cannot be read, does not fit its base, or there is nothing to merge.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "export")
     logs.quiet_libraries()
     with signals.stop_signals():
         found = [find_adapter(cfg, "adapter", text) for text in names_of(cfg.adapter.source)]
         check_together(cfg, found)
-        root = Path(cfg.output_root).expanduser().absolute() / "export"
+        root = files.output_root(cfg.output_root) / "export"
         files.make_root(root.parent)
         place = (found[0].run_folder or found[0].folder).absolute()
         name = cfg.name or (place.stem if place.is_file() else place.name)

@@ -38,7 +38,7 @@ def generate(cfg: DictConfig) -> float:
     Raises:
         ConfigError: a source is none, or does not fit its side.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "generate")
     logs.quiet_libraries()
     with signals.stop_signals(), distributed.accelerated(lambda: build.accelerator(cfg)) as accelerator:
         device_limits.check_precision(cfg, accelerator.device)
@@ -46,12 +46,12 @@ def generate(cfg: DictConfig) -> float:
         origins = find_origins(cfg)
         weights = build.weights(cfg)
         use(weights, origins)
-        files.make_root(Path(cfg.output_root).expanduser())
+        files.make_root(files.output_root(cfg.output_root))
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         check_networks(weights, origins)
         with memory_told(OutOfMemory, OUT_OF_MEMORY):
             images = draw(cfg, weights, origins, prompts, accelerator.device)
-        root = Path(cfg.output_root).expanduser().absolute() / "generate"
+        root = files.output_root(cfg.output_root) / "generate"
         folder = files.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
         grid = labelled_grid(images, prompts)
         for index, image in enumerate(images):

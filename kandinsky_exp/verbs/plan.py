@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # Accelerate brings it
 import torch
@@ -16,8 +15,7 @@ from kandinsky_exp.data import source_facts, sources
 from kandinsky_exp.memory import device_limits, disk, savings
 from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.memory.estimate import MAPPED, Estimate, Phase
-from kandinsky_exp.system import distributed as processes
-from kandinsky_exp.system import files, host_memory, logs
+from kandinsky_exp.system import distributed, files, host_memory, logs
 
 GB = 1e9
 SHOWN = 5e5  # bytes, the least that a table shows
@@ -32,10 +30,10 @@ def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     Raises:
         UserError: the config or the data is not usable.
     """
-    validation.validate(cfg, trusted_modules)
+    validation.validate(cfg, "plan", trusted_modules)
     logs.quiet_libraries()
-    with processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
-        return processes.on_main_process(lambda: tell(cfg, accelerator))
+    with distributed.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
+        return distributed.on_main_process(lambda: tell(cfg, accelerator))
 
 
 def tell(cfg: DictConfig, accelerator: Accelerator) -> float:
@@ -104,7 +102,7 @@ class Planner:
         checkpoint, count = self.estimate.checkpoint_bytes(), self._checkpoints()
         result = self.dry_run.sizes().saved
         written = sum(found.bytes for found in self.caches)
-        free = disk.free(Path(self.cfg.output_root).expanduser().absolute())
+        free = disk.free(files.output_root(self.cfg.output_root))
         total = written + checkpoint * count + result
         what = [self._features(written), f"{count} checkpoints of {gb(checkpoint)}", f"{gb(result)} result"]
         yield f"disk        {gb(total)}: {', '.join(what)}"
@@ -148,7 +146,7 @@ class Planner:
         if settings is None:
             yield "none of the settings that save memory makes it fit, nor do all of them together"
         else:
-            needed = self._with(savings.changed(self.cfg, settings)).needed()
+            needed = max(phase.needed for phase in self._with(savings.changed(self.cfg, settings)).phases())
             yield f"the cheapest setting that fits: {' '.join(settings)} ({gb(needed)})"
 
     def _with(self, cfg: DictConfig) -> Estimate:

@@ -21,7 +21,7 @@ def push(cfg: DictConfig) -> float:
         ConfigError: it is no finished run, or the hub does not answer, or does not let this user write there.
         RunFailure: the upload broke off.
     """
-    validation.validate(cfg)
+    validation.validate(cfg, "push")
     folder = files.expanded(cfg.run).absolute()
     params = hub.read_result(folder).params
     repo, private = find_repository(cfg, params)

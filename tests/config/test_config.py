@@ -11,12 +11,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from running import SMALL, hydra_compose, quick_compose
+from running import SMALL, hydra_compose, problems_of, quick_compose
 
 from kandinsky_exp.config import saved_config, suggestions, targets, validation
-from kandinsky_exp.config.rules import at_least
 from kandinsky_exp.config.schema import Optimizer
-from kandinsky_exp.config.types import fits, misfit
+from kandinsky_exp.config.types import at_least, fits, type_problem
 from kandinsky_exp.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -65,7 +64,7 @@ def test_what_hydra_refuses_is_refused_as_hydra_does_it(word: str) -> None:
 
 
 def problems(*overrides: str) -> list[str]:
-    return validation.problems(composed(*TINY, *overrides))
+    return problems_of(composed(*TINY, *overrides))
 
 
 # --- conf/
@@ -95,7 +94,7 @@ def test_every_option_composes_and_binds(name: str, tmp_path: Path) -> None:
         overrides += [f"data.instance_path={tmp_path}", "data.instance_prompt=a sks dog"]
     if name == "data/hub":
         overrides += ["data.name=someone/something"]
-    found = validation.problems(composed(*overrides))
+    found = problems_of(composed(*overrides))
     if name in EXTRAS and find_spec(EXTRAS[name]) is None:
         assert [text for text in found if f"'{EXTRAS[name]}', which is not installed; pip install" in text] == found
         assert len(found) == 1
@@ -116,7 +115,7 @@ def test_every_value_of_a_sweep_is_good(name: str) -> None:
 
 
 def test_generate_composes_and_binds() -> None:
-    assert validation.problems(composed("weights=tiny", "prompts=[a fox]", verb="generate")) == []
+    assert problems_of(composed("weights=tiny", "prompts=[a fox]", verb="generate"), "generate") == []
 
 
 def test_defaults_of_the_contract() -> None:
@@ -239,7 +238,7 @@ def test_everything_wrong_is_listed_at_once() -> None:
         ]
     )
     with pytest.raises(ConfigError) as caught:
-        validation.validate(composed(*TINY, "trainer.max_steps=-1", "seed=x"))
+        validation.validate(composed(*TINY, "trainer.max_steps=-1", "seed=x"), "train")
     assert len(caught.value.problems) == 2
 
 
@@ -288,6 +287,7 @@ BAD = [  # (override, the message)
     ("adapter.rank=8", "adapter.rank: is set, but adapter=none trains all weights; add adapter=lora"),
     ("~trainer.max_steps", "trainer.max_steps: is missing"),
     ("+trainer.max_step=3", "trainer.max_step: nothing reads this key; remove it; did you mean trainer.max_steps?"),
+    ("+device_memory=24", "device_memory: nothing reads this key; remove it"),  # it is of another verb
     ("tracker.uri=runs", "tracker.uri: 'runs' is no address"),
     ("validation.prompts=a fox", "there is no text file 'a fox'; a list of prompts is written 'validation.prompts="),
     ("weights.prior=not/a/folder", "weights.prior: there is no folder 'not/a/folder'"),
@@ -311,7 +311,7 @@ def test_refuses(override: str, message: str) -> None:
 
 
 def test_missing_path_says_what_to_give() -> None:
-    (found,) = validation.problems(composed())
+    (found,) = problems_of(composed())
     assert found.startswith("data.path: is not set; give the folder of your images")
 
 
@@ -393,7 +393,7 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
     assert "is empty" in problems(f"validation.prompts={empty}")[0]
     assert "not a text file" in problems(f"validation.prompts={binary}")[0]
     assert "is a file" in problems(f"output_root={prompts}")[0]
-    assert "there is no folder" in validation.problems(composed(f"data.path={tmp_path / 'nowhere'}"))[0]
+    assert "there is no folder" in problems_of(composed(f"data.path={tmp_path / 'nowhere'}"))[0]
     assert "no folder" in problems(f"checkpoint.resume={tmp_path / 'nowhere'}")[0]
 
 
@@ -413,7 +413,7 @@ def test_a_name_that_the_outputs_folder_needs(name: str, tmp_path: Path) -> None
 
 
 def test_generate_wants_prompts() -> None:
-    found = validation.problems(composed("weights=tiny", verb="generate"))
+    found = problems_of(composed("weights=tiny", verb="generate"), "generate")
     assert found == ["prompts: is empty; give a list, or a text file with one prompt per line"]
 
 
@@ -423,8 +423,8 @@ def test_a_users_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.syspath_prepend(tmp_path)
     mine = ["optimizer._target_=my_parts.Mine", "+optimizer.anything=goes"]
     trusted = ["my_parts", "my_broken"]
-    assert validation.problems(composed(*TINY, *mine), trusted=trusted) == []
-    (found,) = validation.problems(composed(*TINY, "optimizer._target_=my_broken.Mine"), trusted=trusted)
+    assert problems_of(composed(*TINY, *mine), trusted=trusted) == []
+    (found,) = problems_of(composed(*TINY, "optimizer._target_=my_broken.Mine"), trusted=trusted)
     assert "importing my_broken failed: ModuleNotFoundError: No module named 'no_such_thing'" in found
 
 
@@ -437,7 +437,7 @@ def test_an_import_from_a_former_place_is_told_the_new_one(
     (tmp_path / f"{module}.py").write_text(f"import {module}_beside\n")
     (tmp_path / f"{module}_beside.py").write_text(line.format(name))
     monkeypatch.syspath_prepend(tmp_path)
-    (found,) = validation.problems(composed(*TINY, f"model._target_={module}.Mine"), trusted=[module])
+    (found,) = problems_of(composed(*TINY, f"model._target_={module}.Mine"), trusted=[module])
     moved = f"kandinsky_exp.{name} is kandinsky_exp.models.{name} now; change that import"
     assert found == f"model._target_: importing {module} failed: {moved}"
 
@@ -471,7 +471,7 @@ def test_nested_targets_are_found() -> None:
 )
 def test_fits(value: Any, annotation: Any, expected: bool) -> None:
     assert fits(value, annotation) is expected
-    assert (misfit(value, annotation) is None) is expected
+    assert (type_problem(value, annotation) is None) is expected
 
 
 # --- forms
@@ -495,16 +495,13 @@ def test_the_token_of_a_signed_address_is_hidden() -> None:
 
 def test_a_list_is_a_file_and_shards_are_found_by_their_reader(tmp_path: Path) -> None:
     for data, path in (("list", tmp_path), ("list", tmp_path / "nowhere.csv")):
-        assert (
-            f"data.path: there is no file '{path}'"
-            in validation.problems(composed(f"data={data}", f"data.path={path}"))[0]
-        )
+        assert f"data.path: there is no file '{path}'" in problems_of(composed(f"data={data}", f"data.path={path}"))[0]
     (tmp_path / "list.csv").touch()
     good = ["data=list", f"data.path={tmp_path / 'list.csv'}"]
-    assert validation.problems(composed(*good, *TINY[1:])) == []
-    found = validation.problems(composed(*good, "data.validation_path=nowhere", *TINY[1:]))
+    assert problems_of(composed(*good, *TINY[1:])) == []
+    found = problems_of(composed(*good, "data.validation_path=nowhere", *TINY[1:]))
     assert [problem.partition(":")[0] for problem in found] == ["data.validation_path"]
-    assert validation.problems(composed("data=webdataset", "data.path=[a.tar, b.tar]", *TINY[1:])) == []
+    assert problems_of(composed("data=webdataset", "data.path=[a.tar, b.tar]", *TINY[1:])) == []
 
 
 def test_written_form_is_resolved_and_loads_again() -> None:

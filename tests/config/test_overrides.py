@@ -3,7 +3,6 @@
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,9 @@ def write(cfg):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / str(cfg.seed)).write_text(cfg.scheduler._target_)
     return float(cfg.seed)
+def tell(cfg):
+    from kandinsky_exp.runs import description
+    print(description.command())
 """
 
 
@@ -47,7 +49,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def settled(*words: str) -> command_line.CommandLine:
-    line, problems = command_line.settled("train", command_line.parse(["weights=tiny", *words], cli.VERBS))
+    line, problems = command_line.settled(command_line.parse("train", ["weights=tiny", *words], cli.VERBS))
     if problems:
         raise ConfigError(problems)
     return line
@@ -56,15 +58,13 @@ def settled(*words: str) -> command_line.CommandLine:
 def problems(*words: str) -> list[str]:
     """All that is answered to a command line, a sweep's or a run's, before anything starts."""
     try:
-        line = command_line.parse([*TINY, *words], cli.VERBS)
-        line, found = command_line.settled("train", line)
-        root = line.root("train")
-        found += hydra_errors.find_problems(root, line)
+        line, found = command_line.settled(command_line.parse("train", [*TINY, *words], cli.VERBS))
+        found += hydra_errors.find_problems(line)
         if line.sweeps and not found:
-            check.checked(root, line, check.composed(root, line))
+            check.checked(line, check.composed(line))
     except ConfigError as error:
         return error.problems
-    return found
+    return [str(problem) for problem in found]
 
 
 # --- one run or a sweep
@@ -96,7 +96,7 @@ def test_what_sweeps_for_hydra_sweeps(words: list[str], sweeps: bool) -> None:
 def test_what_wins_is_said() -> None:
     line = settled("--multirun", "hydra.mode=RUN", "seed=1,2")
     assert line.notes == ("hydra.mode=RUN: --multirun was given too, and wins; leave one of them out",)
-    assert line.overrides[-1] == line.arguments[-1] == "hydra.mode=MULTIRUN"
+    assert line.sweeps
     assert settled("--config-dir=mine", "experiment=params").notes == (
         "hydra.sweeper.params: seed would vary with --multirun; this is a single run",
     )
@@ -112,9 +112,9 @@ def test_what_is_for_a_sweep_is_refused_for_a_run(word: str) -> None:
 
 
 def test_what_learns_from_jobs_is_refused_where_none_trains() -> None:
-    line = command_line.parse([*TINY, "-m", "hydra/sweeper=optuna", "optimizer.lr=interval(1e-6,1e-3)"], cli.VERBS)
-    _, (problem,) = command_line.settled("plan", line, trains=False)
-    assert problem == "hydra/sweeper: it learns from what jobs have trained, and plan trains none; list values"
+    typed = [*TINY, "-m", "hydra/sweeper=optuna", "optimizer.lr=interval(1e-6,1e-3)"]
+    _, (problem,) = command_line.settled(command_line.parse("plan", typed, cli.VERBS), trains=False)
+    assert str(problem) == "hydra/sweeper: it learns from what jobs have trained, and plan trains none; list values"
 
 
 @pytest.mark.parametrize("words", [["hydra.mode=MULTIRUN"], ["--config-dir=mine", "experiment=swept"]])
@@ -156,8 +156,8 @@ def test_a_mode_makes_the_same_sweep(
     ],
 )
 def test_values_are_those_of_hydra(text: str, values: list[str]) -> None:
-    line = command_line.parse(["--multirun", text], cli.VERBS)
-    with command_line.composing(line) as loader:
+    line = command_line.parse("train", ["--multirun", text], cli.VERBS)
+    with line.composing() as loader:
         override = grammar.read(text, loader)
         assert grammar.values(override) == values
         assert grammar.count(override) == len(values)
@@ -227,14 +227,14 @@ def test_a_mode_that_there_is_not(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_settings_of_plugins_are_tried_before_there_is_a_folder() -> None:
-    line = replace(command_line.parse([*TINY, "-m", "seed=1,2", "+hydra.launcher.foo=1"], cli.VERBS))
-    cfg = check.composed("train", line)
+    line = command_line.parse("train", [*TINY, "-m", "seed=1,2", "+hydra.launcher.foo=1"], cli.VERBS)
+    cfg = check.composed(line)
     with pytest.raises(ConfigError, match=r"hydra.launcher: .*unexpected keyword argument 'foo'"):
-        launch._try_plugins(line, cfg, check.checked("train", line, cfg))
+        launch._try_plugins(line, cfg, check.checked(line, cfg))
 
 
 def test_a_home_folder_in_a_list() -> None:
-    line = command_line.parse(["-m", "data.path=~/a,~/b", "name=~x"], cli.VERBS)
+    line = command_line.parse("train", ["-m", "data.path=~/a,~/b", "name=~x"], cli.VERBS)
     assert line.overrides == [f"data.path={Path.home()}/a,{Path.home()}/b", "name=~x"]
 
 
@@ -245,8 +245,8 @@ def test_a_home_folder_in_a_list() -> None:
 def of_job(request: pytest.FixtureRequest) -> Iterator[None]:
     """Hydra's settings as they are in a job."""
     words, mode = request.param
-    line = command_line.parse(words, cli.VERBS)
-    with command_line.composing(line) as loader:
+    line = command_line.parse("train", words, cli.VERBS)
+    with line.composing() as loader:
         cfg = loader.load_configuration("train", line.overrides, run_mode=RunMode.RUN)
     before = HydraConfig.instance().cfg
     OmegaConf.set_readonly(cfg.hydra, False)
@@ -275,6 +275,17 @@ def test_the_command_of_a_job_makes_one_run(words: list[str], mine: Path) -> Non
     typed = shlex.split(description.command() or "")
     assert typed[:2] == ["kandinsky-exp", "train"]
     assert sorted(typed[2:]) == sorted(words)
+    assert not settled(*typed[2:]).sweeps
+
+
+def test_the_command_of_a_run_that_undoes_a_files_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run_jobs.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.VERBS, "train", cli.Verb("run_jobs:tell", "", trains=True))
+    cli.main([*TINY, "--config-dir=mine", "experiment=swept", "hydra.mode=RUN"])
+    typed = shlex.split(capfd.readouterr().out)
     assert not settled(*typed[2:]).sweeps
 
 

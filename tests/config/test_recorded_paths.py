@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from drawing import STEPS
 from PIL import Image
-from running import client, composed, runs, train
-from test_generate import STEPS
+from running import client, composed, problems_of, runs, train
 
-from kandinsky_exp.config import recorded_paths, validation
+from kandinsky_exp.config import recorded_paths
 from kandinsky_exp.config.recorded_paths import Move
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import hub
@@ -119,9 +119,9 @@ def test_weights_that_are_gone_are_never_looked_up_on_a_hub(
 @pytest.mark.parametrize("name", ["./pictures", "../pictures", "/nowhere/pictures", "~/no pictures", "a/b/c"])
 def test_what_can_only_be_a_path_is_not_asked_for_on_a_hub(name: str, tmp_path: Path) -> None:
     data = ["model=prior", "weights=tiny", "data=hub", f"data.name='{name}'"]
-    found = validation.problems(composed(tmp_path, *data, small=[]))
+    found = problems_of(composed(tmp_path, *data, small=[]))
     assert [text for text in found if text.startswith("data.name: there is no folder")]
-    found = validation.problems(composed(tmp_path, "data=emoji", f"weights.prior='{name}'", small=[]))
+    found = problems_of(composed(tmp_path, "data=emoji", f"weights.prior='{name}'", small=[]))
     assert [text for text in found if text.startswith("weights.prior: there is no folder")]
 
 

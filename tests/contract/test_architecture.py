@@ -20,6 +20,7 @@ CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 # stands for all modules in it.
 ROOMS = {
     "errors": set(),
+    "hydra_adapter": set(),
     "optimizers": set(),
     "schedules": set(),
     "tiny": set(),
@@ -27,34 +28,33 @@ ROOMS = {
     "data": {"system"},
     "models": {"data.file_hashes", "system", "tiny"},
     "stages": {"data.preprocess", "models"},
-    "config": {"data.source_facts", "models", "system"},
+    "config": {"data.source_facts", "hydra_adapter", "models", "system"},
     "tracking": {"system"},
     "reports": {"system", "tracking"},
     "runs": {"config", "models", "system", "tracking"},
     "training": {"data", "models", "runs", "stages", "system", "tracking"},
     "run_settings": {"models", "system", "training"},
     "build": {"config", "data", "models", "run_settings", "stages", "system", "training"},
-    "sweeps": {"build", "config", "reports", "runs", "system", "tracking"},
+    "sweeps": {"build", "config", "hydra_adapter", "reports", "runs", "system", "tracking"},
     "memory": {"build", "config", "data", "models", "run_settings", "stages", "system", "training"},
 }
 # The story of a run and what is typed: they may import all of the above, and what is named.
 OUTER = {
     "records": set(),
     "results": {"records"},
-    "run": {"records", "results"},
+    "preflight": {"records"},
+    "run": {"preflight", "records", "results"},
     "verbs": {"records", "results"},
     "cli": set(),
     "__main__": {"cli"},
 }
 # Arrows that are still to be cut.
-TO_CUT = {
-    ("training.callbacks", "run_settings"),
-}
+TO_CUT: set[tuple[str, str]] = set()
 KNOW_OMEGACONF = {
     *("config", "sweeps", "memory", "runs.lookup", "runs.model_sources", "verbs"),
-    *("cli", "run", "results", "records", "build", "run_settings"),
+    *("cli", "hydra_adapter", "run", "preflight", "results", "records", "build", "run_settings"),
 }
-STILL_KNOW_OMEGACONF = {"training.callbacks"}
+STILL_KNOW_OMEGACONF: set[str] = set()
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "models")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
 LAZY = {"mlflow", "datasets"}  # optional at run time: imported by the functions that use them
@@ -226,9 +226,10 @@ def test_files_and_functions_are_short(file: Path) -> None:
     assert lines <= 300
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            limit = 100 if (file.name, node.name) == ("loop.py", "train") else 80
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= limit, node.name
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+            if (file.name, node.name) == ("run.py", "run"):  # the architecture, at a glance
+                assert node.end_lineno - node.lineno + 1 <= 40
 
 
 def test_half_of_all_functions_fit_in_fifteen_lines() -> None:

@@ -143,13 +143,13 @@ def only_command(message: object) -> str:
 def verb_first(root: Path) -> str:
     typed = ["list=true", f"output_root={root}/my out", "encode"]
     with pytest.raises(ConfigError) as error:
-        command_line.parse(typed, cli.VERBS)
+        command_line.parse("train", typed, cli.VERBS)
     return only_command(error.value)
 
 
 def unknown_setting(root: Path) -> str:
-    line = command_line.parse(["weights=tiny", "data=emoji", "zzzzzz=1"], cli.VERBS)
-    return only_command(*hydra_errors.find_problems("train", line))
+    line = command_line.parse("train", ["weights=tiny", "data=emoji", "zzzzzz=1"], cli.VERBS)
+    return only_command(*hydra_errors.find_problems(line))
 
 
 def full_disk(root: Path) -> str:
@@ -230,11 +230,11 @@ def composed_as_printed(command: str) -> DictConfig:
     program, *words = shlex.split(command)
     assert program == "kandinsky-exp"
     verb, rest = cli._split_verb(words)
-    line = command_line.parse([cli._plain(text, cli.VERBS[verb]) for text in rest], cli.VERBS)
-    with command_line.composing(line) as loader:
+    line = command_line.parse(verb, [cli._plain(text, cli.VERBS[verb]) for text in rest], cli.VERBS)
+    with line.composing() as loader:
         cfg = loader.load_configuration(verb, line.overrides, run_mode=RunMode.RUN)
     cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    assert validation.problems(cfg) == []
+    assert validation.problems(cfg, verb) == []
     return cfg
 
 

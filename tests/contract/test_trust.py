@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 from PIL import Image
-from running import quick_compose
+from running import problems_of, quick_compose
 
 from kandinsky_exp import build, cli
 from kandinsky_exp.config import allowlist, saved_config, validation
@@ -183,7 +183,7 @@ def theirs(tmp_path: Path, marker: Path) -> Path:
 def test_a_hostile_target_is_refused_and_does_not_run(case: str, theirs: Path, marker: Path, tmp_path: Path) -> None:
     key, node = CASES[case]
     cfg = with_node(key, filled(node, marker=marker, root=theirs), tmp_path)
-    found = validation.problems(cfg)
+    found = problems_of(cfg)
     assert any(text.startswith(key.partition(".")[0]) for text in found), found
     for function in (run, lambda cfg: build.target_settings(cfg, key.partition(".")[0])):
         if function is run or key.partition(".")[0] in ("optimizer", "scheduler", "model", "data"):
@@ -220,7 +220,7 @@ GOOD = [
 @pytest.mark.parametrize(("key", "node"), GOOD, ids=[node["_target_"] for _, node in GOOD])
 def test_what_the_packages_offer_is_taken(key: str, node: dict[str, Any], tmp_path: Path) -> None:
     cfg = with_node(key, node, tmp_path)
-    assert validation.problems(cfg) == []
+    assert problems_of(cfg) == []
     assert build.target_settings(cfg, key) == node
 
 
@@ -260,7 +260,7 @@ def my_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trust_covers_what_the_users_module_makes(target: str, taken: bool, my_parts: None, tmp_path: Path) -> None:
     """Not what it has imported: a config could reach everything from there."""
     cfg = with_node("optimizer", {"_target_": target, "_partial_": True}, tmp_path)
-    found = validation.problems(cfg, trusted=["my_parts"])
+    found = problems_of(cfg, trusted=["my_parts"])
     assert (found == []) is taken, found
 
 
@@ -269,8 +269,8 @@ def test_a_nested_target_of_the_users(my_parts: None, tmp_path: Path) -> None:
 
     node = {"_target_": "my_parts.Loud", "_partial_": True, "wrapped": {"_target_": "my_parts.make", "_partial_": True}}
     cfg = with_node("optimizer", node, tmp_path)
-    assert len(validation.problems(cfg)) == 2
-    validation.validate(cfg, ["my_parts"])
+    assert len(problems_of(cfg)) == 2
+    validation.validate(cfg, "train", ["my_parts"])
     made = build.make_optimizer(cfg, [torch.nn.Parameter(torch.zeros(1))], build.accelerator(cfg).device)
     assert (type(made).__name__, made.wrapped.func.__name__) == ("Loud", "make")
 
@@ -278,10 +278,10 @@ def test_a_nested_target_of_the_users(my_parts: None, tmp_path: Path) -> None:
 def test_a_file_adds_nothing_to_what_is_trusted(my_parts: None, tmp_path: Path) -> None:
     cfg = with_node("optimizer", {"_target_": "my_parts.Mine", "_partial_": True, "lr": 0.1}, tmp_path)
     cfg.trusted_modules = ["my_parts"]
-    found = validation.problems(cfg)
+    found = problems_of(cfg)
     assert found[0].startswith("trusted_modules: a config file may not add my_parts; if you trust that code, type")
     assert found[1].startswith("optimizer._target_: my_parts.Mine is outside of the modules that a config may name")
-    for refused in (lambda: run(cfg), lambda: validation.validate(cfg, ["others"]), lambda: encode(cfg)):
+    for refused in (lambda: run(cfg), lambda: validation.validate(cfg, "train", ["others"]), lambda: encode(cfg)):
         with pytest.raises(ConfigError, match="trusted_modules: a config file may not add my_parts"):
             refused()
     with pytest.raises(ConfigError, match="outside of the modules"):
@@ -291,8 +291,8 @@ def test_a_file_adds_nothing_to_what_is_trusted(my_parts: None, tmp_path: Path) 
 
 def test_what_was_validated_as_trusted_stays_so_and_is_recorded(my_parts: None, tmp_path: Path) -> None:
     cfg = with_node("optimizer", {"_target_": "my_parts.Mine", "_partial_": True, "lr": 0.1}, tmp_path)
-    validation.validate(cfg, ["my_parts"])
-    validation.validate(cfg)  # as `run` does once the command has
+    validation.validate(cfg, "train", ["my_parts"])
+    validation.validate(cfg, "train")  # as `run` does once the command has
     assert "trusted_modules:\n- my_parts\n" in saved_config.to_yaml(cfg)
     assert build.target_settings(cfg, "optimizer")["_target_"] == "my_parts.Mine"
     again = OmegaConf.create(saved_config.to_yaml(cfg))
@@ -305,9 +305,9 @@ def test_without_the_key_all_is_as_before(tmp_path: Path) -> None:
     cfg = composed(f"output_root={tmp_path}")
     with open_dict(cfg):
         del cfg["trusted_modules"]
-    validation.validate(cfg)
+    validation.validate(cfg, "train")
     for wrong in ("[3]", "[a-b]", "my_parts"):
-        (found,) = validation.problems(composed(f"trusted_modules={wrong}"))
+        (found,) = problems_of(composed(f"trusted_modules={wrong}"))
         assert found.startswith("trusted_modules: has to be")
 
 
@@ -494,7 +494,7 @@ def test_pickles_beside_good_weights_are_passed_over_and_named_once(their_weight
         (their_weights / name).parent.mkdir(exist_ok=True)
         write(their_weights / name)
     assert components.check_source(str(their_weights), "prior") is None
-    validation.validate(composed("model=prior", f"weights.prior={their_weights}"))
+    validation.validate(composed("model=prior", f"weights.prior={their_weights}"), "train")
     theirs = weights.Weights(str(their_weights), "tiny", their_weights / "cache")
     sides = {part for part, (side, _) in components.PARTS.items() if side == "prior"}
     (note,) = compatibility.check(theirs, sides)
@@ -514,7 +514,7 @@ def test_a_pickle_that_calls_itself_a_file_that_is_read_is_refused(
     assert f"'{name}' is a pickle or an archive" in problem
     assert "remove it, or convert it to .safetensors" in problem
     with pytest.raises(ConfigError, match=re.escape(f"weights.prior: '{their_weights}': '{name}'")):
-        validation.validate(composed("model=prior", f"weights.prior={their_weights}"))
+        validation.validate(composed("model=prior", f"weights.prior={their_weights}"), "train")
     assert not marker.exists()
 
 

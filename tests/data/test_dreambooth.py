@@ -15,10 +15,9 @@ import dreambooth
 import pytest
 import torch
 from PIL import Image
-from running import composed, network, runs, same, stopped_at, train
+from running import composed, network, problems_of, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
-from kandinsky_exp.config import validation
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.dreambooth import MADE, ClassImages
 from kandinsky_exp.data.features import Paired
@@ -391,7 +390,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_contradictions_are_told_with_the_settings(override: str, root: Path) -> None:
-    (found,) = validation.problems(composed(root, *settings(root, *override.format(root=root).split())))
+    (found,) = problems_of(composed(root, *settings(root, *override.format(root=root).split())))
     assert found.startswith(REFUSED[override].format(root=root))
 
 

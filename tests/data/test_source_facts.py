@@ -52,7 +52,7 @@ def reading(root: Path, function: str, **settings: Any) -> DictConfig:
 
 
 def problems(root: Path, function: str, **settings: Any) -> list[str]:
-    return validation.problems(reading(root, function, **settings), trusted=["my_sources"])
+    return [str(found) for found in validation.problems(reading(root, function, **settings), "train", ["my_sources"])]
 
 
 def test_paths_are_what_a_source_says(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_a_stream_is_encoded_first(tmp_path: Path) -> None:
 
 
 def test_a_module_that_nobody_trusts_is_not_imported(tmp_path: Path) -> None:
-    found = validation.problems(reading(tmp_path, "stream", cache=False))
-    assert [text.partition(":")[0] for text in found] == ["data._target_"]
+    found = validation.problems(reading(tmp_path, "stream", cache=False), "train")
+    assert [problem.key for problem in found] == ["data._target_"]
     assert "my_sources" not in sys.modules
 
 
 def test_a_plan_asks_instead_of_fetching(tmp_path: Path) -> None:
     cfg = reading(tmp_path, "mirror", repo="me/pictures", max_samples=300)
-    validation.validate(cfg, ["my_sources"])
+    validation.validate(cfg, "train", ["my_sources"])
     splits = plan.known(cfg)
     assert (splits.train.name, splits.train.count, splits.both) == ("me/pictures/all", 300, [splits.train])
     assert plan.rows(cfg, splits) == (285, 15)

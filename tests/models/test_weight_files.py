@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
+from drawing import drawn
 from running import composed, train
-from test_generate import drawn
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import ConfigError
@@ -56,7 +56,8 @@ def load(folder: Path, variant: str | None = "fp16") -> Weights:
 
 def test_shards_of_a_variant_are_read(sharded: Path, tiny_folder: Path) -> None:
     validation.validate(
-        composed(sharded.parent, f"weights.prior={sharded}", f"weights.decoder={sharded}", "weights.variant=fp16")
+        composed(sharded.parent, f"weights.prior={sharded}", f"weights.decoder={sharded}", "weights.variant=fp16"),
+        "train",
     )
     theirs, ours = load(sharded), load(tiny_folder, None)
     assert compatibility.check(theirs, set(components.PARTS)) == []
@@ -70,7 +71,7 @@ def test_without_the_variants_name_the_message_has_it(sharded: Path) -> None:
     cfg = composed(sharded.parent, f"weights.prior={sharded}", f"weights.decoder={sharded}")
     message = r"weights\.prior: .*'prior_prior' has weights of the variant fp16 alone; set weights\.variant=fp16"
     with pytest.raises(ConfigError, match=message) as caught:
-        validation.validate(cfg)
+        validation.validate(cfg, "train")
     assert "fetch it again" not in str(caught.value)  # nothing is wrong with the folder
     with pytest.raises(
         ConfigError, match=r"set weights\.variant=fp16"

@@ -14,7 +14,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from kandinsky_exp.errors import DataError, cause_of, first_line
-from kandinsky_exp.system import text_files as texts
+from kandinsky_exp.system import text_files
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CHUNK = 4096
@@ -142,7 +142,7 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
 
 def _jsonl(path: Path) -> Numbered:
     # Only \n ends a line: a caption may hold one of the rarer line separators.
-    with path.open(encoding=texts.encoding(path), newline="\n") as file:
+    with path.open(encoding=text_files.encoding(path), newline="\n") as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if line.strip():
                 yield number, _object(line)
@@ -159,7 +159,7 @@ def _object(text: str) -> Row | str:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Numbered:
-    with path.open(encoding=texts.encoding(path), newline="") as file:
+    with path.open(encoding=text_files.encoding(path), newline="") as file:
         lines = _lines(file, path)
         before, first, separator = _head(lines, columns)
         reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)

@@ -1,0 +1,151 @@
+"""All that leans on Hydra's private parts, made for Hydra 1.3: `tests/contract/test_hydra_adapter.py` tells of another.
+
+`hydra.main` takes its words from `sys.argv`, prints errors itself and lets nobody look at the config before it acts on
+it. Here Hydra gets the parsed words, raises its errors, and has its own section of each config checked.
+"""
+
+import copy
+import os
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from hydra import version
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.main import _get_rerun_conf
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from kandinsky_exp.errors import ConfigError, Problem
+
+MADE_FOR = "1.3"
+# Beginnings of those lines of Hydra's messages that help nobody here.
+CHATTER = (
+    *("Config search path", "provider=", "full_key", "object_type", "reference_type", "Set the env", "See https"),
+    "To append to your config use",  # it would be ignored there
+)
+Check = Callable[[Any], None]
+
+
+def parse(arguments: list[str], refuse: Callable[[str], NoReturn]) -> Namespace:
+    """Flags and overrides as Hydra's own parser reads them.
+
+    Args:
+        refuse: raises what is wrong with them, where the parser would print its usage and exit.
+    """
+    parser = get_args_parser()
+    vars(parser)["error"] = refuse
+    return parser.parse_intermixed_args(arguments)
+
+
+class Loader(ConfigLoaderImpl):
+    """Composes configs. Callbacks, plugins and loggers are built from Hydra's section at once: it is checked first.
+
+    Args:
+        check: raises what is wrong with the section.
+    """
+
+    def __init__(self, search_path: ConfigSearchPath, check: Check) -> None:
+        super().__init__(search_path)
+        self.repository, self.check = _Repository(search_path), check
+
+    def load_configuration(self, *args: Any, **settings: Any) -> DictConfig:
+        cfg = super().load_configuration(*args, **settings)
+        self.check(OmegaConf.to_container(cfg.hydra, resolve=False))
+        return cfg
+
+
+class _Repository(ConfigRepository):
+    """Yaml files and schemas. Hydra copies all schemas before each look at them: most of the time that --help took."""
+
+    def __deepcopy__(self, memo: Any) -> "_Repository":
+        return copy.copy(self)
+
+
+@contextmanager
+def composing(flags: Namespace, check: Check) -> Iterator[Hydra]:
+    """Hydra ready to compose, also by `hydra.compose`, with the search path of a command line.
+
+    Args:
+        flags: from `parse`.
+        check: see `Loader`.
+    """
+    version.setbase(MADE_FOR)
+    path = create_automatic_config_search_path(None, __name__, flags.config_path or "pkg://kandinsky_exp.conf")
+    if flags.config_dir is not None:
+        folder = f"file://{os.path.abspath(flags.config_dir)}"  # noqa: PTH100 - as Hydra writes it
+        path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    GlobalHydra.instance().initialize(hydra := Hydra("kandinsky-exp", Loader(path, check)))
+    try:
+        yield hydra
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def start(flags: Namespace, config_name: str, sweeps: bool, job: Callable[[DictConfig], Any], check: Check) -> None:
+    """Do what the flags say: show something, or call a job once, or once for each of a sweep's.
+
+    Args:
+        flags: from `parse`.
+        check: see `Loader`.
+    """
+    what = {"config_name": config_name, "overrides": flags.overrides}
+    with composing(flags, check) as hydra:
+        if flags.experimental_rerun is not None:
+            job(_get_rerun_conf(flags.experimental_rerun, flags.overrides))
+        elif flags.help:
+            hydra.app_help(config_name, get_args_parser(), flags)
+        elif flags.hydra_help:
+            hydra.hydra_help(config_name, get_args_parser(), flags)
+        elif flags.cfg:
+            hydra.show_cfg(**what, cfg_type=flags.cfg, package=flags.package, resolve=flags.resolve)
+        elif flags.shell_completion:
+            hydra.shell_completion(**what)
+        elif flags.info:
+            hydra.show_info(flags.info, **what)
+        elif sweeps:
+            hydra.multirun(**what, task_function=job)
+        else:
+            hydra.run(**what, task_function=job)
+
+
+def register(plugin: type[Sweeper]) -> None:
+    """Make a plugin known: Hydra walks through folders, and sees none of a package that is installed to be edited."""
+    Plugins.instance().register(plugin)
+
+
+def make_sweeper(loader: ConfigLoader, cfg: DictConfig) -> Sweeper:
+    """The sweeper of a config, with its launcher.
+
+    Raises:
+        ConfigError: each judges its settings as it is built.
+    """
+    context = HydraContext(config_loader=loader, callbacks=Callbacks())
+    try:
+        return Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=float, config=cfg)
+    except Exception as error:  # whatever a plugin takes for wrong
+        key = re.search(r"full_key: (\S+)", str(error))
+        problem = Problem(key[1] if key else "hydra", f"{condense(error)}; correct it, or leave it out")
+        raise ConfigError(problem) from error
+
+
+def condense(error: BaseException) -> str:
+    """Hydra's message and the reason below it, without blank lines, search paths and links."""
+    lines = [text.strip().rstrip(".") for text in str(error).splitlines()]
+    texts = [text for text in lines if text and not text.startswith(CHATTER)]
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        texts += [text for text in [condense(error.__cause__)] if text and text not in "; ".join(texts)]
+    return "; ".join(texts)
