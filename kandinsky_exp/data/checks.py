@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a data set before any weights load."""
+"""Check the rows of a data set before any weights load."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A subject from a few pictures, and pictures of the class that it belongs to (Ruiz et al. 2022, arXiv:2208.12242)."""
+"""DreamBooth data: pictures of a subject and of its class (Ruiz et al. 2022, arXiv:2208.12242)."""
 
 import re
 from collections.abc import Collection, Iterator

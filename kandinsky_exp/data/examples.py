@@ -1,4 +1,4 @@
-"""One image with its captions, and sequences of them."""
+"""One example, an image with its captions, and the base classes of the sources that give many."""
 
 import hashlib
 import io
@@ -202,8 +202,8 @@ def picture_digests(source: Indexed, rows: NDArray[np.int64]) -> NDArray[np.int6
         DataError: one cannot be read.
     """
 
-    def digest(place: int) -> NDArray[np.int64]:
-        example = source[int(rows[place])]
+    def digest(index: int) -> NDArray[np.int64]:
+        example = source[int(rows[index])]
         try:
             return of_content(example.read())
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What training reads: features from an encoded table, or examples that the stage encodes on the fly."""
+"""The datasets that training reads: features of an encoded table, or examples that the stage encodes on the fly."""
 
 import copy
 from abc import ABC, abstractmethod

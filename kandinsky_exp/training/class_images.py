@@ -1,4 +1,4 @@
-"""Pictures of a class that are missing: drawn once by the base prior and decoder, and kept."""
+"""Draw missing class images with the base prior and decoder, once, into a folder that keeps them."""
 
 import hashlib
 import json

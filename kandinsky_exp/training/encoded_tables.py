@@ -1,4 +1,4 @@
-"""What all processes of a run do with encoders and encoded tables: place the ones, open the others."""
+"""Open a table on every process, or place the encoders of a run that encodes in every step."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows of a data set as features on the device, whether they come from encoded tables or from the encoders."""
+"""Batches of features on the device, from encoded tables or from the encoders."""
 
 import contextlib
 import hashlib
@@ -198,9 +198,9 @@ def open_readers(
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
     if splits.class_images is not None:
-        kept = opener.open(splits.class_images.source())
-        content = together(train.fingerprint, kept.fingerprint)
-        train = replace(train, class_images=kept, class_weight=splits.class_images.weight, fingerprint=content)
+        beside = opener.open(splits.class_images.source())
+        content = together(train.fingerprint, beside.fingerprint)
+        train = replace(train, class_images=beside, class_weight=splits.class_images.weight, fingerprint=content)
     about = (train.fingerprint, opener.notes, opener.skipped, opener.cut)
     if splits.validation is not None:
         held_out = opener.open(splits.validation)

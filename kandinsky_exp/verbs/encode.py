@@ -1,4 +1,4 @@
-"""The verb `encode`: what a cached run does first, for its own sake; and what is there already."""
+"""The verb `encode`: encode a data set before training; list or remove what is encoded."""
 
 import logging
 from collections.abc import Collection

@@ -52,23 +52,20 @@ def encode_table(
     """
     table = catalog.open_table(folder, log)
     if table is not None:
-        return _found(table, how, log)
+        return _accepted(table, how, log, found=True)
     with catalog.locked(folder, log):
         table = catalog.open_table(folder, log, mend=True)  # another process may have made it meanwhile
         if table is not None:
-            return _found(table, how, log)
+            return _accepted(table, how, log, found=True)
         _encode(source, stage, folder, how, log, nullcontext() if encoders is None else encoders, about or {})
         table = catalog.open_table(folder, log)
         assert table is not None  # made just now, and the lock is held  # nosec B101
         return _accepted(table, how, log)
 
 
-def _found(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
-    log(f"encoded features of {len(table):,} images found in {table.folder}")
-    return _accepted(table, how, log)
-
-
-def _accepted(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
+def _accepted(table: FeatureTable, how: EncodeSettings, log: Log, *, found: bool = False) -> FeatureTable:
+    if found:
+        log(f"encoded features of {len(table):,} images found in {table.folder}")
     _refuse_gaps(table.skipped, table.folder, how)
     if len(table.skipped) > SHOWN:  # whoever opens the table names the first few of them
         log("all examples that were left out:\n" + "\n".join(table.skipped))

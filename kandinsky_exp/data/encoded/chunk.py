@@ -1,4 +1,4 @@
-"""What is encoded and not yet written: batches that fill, and the rows since the last commit of a journal."""
+"""What is encoded and not yet written: batches that fill, and the rows since the last commit."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence

@@ -1,4 +1,4 @@
-"""Columns on disk: Arrow IPC streams that grow by appending and are read through a memory map.
+"""Arrow files of rows with checksums: they grow by appending and are read through a memory map.
 
 Every row ends with a checksum of its cells, which is compared whenever the row is read: a damaged file is an error, no
 wrong batch.
@@ -132,8 +132,8 @@ class MappedColumns:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         batch = bisect_right(self._starts, index) - 1
-        views, place = self._views[batch], index - self._starts[batch]
-        cells = {name: _cell(view, place) for name, view in views.items()}
+        views, row = self._views[batch], index - self._starts[batch]
+        cells = {name: _cell(view, row) for name, view in views.items()}
         expected = int(cells.pop(CHECKSUM))
         if reduce(lambda before, cell: _checksum(cell, before), cells.values(), 0) != expected:
             raise DataError(
@@ -168,8 +168,8 @@ def _view(array: pa.Array, shape: list[int] | None) -> Any:
     return (array.offsets.to_numpy(), values) if shape == [-1] else values.reshape(len(array), *shape)
 
 
-def _cell(view: Any, place: int) -> Any:
+def _cell(view: Any, row: int) -> Any:
     if isinstance(view, tuple):
         offsets, values = view
-        return values[offsets[place] : offsets[place + 1]]
-    return view[place].as_py() if isinstance(view, pa.Array) else view[place]
+        return values[offsets[row] : offsets[row + 1]]
+    return view[row].as_py() if isinstance(view, pa.Array) else view[row]

@@ -1,4 +1,4 @@
-"""Examples on their way to the encoders: read, decoded and preprocessed in worker processes, in the source's order."""
+"""DataLoader workers that read, decode and preprocess examples for the encoders, in the source's order."""
 
 import signal
 import traceback
@@ -108,7 +108,7 @@ class Loader(Dataset[Loaded]):
             example.id,
             tuple(self.preprocess(view, None, example.extra) for view in views),
             tuple(tensors for tensors, _ in captions),
-            tuple(kept for _, kept in captions if kept is not None),
+            tuple(beginning for _, beginning in captions if beginning is not None),
             picture=of_content(example.read()),
             note=image.info.get(NOTE, ""),
         )

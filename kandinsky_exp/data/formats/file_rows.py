@@ -1,4 +1,4 @@
-"""Images in files, their captions in a table: kept as Arrow columns, so that memory hardly grows with the rows."""
+"""Rows whose images are files: Arrow columns, so that memory hardly grows with the rows."""
 
 import hashlib
 import json
@@ -75,11 +75,11 @@ class FileRows(Indexed):
     def __getitem__(self, row: int) -> Example:
         file, captions, number, code, *extra = (column[row].as_py() for column in self.columns.columns)
         problem, caption_problem = self.problems[code]
-        place = f"{self.unit} {number}"
-        where = f"{self.origin}, {place}" if self.unit else self.origin
+        position = f"{self.unit} {number}"
+        where = f"{self.origin}, {position}" if self.unit else self.origin
         read = nothing if file is None else partial(read_file, os.path.join(self.home, file))  # noqa: PTH118 - NUL
         cells = json.loads(extra[0]) if extra else {}
-        return Example(file or place, tuple(captions), read, where, caption_problem, problem, cells)
+        return Example(file or position, tuple(captions), read, where, caption_problem, problem, cells)
 
     def with_columns(self, names: Sequence[str]) -> "FileRows":
         rows = dict(metadata.read(Path(self.origin), names)) if self.unit else {}
