@@ -35,7 +35,7 @@ class AnnouncedSplits:
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """See `declares`.
+    """A decorator of a source, also of one's own: `@declares(files=("path",))`.
 
     Args:
         folders, files: settings that name a folder or a file, which has to be there.
@@ -52,15 +52,12 @@ class SourceFacts:
     announced: Callable[..., AnnouncedSplits] | None = None
     title: str = "own pictures"
 
-
-def declares(**facts: Any) -> Callable[[Function], Function]:
-    """A decorator of a source, also of one's own: `@declares(files=("path",))`. Takes what `SourceFacts` takes."""
-
-    def declare(function: Function) -> Function:
-        vars(function)["facts"] = SourceFacts(**facts)
+    def __call__(self, function: Function) -> Function:
+        vars(function)["facts"] = self
         return function
 
-    return declare
+
+declares = SourceFacts
 
 
 def arguments(function: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:

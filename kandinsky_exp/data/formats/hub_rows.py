@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,10 @@ class HubRows(Indexed):
         counts, wrong = np.zeros(len(self), np.int64), np.ones(len(self), np.bool_)
         if self.caption_column not in self.rows.column_names:
             return counts, wrong
-        texts = self.rows.select_columns([self.caption_column])
-        row = 0
-        for batch in texts.iter(CHUNK):
-            for value in batch[self.caption_column]:
-                captions, problem = parse_captions({self.caption_column: value}, self.caption_column)
-                counts[row], wrong[row] = len(captions), bool(problem)
-                row += 1
+        batches = self.rows.select_columns([self.caption_column]).iter(CHUNK)
+        for row, value in enumerate(chain.from_iterable(batch[self.caption_column] for batch in batches)):
+            captions, problem = parse_captions({self.caption_column: value}, self.caption_column)
+            counts[row], wrong[row] = len(captions), bool(problem)
         return counts, wrong
 
     def fingerprint(self, digests: FileDigests) -> str:
