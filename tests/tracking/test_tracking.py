@@ -33,7 +33,6 @@ from running import train
 
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.errors import Interrupted, TrackingError
-from kandinsky_exp.records import named
 from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking.delivery import deliver_left
 from kandinsky_exp.tracking.mlflow_names import MAX_PARAM, dataset_source, param_text, value_text
@@ -833,5 +832,5 @@ def test_where_a_data_set_comes_from(source: str, kind: str, origin: dict[str, s
 def test_shards_are_no_data_set_of_the_hub() -> None:
     shards = ("https://me:secret@host/a/000.tar?token=secret", "https://host/a/001.tar")
     source = Shards("https://host/a/000.tar and 1 more", shards, ("jpg",), "txt")
-    assert named(source) == ("000.tar and 1 more", "https://host/a/000.tar")
-    assert named(replace(source, name="/a/000.tar", shards=("/a/000.tar",))) == ("000.tar", "/a/000.tar")
+    assert source.provenance == ("000.tar and 1 more", "https://host/a/000.tar")
+    assert replace(source, name="/a/000.tar", shards=("/a/000.tar",)).provenance == ("000.tar", "/a/000.tar")
