@@ -14,8 +14,9 @@ nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
-# Nothing is downloaded; and threads that have to share a core make torch many times slower.
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+# Nothing is downloaded; threads that share a core make torch many times slower; Python keeps what it compiles, for
+# tests start many processes.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def group(*names: str) -> tuple[str, ...]:
@@ -60,7 +61,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def soak(session: nox.Session) -> None:
-    """One run is killed 50 times, and ends as if it had not been; arguments after `--` go to pytest."""
+    """One run is killed 50 times, all kinds of runs are stopped and resumed; arguments after `--` go to pytest."""
     python = project_environment(session)
     session.run(python, "-m", "pytest", "-m", "soak", "--durations", "3", *session.posargs, env=ENVIRONMENT)
 

@@ -26,7 +26,7 @@ from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
-from kandinsky_exp.system import accelerators, host_memory
+from kandinsky_exp.system import accelerators, files, host_memory
 from kandinsky_exp.training.ema import is_schedule_free
 from kandinsky_exp.training.feature_loader import ReadSettings
 from kandinsky_exp.training.loop import Training
@@ -52,7 +52,7 @@ def weights(cfg: DictConfig, cls: type[Weights] = Weights) -> Weights:
 
 
 def cache_folder(cfg: DictConfig) -> Path:
-    return Path(cfg.output_root).expanduser() / "cache"
+    return files.output_root(cfg.output_root) / "cache"
 
 
 def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[str]:
@@ -118,22 +118,18 @@ def data(cfg: DictConfig) -> sources.Splits:
     """
     settings = target_settings(cfg, "data")
     accepted = inspect.signature(get_method(settings["_target_"])).parameters
-    if extra := list(stage_class(cfg).extra_inputs):
-        settings["extra_columns"] = extra
-        if "extra_columns" not in accepted:
-            raise ConfigError(
-                f"data._target_: {settings['_target_']} reads no further columns, and this model reads "
-                f"{', '.join(extra)}; take data=folder, list or hub"
-            )
     arguments = {key: value for key, value in settings.items() if key == "_target_" or key in accepted}
     try:
         splits = instantiate(arguments)
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    if columns := sorted(stage_class(cfg).extra_inputs):
+        splits.train = splits.train.with_columns(columns)
+        splits.validation = splits.validation and splits.validation.with_columns(columns)
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 
-def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.Report:
+def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.DataSummary:
     """Read every row that costs little to read; images are looked at when they are encoded.
 
     Raises:

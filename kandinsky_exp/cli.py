@@ -24,7 +24,7 @@ from hydra_plugins.kandinsky_optuna.sweeper import OptunaSweeper
 from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import command_line, hydra_errors, validation
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, reason_of
-from kandinsky_exp.sweeps import job_process, launch
+from kandinsky_exp.sweeps import job_process, launch, supervise
 from kandinsky_exp.system import launch_environment, redaction, terminal
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
@@ -90,7 +90,7 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> Any:
         self.called = True
-        sweeping = launch.forget_multirun()
+        sweeping = supervise.forget_multirun()
         try:
             return call(self.call, cfg)
         except Exception as error:

@@ -1,16 +1,14 @@
-"""What the tracker is told of a run: where it belongs, what it is made of, what it reads."""
+"""The MLflow records of a run: its place in a sweep, its parameters and origins, its data sets."""
 
 import logging
 from pathlib import Path
 
 from accelerate import Accelerator
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.config import recorded_paths, saved_config
-from kandinsky_exp.data import long_prompts
+from kandinsky_exp.data import long_texts
 from kandinsky_exp.data.buckets import notes_on_rare
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.features import CachedFeatures
@@ -22,8 +20,7 @@ from kandinsky_exp.sweeps import outcomes, parent_run
 from kandinsky_exp.system import files
 from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import delivery, provenance, store
-from kandinsky_exp.tracking import tracker as tracking
-from kandinsky_exp.tracking.store import artifact_root
+from kandinsky_exp.tracking.tracker import NullTracker, Tracker
 from kandinsky_exp.training.feature_loader import FeatureReader, Readers
 
 logger = logging.getLogger(__name__)
@@ -33,31 +30,22 @@ def tracker_uri(cfg: DictConfig) -> str:
     return store.chosen_uri(cfg.tracker.uri, cfg.output_root)
 
 
-def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> tracking.Tracker:
-    """The MLflow run, new or gone on with; only the main process records."""
+def start_tracker(cfg: DictConfig, accelerator: Accelerator, space: run_folder.RunFolder) -> Tracker:
+    """The MLflow run, new or continued; only the main process records."""
     if cfg.tracker.name == "none" or not accelerator.is_main_process:
-        return tracking.NullTracker()
-    tags = {"stage": build.stage_class(cfg).name, "run_folder": str(space.folder)}
+        return NullTracker()
+    tags = {"stage": build.stage_class(cfg).name}
     if space.parent_run_id is not None:
         tags["resumed_from"] = space.parent_run_id
-    parent = sweep_parent(cfg, space.folder.parent) if HydraConfig.initialized() else None
+    parent = None if outcomes.hydra_of_job() is None else sweep_parent(cfg, space.folder.parent)
     name, job = space.folder.name, None if parent is None else job_outcome(space.folder)
     if job is not None:
         name, tags = job.name, {**tags, **parent_run.job_tags(job)}
     if space.record.run_id is None:  # later it is the user's, who can write more there
         links = [] if parent is None else [parent_run.report_link(tracker_uri(cfg), parent)]
         tags |= description.tags(description.command(), links)
-    tracker = tracking.MlflowTracker.open(
-        tracker_uri(cfg),
-        cfg.tracker.experiment,
-        name,
-        artifact_root(cfg.output_root),
-        run_id=space.record.run_id,
-        tags=tags,
-        outbox=space.folder / "outbox",
-        token=space.record.token,
-        parent_run_id=parent,
-        redone_from=redone_from(space),
+    tracker = parent_run.open_tracker(
+        cfg, space.folder, space.record, name, tags, parent_run_id=parent, redone_from=redone_from(space)
     )
     space.record.run_id = tracker.run_id
     logger.info("MLflow: %s, experiment %s, run %s", masked(tracker.uri), cfg.tracker.experiment, tracker.run_id)
@@ -72,15 +60,15 @@ def job_outcome(folder: Path) -> outcomes.Outcome | None:
 
 
 def noted_token(folder: Path) -> str | None:
-    """What marks the MLflow run that a sweep has made for a job before it came to a run of its own."""
+    """The token of the MLflow run that a sweep has made for a job that failed before it made one."""
     job = job_outcome(folder)
     return None if job is None else job.token
 
 
 def redone_from(space: run_folder.RunFolder) -> int | None:
-    """The step from which on a run that goes on may have been recorded already, by a process that was killed.
+    """The first step that a killed process may have recorded already; a resumed run does not record it twice.
 
-    None where what is done again comes to other numbers: then both are recorded.
+    None where the repeated steps give other numbers: then both are recorded.
     """
     if not space.repeats:
         return None
@@ -95,8 +83,6 @@ def deliver_left(cfg: DictConfig, space: run_folder.RunFolder) -> None:
 
 def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
     """The MLflow run that holds a sweep's jobs together: the command has made it, or else the first job does."""
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
     with files.locked(folder / ".sweep.lock"):
         record = run_folder.read_record(folder)
         if record is not None and record.run_id is not None:
@@ -135,14 +121,14 @@ def notes_on_shapes(reader: FeatureReader, steps: int, processes: int) -> list[s
 def describe(
     cfg: DictConfig,
     accelerator: Accelerator,
-    tracker: tracking.Tracker,
+    tracker: Tracker,
     space: run_folder.RunFolder,
     weights: Weights,
     data: Readers,
 ) -> None:
-    """Parameters, origins and the data set, for whoever compares this run later."""
+    """Record parameters, origins and data sets."""
     asked = run_settings.asked(cfg, build.stage_class(cfg).reads_captions())
-    for note in [*data.notes, *(long_prompts.notes(weights.load("tokenizer"), asked) if asked else [])]:
+    for note in [*data.notes, *(long_texts.prompt_notes(weights.load("tokenizer"), asked) if asked else [])]:
         logger.warning(note)
     side = build.stage_class(cfg).half
     goes_on = accelerator.is_main_process and space.is_resumed and space.start is not None  # its parameters are there
@@ -150,7 +136,7 @@ def describe(
     if accelerator.is_main_process:
         files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))
         space.record.revision = weights.revision(side)
-    if isinstance(tracker, tracking.NullTracker):
+    if isinstance(tracker, NullTracker):
         return
     flat = saved_config.flatten(cfg)
     bookkeeping = description.split(flat)[1]
@@ -168,7 +154,11 @@ def describe(
         tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
     if data.cut:
         tracker.log_text("\n".join([*data.cut, ""]), "cut_captions.txt")
-    for context, reader in (("training", data.train), ("class", data.train.kept), ("validation", data.held_out)):
+    for context, reader in (
+        ("training", data.train),
+        ("class", data.train.class_images),
+        ("validation", data.held_out),
+    ):
         if reader is not None:
             name, origin = named(reader.source)
             tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)

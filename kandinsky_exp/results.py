@@ -1,4 +1,4 @@
-"""The result of a run: written, read back, and shared where that is asked for."""
+"""The result of a run: write it, read it back, share it where that is asked for."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a config says of a run's length, its batches and its pictures. Nothing is built."""
+"""Values that several modules read off a config: steps, batch sizes, prompts, settings of validation images."""
 
 import sys
 from typing import Any
@@ -7,8 +7,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 
 from kandinsky_exp.models.pipelines import SampleSettings
-from kandinsky_exp.system import host_memory
-from kandinsky_exp.system import text_files as texts
+from kandinsky_exp.system import host_memory, text_files
 from kandinsky_exp.system.files import expanded
 from kandinsky_exp.training.loop import LoopSettings
 
@@ -16,7 +15,7 @@ from kandinsky_exp.training.loop import LoopSettings
 def prompts(value: Any) -> list[str]:
     """A list of prompts, or the lines of the text file that a string names."""
     if isinstance(value, str):
-        return texts.lines(expanded(value))
+        return text_files.lines(expanded(value))
     return [str(prompt) for prompt in value]
 
 

@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores: m
 # The CPU, also on a machine with a GPU, where several tests at a time would share it and numbers are others; who wants
 # a test to use one names it: CUDA_VISIBLE_DEVICES=0.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder for what all workers use and one of them makes: they inherit the variable."""
+    if "TESTS_SHARE" not in os.environ:
+        os.environ["TESTS_SHARE"] = tempfile.mkdtemp(prefix="tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("TESTS_SHARE"), ignore_errors=True))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -29,12 +38,13 @@ def frozen() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
+def tiny_folder() -> Path:
     """The tiny Kandinsky 2.2 as a combined diffusers folder, built once for all workers. Do not write into it."""
+    from running import first_run
+
     from kandinsky_exp.tiny.pipelines import build
 
-    base = tmp_path_factory.getbasetemp()
-    return build((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny")
+    return build(first_run() / "cache")
 
 
 @pytest.fixture(scope="module")

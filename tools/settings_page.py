@@ -9,10 +9,11 @@ the marker in the page is kept.
 import inspect
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kandinsky_exp import cli
@@ -125,15 +126,20 @@ def _of_root(verb: str) -> list[Setting]:
 def _option(
     group: str, option: str, file: ConfigFile, settings: list[Setting], schema: Any, note: str = ""
 ) -> Iterator[str]:
-    yield f"### `{group}={option}`{note}\n" if option != "default" else ""
-    if file.about:
-        yield f"{_escaped(file.about)}\n"
-    if file.target:
-        yield f"Builds `{file.target}`.\n"
+    if option != "default":
+        yield f"### `{group}={option}`{note}\n"
+    yield from _about(file)
     if len(settings) < len(file.settings):
         yield "Like the default, but for:\n" if settings else "Its settings are those of the default.\n"
     hints = {**_of_target(file.target), **typing.get_type_hints(schema, include_extras=True)}
     yield from _table(settings, hints, f"{group}.")
+
+
+def _about(file: ConfigFile) -> Iterator[str]:
+    if file.about:
+        yield f"{_escaped(file.about)}\n"
+    if file.target:
+        yield f"Builds `{file.target}`.\n"
 
 
 def _of_target(target: str | None) -> dict[str, Any]:
@@ -162,7 +168,15 @@ def _verbs() -> Iterator[str]:
             hints = typing.get_type_hints(getattr(verb_schemas, verb.title()), include_extras=True)
             yield f"## `kandinsky-exp {verb}`\n"
             yield f"{row.purpose[0].upper()}{row.purpose[1:]}.\n"
-            yield from _table(_of_root(verb), hints, "")
+            if shared := [f"`{name}`" for name in _shared(verb) if name not in ("hydra", "_self_")]:
+                yield f"{'All settings of a run' if '`train`' in shared else ', '.join(shared)}, as above, and:\n"
+            typed = {key: name for name, key in row.plain.items()}
+            yield from _table(_of_root(verb), hints, "", typed)
+
+
+def _shared(verb: str) -> list[str]:
+    """The groups of a run that a verb takes too, or `train` for all of them."""
+    return re.findall(r"^  - (\w+)(?:: \w+)?\b", (CONF / f"{verb}.yaml").read_text("utf-8"), re.MULTILINE)
 
 
 def _optuna() -> Iterator[str]:
@@ -171,20 +185,22 @@ def _optuna() -> Iterator[str]:
     yield from _table(read(folder / "optuna.yaml").settings, {}, "hydra.sweeper.")
     for group in ("sampler", "pruner"):
         for file in sorted((folder / group).glob("*.yaml")):
-            option = read(file)
             yield f"### `hydra/sweeper/{group}={file.stem}`\n"
-            yield f"{_escaped(option.about)}\n" * bool(option.about) + f"Builds `{option.target}`.\n"
-            yield from _table(option.settings, {}, f"hydra.sweeper.{group}.")
+            yield from _about(read(file))
+            yield from _table(read(file).settings, {}, f"hydra.sweeper.{group}.")
 
 
-def _table(settings: list[Setting], hints: dict[str, Any], prefix: str) -> Iterator[str]:
+def _table(
+    settings: list[Setting], hints: dict[str, Any], prefix: str, typed: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[str]:
+    """The settings, by the keys that are typed for them where these are others."""
     rows = [one for one in settings if one.default]  # others are the heads of the keys below them
     if rows:
         yield "| key | allowed | default | meaning |\n| --- | --- | --- | --- |"
         for one in rows:
             default = "required" if one.default == "???" else f"`{one.default}`"
             meaning = _escaped(one.meaning.removeprefix("required: "))
-            yield f"| `{prefix}{one.key}` | {_allowed(one, hints)} | {default} | {meaning} |"
+            yield f"| `{prefix}{typed.get(one.key, one.key)}` | {_allowed(one, hints)} | {default} | {meaning} |"
         yield ""
 
 

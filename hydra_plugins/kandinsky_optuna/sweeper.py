@@ -92,7 +92,7 @@ class OptunaSweeper(Sweeper):
                 optuna.create_study(sampler=sampler).ask(space)
         except Exception as error:  # whatever it takes for wrong, once it draws
             raise ConfigError(f"hydra.sweeper.sampler: {first_line(error)}; correct it, or leave it out") from error
-        if problem := optuna_study.place_problem(self.storage):
+        if problem := optuna_study.location_problem(self.storage):
             raise ConfigError(problem)
         study = optuna_study.begun(self.storage, self.study_name)
         if study is not None and (found := optuna_study.differences(study, self.direction, space)):
@@ -128,11 +128,11 @@ class OptunaSweeper(Sweeper):
                     tell(study, trial, jobs.read(folder), job.return_value, is_stopped=bool(jobs.signals()))
 
     def _study(self, space: "dict[str, BaseDistribution]") -> "optuna.Study":
-        place = optuna_study.storage(self.storage)
+        storage = optuna_study.storage(self.storage)
         import optuna
 
         study = optuna.create_study(
-            storage=place, study_name=self.study_name, direction=self.direction, load_if_exists=True
+            storage=storage, study_name=self.study_name, direction=self.direction, load_if_exists=True
         )
         # A study that goes on would draw its first values once more with the same seed.
         sampler, grid = self._sampler(space, count_asked(study))

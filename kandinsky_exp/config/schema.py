@@ -92,7 +92,6 @@ class _DataKeys(Group):
 
 class Data(OpenNode, _DataKeys):
     role = "data"
-    given_later = frozenset({"extra_columns"})
     beside = frozenset(_DataKeys.__annotations__)
 
     _partial_: bool = False

@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from functools import partial
 
 from kandinsky_exp.data import tally
-from kandinsky_exp.data.colour import NOTE
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
-from kandinsky_exp.data.formats.metadata import first_few
 from kandinsky_exp.data.formats.shards import Shards
+from kandinsky_exp.data.pictures import NOTE
 from kandinsky_exp.data.splits import Splits
-from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.data.tally import Tally, first_few
 from kandinsky_exp.errors import DataError
 
 
 @dataclass(frozen=True)
-class Report:
+class DataSummary:
     """Counts over both splits; None for what is only known once a stream has been read.
 
     Args:
@@ -35,7 +34,7 @@ class Report:
         return f"{self.images:,} images{held_out}{captions}"
 
 
-def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Report:
+def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> DataSummary:
     """Look at the rows of a data set, not at the images. Of a stream only the first example is read.
 
     Args:
@@ -54,10 +53,10 @@ def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Rep
     unused: Tally = {}
     for source in splits.both:
         tally.add(unused, source.beside if isinstance(source, Shards) else source.left_out())
-    if splits.kept is not None:
-        tally.add(unused, splits.kept.left_out())
+    if splits.class_images is not None:
+        tally.add(unused, splits.class_images.left_out())
     captions_known = captions if len(known) == len(splits.both) else None
-    return Report(_count(splits.train), held_out, captions_known, tuple(tally.lines(unused)))
+    return DataSummary(_count(splits.train), held_out, captions_known, tuple(tally.lines(unused)))
 
 
 def _count(source: Source) -> int | None:

@@ -5,7 +5,7 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kandinsky_exp.data.file_hashes import FileDigests, of_content
-from kandinsky_exp.data.preprocess import open_rgb
+from kandinsky_exp.data.pictures import open_rgb
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError, cause_of
 from kandinsky_exp.system.files import on_disk
@@ -78,14 +78,13 @@ def read_file(path: str, limit: int = MAX_BYTES) -> bytes:
     return read
 
 
-def given(content: bytes) -> bytes:
-    """`Example.read` of bytes that are here already."""
-    return content
-
-
 def nothing() -> bytes:
     """`Example.read` of an example with a problem."""
     raise FileNotFoundError(2, "the row has no image")
+
+
+def no_columns(where: str, names: Sequence[str]) -> DataError:
+    return DataError(f"{where}: it has no column {', '.join(map(repr, names))}, which this model reads; add it")
 
 
 class Source(ABC):
@@ -109,6 +108,14 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self, digests: FileDigests) -> str:
         """64 hex digits that follow ids, captions and image bytes in order, not the folder they lie in."""
+
+    def with_columns(self, names: Sequence[str]) -> "Source":
+        """The same with further columns of its metadata, as `Example.extra`.
+
+        Raises:
+            DataError: there are none of these names.
+        """
+        raise no_columns(self.name, names)
 
     def left_out(self) -> Tally:
         """What lies where the examples do and is none; of a stream, what its last walk saw."""

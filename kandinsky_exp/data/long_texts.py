@@ -1,10 +1,14 @@
-"""Texts that are longer than the text encoder's 77 tokens: which they are, and up to where they are read."""
+"""Captions and prompts that are longer than the text encoder's 77 tokens, and up to where they are read."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kandinsky_exp.data.examples import Indexed
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.errors import cut
 
 
 def ending(kept: str) -> str:
@@ -26,5 +30,21 @@ def cut_captions(source: Indexed, rows: NDArray[np.int64] | None, preprocess: Pr
         cut_caption(example.id, kept)
         for example in examples
         for _, kept in preprocess.tokenize(example.captions)
+        if kept is not None
+    ]
+
+
+def prompt_notes(tokenizer: Any, prompts: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each prompt that is too long, once.
+
+    Args:
+        prompts: (setting, text).
+    """
+    asked = list(dict.fromkeys(prompts))
+    read = Preprocess(None, tokenizer, None).tokenize([text for _, text in asked]) if asked else []
+    return [
+        f"{key}: '{cut(text)}' is longer than {tokenizer.model_max_length} tokens: it is read up to "
+        f"'{ending(kept)}', and what follows counts for nothing; shorten it"
+        for (key, text), (_, kept) in zip(asked, read, strict=True)
         if kept is not None
     ]

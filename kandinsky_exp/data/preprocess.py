@@ -1,137 +1,19 @@
-"""From pictures and captions to the tensors that the frozen encoders read."""
+"""Crop and resize pictures (to the nearest aspect-ratio bucket) and tokenize captions, as frozen encoders read them."""
 
 import hashlib
-import io
 import json
-import re
-import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import IO, Any
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from kandinsky_exp.data.buckets import Size, nearest_bucket
-from kandinsky_exp.data.colour import NOTE, WIDE, as_srgb, eight_bits, opacity
 from kandinsky_exp.data.encoded.layout import MASK, PICTURE_RULES
-
-MIN_SIDE = 8  # pixels
-MAX_SHAPE = 50  # long sides per short side: CLIP scales the short side to 224, and the long one with it
-# Not all that Pillow can open: of EPS, for one, it has another program run the code.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
-PNG = b"\x89PNG\r\n\x1a\n"
-TEXTS, PROFILE = (b"tEXt", b"zTXt", b"iTXt"), (b"iCCP",)
-TOO_MUCH_TEXT = "MAX_TEXT"  # in what Pillow says of more than 1 MB of text or profile, or 64 MB in all
-MAX_PIXELS = 178_956_970  # where Pillow suspects an attack; one channel of 32 bits would be 716 MB
-
-# Pillow warns from here on and refuses twice as much, both before the picture can be asked for its size.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-
-
-def open_rgb(file: IO[bytes]) -> Image.Image:
-    """Decode a picture, of an animation the first, as `to_rgb` does.
-
-    Raises:
-        ValueError: if it is no picture that Pillow can read, too small, too large, or has no one meaning as RGB.
-        OSError: if it is damaged.
-    """
-    try:
-        return _decoded(file)
-    except ValueError as error:
-        if TOO_MUCH_TEXT not in str(error):
-            raise
-    file.seek(0)
-    file = io.BytesIO(_without_chunks(file.read(), TEXTS))
-    try:
-        return _decoded(file)
-    except ValueError as error:
-        if TOO_MUCH_TEXT not in str(error):
-            raise
-    image = _decoded(io.BytesIO(_without_chunks(file.getvalue(), PROFILE)))
-    image.info[NOTE] = "its colour profile is larger than 1 MB; the colours were taken as sRGB"
-    return image
-
-
-def _without_chunks(png: bytes, kinds: Collection[bytes]) -> bytes:
-    """A PNG without chunks that are no pixels. Pillow refuses a picture for too much text in it."""
-    kept, start = [png[: len(PNG)]], len(PNG)
-    while start < len(png):
-        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
-        if png[start + 4 : start + 8] not in kinds:
-            kept.append(png[start:end])
-        start = end
-    return b"".join(kept)
-
-
-def _decoded(file: IO[bytes]) -> Image.Image:
-    try:
-        with Image.open(file, formats=_formats()) as image:
-            _check_size(*image.size)
-            return to_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"not an image that Pillow can read as {', '.join(FORMATS)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        size = re.search(r"\d+", str(error))
-        raise ValueError(_too_large(f"{int(size[0]):,} pixels" if size else "too many pixels")) from None
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those that this build of Pillow knows."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(_too_large(f"{width:,} x {height:,} pixels"))
-    if min(width, height) < MIN_SIDE:
-        raise ValueError(f"{width} x {height} pixels, too small to learn from (the least is {MIN_SIDE} a side)")
-    if max(width, height) > MAX_SHAPE * min(width, height):
-        raise ValueError(f"{width:,} x {height:,} pixels, longer than {MAX_SHAPE} times its other side; crop it")
-
-
-def _too_large(size: str) -> str:
-    return f"{size}, more than the limit of {MAX_PIXELS:,}; scale it down"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit sRGB the way a viewer shows it: upright, transparency over white, 16 bits scaled to 8.
-
-    What of the file could not be used is said in `info[colour.NOTE]` of the result.
-
-    Raises:
-        ValueError: for a pixel format that has no one meaning as RGB (floating point, 32-bit integers).
-    """
-    tile = getattr(image, "tile", None)  # gone once the pixels are loaded
-    stored = tile[0][3] if tile and isinstance(tile[0][3], str) else image.mode
-    image, damaged = _upright(image)
-    profile = image.info.get("icc_profile")
-    alpha = opacity(image, stored)
-    if image.mode in WIDE:
-        image = eight_bits(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; save it with 8 bits per channel")
-    image, passed_over = as_srgb(image, profile)
-    if alpha is not None:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    notes = [note for note in (damaged, passed_over) if note]
-    image.info = {NOTE: "; ".join(notes)} if notes else {}  # a profile would be wrong from now on
-    return image
-
-
-def _upright(image: Image.Image) -> tuple[Image.Image, str]:
-    """Turned as its EXIF data says, or as it is if these are damaged: they are no pixels."""
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image), ""
-    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error) as error:
-        return image, f"its EXIF data cannot be read ({error}); it was not turned"
 
 
 def center_crop_resize(image: Image.Image, resolution: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kandinsky_exp.data import tally
-from kandinsky_exp.data.checks import Report, check, find_bad, problem_of
+from kandinsky_exp.data.checks import DataSummary, check, find_bad, problem_of
 from kandinsky_exp.data.dreambooth import of_class, subject
 from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
 from kandinsky_exp.data.formats import metadata
@@ -25,9 +25,9 @@ from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.files import expanded, is_file, is_folder
 
 __all__ = [
+    "DataSummary",
     "Example",
     "Indexed",
-    "Report",
     "Source",
     "Splits",
     "check",
@@ -48,17 +48,12 @@ IMAGE_KEYS = "jpg;png;webp;jpeg"
 LISTS = (".csv", ".parquet", ".jsonl", ".tsv")
 
 
-def folder(
-    path: str | Path, image_column: str = "image", caption_column: str = "text", extra_columns: Collection[str] = ()
-) -> Splits:
+def folder(path: str | Path, image_column: str = "image", caption_column: str = "text") -> Splits:
     """A folder of images with captions, or one with such a `train/` inside.
 
     The captions stand in `metadata.jsonl`, `.csv` or `.parquet`, where a row names its image by `file_name`, relative
     to the metadata file, or by `image_column`; or, with no such file, in a `.txt` beside each image. A `validation/`
     with captions of its own is the held-out split.
-
-    Args:
-        extra_columns: of the metadata, that the examples bring along.
 
     Raises:
         DataError: if there is no such folder, metadata or row, or no line of the metadata is a row.
@@ -72,30 +67,21 @@ def folder(
         raise DataError(f"data.path: both {root} and its train/ hold metadata; keep one, or give {root / 'train'}")
     validation = root / "validation"
     has_split = validation.is_dir() and not (listed and metadata.find(validation) is None)
-    columns = (image_column, caption_column, extra_columns)
-    train = _read_folder(home, validation, *columns, skip=[validation] if has_split else [])
+    train = _read_folder(home, validation, image_column, caption_column, skip=[validation] if has_split else [])
     if home != root:
         tally.add(train.unused, outside(root, [home, validation]))
     if not has_split:
         return Splits(train, None)
-    return Splits(train, _read_folder(validation, validation / "validation", *columns))
+    return Splits(train, _read_folder(validation, validation / "validation", image_column, caption_column))
 
 
 def _read_folder(
-    home: Path,
-    validation: Path,
-    image_column: str,
-    caption_column: str,
-    extra_columns: Collection[str],
-    skip: Collection[Path] = (),
+    home: Path, validation: Path, image_column: str, caption_column: str, skip: Collection[Path] = ()
 ) -> FileRows:
     file = metadata.find(home)
-    if file is None and extra_columns:
-        names = f"{' or '.join(metadata.NAMES)} with the columns {', '.join(extra_columns)}"
-        raise DataError(f"data.path: {home} has no {names}, which this model reads; write one")
     if file is None:
         return read_beside(home, validation)
-    rows = read_listed(file, image_column, caption_column, extra_columns, inside=True)
+    rows = read_listed(file, image_column, caption_column, inside=True)
     return replace(rows, unused=unlisted(home, skip, rows.columns.column("file"), file.name))
 
 
@@ -104,28 +90,21 @@ def listing(
     image_column: str = "image",
     caption_column: str = "text",
     validation_path: str | Path | None = None,
-    extra_columns: Collection[str] = (),
 ) -> Splits:
     """A CSV (or TSV), Parquet or JSON-lines file that lists paths of images, absolute or relative to it, with captions.
 
     A Parquet file may hold the images' bytes themselves.
 
-    Args:
-        extra_columns: that the examples bring along.
-
     Raises:
         DataError: if there is no such file, or no line of it is a row.
     """
-    columns = (image_column, caption_column, extra_columns)
-    train = _read_list(path, "data.path", *columns)
+    train = _read_list(path, "data.path", image_column, caption_column)
     if validation_path is None:
         return Splits(train, None)
-    return Splits(train, _read_list(validation_path, "data.validation_path", *columns))
+    return Splits(train, _read_list(validation_path, "data.validation_path", image_column, caption_column))
 
 
-def _read_list(
-    path: str | Path, key: str, image_column: str, caption_column: str, extra_columns: Collection[str]
-) -> Indexed:
+def _read_list(path: str | Path, key: str, image_column: str, caption_column: str) -> Indexed:
     file = expanded(path)
     if not is_file(file) or file.suffix.lower() not in LISTS:
         wrong = "has none of these endings" if is_file(file) else "is no file"
@@ -133,8 +112,8 @@ def _read_list(
     if file.suffix.lower() == ".parquet":
         column = metadata.picture_column(file, image_columns(image_column))
         if column is not None:
-            return parquet_rows(file, column, caption_column, extra_columns)
-    return read_listed(file, image_column, caption_column, extra_columns, inside=False)
+            return parquet_rows(file, column, caption_column)
+    return read_listed(file, image_column, caption_column, inside=False)
 
 
 def webdataset(
@@ -183,13 +162,11 @@ def hub(
     validation_split: str | None = "validation",
     revision: str | None = None,
     subset: str | None = None,
-    extra_columns: Collection[str] = (),
 ) -> Splits:
     """A data set of the hub, or a local folder that `datasets` reads: parquet, image folder, or saved to disk.
 
     Args:
         subset: which of its configurations, where it has several.
-        extra_columns: that the examples bring along.
 
     Raises:
         DataError: if it cannot be loaded or has no such split, configuration or image column.
@@ -198,13 +175,12 @@ def hub(
     title = name if subset is None else f"{name}/{subset}"
     if split not in loaded:
         raise DataError(f"data.split: {name} has no split '{split}'; it has {', '.join(loaded)}")
-    columns = (image_column, caption_column, extra_columns)
-    train = hub_rows(title, split, loaded[split], *columns)
+    train = hub_rows(title, split, loaded[split], image_column, caption_column)
     if validation_split is None or (validation_split == "validation" and validation_split not in loaded):
         return Splits(train, None)
     if validation_split not in loaded:
         raise DataError(f"data.validation_split: {name} has no split '{validation_split}'; it has {', '.join(loaded)}")
-    return Splits(train, hub_rows(title, validation_split, loaded[validation_split], *columns))
+    return Splits(train, hub_rows(title, validation_split, loaded[validation_split], image_column, caption_column))
 
 
 def dreambooth(

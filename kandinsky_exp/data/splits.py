@@ -14,13 +14,13 @@ class Splits:
     """A data set: what trains and, if there is one, what is held out.
 
     Args:
-        kept: pictures that train beside the others, so that what they show stays as it was.
+        class_images: pictures that train beside the others, so that what they show stays as it was.
         dividable: whether a part of `train` may be held out where there is no validation split.
     """
 
     train: Source
     validation: Source | None
-    kept: ClassImages | None = None
+    class_images: ClassImages | None = None
     dividable: bool = True
 
     @property
@@ -35,9 +35,9 @@ class Splits:
     def fingerprint(self, digests: FileDigests) -> str | None:
         """Follows the content of all that trains; None while class images are missing."""
         train = self.train.fingerprint(digests)
-        if self.kept is None:
+        if self.class_images is None:
             return train
-        return None if self.kept.missing() else together(train, self.kept.source().fingerprint(digests))
+        return None if self.class_images.missing() else together(train, self.class_images.source().fingerprint(digests))
 
 
 def together(train: str, kept: str) -> str:

@@ -1,8 +1,9 @@
-"""What was passed over, by reason: how often, and the names of the first few."""
+"""Lists of problems and of unused files for messages: counted by reason, the first few named."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from kandinsky_exp.data.formats.metadata import SHOWN
+SHOWN = 5
 
 Tally = dict[str, list[Any]]  # reason: [how often, name, name, …], as JSON keeps it
 
@@ -27,3 +28,10 @@ def lines(tally: Tally) -> list[str]:
         f"{reason}: {number:,} ({', '.join(names)}{', …' if number > len(names) else ''})"
         for reason, (number, *names) in tally.items()
     ]
+
+
+def first_few(problems: Iterable[str], total: int | None = None) -> str:
+    """The first problems, one a line, and how many more there are, of `total` if only some are given."""
+    listed = list(problems)
+    rest = (total if total is not None else len(listed)) - SHOWN
+    return "\n".join([*listed[:SHOWN], *([f"… and {rest:,} more"] if rest > 0 else [])])

@@ -1,4 +1,4 @@
-"""What a device cannot do, or does slowly, in words that say what to set: told before anything loads."""
+"""Settings that a device cannot train with, or only slowly: said before anything loads, with what to set."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,7 @@ from kandinsky_exp.errors import ConfigError
 
 @dataclass(frozen=True)
 class Facts:
-    """What counts of a device.
-
-    Args:
-        kind: its type, as torch calls it.
-        has_bf16: it computes in bfloat16; older GPUs emulate that, slower than float32.
-    """
+    """What counts of a device: its type, as torch calls it; older GPUs emulate bfloat16, slower than float32."""
 
     kind: str
     has_bf16: bool = True
@@ -32,9 +27,9 @@ def half(device: Facts) -> str:
 
 def of_precision(precision: str, device: Facts) -> list[str]:
     """Why a mixed precision (`no`, `fp16`, `bf16`) cannot be, as `key: ...` messages."""
-    if precision == "bf16" and not device.has_bf16:
-        return ["precision: this GPU only emulates bf16, slower than fp32; set precision=fp16, or fp32"]
-    return []
+    emulated = precision == "bf16" and not device.has_bf16
+    problem = "precision: this GPU only emulates bf16, slower than fp32; set precision=fp16, or fp32"
+    return [problem] if emulated else []
 
 
 def of_training(precision: str, attention: str, base_precision: str | None, device: Facts) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run writes to the disk: encoded features, checkpoints, the result."""
+"""Disk space: what the encoded features of a run will take, and what is free."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -42,49 +42,46 @@ class Cache:
         return 0 if self.is_there else int(OF_A_TABLE + (self.images or 0) * self.each)
 
 
-def of_caches(cfg: DictConfig, made: DryRun, splits: Splits) -> Iterator[Cache]:
+def of_caches(cfg: DictConfig, dry_run: DryRun, splits: Splits) -> Iterator[Cache]:
     """Without a look at the content of images and encoders: what has changed meanwhile is encoded anew."""
-    reads_captions = made.stage.preprocess.tokenizer is not None
+    preprocess, kept = dry_run.stage.preprocess, splits.class_images
     for source in splits.both:
-        captions = _captions(made.stage.preprocess, source) if reads_captions else (0.0, 0.0)
-        yield _cache(cfg, made, source.name, source.count, captions)
-    if (kept := splits.kept) is not None:  # of which some may have to be drawn, in a folder that has no name yet
-        tokens = _tokens(made.stage.preprocess, [kept.prompt]) if reads_captions else 0.0
-        yield _cache(cfg, made, str(kept.folder), kept.count, (1.0, tokens))
+        yield _cache(cfg, dry_run, source.name, source.count, *_captions(preprocess, source))
+    if kept is not None:  # of which some may have to be drawn, in a folder that has no name yet
+        yield _cache(cfg, dry_run, str(kept.folder), kept.count, 1.0, _tokens(preprocess, [kept.prompt]))
 
 
-def _cache(cfg: DictConfig, made: DryRun, name: str, count: int | None, captions: tuple[float, float]) -> Cache:
-    about = f"{made.stage.name} {name} {cfg.data.cache_dtype}"
+def _cache(cfg: DictConfig, dry_run: DryRun, name: str, count: int | None, captions: float, tokens: float) -> Cache:
+    """Of so many images, each with so many captions of so many tokens."""
+    about = f"{dry_run.stage.name} {name} {cfg.data.cache_dtype}"
     found = catalog.entries(build.cache_folder(cfg))
     is_there = any(entry.about == about and entry.images == count for entry in found)
-    return Cache(count, _each(cfg, made, *captions), is_there)
-
-
-def _each(cfg: DictConfig, made: DryRun, captions: float, tokens: float) -> float:
-    """Bytes per image, which has so many captions of so many tokens."""
     itemsize = np.dtype(DTYPES[cfg.data.cache_dtype]).itemsize
-    images, *texts = made.encoded()
+    images, *texts = dry_run.encoded()
     total = float((sum(shape.numel() for shape in images.values()) * itemsize + OF_A_ROW) * (1 + cfg.data.flip))
     for shapes in texts:
-        ragged = shapes.keys() & made.stage.ragged_features
+        ragged = shapes.keys() & dry_run.stage.ragged_features
         numbers = sum(tokens * shapes[name][1:].numel() for name in ragged)
         numbers += sum(shapes[name].numel() for name in shapes.keys() - ragged - {MASK})
         total += captions * (numbers * itemsize + OF_A_CAPTION)
-    return total
+    return Cache(count, total, is_there)
 
 
 def _captions(preprocess: Preprocess, source: Source) -> tuple[float, float]:
     """(captions per image, tokens per caption) of some rows; of a stream, which would have to be read, a guess."""
-    length = preprocess.tokenizer.model_max_length  # type: ignore[union-attr]
-    if not isinstance(source, Indexed):
-        return 1.0, float(length)
+    if not isinstance(source, Indexed) or preprocess.tokenizer is None:
+        return 1.0, _tokens(preprocess, [])
     rows = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int))
     texts = [text for row in rows for text in source[int(row)].captions]
-    return len(texts) / len(rows), _tokens(preprocess, texts) if texts else float(length)
+    return len(texts) / len(rows), _tokens(preprocess, texts)
 
 
 def _tokens(preprocess: Preprocess, texts: Sequence[str]) -> float:
-    """Their mean number."""
+    """Their mean number; of no texts the largest that can be, and 0 where no text is read."""
+    if preprocess.tokenizer is None:
+        return 0.0
+    if not texts:
+        return float(preprocess.tokenizer.model_max_length)
     return sum(int(tensors[MASK].sum()) for tensors, _ in preprocess.tokenize(texts)) / len(texts)
 
 

@@ -62,27 +62,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Passes:
-    """Bytes that the passes of one optimizer step need beyond weights, optimizer and average.
-
-    Args:
-        gradients: what is left after the last one.
-        peak: with all that is there at once: gradients come while activations go.
-    """
+    """Bytes beyond weights, optimizer and average: left after the passes of a step, and at most during them."""
 
     gradients: int
     peak: int
-
-
-class Mixed(nn.Module):
-    """A network with a run's mixed precision around it, as Accelerate puts it there."""
-
-    def __init__(self, network: nn.Module, autocast: Callable[[], torch.autocast]) -> None:
-        super().__init__()
-        self.network, self.autocast = network, autocast
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        with self.autocast():
-            return self.network(*arguments, **options)
 
 
 class DryRun:
@@ -95,7 +78,7 @@ class DryRun:
     """
 
     def __init__(self, cfg: DictConfig, accelerator: Accelerator, answers: dict[Any, Any] | None = None) -> None:
-        self.cfg, self.accelerator = cfg, accelerator
+        self.cfg = cfg
         is_cpu = accelerator.device.type == "cpu"  # with a number where processes are several: fakes take it seriously
         self.device = torch.device("cpu") if is_cpu else accelerator.device
         self.answers = {} if answers is None else answers
@@ -114,23 +97,21 @@ class DryRun:
 
     @cached_property
     def network(self) -> Any:
-        network = self.stage.order_weights(self.device)  # it has no data to be placed
+        """As Accelerate prepares it: in mixed precision of these settings, the accelerator may have another."""
+        network: Any = self.stage.order_weights(self.device)  # it has no data to be placed
         self.stage.place_constants(self.device)
+        name = self.cfg.precision.mixed_precision
+        dtype = torch.float16 if name == "fp16" else torch.bfloat16
+        network.forward = torch.autocast(self.device.type, dtype=dtype, enabled=name != "no")(network.forward)
         return network
-
-    @cached_property
-    def mixed(self) -> Mixed:
-        return Mixed(self.network, self._autocast)
 
     # --- sizes
 
     @once(*NETWORK)
     def sizes(self) -> Sizes:
         """Of the network that trains, its buffers among what is frozen; a quantised base takes fewer bytes."""
-        trained, frozen = self._trainable(), {}
-        for name, value in self.network.named_parameters():
-            if not value.requires_grad:
-                frozen[name] = value
+        trained = self._trainable()
+        frozen = {name: value for name, value in self.network.named_parameters() if not value.requires_grad}
         each = BASE_BYTES.get(self.cfg.adapter.base_precision)
         linear = {f"{name}.weight" for name, part in self.network.named_modules() if isinstance(part, nn.Linear)}
         sizes = [value.numel() * each if each and name in linear else value.nbytes for name, value in frozen.items()]
@@ -171,7 +152,7 @@ class DryRun:
         """Forward and backward, of two batches where gradients accumulate: the second one finds them there."""
         with self._fakes(self.network, *self._encoders()):
             features = self._features(run_settings.shown(self.cfg))
-            network = self.mixed.train()
+            network = self.network.train()
             with TensorTracker(self._held([network], features.values())) as live:
                 for _ in range(min(2, self.cfg.trainer.grad_accumulation)):
                     loss = self.stage.loss(network, features, torch.Generator(self.device)).loss
@@ -200,18 +181,15 @@ class DryRun:
         """Activations of the fixed-noise loss."""
         with self._fakes(self.network, *self._encoders()):
             features = self._features(batch)
-            network, steps = self.mixed.eval(), torch.zeros(batch, dtype=torch.long, device=self.device)
+            network, steps = self.network.eval(), torch.zeros(batch, dtype=torch.long, device=self.device)
             action = partial(self.stage.loss, network, features, torch.Generator(self.device), steps)
             return self._need(action, network, held=features.values())
 
     @once(*NETWORK, "trainer.gradient_checkpointing", "data.resolution")
     def answering(self, part: str, batch: int, trains: bool = False) -> int:
-        """Activations of a network that answers a batch while images are drawn: the one that trains, or a frozen one.
-
-        Only the first draws in mixed precision.
-        """
+        """Activations of a network asked while images are drawn: a frozen one, or the one that trains."""
         if trains:
-            with self._fakes(self.network, *self._encoders()), self._autocast():
+            with self._fakes(self.network, *self._encoders()):
                 features, steps = self._features(batch), torch.zeros(batch, dtype=torch.long, device=self.device)
                 noisy = self.stage.clean(features)
                 action = partial(self.stage.predict, self.network.eval(), noisy, steps, features)
@@ -235,12 +213,6 @@ class DryRun:
                     self._faked.add(id(network))
             yield
 
-    def _autocast(self) -> torch.autocast:
-        """Mixed precision of these settings; the accelerator may have another."""
-        name = self.cfg.precision.mixed_precision
-        dtype = torch.float16 if name == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=name != "no")
-
     def _features(self, batch: int) -> Features:
         with torch.no_grad():
             self.stage.use_null_condition(self.stage.encode_null())
@@ -253,6 +225,7 @@ class DryRun:
 
     def _need(self, action: Callable[[], object], *networks: nn.Module, held: Iterable[Tensor] = ()) -> int:
         """Bytes beyond what is there, without gradients."""
-        with torch.no_grad(), TensorTracker(self._held(networks, held)) as live:
+        live = TensorTracker(self._held(networks, held))
+        with torch.no_grad(), live:
             action()
         return live.peak

@@ -16,13 +16,13 @@ from kandinsky_exp.models import pipelines
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import host_memory
 from kandinsky_exp.training import class_images
+from kandinsky_exp.training.async_checkpoint import ROOM
 
 # What the process of a run grows by beyond this one's before it holds a tensor: readers, code and scratch of kernels.
 GROWS = 120_000_000
 # Of a step's activations on the host, holes between blocks that are kept for the next: see tests/bench/planned.py.
 FRAGMENTS = 0.25
 MLFLOW = 100_000_000  # bytes that its client takes of the process, see the benchmarks
-ROOM = 0.9  # of the free memory: a checkpoint's copy takes no more
 
 MAPPED, COPY = "mapped files", "copy"
 READ = ("frozen encoders", "trained weights", "frozen weights")  # of what is steady: there once the network is read
@@ -57,7 +57,7 @@ class Estimate:
     """Memory of a run.
 
     Args:
-        images: that train, None where nobody knows yet; of `held_out` the same.
+        images: that train, None where nobody knows yet; `held_out` likewise.
         encodes: whether something is not encoded yet.
         draws_class: whether class images have to be drawn.
         python: bytes of the process before it makes anything.
@@ -87,10 +87,6 @@ class Estimate:
         for name, moments in phases.items():
             if found := [Phase(name, parts) for parts in moments()]:
                 yield max(found, key=lambda phase: phase.total)
-
-    def needed(self) -> int:
-        """Bytes that there has to be room for."""
-        return max(phase.needed for phase in self.phases())
 
     def least(self) -> int:
         """Bytes that training needs whatever its activations are: known without a step."""
@@ -133,7 +129,7 @@ class Estimate:
     def _mapped(self, names: Iterable[str]) -> Parts:
         """Pages of the files of frozen parts, while they are read in another type than theirs: of the largest."""
         dtype = self.cfg.precision.frozen_dtype
-        return {MAPPED: max(self.dry_run.mapped(name, dtype) for name in names)} if self.on_host else {}
+        return {MAPPED: max((self.dry_run.mapped(name, dtype) for name in names), default=0)} if self.on_host else {}
 
     # --- the moments of each phase
 
@@ -167,13 +163,11 @@ class Estimate:
             yield self.base | {"frozen encoders": self._size(self.stage.encoders), "activations": activations}
 
     def _training(self) -> Iterator[Parts]:
-        """The passes, the optimizer's step; what is encoded online, on the CPU between the steps, elsewhere beside."""
-        passes, steady = self.dry_run.passes(), self.steady
+        """The passes, and the optimizer's step. Online, what encodes keeps its blocks, and the steps theirs."""
+        passes = self.dry_run.passes()
+        steady = self.steady | {"gradients": passes.gradients}
         if not self.cfg.data.cache:
-            online = steady | {"encoding": self.dry_run.encoding(run_settings.shown(self.cfg))}
-            yield online
-            steady = steady if self.on_host else online
-        steady = steady | {"gradients": passes.gradients}
+            steady["encoding"] = self.dry_run.encoding(run_settings.shown(self.cfg))
         activations = passes.peak - passes.gradients
         keeps_blocks = self.on_host and run_settings.large_blocks(self.cfg) == host_memory.FAST
         fragments = int(FRAGMENTS * activations) if keeps_blocks else 0

@@ -23,12 +23,7 @@ Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class StepNeed:
-    """Bytes.
-
-    Args:
-        state: kept from step to step.
-        temporary: beyond state and gradients, while a step is made.
-    """
+    """Bytes that are kept from step to step, and beyond these and gradients while a step is made."""
 
     state: int
     temporary: int
@@ -92,6 +87,5 @@ def _weights(dimensions: int, count: int, device: torch.device) -> list[nn.Param
 def _step(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    getattr(optimizer, "train", lambda: None)()  # schedule-free ones have two modes
     optimizer.step()
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The figures of a report, as plotly describes them; colours of text and paper are the page's own business."""
+"""The plotly figures of a report; colours of text and paper are the page's own business."""
 
 import html
 import math
@@ -168,6 +168,14 @@ class Axis:
     ticks: list[tuple[float, str]]
     is_log: bool = False
 
+    def marks(self) -> dict[str, list[Any]]:
+        """The ticks as plotly takes them."""
+        return (
+            {"tickvals": [at for at, _ in self.ticks], "ticktext": [text for _, text in self.ticks]}
+            if self.ticks
+            else {}
+        )
+
 
 def scores(runs: Sequence[Run]) -> list[Figure]:
     """Hyper-parameters against the score: parallel coordinates where several differ, and a scatter for each."""
@@ -192,24 +200,19 @@ def _axis(column: Column, indices: Sequence[int]) -> Axis | None:
     if len(set(texts)) < 2:
         return None
     numbers = [value for text in texts if (value := number(text)) is not None]
+    if len(numbers) == len(texts) and min(numbers) > 0 and max(numbers) / min(numbers) >= DECADES:
+        marks = sorted(set(numbers))
+        if len(marks) > 8:
+            marks = [
+                10.0**power for power in range(math.floor(math.log10(marks[0])), math.ceil(math.log10(marks[-1])) + 1)
+            ]
+        ticks = [(math.log10(mark), f"{mark:g}") for mark in marks]
+        return Axis(column, [math.log10(value) for value in numbers], ticks, is_log=True)
     if len(numbers) == len(texts):
-        if min(numbers) > 0 and max(numbers) / min(numbers) >= DECADES:
-            marks = sorted(set(numbers))
-            marks = marks if len(marks) <= 8 else [10.0**power for power in _powers(marks)]
-            return Axis(
-                column,
-                [math.log10(value) for value in numbers],
-                [(math.log10(mark), f"{mark:g}") for mark in marks],
-                True,
-            )
         return Axis(column, numbers, [])
     order = sorted(set(texts), key=lambda text: (number(text) is not None, number(text) or 0.0, text or ""))
     ticks = [(float(place), safe("–" if text is None else text)) for place, text in enumerate(order)]
     return Axis(column, [float(order.index(text)) for text in texts], ticks)
-
-
-def _powers(marks: Sequence[float]) -> range:
-    return range(math.floor(math.log10(marks[0])), math.ceil(math.log10(marks[-1])) + 1)
 
 
 def _scatter(
@@ -231,28 +234,17 @@ def _scatter(
         )
     figure.update_yaxes(title_text=title)
     figure.update_xaxes(title_text=safe(axis.column.key) + (" (log)" if axis.is_log else ""), zeroline=False)
-    if axis.ticks:
-        figure.update_xaxes(tickvals=[at for at, _ in axis.ticks], ticktext=[text for _, text in axis.ticks])
+    figure.update_xaxes(axis.marks())
     return Figure(f"scatter-{place}", axis.column.name, "scatter", figure.to_dict())
 
 
 def _parallel(indices: Sequence[int], values: Sequence[float], axes: Sequence[Axis], title: str) -> Figure:
-    dimensions = []
-    for axis in axes:
-        dimension: dict[str, Any] = {"label": safe(axis.column.name), "values": axis.positions}
-        if axis.ticks:
-            dimension |= {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
-        dimensions.append(dimension)
+    dimensions = [{"label": safe(axis.column.name), "values": axis.positions, **axis.marks()} for axis in axes]
     dimensions.append({"label": title, "values": list(values)})
-    few = len(indices) <= len(COLOURS) and max(indices) < len(COLOURS)
-    line: dict[str, Any]
-    if few:  # each run its own colour, as everywhere
-        steps = [
-            [at / len(COLOURS), text] for place, text in enumerate(COLOURS) for at in (place, place + 1)
-        ]  # a staircase
-        line = {"color": [index + 0.5 for index in indices], "colorscale": steps, "cmin": 0, "cmax": len(COLOURS)}
-    else:
-        line = {"color": list(values), "colorscale": BY_SCORE, "showscale": True}
+    line: dict[str, Any] = {"color": list(values), "colorscale": BY_SCORE, "showscale": True}
+    if max(indices) < len(COLOURS):  # each run its own colour, as everywhere
+        staircase = [[at / len(COLOURS), text] for place, text in enumerate(COLOURS) for at in (place, place + 1)]
+        line = {"color": [index + 0.5 for index in indices], "colorscale": staircase, "cmin": 0, "cmax": len(COLOURS)}
     trace = go.Parcoords(dimensions=dimensions, line=line)
     layout = _layout("", 440) | {"margin": {"l": 96, "r": 96, "t": 72, "b": 32}}
     return Figure("parallel", title, "parallel", go.Figure(trace, layout=layout).to_dict(), tuple(indices))

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: table, figures and images of runs that are compared."""
+"""The report as one HTML file that needs nothing else: table, figures and images of the runs."""
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kandinsky_exp.reports.figures import MOST_RAW, SMOOTHING, colour, dash, losses, scores
 from kandinsky_exp.reports.images import ImageGrid
-from kandinsky_exp.reports.run_data import Run, completed, has_validated, number, varied
+from kandinsky_exp.reports.run_data import Run, completed, has_validated, number, rank, varied
 
 DASH_ARRAYS = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3"}
 SCORES: dict[str, tuple[str, Callable[[Any], str]]] = {  # by heading: field of `Scores`, as text
@@ -50,12 +50,11 @@ class Column:
     is_code: bool = False
 
 
-def page(title: str, runs: Sequence[Run], grid: ImageGrid, notes: Sequence[str] = ()) -> str:
+def page(title: str, runs: Sequence[Run], grid: ImageGrid) -> str:
     """The whole report.
 
     Args:
         runs: at least one; each keeps its colour in all figures.
-        notes: what a reader should know first, a sentence each.
     """
     figures = [*losses(runs), *scores(runs)]
     templates = Environment(
@@ -69,7 +68,7 @@ def page(title: str, runs: Sequence[Run], grid: ImageGrid, notes: Sequence[str] 
     return templates.get_template("page.html").render(
         title=title,
         summary=_summary(runs),
-        notes=[*notes, *_notes(runs)],
+        notes=_notes(runs),
         runs=runs,
         columns=list(_columns(runs)),
         losses=[figure for figure in figures if figure.kind == "loss"],
@@ -117,21 +116,9 @@ def _columns(runs: Sequence[Run]) -> Iterator[Column]:
     for param in varied(runs):
         is_number = all(value is None or number(value) is not None for value in param.values)
         yield Column(param.name, param.key, [Cell(value) for value in param.values], is_number)
-    best = _best(runs)
     for name, (field, as_text) in SCORES.items():
         values = [getattr(run.scores, field) for run in runs]
         texts = [None if value is None else as_text(value) for value in values]
-        styles = ["best" if field == "best" and run in best else "" for run in range(len(runs))]
+        styles = ["best" if field == "best" and rank(runs, run) == 0 else "" for run in runs]
         yield Column(name, name, [*map(Cell, texts, map(repr, values), styles)], is_number=True)
     yield Column("MLflow run id", "MLflow run id", [Cell(run.run_id) for run in runs], is_code=True)
-
-
-def _best(runs: Sequence[Run]) -> set[int]:
-    """The runs with the lowest validation loss of their stage."""
-    lowest: dict[str, float] = {}
-    for run in runs:
-        if run.scores.best is not None:
-            lowest[run.stage] = min(run.scores.best, lowest.get(run.stage, run.scores.best))
-    return {
-        index for index, run in enumerate(runs) if run.scores.best is not None and run.scores.best == lowest[run.stage]
-    }

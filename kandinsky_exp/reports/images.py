@@ -78,23 +78,23 @@ class ImageGrid:
 
 def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BYTES) -> ImageGrid:
     """Fetch and reduce as many images as one file can hold; a store that has none or gives none is only noted."""
-    album = ImageGrid()
-    with tempfile.TemporaryDirectory() as place:
+    grid = ImageGrid()
+    with tempfile.TemporaryDirectory() as folder:
         stored: list[Stored] = []
         for index, run in enumerate(runs):
             try:
-                stored += _listed(client, run.run_id, index, Path(place))
-                if (folder := artifact_folders.what_is_gone(client, run.run_id)) is not None:
-                    album.notes.append(f"The images of {run.label} are not on this machine: there is no {folder}.")
+                stored += _listed(client, run.run_id, index, Path(folder))
+                if (gone := artifact_folders.what_is_gone(client, run.run_id)) is not None:
+                    grid.notes.append(f"The images of {run.label} are not on this machine: there is no {gone}.")
             except Exception as error:  # of whatever kind of artifact store it is
-                album.notes.append(f"The images of {run.label} could not be read ({reason(error)}).")
-        kept = thinned(stored, album.notes)
+                grid.notes.append(f"The images of {run.label} could not be read ({reason(error)}).")
+        kept = thinned(stored, grid.notes)
         if kept:
-            _fill(client, runs, kept, album, Path(place), max_bytes)
-    return album
+            _fill(client, runs, kept, grid, Path(folder), max_bytes)
+    return grid
 
 
-def _listed(client: "MlflowClient", run_id: str, index: int, place: Path) -> list[Stored]:
+def _listed(client: "MlflowClient", run_id: str, index: int, folder: Path) -> list[Stored]:
     """A run's images, of each key and step the newest: a reduced copy where the picture is large."""
     newest: dict[tuple[str, int], dict[str, tuple[int, Any]]] = {}
     for file in client.list_artifacts(run_id, "images"):
@@ -102,7 +102,7 @@ def _listed(client: "MlflowClient", run_id: str, index: int, place: Path) -> lis
         if match and WANTED.fullmatch(key := match[1].replace("~", "/")):
             kinds = newest.setdefault((key, int(match[2])), {})
             kinds[match[4]] = max(kinds.get(match[4], (0, None)), (int(match[3]), file), key=lambda item: item[0])
-    prompts = read_prompts(client, run_id, place) if newest else []
+    prompts = read_prompts(client, run_id, folder) if newest else []
     return [Stored(index, Row(key, prompt_at(prompts, key, step)), step, _choice(kinds))
             for (key, step), kinds in newest.items()]  # fmt: skip
 
@@ -114,12 +114,12 @@ def _choice(kinds: dict[str, tuple[int, Any]]) -> str:
     return str(copy[1].path)
 
 
-def read_prompts(client: "MlflowClient", run_id: str, place: Path) -> Prompts:
+def read_prompts(client: "MlflowClient", run_id: str, folder: Path) -> Prompts:
     """A run's `prompts/step-*.json`, by step."""
     found: Prompts = []
     for file in client.list_artifacts(run_id, "prompts"):
         if match := re.fullmatch(r"prompts/step-(\d+)\.json", file.path):
-            texts = json.loads(_fetched(client, run_id, file.path, place).decode("utf-8"))
+            texts = json.loads(_fetched(client, run_id, file.path, folder).decode("utf-8"))
             found.append((int(match[1]), {str(key): str(text) for key, text in texts.items()}))
     return sorted(found, key=lambda item: item[0])
 
@@ -129,10 +129,10 @@ def prompt_at(prompts: Prompts, key: str, step: int) -> str:
     return texts[-1] if texts else ""
 
 
-def _fetched(client: "MlflowClient", run_id: str, path: str, place: Path) -> bytes:
-    file = Path(client.download_artifacts(run_id, path, str(place)))
+def _fetched(client: "MlflowClient", run_id: str, path: str, folder: Path) -> bytes:
+    file = Path(client.download_artifacts(run_id, path, str(folder)))
     data = file.read_bytes()
-    if file.is_relative_to(place):
+    if file.is_relative_to(folder):
         file.unlink()
     return data
 
@@ -142,27 +142,21 @@ def thinned(stored: Sequence[Stored], notes: list[str], limit: int = MAX_IMAGES)
     if len(stored) <= limit:
         return list(stored)
     steps = sorted({image.step for image in stored})
-    rows, runs = {image.row for image in stored}, {image.run for image in stored}
-    last: dict[tuple[Row, int], Stored] = {}
-    for image in sorted(stored, key=lambda image: image.step):
-        last[image.row, image.run] = image
-    kept, shown = list(last.values()), set(last.values())
+    rows, runs = sorted({image.row for image in stored}), sorted({image.run for image in stored})
+    last = set({(image.row, image.run): image for image in sorted(stored, key=lambda image: image.step)}.values())
     for count in range(len(steps), 0, -1):
         few = set(spread(steps, count))
-        chosen = [image for image in stored if image.step in few or image in shown]
+        chosen = [image for image in stored if image.step in few or image in last]
         if len(chosen) <= limit:
-            kept = chosen
             notes.append(f"Images of {len(few)} of {len(steps)} steps are shown, besides the last of each run.")
-            break
-    else:
-        height = max(1, min(len(rows), limit // len(runs)))
-        few_rows, few_runs = sorted(rows)[:height], sorted(runs)[: limit // height]
-        kept = [image for image in kept if image.row in few_rows and image.run in few_runs]
-        notes.append(
-            f"Images of the last step only are shown, of {len(few_rows)} of {len(rows)} prompts and "
-            f"{len(few_runs)} of {len(runs)} runs."
-        )
-    return kept
+            return chosen
+    height = max(1, min(len(rows), limit // len(runs)))
+    few_rows, few_runs = rows[:height], runs[: limit // height]
+    notes.append(
+        f"Images of the last step only are shown, of {len(few_rows)} of {len(rows)} prompts and "
+        f"{len(few_runs)} of {len(runs)} runs."
+    )
+    return [image for image in stored if image in last and image.row in few_rows and image.run in few_runs]
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
@@ -173,22 +167,22 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 
 
 def _fill(
-    client: "MlflowClient", runs: Sequence[Run], kept: list[Stored], album: ImageGrid, place: Path, max_bytes: int
+    client: "MlflowClient", runs: Sequence[Run], kept: list[Stored], grid: ImageGrid, folder: Path, max_bytes: int
 ) -> None:
     side = next((side for count, side in SIDES if len(kept) <= count), SIDES[-1][1])
-    album.rows = sorted({image.row for image in kept}, key=lambda row: (row.key.split("/")[0] != "validation", row))
-    numbers = {row: number for number, row in enumerate(album.rows)}
+    grid.rows = sorted({image.row for image in kept}, key=lambda row: (row.key.split("/")[0] != "validation", row))
+    numbers = {row: number for number, row in enumerate(grid.rows)}
     known: dict[bytes, int] = {}
     ordered = by_importance(kept)
     fetched = size = unread = 0
 
     def load(image: Stored) -> bytes | None:
         try:
-            return reduced(_fetched(client, runs[image.run].run_id, image.path, place), side)
+            return reduced(_fetched(client, runs[image.run].run_id, image.path, folder), side)
         except Exception:  # damaged, or gone meanwhile
             return None
 
-    with ThreadPoolExecutor(FETCHERS, "album") as pool:
+    with ThreadPoolExecutor(FETCHERS, "images") as pool:
         while fetched < len(ordered) and size <= max_bytes:
             some = ordered[fetched : fetched + 4 * FETCHERS]
             fetched += len(some)
@@ -198,23 +192,21 @@ def _fill(
                     continue
                 digest = hashlib.sha256(data).digest()
                 if digest not in known:
-                    known[digest] = len(album.images)
-                    album.images.append(data)
+                    known[digest] = len(grid.images)
+                    grid.images.append(data)
                     size += len(data)
-                album.cells.setdefault((numbers[image.row], image.run), {})[image.step] = known[digest]
-    album.steps = sorted({step for cell in album.cells.values() for step in cell})
+                grid.cells.setdefault((numbers[image.row], image.run), {})[image.step] = known[digest]
+    grid.steps = sorted({step for cell in grid.cells.values() for step in cell})
     if unread:
-        album.notes.append(f"{unread} images could not be read.")
+        grid.notes.append(f"{unread} images could not be read.")
     if left_out := len(ordered) - fetched:
-        album.notes.append(f"{left_out} images of steps in between are left out, so that this file stays small.")
+        grid.notes.append(f"{left_out} images of steps in between are left out, so that this file stays small.")
 
 
 def by_importance(images: Iterable[Stored]) -> list[Stored]:
     """The last image of every run and row first, then the others from step to step, ever closer together."""
-    last: dict[tuple[Row, int], int] = {}
     every = sorted(images, key=lambda image: (image.step, image.row, image.run))
-    for image in every:
-        last[image.row, image.run] = image.step
+    last = {(image.row, image.run): image.step for image in every}
     steps = sorted({image.step for image in every})
     order = {step: rank for rank, step in enumerate(_halved(steps))}
     return sorted(every, key=lambda image: (image.step != last[image.row, image.run], order[image.step]))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from kandinsky_exp.reports.figures import SMOOTHING, colour, dash, smoothed
 from kandinsky_exp.reports.images import ImageGrid
-from kandinsky_exp.reports.run_data import TRAIN, VALIDATION, Run, finite
+from kandinsky_exp.reports.run_data import TRAIN, VALIDATION, Run, finite, rank
 from kandinsky_exp.system.files import replacing
 from kandinsky_exp.system.image_grid import labelled_grid
 
@@ -77,7 +77,7 @@ def images(runs: Sequence[Run], grid: ImageGrid, path: Path) -> bool:
     having = {run for _, run in grid.cells}
     if not having:
         return False
-    columns = sorted(sorted(having, key=lambda run: _rank(runs, run))[:MOST_COLUMNS])
+    columns = sorted(sorted(having, key=lambda run: rank(runs, runs[run]))[:MOST_COLUMNS])
     rows = [row for row in range(len(grid.rows)) if any((row, run) in grid.cells for run in columns)][:MOST_ROWS]
     left_out = f"{len(columns)} best of {len(having)} runs" if len(columns) < len(having) else ""
     found = [grid.last(row, run) for row in rows for run in columns]
@@ -92,12 +92,3 @@ def images(runs: Sequence[Run], grid: ImageGrid, path: Path) -> bool:
     with replacing(path) as aside:
         sheet.save(aside, "PNG")
     return True
-
-
-def _rank(runs: Sequence[Run], index: int) -> float:
-    """How many runs of its own stage are better: losses of different stages do not compare."""
-    one = runs[index]
-    if one.scores.best is None:
-        return float("inf")
-    same = (run.scores.best for run in runs if run.stage == one.stage)
-    return sum(best is not None and best < one.scores.best for best in same)

@@ -1,4 +1,4 @@
-"""Runs as an MLflow store has them, beside each other: what differed, how it went, how they scored."""
+"""Read runs from an MLflow store, and compare their parameters, curves and scores."""
 
 import math
 from collections import Counter
@@ -145,10 +145,10 @@ def varied(runs: Sequence[Run]) -> list[Column]:
     keys = list(dict.fromkeys(key for run in told for key in run.params))
     differ = [key for key in keys if key not in SAID_ELSEWHERE and len({run.params.get(key) for run in told}) > 1]
     names = short_names(differ)
-    return [Column(names[key], key, tuple(_shown(key, run.params.get(key)) for run in runs)) for key in differ]
+    return [Column(names[key], key, tuple(_class_name(key, run.params.get(key)) for run in runs)) for key in differ]
 
 
-def _shown(key: str, value: str | None) -> str | None:
+def _class_name(key: str, value: str | None) -> str | None:
     """`torch.optim.AdamW` of an `optimizer._target_` is AdamW."""
     return value.rpartition(".")[2] if value is not None and key.endswith("._target_") else value
 
@@ -159,6 +159,14 @@ def has_validated(runs: Sequence[Run]) -> bool:
 
 def score(run: Run, by_validation: bool) -> float | None:
     return run.scores.best if by_validation else run.scores.train
+
+
+def rank(runs: Sequence[Run], one: Run) -> float:
+    """How many runs of its own stage are better: losses of different stages do not compare."""
+    if one.scores.best is None:
+        return math.inf
+    same = (run.scores.best for run in runs if run.stage == one.stage)
+    return sum(best is not None and best < one.scores.best for best in same)
 
 
 def completed(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:

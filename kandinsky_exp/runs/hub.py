@@ -3,8 +3,6 @@
 import json
 import logging
 import shlex
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from kandinsky_exp.runs import run_states
 from kandinsky_exp.runs.model_card import Result, model_card
 from kandinsky_exp.runs.run_folder import read_record
 from kandinsky_exp.system.files import setting
+from kandinsky_exp.system.threads import within
 
 logger = logging.getLogger(__name__)
 PATIENCE = 30.0  # seconds; the hub's own client waits for ever
@@ -37,9 +36,9 @@ def check_access(repo: str, private: bool) -> str | None:
         raise ConfigError("hub.push: nobody is logged in on the hub; run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
-        user = _within(PATIENCE, api.whoami)
+        user = within(PATIENCE, api.whoami, "hub")
         name = _full_name(repo, user)
-        _within(PATIENCE, lambda: _check_repository(api, name, private))
+        within(PATIENCE, lambda: _check_repository(api, name, private), "hub")
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 401:
@@ -86,27 +85,6 @@ def _check_repository(api: Any, name: str, private: bool) -> None:
     if private and is_public:
         raise ConfigError(f"hub.private: '{name}' exists and is public; choose another, or set hub.private=false")
     api.auth_check(name, write=True)
-
-
-def _within(seconds: float, ask: Callable[[], Any]) -> Any:
-    """What `ask` returns or raises; TimeoutError where that takes too long."""
-    outcome: list[tuple[Any, Exception | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((ask(), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, name="hub", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    answer, error = outcome[0]
-    if error is not None:
-        raise error
-    return answer
 
 
 def push(run_folder: Path, repo: str, private: bool) -> None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is as it was written: `state.json` knows size and sha256 of every other file, and its own sum.
+"""Checkpoint integrity: `state.json` holds size and SHA-256 of every other file, and its own checksum.
 
 sha256 tells bits that flipped on a disk or on the way from one; whoever can write the folder can also write the sums.
 """
@@ -67,11 +67,11 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def newest_good(root: Path, note: Callable[[str], None]) -> Path | None:
+def newest_good(root: Path, on_damaged: Callable[[str], None]) -> Path | None:
     """The last checkpoint that is whole; None where there is none at all.
 
     Args:
-        note: gets a line for each damaged one on the way.
+        on_damaged: gets a line for each damaged one on the way.
 
     Raises:
         CheckpointError: there are some, and all are damaged.
@@ -82,7 +82,7 @@ def newest_good(root: Path, note: Callable[[str], None]) -> Path | None:
         if problem is None:
             return folder
         problems.append(f"{folder.name}: {problem}")
-        note(f"checkpoint {folder} is damaged and was passed over: {problem}")
+        on_damaged(f"checkpoint {folder} is damaged and was passed over: {problem}")
     if problems:
         raise CheckpointError(
             f"checkpoint.resume: none of the {len(problems)} checkpoints in {root} is whole ({problems[0]}); bring one "

@@ -1,4 +1,4 @@
-"""The folder that a run, a checkpoint, a job of a sweep or an MLflow run id stands for, and what lies in it."""
+"""Find what a user names: the folder of a run, a checkpoint, a job of a sweep or an MLflow run id."""
 
 import re
 from pathlib import Path
@@ -112,7 +112,7 @@ def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
         folder = client.get_run(run_id).data.tags.get("run_folder")
     except MlflowException as error:
         raise ConfigError(f"{key}: the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri") from error
-    place = None if folder is None else _here(Path(cfg.output_root).expanduser(), Path(folder), run_id)
+    place = None if folder is None else _here(files.output_root(cfg.output_root), Path(folder), run_id)
     if place is None:
         raise ConfigError(f"{key}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")
     return str(place)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
@@ -18,12 +18,15 @@ from kandinsky_exp.system import redaction
 HUB = "https://huggingface.co"
 LICENCE = "apache-2.0"  # of Kandinsky 2.2
 PROMPT = "a red fox in the snow"
-SHOWN = (
-    *("optimizer._target_", "optimizer.lr", "optimizer.weight_decay", "scheduler._target_", "scheduler.warmup_steps"),
-    *("trainer.batch_size", "trainer.grad_accumulation", "trainer.max_grad_norm", "trainer.ema_decay"),
-    *("model.snr_gamma", "model.condition_dropout", "model.vlb_weight", "data.resolution", "precision.name", "seed"),
-)
-ADAPTER = tuple(f"adapter.{name}" for name in ("name", "rank", "alpha", "dropout", "target_modules"))
+SHOWN = {  # settings, by group
+    "optimizer": ("_target_", "lr", "weight_decay"),
+    "scheduler": ("_target_", "warmup_steps"),
+    "trainer": ("batch_size", "grad_accumulation", "max_grad_norm", "ema_decay"),
+    "model": ("snr_gamma", "condition_dropout", "vlb_weight"),
+    "data": ("resolution",),
+    "precision": ("name",),
+}
+ADAPTER = {"adapter": ("name", "rank", "alpha", "dropout", "target_modules")}
 Values = Mapping[str, Any]
 
 
@@ -65,39 +68,40 @@ def model_card(repo: str, result: Result, images: Sequence[tuple[str, str]]) -> 
     """
     images = [(path, redaction.masked(prompt)) for path, prompt in images]
     kind = f"{_name(result)} for the {result.stage}" if result.is_adapter else f"The {result.stage}"
-    lines = [
-        *("---", yaml.safe_dump(_metadata(result, images), allow_unicode=True, sort_keys=False, width=1 << 16) + "---"),
-        *(f"# {repo.rpartition('/')[2]}", ""),
-        *(f"{kind} of Kandinsky 2.2, fine-tuned with kandinsky-exp.", ""),
+    paragraphs = [
+        f"---\n{_metadata(result, images).to_yaml()}\n---\n# {repo.rpartition('/')[2]}",
+        f"{kind} of Kandinsky 2.2, fine-tuned with kandinsky-exp.",
         *_pictures(images),
-        *("## What it was made from", "", *_table("", "", _origins(result)), ""),
-        *("## How it was trained", "", *_table("setting", "value", _settings(result)), ""),
-        *("## How to load it", "", "```python", *_code(repo, result), "```", ""),
-        *("## Licence", ""),
+        "## What it was made from",
+        _table("", "", _origins(result)),
+        "## How it was trained",
+        _table("setting", "value", _settings(result)),
+        "## How to load it",
+        "\n".join(["```python", *_code(repo, result), "```"]),
+        "## Licence",
         "Apache-2.0, as Kandinsky 2.2. What the pictures that it was trained on may be used for is not changed by it.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _name(result: Result) -> str:
     return {"lora": "A LoRA", "dora": "A DoRA"}.get(str(result.params.get("adapter.name")), "An adapter")
 
 
-def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> ModelCardData:
     """For the hub, and for diffusers: a decoder is connected with the first repository under `prior`."""
     base, data = result.base(result.stage), _hub_data(result.params)
-    relation = "adapter" if result.is_adapter else "finetune"
-    widget = [{"text": prompt, "output": {"url": path}} for path, prompt in images if prompt]
-    return {
-        **({"base_model": [base], "base_model_relation": relation} if base else {}),
-        **({"prior": [result.linked_prior]} if result.linked_prior else {}),
-        **({"datasets": [data]} if data else {}),
-        "license": LICENCE,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["kandinsky", "text-to-image", "diffusers", *(["lora"] if result.is_adapter else [])],
-        **({"widget": widget} if widget else {}),
-    }
+    return ModelCardData(
+        base_model=[base] if base else None,
+        base_model_relation=("adapter" if result.is_adapter else "finetune") if base else None,
+        prior=[result.linked_prior] if result.linked_prior else None,
+        datasets=[data] if data else None,
+        license=LICENCE,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["kandinsky", "text-to-image", "diffusers", *(["lora"] if result.is_adapter else [])],
+        widget=[{"text": prompt, "output": {"url": path}} for path, prompt in images if prompt] or None,
+    )
 
 
 def _hub_data(params: Values) -> str | None:
@@ -109,7 +113,7 @@ def _hub_data(params: Values) -> str | None:
 def _pictures(images: Sequence[tuple[str, str]]) -> Iterator[str]:
     for path, prompt in images:
         text = _escaped(prompt) if prompt else "Drawn and redrawn after the last step"
-        yield from (f"![{text}]({path})", *(("", text) if prompt else ()), "")
+        yield f"![{text}]({path})" + (f"\n\n{text}" if prompt else "")
 
 
 def _origins(result: Result) -> Iterator[tuple[str, str]]:
@@ -135,15 +139,16 @@ def _origins(result: Result) -> Iterator[tuple[str, str]]:
 
 def _settings(result: Result) -> Iterator[tuple[str, str]]:
     yield "optimizer steps", _escaped(result.record.step)
-    for key in (*(ADAPTER if result.is_adapter else ()), *SHOWN):
+    groups = ADAPTER | SHOWN if result.is_adapter else SHOWN
+    for key in (*(f"{group}.{name}" for group, names in groups.items() for name in names), "seed"):
         if result.params.get(key) is not None:
             yield f"`{key}`", _escaped(result.params[key])
     if result.record.validation_loss is not None:
         yield "last loss (fixed-noise validation, where pictures were held out)", f"{result.record.validation_loss:.5f}"
 
 
-def _table(left: str, right: str, rows: Iterator[tuple[str, str]]) -> list[str]:
-    return [f"| {left} | {right} |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+def _table(left: str, right: str, rows: Iterator[tuple[str, str]]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in [(left, right), ("---", "---"), *rows])
 
 
 def _escaped(value: Any) -> str:

@@ -13,13 +13,24 @@ Values = dict[str, Any]
 
 # Data sets and weights count by what they hold, wherever that lies now: their paths are not among these.
 FIXED = (
-    *("seed", "model", "adapter", "optimizer._target_"),
-    *("data.resolution", "data.flip", "data.buckets"),
-    *("data.class_prompt", "data.num_class_images", "data.prior_loss_weight"),  # of images that may be drawn later
+    "seed",
+    "model",
+    "adapter",
+    "optimizer._target_",
+    "data.resolution",
+    "data.flip",
+    "data.buckets",
+    "data.class_prompt",  # this and the next two are of images that may be drawn later
+    "data.num_class_images",
+    "data.prior_loss_weight",
 )
 # Of these, what no checkpoint fits that was made with others: not even one that a new run begins at.
 OF_STATE = (
-    *("adapter.name", "adapter.rank", "adapter.alpha", "adapter.use_rslora", "adapter.target_modules"),
+    "adapter.name",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.use_rslora",
+    "adapter.target_modules",
     "optimizer._target_",
 )
 # Of a run that does the steps after its last checkpoint again, these change nothing that is measured.

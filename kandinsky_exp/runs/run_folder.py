@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kandinsky_exp.errors import CheckpointError, ConfigError, UserError
-from kandinsky_exp.models.components import PARTS, PipelineHalf
+from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf
 from kandinsky_exp.runs import integrity
 from kandinsky_exp.system.files import LOG, fresh_folder, make_root, occupied, write_atomically
 
@@ -59,9 +59,8 @@ class Record:
     @property
     def half(self) -> PipelineHalf:
         """The half of Kandinsky that trains."""
-        if self.part in PARTS:
-            return PARTS[self.part][0]
-        return "prior" if self.stage == "prior" else "decoder"
+        before = NETWORKS["prior" if self.stage == "prior" else "decoder"]  # of runs that recorded their stage alone
+        return PARTS.get(str(self.part), PARTS[before])[0]
 
 
 @dataclass

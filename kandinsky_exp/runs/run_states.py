@@ -1,4 +1,4 @@
-"""What has become of a run that left no result, and what can be had of it all the same."""
+"""The state of a run that left no result, and what it can be used for all the same."""
 
 from pathlib import Path
 

@@ -5,6 +5,7 @@ come from a cache or from `encode` on the fly, and the loss cannot tell. What ot
 declares, so that a further one is one subclass and one yaml.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from kandinsky_exp.models.compatibility import REQUIRED, Requirement
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
+from kandinsky_exp.stages.diffusion import Generators
 
 Features = dict[str, Tensor]
-Generators = torch.Generator | list[torch.Generator]
 
 
 @dataclass
@@ -140,6 +141,13 @@ class DiffusionStage(ABC):
     def encode(self, examples: dict[str, Tensor]) -> Features:
         """Frozen encoders over preprocessed examples, no gradient; pictures and captions may come apart."""
 
+    def encoding_fingerprint(self) -> str:
+        """Follows what `encode` computes: the encoders' files, and whose method it is, if not the package's."""
+        weights, encode = self.weights.fingerprint(self.encoders), type(self).encode
+        if encode.__module__.startswith("kandinsky_exp."):
+            return weights
+        return hashlib.sha256(f"{weights} {encode.__module__}.{encode.__qualname__}".encode()).hexdigest()
+
     def encode_batch(self, device: torch.device) -> int:
         """Pictures per call of `encode`: as many as fill an accelerator; on the CPU as many as still gain."""
         side = self.preprocess.resolution
@@ -225,7 +233,7 @@ class DiffusionStage(ABC):
         return per_sample * weights
 
     def _drop_condition(self, features: Features, generator: Generators, like: Tensor) -> Features:
-        drop = uniform(len(like), generator, like.device) < self.condition_dropout
+        drop = diffusion.uniform(len(like), generator, like.device) < self.condition_dropout
         replaced = {
             key: torch.where(
                 drop.view(-1, *[1] * (features[key].ndim - 1)), null.to(features[key].dtype), features[key]
@@ -267,13 +275,6 @@ class DiffusionStage(ABC):
     def snapshot(self, network: nn.Module, trained: Mapping[str, Tensor]) -> NetworkFiles:
         """What `save` would write, with `trained` in place of the parameters of these names, to be written later."""
         return adapters.snapshot(network, trained)
-
-
-def uniform(size: int, generator: Generators, device: torch.device) -> Tensor:
-    """(size,) numbers in [0, 1), from one generator for the batch or one per sample."""
-    if isinstance(generator, list):
-        return torch.cat([torch.rand(1, generator=one, device=one.device) for one in generator]).to(device)
-    return torch.rand(size, generator=generator, device=device)
 
 
 def enable_attention(network: Any, attention: str) -> None:

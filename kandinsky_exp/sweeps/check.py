@@ -1,4 +1,4 @@
-"""What a sweep varies, and what is wrong with that, before any job starts."""
+"""Read and check what a sweep varies, before any job starts."""
 
 import math
 from collections.abc import Iterator

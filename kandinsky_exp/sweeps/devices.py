@@ -1,4 +1,4 @@
-"""Which part of a machine a job of a sweep gets: a GPU of its own, or its share of the cores."""
+"""Devices of parallel jobs: each gets a GPU of its own, or its share of the CPU cores."""
 
 import contextlib
 import os
@@ -49,8 +49,8 @@ def held(
     gpus = visible_gpus() if devices == "auto" else [str(device) for device in devices]
     if gpus:
         # Another sweep on this machine must not take the same one.
-        place = Path(tempfile.gettempdir()) / f"kandinsky_exp-{os.getuid()}"
-        with _one_of(place, [f"gpu-{gpu}" for gpu in gpus], is_cancelled) as taken:
+        locks = Path(tempfile.gettempdir()) / f"kandinsky_exp-{os.getuid()}"
+        with _one_of(locks, [f"gpu-{gpu}" for gpu in gpus], is_cancelled) as taken:
             yield None if taken is None else Share({"CUDA_VISIBLE_DEVICES": gpus[taken]})
         return
     count = min(parallel, cores := usable_cores())
@@ -64,17 +64,17 @@ def held(
 
 @contextlib.contextmanager
 def _one_of(folder: Path, names: Sequence[str], is_cancelled: Callable[[], bool]) -> Iterator[int | None]:
-    """Hold the first name that nobody holds: its place in `names`. What a killed process held is free at once."""
+    """Hold the first name that nobody holds: its number in `names`. What a killed process held is free at once."""
     folder.mkdir(parents=True, exist_ok=True)
     while not is_cancelled():
-        for place, name in enumerate(names):
+        for number, name in enumerate(names):
             lock = FileLock(folder / f"{name}.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
             try:
-                yield place
+                yield number
             finally:
                 lock.release()
             return

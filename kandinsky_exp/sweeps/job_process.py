@@ -1,7 +1,6 @@
-"""A process for a job of a sweep: forked from a server that has imported all there is, watched, asked what came out.
+"""A process for each job of a sweep, forked from a server that has imported everything: imports take ten seconds.
 
-A start costs a fraction of a second instead of the ten that imports take. Launchers that have processes of their own
-ask the sweep's first process for a start, so that one server is enough for a machine.
+Launchers that have processes of their own ask the sweep's first process for a start: one server serves a machine.
 """
 
 import contextlib
@@ -14,8 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver, reduction
-from typing import Any
+from multiprocessing import connection, forkserver
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -36,12 +34,14 @@ PRELOADED = (
     "mlflow.store.artifact.local_artifact_repo",
 )
 
+UNREACHABLE = (OSError, EOFError, multiprocessing.AuthenticationError)
+
 _starting = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the process of a job is told. It is pickled."""
+    """What the process of a job gets, pickled."""
 
     call: "Call"
     cfg: DictConfig
@@ -91,12 +91,13 @@ def in_own_process(task: Task, jobs: JobFolder, caller: connection.Connection | 
     """Run a task to its end; signals that the sweep was sent are handed on.
 
     Args:
-        caller: closed by whoever waits for the answer when it is killed; then nobody wants the job any more.
+        caller: waits for the answer; the job is stopped when this connection closes.
     """
     warm_up(task.call.function)
     context = multiprocessing.get_context("forkserver")
     receiving, sending = context.Pipe(duplex=False)
-    output = [_Inherited(number) for number in (1, 2)]  # the server's own may be somebody else's by now
+    # The server's own standard output may be somebody else's by now.
+    output = [connection.Connection(os.dup(number), readable=False) for number in (1, 2)]
     process = context.Process(target=_work, args=(task, sending, output), name=str(task.hydra.hydra.sweep.subdir))
     with _starting:
         process.start()
@@ -130,25 +131,10 @@ def _without_words(code: int | None) -> Answer:
     return Answer("FAILED", message=f"the process ended with exit code {code}")
 
 
-class _Inherited:
-    """A file descriptor that goes along to a new process; there it is a number."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __reduce__(self) -> Any:
-        return _received, (reduction.DupFd(self.number),)
-
-
-def _received(copied: Any) -> int:
-    number: int = copied.detach()
-    return number
-
-
-def _work(task: Task, sending: connection.Connection, output: list[int]) -> None:
+def _work(task: Task, sending: connection.Connection, output: list[connection.Connection]) -> None:
     """What the process of a job does."""
     for number, copied in zip((1, 2), output, strict=True):
-        os.dup2(copied, number)
+        os.dup2(copied.fileno(), number)
     os.setpgid(0, 0)  # Ctrl-C reaches the sweep, which hands it on: twice would mean `at once`
     os.environ.update({**task.share.environment, **_own_rendezvous(int(task.hydra.hydra.job.num))})
     _end_with_parent()
@@ -190,28 +176,30 @@ class JobServer:
     address: str
     key: bytes
 
+    def connect(self) -> connection.Connection:
+        return connection.Client(self.address, "AF_UNIX", authkey=self.key)
+
 
 @contextlib.contextmanager
-def desk(function: str) -> Iterator[JobServer]:
-    """Start jobs for whoever asks, from threads of this process, for the time of a sweep."""
+def job_server(function: str) -> Iterator[JobServer]:
+    """Start jobs for other processes, from threads of this one, for the time of a sweep."""
     warm_up(function)
     with tempfile.TemporaryDirectory(prefix="kandinsky_exp-") as folder:
-        place = JobServer(socket.gethostname(), f"{folder}/desk", os.urandom(32))
-        with connection.Listener(place.address, "AF_UNIX", backlog=64, authkey=place.key) as listener:
-            open_for_all = threading.Event()
-            open_for_all.set()
-            threading.Thread(target=_attend, args=(listener, open_for_all), name="desk", daemon=True).start()
+        server = JobServer(socket.gethostname(), f"{folder}/socket", os.urandom(32))
+        with connection.Listener(server.address, "AF_UNIX", backlog=64, authkey=server.key) as listener:
+            closing = threading.Event()
+            threading.Thread(target=_accept, args=(listener, closing), name="jobs", daemon=True).start()
             try:
-                yield place
+                yield server
             finally:
-                open_for_all.clear()
-                with contextlib.suppress(OSError, EOFError, multiprocessing.AuthenticationError):
-                    connection.Client(place.address, "AF_UNIX", authkey=place.key).close()  # so that it looks up
+                closing.set()
+                with contextlib.suppress(*UNREACHABLE):
+                    server.connect().close()  # so that it looks at `closing`
 
 
-def _attend(listener: connection.Listener, is_open: threading.Event) -> None:
-    while is_open.is_set():
-        with contextlib.suppress(OSError, EOFError, multiprocessing.AuthenticationError):
+def _accept(listener: connection.Listener, closing: threading.Event) -> None:
+    while not closing.is_set():
+        with contextlib.suppress(*UNREACHABLE):
             caller = listener.accept()
             threading.Thread(target=_serve, args=(caller,), name="job", daemon=True).start()
 
@@ -222,12 +210,12 @@ def _serve(caller: connection.Connection) -> None:
         caller.send(in_own_process(task, JobFolder(sweep), caller))
 
 
-def asked(task: Task, jobs: JobFolder, place: JobServer | None) -> Answer:
+def run_job(task: Task, jobs: JobFolder, server: JobServer | None) -> Answer:
     """Run a task where the sweep's first process can start it; else, on another machine, from here."""
     caller = None
-    if place is not None and place.host == socket.gethostname() and "SLURM_JOB_ID" not in os.environ:
-        with contextlib.suppress(OSError, EOFError, multiprocessing.AuthenticationError):
-            caller = connection.Client(place.address, "AF_UNIX", authkey=place.key)
+    if server is not None and server.host == socket.gethostname() and "SLURM_JOB_ID" not in os.environ:
+        with contextlib.suppress(*UNREACHABLE):
+            caller = server.connect()
     if caller is None:
         return in_own_process(task, jobs)
     with caller:

@@ -1,52 +1,20 @@
-"""From a command line to a sweep: what launchers call for each job, and what goes around them all."""
+"""Run a sweep from the command line: check it, open its session, hand its jobs to a launcher."""
 
 import os
 import shlex
-import signal
 import tempfile
-import threading
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import command_line, grammar
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import description
-from kandinsky_exp.sweeps import check, job_process, optuna_study, supervise
-from kandinsky_exp.sweeps import session as sweep
+from kandinsky_exp.sweeps import check, job_process, optuna_study, session, supervise
 from kandinsky_exp.sweeps.outcomes import JobFolder
 from kandinsky_exp.tracking import store, store_probe
-
-
-@dataclass(frozen=True)
-class SweptJob:
-    """What a launcher calls for each job of a sweep that trains, wherever it likes. It raises nothing."""
-
-    call: job_process.Call
-    parallel: int
-    session: str
-    process: int  # that the user started
-    desk: job_process.JobServer | None
-
-    def __call__(self, cfg: DictConfig) -> float:
-        forget_multirun()
-        if os.getpid() != self.process and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first process, which tells the jobs
-        return supervise.supervise(self.call, cfg, self.parallel, self.session, self.desk)
-
-
-def forget_multirun() -> bool:
-    """Remove what Hydra's sweeper writes, the command line with its passwords; whether there is a sweep."""
-    settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
-        return False
-    (Path(settings.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
-    return True
 
 
 def launch(line: command_line.CommandLine, call: job_process.Call) -> int:
@@ -63,25 +31,25 @@ def launch(line: command_line.CommandLine, call: job_process.Call) -> int:
     varied = check.checked(line, cfg)
     _try_plugins(line, cfg, varied)
     parallel = supervise.parallel_jobs(cfg.hydra.launcher, varied.jobs)
-    if os.environ.get("RANK", "0") != "0":  # the first process of each job records what it comes to
-        with tempfile.TemporaryDirectory() as own, sweep.noted_signals(JobFolder(Path(own))):
-            job = SweptJob(call, parallel, "", os.getpid(), None)
+    if os.environ.get("RANK", "0") != "0":  # the first process of each job records it
+        with tempfile.TemporaryDirectory() as own, session.noted_signals(JobFolder(Path(own))):
+            job = supervise.SweptJob(call, parallel, "", os.getpid(), None)
             line.start(job, check.sweep_dir(own))
         return 0
     if cfg.tracker.name != "none":
         store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))  # before there is a folder
-    folder = sweep.place(cfg)
+    folder = session.sweep_folder(cfg)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
     verb = [] if line.verb == "train" else [line.verb]
     command = shlex.join(["kandinsky-exp", *verb, *map(description.redacted_override, named)])
     with (
-        sweep.occupied(folder),
-        job_process.desk(call.function) as desk,  # it imports while this process asks the store
-        sweep.session(cfg, folder, varied.jobs, command) as session,
+        session.occupied(folder),
+        job_process.job_server(call.function) as server,  # it imports while this process asks the store
+        session.session(cfg, folder, varied.jobs, command) as started,
     ):
-        job = SweptJob(call, parallel, session.token, os.getpid(), None if parallel == 1 else desk)
+        job = supervise.SweptJob(call, parallel, started.token, os.getpid(), None if parallel == 1 else server)
         line.start(job, check.sweep_dir(folder), *_without_end(cfg, line))
-    return sweep.exit_code(session)
+    return session.exit_code(started)
 
 
 def _try_plugins(line: command_line.CommandLine, cfg: DictConfig, varied: check.Varied) -> None:

@@ -1,4 +1,4 @@
-"""The jobs of a sweep as files in its folder: what each came to, and the wish that they stop.
+"""The state of a sweep's jobs, as files in its folder: their outcomes, and the signals that stop them.
 
 <sweep>/.jobs/<folder of a job>.json    an `Outcome`
 <sweep>/.jobs/stop-<rank>               the signals that came, a number a line
@@ -13,6 +13,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from kandinsky_exp.system.files import write_atomically
 from kandinsky_exp.tracking.mlflow_names import short_names, shortened
@@ -37,7 +40,7 @@ class Outcome:
         message: why it did not finish.
         is_user_error: nothing was trained, the configuration or the data is wrong.
         session: of the sweep's start that the job belongs to.
-        token: marks the MLflow run that was made for a job which came to no run of its own.
+        token: marks the MLflow run that was made for a job that failed before it made one.
     """
 
     number: int
@@ -56,8 +59,14 @@ class Outcome:
     token: str | None = None
 
 
+def hydra_of_job() -> Any:
+    """Hydra's settings in a job of a sweep; None in other runs."""
+    is_job = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return HydraConfig.get() if is_job else None
+
+
 class JobFolder:
-    """What is noted of a sweep's jobs.
+    """What is written of a sweep's jobs.
 
     Args:
         sweep: the sweep's folder.

@@ -1,8 +1,10 @@
-"""What MLflow is told of a sweep and of its jobs, also where a job's own process could not tell it any more."""
+"""The MLflow runs of a sweep: the parent, and those of jobs whose own process died before it could record."""
 
 import logging
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -18,30 +20,42 @@ logger = logging.getLogger(__name__)
 
 
 def parent_run(cfg: DictConfig, folder: Path, command: str | None = None) -> Tracker:
-    """The MLflow run that holds the jobs together, new or gone on with; its id lies in the folder, for the jobs.
+    """The parent of all jobs, new or continued; its id lies in the folder, for the jobs.
 
     Args:
         command: that starts the sweep again, for the description; None where it was started from Python.
     """
-    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     record = run_folder.read_record(folder) or run_folder.Record(stage="sweep", token=uuid.uuid4().hex)
     space = run_folder.RunFolder(folder, record)
     space.write_record()  # the token first: whatever is killed now, the next start finds the same run
-    tracker = MlflowTracker.open(
-        uri,
+    tracker = open_tracker(cfg, folder, record, folder.name, {"sweep": folder.name})
+    if record.run_id is None and tracker.run_id is not None:  # later the description is the user's
+        tracker.set_tags(description.tags(command, [report_link(tracker.uri, tracker.run_id)]))
+    record.run_id = tracker.run_id
+    space.write_record()
+    return tracker
+
+
+def open_tracker(
+    cfg: DictConfig, folder: Path, record: run_folder.Record, name: str, tags: Mapping[str, str], **others: Any
+) -> MlflowTracker:
+    """The MLflow run of a folder, new or continued.
+
+    Args:
+        name: of a new one.
+        others: `parent_run_id` and `redone_from`, as of `MlflowTracker.open`.
+    """
+    return MlflowTracker.open(
+        store.chosen_uri(cfg.tracker.uri, cfg.output_root),
         cfg.tracker.experiment,
-        folder.name,
+        name,
         artifact_root(cfg.output_root),
         outbox=folder / "outbox",
         run_id=record.run_id,
         token=record.token,
-        tags={"sweep": folder.name, "run_folder": str(folder)},
+        tags={"run_folder": str(folder), **tags},
+        **others,
     )
-    if record.run_id is None and tracker.run_id is not None:  # later the description is the user's
-        tracker.set_tags(description.tags(command, [report_link(uri, tracker.run_id)]))
-    record.run_id = tracker.run_id
-    space.write_record()
-    return tracker
 
 
 def write_status(folder: Path, status: run_folder.Status) -> None:
@@ -67,8 +81,8 @@ def report_link(uri: str, parent_run_id: str) -> str:
 def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
     """Give a job that failed or was killed its true status, in its folder and in MLflow, with the reason.
 
-    A job that came to no run, because its configuration or its data is wrong or it was killed before, gets an MLflow
-    run here, which a later start goes on with: its token is noted.
+    A job without a run, because its configuration or its data is wrong or it was killed at once, gets an MLflow run
+    here. A later start finds it by the token.
     """
     status: Status = "KILLED" if outcome.status == "KILLED" else "FAILED"
     record = run_folder.read_record(folder)
@@ -81,20 +95,11 @@ def settle(cfg: DictConfig, folder: Path, outcome: Outcome) -> None:
         return
     if record is None:
         outcome.token = outcome.token or uuid.uuid4().hex
-    parent = run_folder.read_record(folder.parent)
-    uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
+        record = run_folder.Record(token=outcome.token)
+    parent = run_folder.read_record(folder.parent) or run_folder.Record()
+    tags = {**job_tags(outcome), "error": outcome.message}
     try:
-        tracker = MlflowTracker.open(
-            uri,
-            cfg.tracker.experiment,
-            outcome.name,
-            artifact_root(cfg.output_root),
-            outbox=folder / "outbox",
-            run_id=None if record is None else record.run_id,
-            token=outcome.token if record is None else record.token,
-            tags={**job_tags(outcome), "run_folder": str(folder), "error": outcome.message},
-            parent_run_id=None if parent is None else parent.run_id,
-        )
+        tracker = open_tracker(cfg, folder, record, outcome.name, tags, parent_run_id=parent.run_id)
     except TrackingError as error:
         logger.warning("%s: its status is not in MLflow: %s", outcome.name, error)
         return

@@ -1,4 +1,4 @@
-"""What Optuna draws a setting's values from, by Hydra's grammar: choices, `range`, `interval`, `tag(log, …)`."""
+"""Optuna distributions from Hydra's override grammar: choices, `range`, `interval`, `tag(log, …)`."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A sweep from its first job to its last: its folder, its parent run in MLflow, signals, and the table at its end."""
+"""One start of a sweep: its folder, its parent run in MLflow, its signals, and the table at its end."""
 
 import contextlib
 import csv
@@ -6,7 +6,6 @@ import io
 import itertools
 import logging
 import os
-import signal
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from kandinsky_exp.errors import ConfigError, Interrupted
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import parent_run
 from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome
-from kandinsky_exp.system import files, redaction
+from kandinsky_exp.system import files, redaction, signals
 from kandinsky_exp.tracking import store
 from kandinsky_exp.tracking.mlflow_names import reason, short_names
 from kandinsky_exp.tracking.tracker import NullTracker, Status, Tracker, tracked
@@ -55,14 +54,17 @@ class Session:
     def of_this_start(self) -> list[Outcome]:
         return JobFolder(self.folder).outcomes(self.token)
 
+    def failed(self) -> list[Outcome]:
+        return [outcome for outcome in self.of_this_start() if outcome.status not in ("FINISHED", "PRUNED")]
 
-def place(cfg: DictConfig) -> Path:
-    """The sweep's folder: that of its name, or a fresh one; jobs and processes that come later are told of it.
+
+def sweep_folder(cfg: DictConfig) -> Path:
+    """The sweep's folder: that of its name, or a new one.
 
     Raises:
         ConfigError: the name is that of something else.
     """
-    root = Path(cfg.output_root).expanduser().absolute()
+    root = files.output_root(cfg.output_root)
     files.make_root(root)
     if cfg.name is None:
         return files.fresh_folder(root, f"sweep-{datetime.now():%Y%m%d-%H%M%S}")
@@ -75,27 +77,19 @@ def place(cfg: DictConfig) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def occupied(folder: Path) -> Iterator[None]:
+def occupied(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other sweeps out of the folder.
 
     Raises:
         ConfigError: one is busy there.
     """
     (folder / ".jobs").mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(files.occupied(folder, LOCK))
-        except ConfigError as error:
-            raise ConfigError(
-                f"name: another process runs a sweep in {folder}; wait for it, stop it, or choose another name"
-            ) from error
-        yield
+    return files.occupied(folder, LOCK, "runs a sweep in")
 
 
 @contextlib.contextmanager
 def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[Session]:
-    """Open the parent run, turn signals into the wish to stop; at the end tell what the jobs came to.
+    """Open the parent run and handle signals; at the end print and record the table and the report.
 
     Args:
         command: that starts this sweep again, for the parent's description.
@@ -127,14 +121,12 @@ class _Parent(NullTracker):
         self.started = started
 
     def finish(self, status: Status) -> None:
-        failed = any(outcome.status not in ("FINISHED", "PRUNED") for outcome in self.started.of_this_start())
-        status = "FAILED" if status == "FINISHED" and failed else status
+        status = "FAILED" if status == "FINISHED" and self.started.failed() else status
         self.started.tracker.finish(status)
         parent_run.write_status(self.started.folder, status)
 
 
-@contextlib.contextmanager
-def noted_signals(job_folder: JobFolder) -> Iterator[None]:
+def noted_signals(job_folder: JobFolder) -> contextlib.AbstractContextManager[None]:
     """The first signal stops the running jobs safely, the second at once, the third ends this process."""
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -142,12 +134,7 @@ def noted_signals(job_folder: JobFolder) -> Iterator[None]:
         if len(job_folder.signals()) > 2:
             os._exit(128 + number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return signals.handling(handle)
 
 
 def tell(started: Session) -> None:
@@ -211,7 +198,7 @@ def rows(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(outcomes: list[Outcome], jobs: int) -> str:
-    """Jobs, what they vary and what they came to, as text; then why some did not finish, and the best one."""
+    """The jobs with what they vary and their results; then why some did not finish, and the best one."""
     names, lines = rows(outcomes)
     widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in [names, *lines]]
@@ -244,8 +231,6 @@ def as_csv(outcomes: list[Outcome]) -> str:
 
 def exit_code(started: Session) -> int:
     """0 where every job finished or was pruned; 2 where nothing was trained for mistakes of the user's; else 1."""
-    outcomes = started.of_this_start()
-    failed = [outcome for outcome in outcomes if outcome.status not in ("FINISHED", "PRUNED")]
-    if not failed:
+    if not (failed := started.failed()):
         return 0
-    return 2 if len(failed) == len(outcomes) and all(outcome.is_user_error for outcome in failed) else 1
+    return 2 if failed == started.of_this_start() and all(outcome.is_user_error for outcome in failed) else 1

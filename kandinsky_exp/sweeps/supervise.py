@@ -1,12 +1,12 @@
-"""A job of a sweep: begun, run in a process of its own so that whatever ends it ends nothing else, and noted.
-
-Every launcher calls `supervise`, in whatever process it uses.
-"""
+"""A job of a sweep, run in a process of its own, so that whatever ends it ends nothing else."""
 
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +17,58 @@ from kandinsky_exp.config import grammar, recorded_paths, saved_config
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import devices, parent_run
-from kandinsky_exp.sweeps.job_process import Answer, Call, JobServer, Task, asked
-from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome, job_name
+from kandinsky_exp.sweeps.job_process import Answer, Call, JobServer, Task, run_job
+from kandinsky_exp.sweeps.outcomes import JobFolder, Outcome, hydra_of_job, job_name
 
 
-def supervise(call: Call, cfg: DictConfig, parallel: int, session: str, place: JobServer | None) -> float:
-    """Run a job to its end, whatever that is, and note what it came to.
+@dataclass(frozen=True)
+class SweptJob:
+    """What a launcher calls for each job of a sweep that trains, in whatever process it likes. It raises nothing.
 
     Args:
         parallel: jobs at a time.
         session: of the sweep's start.
-        place: asked to start the job; None = it is started from here.
-
-    Returns:
-        What the function returned; NaN where it did not finish.
+        process: that the user started.
+        server: asked to start the jobs; None = they are started from here.
     """
-    settings = plain(HydraConfig.get())
-    sweep = Path(settings.hydra.sweep.dir)
-    jobs = JobFolder(sweep)
-    outcome = begun(jobs, cfg, settings.hydra, session)
-    folder = sweep / outcome.folder
-    if (loss := finished(cfg, folder)) is not None:
-        note(outcome, Answer("FINISHED", loss), cfg, folder)
+
+    call: Call
+    parallel: int
+    session: str
+    process: int
+    server: JobServer | None
+
+    def __call__(self, cfg: DictConfig) -> float:
+        """Run a job to its end, whatever that is; what the function returned, NaN where it did not finish."""
+        forget_multirun()
+        if os.getpid() != self.process and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first process, which tells the jobs
+        settings = plain(HydraConfig.get())
+        sweep = Path(settings.hydra.sweep.dir)
+        jobs = JobFolder(sweep)
+        outcome = begun(jobs, cfg, settings.hydra, self.session)
+        folder = sweep / outcome.folder
+        if (loss := finished(cfg, folder)) is not None:
+            answer = Answer("FINISHED", loss)
+        else:
+            with devices.held(cfg.sweep.devices, self.parallel, jobs.folder, lambda: bool(jobs.signals())) as share:
+                if share is None or jobs.signals():
+                    return math.nan
+                jobs.write(outcome)
+                began = time.monotonic()
+                answer = run_job(Task(self.call, cfg, settings, share), jobs, self.server)
+                outcome.seconds += time.monotonic() - began
+        complete(outcome, answer, cfg, folder)
         jobs.write(outcome)
-        return loss
-    with devices.held(cfg.sweep.devices, parallel, jobs.folder, lambda: bool(jobs.signals())) as share:
-        if share is None or jobs.signals():
-            return math.nan
-        jobs.write(outcome)
-        began = time.monotonic()
-        answer = asked(Task(call, cfg, settings, share), jobs, place)
-        outcome.seconds += time.monotonic() - began
-    note(outcome, answer, cfg, folder)
-    jobs.write(outcome)
-    return math.nan if answer.value is None else answer.value
+        return math.nan if answer.value is None else answer.value
+
+
+def forget_multirun() -> bool:
+    """Remove what Hydra's sweeper writes, the command line with its passwords; whether there is a sweep."""
+    hydra = hydra_of_job()
+    if hydra is not None:
+        (Path(hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
+    return hydra is not None
 
 
 def plain(settings: Any) -> DictConfig:
@@ -96,7 +114,7 @@ def _chosen(cfg: DictConfig, key: str, text: str) -> Any:
 
 
 def finished(cfg: DictConfig, folder: Path) -> float | None:
-    """What a job came to that an earlier start of this very sweep has finished; None where there is something to do."""
+    """The loss of a job that an earlier start of this very sweep has finished; None where there is something to do."""
     record = run_folder.read_record(folder)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return None  # its processes have to decide together
@@ -106,9 +124,9 @@ def finished(cfg: DictConfig, folder: Path) -> float | None:
         before = saved_config.flatten_saved(folder)
     except ConfigError:
         return None  # the job itself will say it
-    place = ("output_root", "name", "sweep.")
+    elsewhere = ("output_root", "name", "sweep.")
     saved, now = (
-        {key: value for key, value in values.items() if not key.startswith(place)}
+        {key: value for key, value in values.items() if not key.startswith(elsewhere)}
         for values in (before, recorded_paths.as_before(saved_config.flatten(cfg), before))
     )
     if saved != now:
@@ -116,8 +134,8 @@ def finished(cfg: DictConfig, folder: Path) -> float | None:
     return math.nan if record.validation_loss is None else record.validation_loss
 
 
-def note(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) -> None:
-    """Complete an outcome, and the run's own records where its process was killed before it could."""
+def complete(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) -> None:
+    """Fill in an outcome, and the run's own records where its process was killed before it could."""
     outcome.status, outcome.message, outcome.is_user_error = answer.status, answer.message, answer.is_user_error
     if answer.status in ("FAILED", "KILLED"):
         parent_run.settle(cfg, folder, outcome)

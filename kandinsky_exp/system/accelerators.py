@@ -1,9 +1,8 @@
-"""How a run gets its Accelerator: as the config says, with all processes that were started, or not at all."""
+"""Make the Accelerator: as the config says, with all processes that were started, or not at all."""
 
 import logging
 import os
-import threading
-import time
+from concurrent import futures
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch.distributed.rendezvous import rendezvous
 
 from kandinsky_exp.errors import ConfigError, first_line
-from kandinsky_exp.system import launch_environment
+from kandinsky_exp.system import launch_environment, threads
 from kandinsky_exp.system.launch_environment import Launch
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)  # other processes wait while the first encodes or draws images
@@ -75,26 +74,14 @@ def _met(launch: Launch) -> Any:
     Raises:
         ConfigError: they did not meet.
     """
-    found: list[Any] = []
-
-    def meet() -> None:
-        try:
-            found.append(next(rendezvous("env://", timeout=MEETING_TIMEOUT)))
-        except Exception as error:
-            found.append(error)
-
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    thread = threading.Thread(target=meet, name="meeting", daemon=True)
-    thread.start()
-    began, is_told = time.monotonic(), False
-    while thread.is_alive():
-        thread.join(0.1)
-        if not is_told and time.monotonic() - began > PATIENCE:
-            logger.warning("waiting at %s for the other processes of %d", place, launch.processes)
-            is_told = True
-    if isinstance(found[0], Exception):
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    meeting = threads.started(lambda: next(rendezvous("env://", timeout=MEETING_TIMEOUT)), "meeting")
+    if not futures.wait([meeting], PATIENCE).done:
+        logger.warning("waiting at %s for the other processes of %d", address, launch.processes)
+    try:
+        return meeting.result()
+    except Exception as error:
         raise ConfigError(
-            f"MASTER_ADDR, MASTER_PORT: the {launch.processes} processes did not meet at {place} "
-            f"({first_line(found[0])}); start all of them, with a port that is free"
-        ) from found[0]
-    return found[0]
+            f"MASTER_ADDR, MASTER_PORT: the {launch.processes} processes did not meet at {address} "
+            f"({first_line(error)}); start all of them, with a port that is free"
+        ) from error

@@ -1,4 +1,4 @@
-"""What concerns a run's processes: Accelerate's state, what the first of them decides for all, and signals."""
+"""Several processes of one run: Accelerate's state, decisions of the main process, agreement on a stop."""
 
 import contextlib
 import logging
@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from kandinsky_exp.errors import Interrupted, PeerFailure, RunFailure, UserError, first_line
+from kandinsky_exp.system.signals import Stop
 
 Result = TypeVar("Result")
 Failure = TypeVar("Failure", bound=BaseException)
@@ -46,8 +47,8 @@ def _told() -> Iterator[None]:
     except RuntimeError as error:
         _with_teller(error)
         if PartialState().num_processes > 1 and any(text in str(error) for text in GONE):
-            told = f"another process of this run is gone; it, or what started it, says why ({first_line(error)})"
-            raise _with_teller(PeerFailure(told)) from error
+            message = f"another process of this run is gone; it, or what started it, says why ({first_line(error)})"
+            raise _with_teller(PeerFailure(message)) from error
         raise
     except BaseException as error:
         _with_teller(error)
@@ -65,18 +66,18 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     """The main process's result, on all; whatever it raises too, so that none waits for one that is gone."""
     if PartialState().num_processes == 1:
         return action()
-    outcome: list[Any] = [None, None]
+    shared: list[Any] = [None, None]  # the result, and what the others raise
     error: BaseException | None = None
     if PartialState().is_main_process:
         try:
-            outcome[0] = action()
+            shared[0] = action()
         except BaseException as caught:
-            error, outcome[1] = caught, _for_others(_with_teller(caught))
+            error, shared[1] = caught, _for_others(_with_teller(caught))
     _await_main()
-    broadcast_object_list(outcome)
-    if error is not None or outcome[1] is not None:
-        raise error or outcome[1]
-    result: Result = outcome[0]
+    broadcast_object_list(shared)
+    if error is not None or shared[1] is not None:
+        raise error or shared[1]
+    result: Result = shared[0]
     return result
 
 
@@ -117,3 +118,43 @@ def _await_main() -> None:
 def on_any_process(flag: bool) -> bool:
     """Whether it is so on one of the processes at least; the same answer on all."""
     return any(gather_object([flag]))
+
+
+class Agreement:
+    """Whether to stop: all processes ask at the same steps, and get the same answer.
+
+    They ask over the CPUs: gloo's threads do it beside the step, whose answer is read one step later. A process that is
+    gone is an error of the next question.
+
+    Args:
+        processes: of the run.
+    """
+
+    def __init__(self, stop: Stop, processes: int) -> None:
+        self._stop, self._processes = stop, processes
+        self._asked: tuple[torch.Tensor, Any] | None = None
+
+    def ahead(self) -> int | None:
+        """The answer to what was asked a step ago; asks anew."""
+        if self._processes == 1:
+            return self._stop.signal_number
+        answer = self._answer()
+        if answer is None:
+            self._ask()
+        return answer
+
+    def now(self) -> int | None:
+        """The answer as of now, once all processes are here."""
+        answer = self.ahead()
+        return self._answer() if answer is None and self._processes > 1 else answer
+
+    def _ask(self) -> None:
+        flag = torch.tensor([self._stop.signal_number or 0])
+        self._asked = flag, torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, async_op=True)
+
+    def _answer(self) -> int | None:
+        if self._asked is None:
+            return None
+        (flag, work), self._asked = self._asked, None
+        work.wait()
+        return int(flag) or None

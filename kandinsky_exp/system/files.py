@@ -1,4 +1,4 @@
-"""Paths as they are typed: any text at all has an answer here, never an exception, from a NUL to 5,000 letters."""
+"""Paths, folders, locks and atomic writes. Any text has an answer as a path, never an exception."""
 
 import os
 import re
@@ -23,14 +23,19 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def output_root(value: str) -> Path:
+    """The folder that the setting `output_root` means, absolute whatever the working directory becomes."""
+    return expanded(value).absolute()
+
+
 def looks_local(path: str) -> bool:
     """Whether a text can only be a path: `a/b` may be an id on the hub, `./a`, `/a`, `~/a` and `a/b/c` may not."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
 
 
-def setting(key: str, place: str | Path) -> str:
+def setting(key: str, value: str | Path) -> str:
     """A setting as it is typed into a shell; what a sweep varies is in the name of a job, with `=` and `,`."""
-    text = str(place)
+    text = str(value)
     if not re.fullmatch(r"[\w./-]+", text):  # Hydra's grammar
         text = '"{}"'.format(text.replace('"', '\\"'))
     return shlex.quote(f"{key}={text}")
@@ -92,13 +97,13 @@ def make_root(folder: Path) -> None:
 
 
 @contextmanager
-def occupied(folder: Path, file: str = LOG) -> Iterator[None]:
+def occupied(folder: Path, file: str = LOG, busy: str = "is training in") -> Iterator[None]:
     """Keep other processes out of a run's folder by a lock on its `train.log`, which goes when this process does.
 
     A POSIX lock: unlike flock's, it is not handed on to worker processes, which outlive a killed one by seconds.
 
     Raises:
-        ConfigError: another process is training there.
+        ConfigError: another process is there.
     """
     with (folder / file).open("a") as locked_file:
         try:
@@ -107,7 +112,7 @@ def occupied(folder: Path, file: str = LOG) -> Iterator[None]:
             fcntl.lockf(locked_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX leaves it open which of the two it is
             raise ConfigError(
-                f"name: another process is training in {folder}; wait for it, stop it, or choose another name"
+                f"name: another process {busy} {folder}; wait for it, stop it, or choose another name"
             ) from error
         except (ImportError, OSError):  # Windows, or a file system without locks: then nobody is kept out
             pass

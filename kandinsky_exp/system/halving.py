@@ -1,4 +1,4 @@
-"""Work in batches that become smaller where memory runs out."""
+"""Halve the batch size when memory runs out."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Host memory that this process may still ask for: what the machine has, and what its control groups leave of it."""
+"""Free host memory, as the machine and its control groups (cgroups) limit it."""
 
 import ctypes
 import sys
@@ -23,29 +23,19 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT = 64 << 20  # bytes of small blocks that are kept for the next step, free as they are
 
 
-def give_back_blocks(large: int) -> None:
-    """Have blocks of `large` bytes and more given back at once, where the C library is glibc; and now what is free.
+def give_back_blocks(large: int | None = None) -> None:
+    """Give back what is free, where the C library is glibc; and from now on blocks of `large` bytes and more at once.
+
+    Encoders of true size leave up to 0.7 GB between small blocks, the steps of a prior of 4 M in batches of 256 1 GB.
 
     Measured with `LEAN`: a prior with checkpointed blocks took 1.25 GB instead of 2.26.
     """
-    if (library := _glibc()) is not None:
-        library.mallopt(MMAP_THRESHOLD, large)
-        library.mallopt(TRIM_THRESHOLD, KEPT)
-    trim()
-
-
-def trim() -> None:
-    """Give back what is free between small blocks.
-
-    Encoders of true size leave up to 0.7 GB there, the steps of a prior of 4 M weights in batches of 256 up to 1 GB.
-    """
-    if (library := _glibc()) is not None:
-        library.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return library if hasattr(library, "mallopt") else None
+    if library is not None and hasattr(library, "mallopt"):
+        if large is not None:
+            library.mallopt(MMAP_THRESHOLD, large)
+            library.mallopt(TRIM_THRESHOLD, KEPT)
+        library.malloc_trim(0)
 
 
 def available() -> int:
@@ -70,8 +60,8 @@ def limits(root: Path = CGROUPS, own: Path = OWN) -> Iterator[int]:
         if controllers not in ("", "memory"):
             continue
         version, mount = (1, root / "memory") if controllers else (2, root)
-        place = Path(path.lstrip("/"))
-        for folder in (place, *place.parents):  # inside a container the path may be the outside's: then its root counts
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):  # inside a container the path may be the outside's: then its root counts
             left = _left(mount / folder, *FILES[version])
             if left is not None:
                 yield left

@@ -1,6 +1,7 @@
 """A grid of pictures, with a label under each and headings around them."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
@@ -8,8 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 MIN_SIDE = 160  # pixels: below, a caption under the picture would be a few letters wide
 MAX_SIDE = 512  # pixels: above, a grid of many would be too large to open
-FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # Pillow's own has no é and no Cyrillic
-FONT_SIZE = 12
+FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf"  # Pillow's own has no é and no Cyrillic
+FONT_SIZE = 11
+LETTER = 7  # pixels, the width of each
 LINE_HEIGHT = 16
 LINES = 3
 GAP = 8
@@ -46,10 +48,10 @@ def labelled_grid(
     cells = _scaled([_on_white(image) for image in images])
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     font = ImageFont.truetype(FONT, FONT_SIZE)
-    texts = [_wrapped(label, font, width) for label in labels]
+    texts = [_wrapped(label, width) for label in labels]
     lefts = [GAP + column * (width + GAP) + (MIN_SIDE + GAP if sides else 0) for column in range(columns + 1)]
     head_lefts = [GAP, *lefts] if sides else lefts
-    head_texts = [_wrapped(text, font, right - left - GAP)
+    head_texts = [_wrapped(text, right - left - GAP)
                   for text, left, right in zip(heads, head_lefts, head_lefts[1:], strict=False)]  # fmt: skip
     rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
     tops = [GAP + LINE_HEIGHT * max(map(len, head_texts), default=0)]
@@ -65,7 +67,7 @@ def labelled_grid(
     for lines, left in zip(head_texts, head_lefts, strict=False):
         write(lines, left, GAP // 2)
     for text, top in zip(sides, tops, strict=False):
-        write(_wrapped(text, font, MIN_SIDE, height // LINE_HEIGHT), GAP, top)
+        write(_wrapped(text, MIN_SIDE, height // LINE_HEIGHT), GAP, top)
     for top, row in zip(tops, rows, strict=False):
         for left, i in zip(lefts, row, strict=False):
             sheet.paste(cells[i], (left + (width - cells[i].width) // 2, top + (height - cells[i].height) // 2))
@@ -94,28 +96,6 @@ def _scaled(images: list[Image.Image]) -> list[Image.Image]:
     return [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(images, sizes, strict=True)]
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int = LINES) -> list[str]:
+def _wrapped(text: str, width: int, limit: int = LINES) -> list[str]:
     """`text` in at most `limit` lines of at most `width` pixels, with an ellipsis where it is cut."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-        else:
-            lines += _broken(word, font, width)
-    lines = [line for line in lines if line]
-    if len(lines) <= limit:
-        return lines
-    last = lines[limit - 1]
-    while last and font.getlength(last + "…") > width:
-        last = last[:-1]
-    return [*lines[: limit - 1], last.rstrip() + "…"]
-
-
-def _broken(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    pieces = [""]
-    for letter in word:
-        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
-            pieces.append("")
-        pieces[-1] += letter
-    return pieces
+    return textwrap.wrap(text, width // LETTER, max_lines=limit, placeholder="…")

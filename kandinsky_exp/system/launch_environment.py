@@ -1,4 +1,4 @@
-"""What the environment, and a launcher through it, could decide behind the configuration's back.
+"""Environment variables of Accelerate and of launchers: adopt, check or refuse what could override the config.
 
 Accelerate reads the environment when it is made, and parts of it whenever it likes. What can be given to it as an
 argument is (`accelerators`), and the config wins; all else is refused here, by the name of its variable. Of Accelerate

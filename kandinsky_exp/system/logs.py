@@ -1,4 +1,4 @@
-"""What a run says of itself, line by line: in its `train.log` and on the terminal."""
+"""Logging: to `train.log` and to the terminal."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""What may be shown of a text that can hold secrets: all of it but passwords, tokens and signed addresses.
+"""Remove passwords, tokens and signed addresses from texts that are shown or recorded.
 
 Everything that leaves the process goes through here: parameters, `config.yaml`, `train.log`, messages, tracebacks.
 """

@@ -1,4 +1,4 @@
-"""Signals: a wish to stop, noted while training and answered by an exit with a checkpoint."""
+"""Signal handlers: stop a run after a checkpoint."""
 
 import contextlib
 import logging
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 from kandinsky_exp.errors import Interrupted
@@ -96,15 +96,24 @@ def _is_notebook() -> bool:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Handle SIGINT and SIGTERM for the time of a run; outside the main thread (a notebook's, say) leave them alone."""
+def handling(
+    handle: Callable[[int, FrameType | None], object], numbers: Iterable[int] = (signal.SIGINT, signal.SIGTERM)
+) -> Iterator[None]:
+    """Answer signals by `handle` for a while; outside the main thread (a notebook's, say) they are left alone."""
     if threading.current_thread() is not threading.main_thread():
-        yield Stop(handled=False)
+        yield
         return
-    stop = Stop(handled=True)
-    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turn SIGINT and SIGTERM into the wish to stop for the time of a run."""
+    stop = Stop(handled=threading.current_thread() is threading.main_thread())
+    with handling(stop.handle):
+        yield stop

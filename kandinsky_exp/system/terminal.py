@@ -1,4 +1,4 @@
-"""The terminal may go while a run trains: a pipe is closed, a window, a disk is full. That ends no run."""
+"""Standard streams that survive a closed pipe, a closed window or a full disk: none of these ends a run."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""Text files of users: UTF-8, or UTF-16 or UTF-32 behind the byte order mark that editors put in front."""
+"""Text files of users: UTF-8, or UTF-16 and UTF-32 with a byte order mark."""
 
 import codecs
 from pathlib import Path

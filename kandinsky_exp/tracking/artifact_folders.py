@@ -1,4 +1,4 @@
-"""Where a store keeps artifacts on this machine, put right after an outputs folder was moved or copied.
+"""The local artifact folders of a store, put right after an outputs folder was moved or copied.
 
 MLflow writes absolute paths into its data base and has no call that changes them.
 """

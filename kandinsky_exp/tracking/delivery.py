@@ -1,4 +1,4 @@
-"""From an outbox to an MLflow run, behind the back of whoever records."""
+"""Delivery of an outbox to its MLflow run, in background threads."""
 
 import logging
 import time
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kandinsky_exp.errors import TrackingError
 from kandinsky_exp.tracking.mlflow_run import MlflowRun
 from kandinsky_exp.tracking.outbox import Outbox
-from kandinsky_exp.tracking.sender import INTERVAL, Sender
+from kandinsky_exp.tracking.sender import Sender
 from kandinsky_exp.tracking.store import connect, explained, impatient
 
 if TYPE_CHECKING:
@@ -20,13 +20,9 @@ DELIVER_PATIENCE = 600.0  # seconds
 
 
 class Delivery:
-    """Two threads, one a lane, that bring an outbox to the run.
+    """Two threads, one for each queue, that bring an outbox to the run."""
 
-    Args:
-        interval: seconds in which metrics gather.
-    """
-
-    def __init__(self, client: "MlflowClient", run_id: str, outbox: Outbox, interval: float = INTERVAL) -> None:
+    def __init__(self, client: "MlflowClient", run_id: str, outbox: Outbox) -> None:
         self.outbox = outbox
         run = MlflowRun(client, run_id)
         records, artifacts = outbox.records, outbox.artifacts
@@ -38,9 +34,7 @@ class Delivery:
                 outbox.remove_status()
             outbox.tidy()
 
-        self.records = Sender(
-            "metrics", records, run.send, lambda *refused: outbox.refuse(records, *refused), end, interval
-        )
+        self.records = Sender("metrics", records, run.send, lambda *refused: outbox.refuse(records, *refused), end)
         self.artifacts = Sender(
             "images and files",
             artifacts,
@@ -59,10 +53,10 @@ class Delivery:
         return self.records.refusals + self.artifacts.refusals
 
     def flush(self, timeout: float) -> bool:
-        """Wait until nothing waits, a try of each lane is over, or `timeout` seconds are; True if nothing waits."""
+        """Wait until nothing waits, a try of each queue is over, or `timeout` seconds are; True if nothing waits."""
         end = time.monotonic() + timeout
-        tries = [(courier, courier.hurry()) for courier in (self.records, self.artifacts)]
-        over = [tried.wait(max(0.0, end - time.monotonic())) for _, tried in tries]
+        tries = [sender.hurry() for sender in (self.records, self.artifacts)]
+        over = [tried.wait(max(0.0, end - time.monotonic())) for tried in tries]
         return all(over) and not self.is_failing
 
     def close(self) -> None:
@@ -93,10 +87,8 @@ def settle(delivery: Delivery, patience: float, is_kept: bool = True) -> None:
         log.warning("MLflow: %d records were refused; they are in %s", delivery.refusals, outbox.folder)
 
 
-def deliver_left(
-    uri: str, outbox: Path, run_id: str, status: str = "FINISHED", timeout: float = DELIVER_PATIENCE
-) -> bool:
-    """Deliver what waits for a run that has ended, and give it its status where its process was killed before.
+def deliver_left(uri: str, outbox: Path, run_id: str) -> bool:
+    """Deliver what waits for a run that has finished, and say so where its process was killed before it could.
 
     Returns:
         Whether nothing waits any more. A problem is a warning.
@@ -112,7 +104,7 @@ def deliver_left(
         box = Outbox(outbox)
         box.open()
         if is_running and box.status() is None:
-            box.set_status({"status": status, "time": time.time_ns() // 1_000_000})
+            box.set_status({"status": "FINISHED", "time": time.time_ns() // 1_000_000})
         delivery = Delivery(client, run_id, box)
-        settle(delivery, timeout)
+        settle(delivery, DELIVER_PATIENCE)
         return box.waiting() == 0

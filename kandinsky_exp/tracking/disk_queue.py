@@ -1,4 +1,4 @@
-"""Records that wait on disk, in the order in which they came, and the files that belong to them.
+"""A durable FIFO queue of JSON records and their files.
 
 A record's line is written, by one call, before it is sent, and the file it is in goes once all of it is delivered. So a
 process that is killed at any moment loses nothing that was handed over, and may deliver the last file a second time:

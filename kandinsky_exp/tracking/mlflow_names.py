@@ -1,4 +1,4 @@
-"""What MLflow accepts as names and values, and what of a value may be shown."""
+"""Names and values as MLflow accepts them, without secrets."""
 
 import getpass
 import hashlib

@@ -1,4 +1,4 @@
-"""A run in an MLflow store: how it is found or made, and how records go there. What is sent twice is there once."""
+"""A run in an MLflow store: find or create it, and send records to it. What is sent twice is there once."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from kandinsky_exp.tracking.mlflow_names import (
 )
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.sender import Refused
-from kandinsky_exp.tracking.store import check_active, find_experiment, restoring
+from kandinsky_exp.tracking.store import check_active, find_experiment, restore_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,7 +85,7 @@ def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str
     if found.info.lifecycle_stage != "active":
         raise TrackingError(
             f"tracker.uri: the run {run_id} was deleted in this store; give a new name, or bring it back: "
-            f"{restoring(client.tracking_uri, f'runs restore --run-id {run_id}')}"
+            f"{restore_command(client.tracking_uri, f'runs restore --run-id {run_id}')}"
         )
     artifact_folders.correct_run(client, run_id, artifacts)
     client.update_run(run_id, status="RUNNING")

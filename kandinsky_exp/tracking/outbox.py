@@ -1,4 +1,4 @@
-"""What is to be recorded and is not delivered yet, on disk: it outlives the process, and a store that is away.
+"""The outbox of a run: what MLflow has not taken yet, on disk. It outlives the process, and a store that is away.
 
     <run>/outbox/
       records/00000001.jsonl      metrics, parameters, tags and data sets, a JSON object a line
@@ -21,7 +21,7 @@ from kandinsky_exp.tracking.mlflow_names import reason
 
 
 class Outbox:
-    """Two lanes, so that an artifact store that refuses holds up no metrics; and the status.
+    """Two queues, so that an artifact store that refuses holds up no metrics; and the status.
 
     Args:
         folder: of one MLflow run, and of one process at a time.
@@ -56,15 +56,15 @@ class Outbox:
         self._status = None
         (self.folder / "status.json").unlink(missing_ok=True)
 
-    def refuse(self, lane: DiskQueue, record: Record, error: BaseException) -> None:
+    def refuse(self, queue: DiskQueue, record: Record, error: BaseException) -> None:
         """Put a record aside that the store will never take."""
         line = json.dumps({"reason": reason(error), "record": record}, ensure_ascii=False).encode() + b"\n"
         with self._lock:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if "files" in record and lane.files(record).exists():
+            if "files" in record and queue.files(record).exists():
                 aside = self.folder / "refused" / str(record["files"])
                 aside.parent.mkdir(exist_ok=True)
-                lane.files(record).rename(aside)
+                queue.files(record).rename(aside)
             with (self.folder / "refused.jsonl").open("ab", buffering=0) as file:
                 file.write(line)
 

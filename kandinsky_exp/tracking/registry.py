@@ -1,4 +1,4 @@
-"""MLflow's registry of models: a version that points to a result where it lies, without a copy of it."""
+"""MLflow's model registry: register a result where it lies, without a copy."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,9 @@ def register(uri: str, name: str, result: Path, run_id: str) -> None:
     except Exception as error:  # whatever a store throws, the result stands
         logger.warning(
             "tracker.register: %s is no version of '%s' (%s); a server takes only what lies in its own artifacts",
-            *(result, name, reason(error)),
+            result,
+            name,
+            reason(error),
         )
 
 

@@ -1,4 +1,4 @@
-"""A background thread that brings what waits to a slow store, so that a training step never waits for it."""
+"""A background thread that sends a queue to a slow store, so that a training step never waits for it."""
 
 import logging
 import queue
@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 from kandinsky_exp.tracking.disk_queue import DiskQueue, Record, Segment
 from kandinsky_exp.tracking.mlflow_names import reason
@@ -24,9 +23,9 @@ class Refused(Exception):
 
 
 class Sender:
-    """Delivers one lane, oldest first; a record is forgotten once it is delivered, or refused.
+    """Delivers a queue, oldest first; a record is forgotten once it is delivered, or refused.
 
-    While the store is away everything waits in the lane, however long, and is tried again after growing pauses. A
+    While the store is away everything waits in the queue, however long, and is tried again after growing pauses. A
     problem is a warning, never an exception.
 
     Args:
@@ -42,14 +41,14 @@ class Sender:
     def __init__(
         self,
         what: str,
-        lane: DiskQueue,
+        records: DiskQueue,
         send: Callable[[list[Record]], None],
         refuse: Callable[[Record, Exception], None],
         last: Callable[[], None] = lambda: None,
         interval: float = INTERVAL,
         pause: float = PAUSE,
     ) -> None:
-        self._what, self._lane, self._send, self._refuse, self._last = what, lane, send, refuse, last
+        self._what, self._records, self._send, self._refuse, self._last = what, records, send, refuse, last
         self._interval, self._pause = interval, pause
         self._segment: Segment | None = None
         self._rest: deque[Record] = deque()  # of the segment
@@ -58,7 +57,7 @@ class Sender:
         self.refusals = 0
         # Its `put` may be called amid another `put`, by a signal's handler: a condition's `notify` may not.
         self._news: queue.SimpleQueue[int | threading.Event] = queue.SimpleQueue()
-        if lane.paths():
+        if records.paths():
             self._news.put(BATCH)
         self._thread = threading.Thread(target=self._run, name=f"tracking {what}", daemon=True)
         self._thread.start()
@@ -72,10 +71,6 @@ class Sender:
         over = threading.Event()
         self._news.put(over)
         return over
-
-    def flush(self, timeout: float) -> bool:
-        """Wait until all that was appended is delivered, a try fails, or the time is over; True if it is delivered."""
-        return self.hurry().wait(timeout) and not self.failures
 
     def close(self) -> None:
         """End the thread after the request it is in."""
@@ -114,7 +109,7 @@ class Sender:
 
     def _deliver(self) -> None:
         """All that waits by now; what comes meanwhile has time to gather."""
-        newest = self._lane.newest()
+        newest = self._records.newest()
         while not self._closed and self._advance(newest):
             pass
         if not self._closed:
@@ -123,7 +118,7 @@ class Sender:
     def _advance(self, newest: int) -> bool:
         """One request's worth; False where nothing is left."""
         if self._segment is None:
-            self._segment = self._lane.first(newest)
+            self._segment = self._records.first(newest)
             if self._segment is None:
                 return False
             self._rest = deque(self._segment.records)
@@ -133,7 +128,7 @@ class Sender:
             for _ in batch:
                 self._rest.popleft()
         if not self._rest:
-            self._lane.remove(self._segment)
+            self._records.remove(self._segment)
             self._segment = None
         return True
 
@@ -147,7 +142,7 @@ class Sender:
                 return
             self._refuse(batch[0], error)
             if not self.refusals:
-                log.warning("MLflow: %s was not recorded (%s)", described(batch[0]), reason(error))
+                log.warning("MLflow: %s was not recorded (%s)", name_of(batch[0]), reason(error))
             self.refusals += 1
 
     def _failed(self, error: Exception) -> None:
@@ -156,7 +151,7 @@ class Sender:
                 "MLflow: %s cannot be written for now (%s); they wait in %s, and training goes on",
                 self._what,
                 reason(error),
-                self._where(),
+                self._records.folder.parent,
             )
         self.failures += 1
 
@@ -164,9 +159,6 @@ class Sender:
         if self.failures and not self._closed:
             log.warning("MLflow: the store is back; %s are written again", self._what)
             self.failures = 0
-
-    def _where(self) -> Path:
-        return self._lane.folder.parent
 
 
 def first_batch(records: "deque[Record]") -> list[Record]:
@@ -183,7 +175,7 @@ def first_batch(records: "deque[Record]") -> list[Record]:
     return batch
 
 
-def described(record: Record) -> str:
+def name_of(record: Record) -> str:
     """What a user calls a record."""
     if record.get("kind") == "metrics":
         return f"metrics of step {record['step']}"

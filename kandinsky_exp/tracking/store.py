@@ -109,7 +109,7 @@ def impatient() -> Iterator[None]:
     """Let MLflow's client try a request once, and for half a minute, where the user has not said otherwise.
 
     By itself it goes on for minutes, and a `create_run` whose answer is lost it sends again, which makes a second run.
-    What we send is tried again by `writer`. These are settings of the process, and undone when nobody needs them.
+    What we send is tried again by `sender`. These are settings of the process, and undone when nobody needs them.
     """
     with _lock:
         for name in IMPATIENT.keys() - os.environ.keys() if not _impatient else ():
@@ -149,14 +149,14 @@ def check_active(client: "MlflowClient", experiment: "Experiment") -> None:
         TrackingError: with what brings it back.
     """
     if experiment.lifecycle_stage != "active":
-        command = restoring(client.tracking_uri, f"experiments restore --experiment-id {experiment.experiment_id}")
+        words = f"experiments restore --experiment-id {experiment.experiment_id}"
         raise TrackingError(
             f"tracker.experiment: '{experiment.name}' was deleted in this store; choose another name, or bring it back "
-            f"with its runs: {command}"
+            f"with its runs: {restore_command(client.tracking_uri, words)}"
         )
 
 
-def restoring(uri: str, words: str) -> str:
+def restore_command(uri: str, words: str) -> str:
     """The command of MLflow that acts on this store, as a shell takes it; a password in the address is not shown."""
     shown = uri if masked(uri) == uri else "<tracker.uri>"
     return f"MLFLOW_TRACKING_URI={shlex.quote(shown)} mlflow {words}"

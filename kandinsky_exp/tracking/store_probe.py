@@ -1,14 +1,14 @@
-"""Whether an MLflow store answers, and whether the installed MLflow can use it, asked within seconds."""
+"""Ask an MLflow store, within seconds, whether it answers and fits the installed MLflow."""
 
 import contextlib
 import socket
 import tempfile
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 from kandinsky_exp.errors import TrackingError
 from kandinsky_exp.system.redaction import masked
+from kandinsky_exp.system.threads import within
 from kandinsky_exp.tracking import store_schema
 from kandinsky_exp.tracking.store import explained, kind_of, sqlite_path
 
@@ -47,28 +47,19 @@ def probe(uri: str, timeout: float = 5.0) -> bool:
 
 
 def _within(timeout: float, uri: str, check: Callable[[], Result]) -> Result:
-    """What `check` gives, in no longer than `timeout`: name look-ups and network file systems know no time-outs."""
-    problems: list[Exception] = []
-    results: list[Result] = []
+    """What `check` gives, in no longer than `timeout`."""
 
-    def run() -> None:
-        try:
-            with explained(uri):
-                results.append(check())
-        except Exception as error:
-            problems.append(error)
+    def run() -> Result:
+        with explained(uri):
+            return check()
 
-    thread = threading.Thread(target=run, name="probe", daemon=True)
-    thread.start()
-    thread.join(timeout + 0.5)
-    if thread.is_alive():
+    try:
+        return within(timeout + 0.5, run, "probe")
+    except TimeoutError as error:
         raise TrackingError(
             f"tracker.uri: {masked(uri)} did not answer within {timeout:g} s. Correct tracker.uri, start the server, "
             "or set tracker=none."
-        )
-    if problems:
-        raise problems[0]
-    return results[0]
+        ) from error
 
 
 def _probe_sqlite(uri: str, timeout: float) -> str | None:

@@ -1,4 +1,4 @@
-"""The schema of a store's data base: which MLflow made it, and that processes on several machines make it once."""
+"""The schema of a store's database: whether the installed MLflow fits it, and a lock under which it is made once."""
 
 import contextlib
 import re
@@ -14,12 +14,12 @@ STRANGE = re.compile(r"schema \(found version (\w+)|Can't locate revision identi
 REVISION = "SELECT version_num FROM alembic_version"
 
 
-def problem(revision: str | None, shown: str) -> str | None:
+def problem(revision: str | None, address: str) -> str | None:
     """What keeps the installed MLflow from using a store of this Alembic revision, and what to do; None if nothing.
 
     Args:
         revision: None = there is no schema yet.
-        shown: the store's address, without a password.
+        address: the store's address, without a password.
     """
     import mlflow
     from alembic.script import ScriptDirectory
@@ -30,7 +30,7 @@ def problem(revision: str | None, shown: str) -> str | None:
     if revision in {known.revision for known in script.walk_revisions()}:
         return (
             f"was made by an older MLflow than the installed {mlflow.__version__}; back it up and run `mlflow db "
-            f"upgrade {shlex.quote(shown)}`, or name a new store"
+            f"upgrade {shlex.quote(address)}`, or name a new store"
         )
     return (
         f"was made by a newer MLflow than the installed {mlflow.__version__} (its schema {revision} is unknown here); "
@@ -38,10 +38,10 @@ def problem(revision: str | None, shown: str) -> str | None:
     )
 
 
-def problem_of(error: Exception, shown: str) -> str | None:
+def problem_of(error: Exception, address: str) -> str | None:
     """`problem` of the store that MLflow refused with this error; None where it is about something else."""
     found = STRANGE.search(str(error))
-    return problem(found[1] or found[2], shown) if found else None
+    return problem(found[1] or found[2], address) if found else None
 
 
 def read_revision(engine: Any) -> str | None:

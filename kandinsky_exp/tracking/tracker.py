@@ -1,4 +1,4 @@
-"""Where a run is recorded: parameters, metrics, images and artifacts in an MLflow store, or nowhere.
+"""Trackers: record parameters, metrics, images and artifacts of a run in MLflow, or nowhere.
 
 Once a run exists, recording never ends the training: a write that fails is a warning, and what could not be written
 waits in the run's folder. Whether the store answers is asked before: by `probe`, and by `MlflowTracker.open`.
@@ -22,7 +22,7 @@ from kandinsky_exp.tracking.delivery import Delivery, settle
 from kandinsky_exp.tracking.disk_queue import Record
 from kandinsky_exp.tracking.mlflow_names import legal_name, param_text, reason, run_tags, tag_texts
 from kandinsky_exp.tracking.outbox import Outbox
-from kandinsky_exp.tracking.sender import described
+from kandinsky_exp.tracking.sender import name_of
 from kandinsky_exp.tracking.store import artifact_location, connect, explained, impatient
 
 if TYPE_CHECKING:
@@ -96,14 +96,6 @@ class MlflowTracker:
     It works on `MlflowClient` alone: no active run, no environment variable (an exported MLFLOW_RUN_ID, say) and no run
     that something else left open has a part in it. All that is recorded goes to the outbox first, and from there to
     the store; what an earlier process left in the outbox goes before it.
-
-    Args:
-        uri: of the store, absolute.
-        delivery: from the outbox to the run.
-        logged: (key, step) of the metrics that are there already, and not recorded again.
-        redone_from: what is there of this step and later ones is not recorded again; None: all is recorded.
-        is_kept: the outbox outlives the process.
-        held: closed when the run is finished.
     """
 
     def __init__(
@@ -151,7 +143,7 @@ class MlflowTracker:
             token: becomes a tag of a new run. Where there is a run with it already, that one is gone on with: its
                 process was killed before it could remember the id.
             tags: set at once. `parent_run_id`: of a sweep's job.
-            redone_from: as of the class.
+            redone_from: what is there of this step and later ones is not recorded again; None: all is recorded.
 
         Raises:
             TrackingError: the store cannot be used, or has no run `run_id`.
@@ -255,7 +247,7 @@ class MlflowTracker:
 
     def _is_late(self, record: Record) -> bool:
         if self._finished:
-            log.warning("MLflow: %s came after the end of the run and was not recorded", described(record))
+            log.warning("MLflow: %s came after the end of the run and was not recorded", name_of(record))
         return self._finished
 
     def _log_prompt(self, key: str, step: int, prompt: str | None) -> None:

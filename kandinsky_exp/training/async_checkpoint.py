@@ -1,14 +1,14 @@
-"""Checkpoints written behind: training waits for the copy to host memory, and a thread does the rest."""
+"""Asynchronous checkpoints: copy to host memory, write in a thread."""
 
 import contextlib
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 
 from kandinsky_exp.errors import CheckpointFailure, NonFiniteLoss, RunFailure
-from kandinsky_exp.system import distributed, host_memory
+from kandinsky_exp.system import distributed, host_memory, threads
 from kandinsky_exp.training import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,7 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, keep: int, behind: bool, recorded: Callable[[Path, int], None]) -> None:
         self.root, self.keep, self.behind, self.recorded = root, keep, behind, recorded
-        self._thread: threading.Thread | None = None
-        self._failure: RunFailure | None = None
+        self._writing: futures.Future[None] | None = None
 
     def save(self, snapshot: checkpoint.Snapshot) -> None:
         """Copy a snapshot and begin to write it, once the one before is written.
@@ -41,11 +40,8 @@ class CheckpointWriter:
         copy = self._copy(snapshot) if self.behind else None
         if copy is None:
             self._write(snapshot)
-            self.wait()
-            return
-        # A daemon: a second signal ends the process at once, and what is half-written then was never there.
-        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint", daemon=True)
-        self._thread.start()
+        else:  # a second signal ends the process at once, and what is half-written then was never there
+            self._writing = threads.started(lambda: self._write(copy), "checkpoint")
 
     def wait(self) -> None:
         """Until nothing is being written.
@@ -53,12 +49,10 @@ class CheckpointWriter:
         Raises:
             CheckpointFailure: the last checkpoint could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        if self._writing is not None:
+            futures.wait([self._writing])  # a signal may interrupt it: then the next one waits
+            writing, self._writing = self._writing, None
+            writing.result()
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
@@ -101,14 +95,13 @@ class CheckpointWriter:
             folder = snapshot.write(self.root)
             checkpoint.prune(self.root, self.keep)
             self.recorded(folder, snapshot.step)
-        except RunFailure as failure:
-            self._failure = failure
-        except Exception as error:  # whatever it is, it is raised where the run can stop
-            self._failure = CheckpointFailure(
+        except RunFailure:
+            raise
+        except Exception as error:
+            raise CheckpointFailure(
                 f"the checkpoint of step {snapshot.step} could not be written to {self.root} ({error})"
                 f"{self._room(snapshot)}; the one before is whole: make room, and run the same command again"
-            )
-            self._failure.__cause__ = error
+            ) from error
 
     def _room(self, snapshot: checkpoint.Snapshot) -> str:
         """What it needs and what there is, where the disk can say so."""

@@ -1,57 +1,44 @@
-"""What happens between the steps of a run: validation and checkpoints, and what is owed of them when it goes on."""
+"""What happens between the steps of a run: validation, pruning and checkpoints."""
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from omegaconf import DictConfig
-
-from kandinsky_exp import run_settings
 from kandinsky_exp.errors import Pruned
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.system import distributed, host_memory
-from kandinsky_exp.tracking.tracker import Tracker
 from kandinsky_exp.training import checkpoint, loop
 from kandinsky_exp.training.async_checkpoint import CheckpointWriter
-from kandinsky_exp.training.feature_loader import FeatureReader
 from kandinsky_exp.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
 
 class Callbacks:
-    """What happens between steps: validation, checkpoints."""
+    """Validation and checkpoints at the steps that the loop calls them.
+
+    Args:
+        keep: how many checkpoints stay, besides the best one.
+        behind: write them in a thread while training goes on.
+        judge: whether to give the run up, by a step and its validation loss.
+    """
 
     def __init__(
         self,
-        cfg: DictConfig,
-        accelerator: Accelerator,
         space: run_folder.RunFolder,
-        training: loop.Training,
-        tracker: Tracker,
-        reader: FeatureReader | None,
+        validator: Validator,
+        settings: loop.LoopSettings,
+        *,
+        keep: int,
+        behind: bool,
         judge: Callable[[int, float], bool] | None = None,
     ) -> None:
-        self.accelerator, self.space, self.training, self.tracker = accelerator, space, training, tracker
-        self.writer = CheckpointWriter(space.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.behind, self.recorded)
+        self.space, self.validator, self.settings, self.judge = space, validator, settings, judge
+        self.training, self.accelerator, self.tracker = validator.training, validator.accelerator, validator.tracker
+        self.writer = CheckpointWriter(space.checkpoints, keep, behind, self.recorded)
         self.settled = self.writer.settled
-        self.judge = judge
         self.validated: int | None = None  # the last step that was
-        self.validate_every = cfg.validation.every
-        self.total_batch = run_settings.total_batch(cfg, accelerator.num_processes)
-        self.validator = Validator(
-            training,
-            accelerator,
-            tracker,
-            space.folder / "samples",
-            reader,
-            run_settings.prompts(cfg.validation.prompts),
-            run_settings.sample_settings(cfg),
-            draws=cfg.validation.draws,
-            reconstructions=cfg.validation.reconstructions,
-        )
 
     def restored(self, state: dict[str, Any]) -> None:
         """Know what was measured at the checkpoint that is gone on from; that of another run counts for nothing."""
@@ -59,10 +46,10 @@ class Callbacks:
             self.validated = self.training.step
             self.validator.loss = state["validation_loss"]
 
-    def owes_validation(self, step: int, steps: int) -> bool:
+    def owes_validation(self, step: int) -> bool:
         """Before the first step of a start: at the very beginning, and where a stop came before a validation."""
-        begins = self.space.is_fork or step == 0
-        return self.validated != step and (begins or loop.due(step, self.validate_every, step >= steps))
+        last = step >= self.settings.max_steps
+        return self.validated != step and (self.space.is_fork or loop.due(step, self.settings.validate_every, last))
 
     def validate(self, step: int) -> None:
         """Measure and draw.
@@ -70,7 +57,7 @@ class Callbacks:
         Raises:
             Pruned: a sweeper gives the run up.
         """
-        host_memory.trim()  # what the steps left is room for what draws
+        host_memory.give_back_blocks()  # what the steps left is room for what draws
         self.validator(step)
         self.validated = step
         loss, best = self.validator.loss, self.space.record.best_loss
@@ -89,16 +76,15 @@ class Callbacks:
         distributed.on_main_process(lambda: self._save(self.validated == step))
 
     def _save(self, validated: bool) -> None:
-        host_memory.trim()  # of what the steps left, for the copy
+        host_memory.give_back_blocks()  # of what the steps left, for the copy
         self.tracker.sync()  # no checkpoint is there whose records could still be lost
         self.writer.save(
             checkpoint.snapshot(
                 self.training,
-                self.training.stage.part,
                 self.accelerator,
                 validated=validated,
                 validation_loss=self.validator.loss if validated else None,
-                total_batch=self.total_batch,
+                total_batch=self.settings.total_batch,
             )
         )
 

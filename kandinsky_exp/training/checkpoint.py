@@ -70,7 +70,6 @@ class Snapshot:
 
 def snapshot(
     training: Training,
-    part: str,
     accelerator: Accelerator,
     *,
     validated: bool,
@@ -80,7 +79,6 @@ def snapshot(
     """The state at this step, not copied yet.
 
     Args:
-        part: name of the network's subfolder, `prior` or `unet`.
         validated: whether this very step was validated, with or without a loss.
         validation_loss: the fixed-noise loss at this very step, None where it was not measured.
         total_batch: samples per optimizer step, over all processes.
@@ -88,7 +86,7 @@ def snapshot(
     Raises:
         RunFailure: its tensors would not have the names of the bare network.
     """
-    network = accelerator.unwrap_model(training.network)
+    network, part = accelerator.unwrap_model(training.network), training.stage.part
     networks = {part: training.stage.snapshot(network, {})}
     if network is not training.stage.network:  # something that nobody unwraps is around it
         bare = training.stage.snapshot(training.stage.network, {})
@@ -129,7 +127,7 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def load(training: Training, folder: Path, part: str, accelerator: Accelerator) -> dict[str, Any]:
+def load(training: Training, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
     """Put a checkpoint back into `training`, exactly.
 
     Returns:
@@ -139,6 +137,7 @@ def load(training: Training, folder: Path, part: str, accelerator: Accelerator) 
         CheckpointError: it does not fit this run's network, optimizer or EMA setting.
     """
     state = read_state(folder)
+    part = training.stage.part
     if not (folder / part).is_dir():
         raise CheckpointError(f"checkpoint.resume: {folder} has no '{part}': it belongs to another stage; set model=…")
     used, chosen = state.get("optimizer"), type(ema.bare(training.optimizer)).__name__

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kandinsky_exp.data import long_prompts
+from kandinsky_exp.data import long_texts
 from kandinsky_exp.data.dreambooth import MADE, ClassImages, drawn_name
 from kandinsky_exp.data.encoded.progress import EVERY_SECONDS
 from kandinsky_exp.errors import ConfigError, DataError, cause_of, memory_told
@@ -181,7 +181,7 @@ def draw(
 ) -> None:
     """Pictures of these numbers into a folder, each complete or not there at all."""
     logger.info("drawing %d class images into %s (%s)", len(numbers), folder, prompt)
-    for note in long_prompts.notes(weights.load("tokenizer"), [("data.class_prompt", prompt)]):
+    for note in long_texts.prompt_notes(weights.load("tokenizer"), [("data.class_prompt", prompt)]):
         logger.warning(note)
     with weights.lent(("image_encoder",), device):
         null = pipelines.zero_embed(weights.load("image_encoder"))

@@ -1,8 +1,8 @@
-"""What a run is judged by: an average of the weights that train, where it keeps one.
+"""EMA and schedule-free averages of the trained weights.
 
-There are two kinds. An EMA (`trainer.ema_decay`) follows beside the weights. A schedule-free optimizer trains weights y
-and can tell from its own state the average x that it is about (Defazio et al. 2024, "The Road Less Scheduled",
-arXiv:2405.15682, equations 3 to 5). Its way from y to x and back rounds, so y is kept aside and put back exactly.
+Validation and the result use the average where there is one. An EMA (`trainer.ema_decay`) is kept beside the weights. A
+schedule-free optimizer trains weights y and computes the average x from its own state (Defazio et al. 2024, "The Road
+Less Scheduled", arXiv:2405.15682, equations 3 to 5). From y to x and back rounds, so y is copied and put back exactly.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from kandinsky_exp.errors import is_out_of_memory
 
 
 class Trained(Protocol):
-    """What trains, and what averages it: `loop.Training`."""
+    """What `loop.Training` has of it."""
 
     optimizer: Any
     ema: EMAModel | None
@@ -62,21 +62,21 @@ def averaged_weights(training: Trained) -> Iterator[None]:
 
 def _trade_places(ema: EMAModel, parameters: list[nn.Parameter]) -> None:
     """`ema.store` and `ema.copy_to`, or `ema.restore`, without a copy: it makes two of all weights in host memory."""
-    for place, parameter in enumerate(parameters):
-        average = ema.shadow_params[place]
-        ema.shadow_params[place], parameter.data = parameter.data, average
+    for index, parameter in enumerate(parameters):
+        average = ema.shadow_params[index]
+        ema.shadow_params[index], parameter.data = parameter.data, average
 
 
 @contextmanager
 def _its_average(optimizer: Any, trainable: list[nn.Parameter]) -> Iterator[None]:
-    kept = _copies(trainable)
+    copies = _copies(trainable)
     try:
         optimizer.eval()  # may run out of memory half-way
         yield
     finally:
         optimizer.train()
         with torch.no_grad():
-            torch._foreach_copy_([*trainable], kept)
+            torch._foreach_copy_([*trainable], copies)
 
 
 def _copies(trainable: list[nn.Parameter]) -> list[Tensor]:

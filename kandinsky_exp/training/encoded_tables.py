@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kandinsky_exp.data.encoded.encode import cache_key, encode_table
+from kandinsky_exp.data.encoded.cache import cache_key, encode_table
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.examples import Source

@@ -20,13 +20,12 @@ from kandinsky_exp.data.encoded.workers import from_workers, leave_signals
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.data.formats.metadata import first_few
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
 from kandinsky_exp.data.splits import Splits, together
-from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.data.tally import Tally, first_few
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.null_condition import null_condition
@@ -69,8 +68,8 @@ class FeatureReader:
     Args:
         dataset: by visit (index, epoch).
         encode: the stage, where rows are pixels and token ids still.
-        fingerprint: follows the content of exactly these rows, and of those of `kept`.
-        kept: rows of which each batch shows as many beside these, their loss times `kept_weight`.
+        fingerprint: follows the content of exactly these rows, and of those of `class_images`.
+        class_images: rows of which each batch shows as many beside these, their loss times `class_weight`.
     """
 
     dataset: CachedFeatures | OnlineExamples
@@ -79,8 +78,8 @@ class FeatureReader:
     settings: ReadSettings
     device: torch.device
     encode: DiffusionStage | None
-    kept: "FeatureReader | None" = None
-    kept_weight: float = 1.0
+    class_images: "FeatureReader | None" = None
+    class_weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -90,7 +89,9 @@ class FeatureReader:
         return self._visited().id(index)
 
     def _visited(self) -> CachedFeatures | OnlineExamples | Paired:
-        return self.dataset if self.kept is None else Paired(self.dataset, self.kept.dataset, self.kept_weight)
+        if self.class_images is None:
+            return self.dataset
+        return Paired(self.dataset, self.class_images.dataset, self.class_weight)
 
     def rows(self, indices: list[int]) -> Features:
         """These rows, as validation sees them; they have to be of one shape."""
@@ -128,9 +129,9 @@ class FeatureReader:
         }
         own = StreamBatchSampler(len(self), self.settings.seed, **shape, groups=self._groups())
         sampler: Batches = own
-        if self.kept is not None:
+        if self.class_images is not None:
             seed = derive_seed("class images", self.settings.seed)
-            sampler = PairedBatchSampler(own, StreamBatchSampler(len(self.kept), seed, **shape))
+            sampler = PairedBatchSampler(own, StreamBatchSampler(len(self.class_images), seed, **shape))
         # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it
         # would take the step's cores from it: two teams of threads there are slower than one after the other.
         with_step = self.device.type == "cpu"
@@ -189,15 +190,15 @@ def open_readers(
     Raises:
         DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
     """
-    encoders = distributed.on_main_process(lambda: stage.weights.fingerprint(stage.encoders))
+    encoders = distributed.on_main_process(lambda: stage.encoding_fingerprint())
     null = distributed.on_main_process(lambda: null_condition(stage, settings.cache, encoders, accelerator.device))
     stage.use_null_condition(null)
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
-    if splits.kept is not None:
-        kept = opener.open(splits.kept.source())
+    if splits.class_images is not None:
+        kept = opener.open(splits.class_images.source())
         content = together(train.fingerprint, kept.fingerprint)
-        train = replace(train, kept=kept, kept_weight=splits.kept.weight, fingerprint=content)
+        train = replace(train, class_images=kept, class_weight=splits.class_images.weight, fingerprint=content)
     about = (train.fingerprint, opener.notes, opener.skipped, opener.cut)
     if splits.validation is not None:
         held_out = opener.open(splits.validation)

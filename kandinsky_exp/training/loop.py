@@ -5,7 +5,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
+from tqdm import tqdm
 
 from kandinsky_exp.errors import Interrupted, NonFiniteLoss, RunFailure, UserError
 from kandinsky_exp.stages.base import DiffusionStage, Features
-from kandinsky_exp.system.agreement import Agreement
+from kandinsky_exp.system.distributed import Agreement
+from kandinsky_exp.system.signals import Stop
 from kandinsky_exp.tracking.tracker import Tracker
-from kandinsky_exp.training.display import progress_bar, report
 from kandinsky_exp.training.ema import update
 from kandinsky_exp.training.metrics import Meter, StepResult
 from kandinsky_exp.training.seeding import NoiseSource
@@ -91,21 +92,9 @@ class Callbacks(Protocol):
         """On the way out, wait for what these began in the background, and raise what went wrong with it."""
 
 
-class Stop(Protocol):
-    """A wish to stop that a signal handler notes down; read between steps."""
-
-    signal_number: int | None
-
-    def deferred(self) -> AbstractContextManager[None]:
-        """While it is open, a first signal only sets `signal_number`."""
-
-    def at_once(self) -> AbstractContextManager[None]:
-        """While it is open inside `deferred`, a first signal raises Interrupted all the same."""
-
-
 def train(
     training: Training,
-    batches: Iterator[Features],
+    batches: Generator[Features],
     noise: NoiseSource,
     *,
     accelerator: Accelerator,
@@ -128,49 +117,32 @@ def train(
     meter = Meter(accelerator, settings.total_batch, training.stage.num_timesteps, identify)
     meter.restore(training.unread)
     training.network.train()
+    saver = Saver(training, meter, events, training.step)
+    save_alone = saver.save_whole_step if accelerator.num_processes == 1 else None  # other processes would not know
     agreement = Agreement(stop, accelerator.num_processes)
-    saved = training.step
-
-    def save() -> None:
-        nonlocal saved
-        meter.check(training.step, training.rate())
-        training.unread = meter.state()
-        events.checkpoint(training.step)
-        saved = training.step
-
-    def keep() -> None:
-        if training.is_whole and saved != training.step:
-            save()
-            events.wait()  # a launcher ends all processes as soon as one is gone
-
-    with (
-        progress_bar(training.step, settings.max_steps, settings.progress) as bar,
-        stop.deferred(),
-        events.settled(),
-        closed(batches),
-        failing(training),
-    ):
+    bar = progress_bar(training.step, settings)
+    with bar, stop.deferred(), events.settled(), closing(batches), failing(training):
         while training.step < settings.max_steps:
-            with kept(keep if accelerator.num_processes == 1 else None):  # the others of several would not know
+            with saved_on_failure(save_alone):
                 meter.add(optimizer_step(training, batches, noise, accelerator, settings))
             training.step += 1
             step, last = training.step, training.step == settings.max_steps
             bar.update()
-            validate, saves = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
+            validates, saves = due(step, settings.validate_every, last), due(step, settings.checkpoint_every, last)
             logs = due(step, settings.log_every, last)
-            if logs or validate or saves:
+            if logs or validates or saves:
                 agreement.now()  # reading would wait for the device, for ever where a process is gone
             if logs:
                 report(meter.read(step, training.rate()), step, settings.max_steps, tracker, bar)
-            elif validate or saves:
+            elif validates or saves:
                 meter.check(step, training.rate())
-            stopping = agreement.now() if logs or validate or saves else agreement.ahead()
+            stopping = agreement.now() if logs or validates or saves else agreement.ahead()
             with meter.paused():
-                if validate and stopping is None:
-                    with kept(keep):
+                if validates and stopping is None:
+                    with saved_on_failure(saver.save_whole_step):
                         stopping = validated_or_stopped(events, step, stop, agreement, accelerator)
-                if saves or (stopping is not None and saved != step):
-                    save()
+                if saves or (stopping is not None and saver.saved != step):
+                    saver.save()
             if stopping is not None:
                 # All processes: a launcher kills the others as soon as one is gone, the one that writes as well.
                 events.wait()
@@ -178,14 +150,34 @@ def train(
     return meter.last_loss
 
 
-@contextmanager
-def closed(batches: Iterator[Features]) -> Iterator[None]:
-    """Close the stream of batches on the way out, so that no thread reads on: an exception's frames may hold it."""
-    try:
-        yield
-    finally:
-        if isinstance(batches, Generator):
-            batches.close()
+@dataclass
+class Saver:
+    """Checkpoints of steps that were checked to be finite.
+
+    Args:
+        saved: the last step of which there is one.
+    """
+
+    training: Training
+    meter: Meter
+    events: Callbacks
+    saved: int
+
+    def save(self) -> None:
+        self.meter.check(self.training.step, self.training.rate())
+        self.training.unread = self.meter.state()
+        self.events.checkpoint(self.training.step)
+        self.saved = self.training.step
+
+    def save_whole_step(self) -> None:
+        """Save what is there after a failure, unless a step broke off half-way."""
+        if self.training.is_whole and self.saved != self.training.step:
+            self.save()
+            self.events.wait()  # a launcher ends all processes as soon as one is gone
+
+
+def progress_bar(step: int, settings: LoopSettings) -> "tqdm[Any]":
+    return tqdm(total=settings.max_steps, initial=step, unit="step", disable=not settings.progress, dynamic_ncols=True)
 
 
 @contextmanager
@@ -199,19 +191,19 @@ def failing(training: Training) -> Iterator[None]:
 
 
 @contextmanager
-def kept(keep: Callable[[], None] | None) -> Iterator[None]:
-    """What was trained up to here is kept although what is done inside fails, for want of memory for example.
+def saved_on_failure(save: Callable[[], None] | None) -> Iterator[None]:
+    """Save what was trained up to here where what is done inside fails, for want of memory for example.
 
     Raises:
-        NonFiniteLoss: it is not worth keeping.
+        NonFiniteLoss: it is not worth saving.
     """
     try:
         yield
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # what they hold on the device would be in the way
         try:
-            if keep is not None:
-                keep()
+            if save is not None:
+                save()
         except NonFiniteLoss:
             raise
         except Exception as second:  # the first is what the run fails of
@@ -264,8 +256,8 @@ def validated_or_stopped(
 ) -> int | None:
     """Validate; the signal to stop for, if one came meanwhile.
 
-    A validation may take longer than a machine that is preempted has left: one process breaks it off, and whoever
-    resumes makes it anew. Several processes would wait for each other.
+    A validation may take longer than a machine that is preempted has left: one process breaks it off, and the
+    resumed run repeats it. Several processes would wait for each other.
     """
     if accelerator.num_processes > 1:
         events.validate(step)
@@ -276,3 +268,20 @@ def validated_or_stopped(
     except Interrupted as interrupted:
         return interrupted.signal_number
     return stop.signal_number
+
+
+def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, bar: "tqdm[Any]") -> None:
+    """Metrics to the tracker; on a terminal a bar with steps/s, ETA and loss, elsewhere plain lines."""
+    tracker.log_metrics(metrics, step)
+    bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", lr=f"{metrics['train/lr']:.1e}")
+    if bar.disable:
+        logger.info(
+            "step %d of %d: loss %.4f, lr %.2e, gradient norm %.3f, %.1f samples/s, about %s left",
+            step,
+            total,
+            metrics["train/loss"],
+            metrics["train/lr"],
+            metrics["train/grad_norm"],
+            metrics["train/samples_per_second"],
+            tqdm.format_interval((total - step) * metrics["train/step_seconds"]),
+        )

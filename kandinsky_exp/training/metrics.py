@@ -1,4 +1,4 @@
-"""What the steps since the last log point came to; nothing here waits for the device before it is read."""
+"""Training metrics, kept on the device until the next log point."""
 
 import sys
 import time
@@ -98,8 +98,8 @@ class Meter:
         if not found:
             return
         alike = len(found) == self.accelerator.num_processes
-        place = self.accelerator.process_index
-        mine = found[place] if alike else _shared(found, is_first=place == 0)
+        rank = self.accelerator.process_index
+        mine = found[rank] if alike else _shared(found, is_first=rank == 0)
         device = self.accelerator.device
         mine = mapped(mine, lambda value: value.to(device))
         self._results = [
@@ -119,10 +119,10 @@ class Meter:
         """
         if self._unchecked == 0:
             return
-        bad = self._bad()
+        bad, skipped = self._judged(*self._stacked())
         if float(self.accelerator.reduce(bad.any().float().reshape(1), reduction="sum")) > 0:
-            self._raise(step, rate, bad.tolist())
-        self._unchecked = 0
+            self._raise(step, rate, bad.tolist(), skipped)
+        self._unchecked, self._skipped = 0, skipped
 
     def read(self, step: int, rate: float) -> dict[str, float]:
         """Mean over the steps since the last reading and over all processes; empties the meter.
@@ -133,13 +133,14 @@ class Meter:
             NonFiniteLoss: as `check` does.
         """
         steps, waited = len(self._results), sum(result.waited for result in self._results)
-        bad = self._bad()
-        found, loss, norm, *parts = self._totals(bad)
+        losses, norms = self._stacked()
+        bad, skipped = self._judged(losses, norms)
+        found, loss, norm, *parts = self._totals(bad, losses, norms)
         if found > 0:
-            self._raise(step, rate, bad.tolist())
+            self._raise(step, rate, bad.tolist(), skipped)
         elapsed = max(time.monotonic() - self._started, 1e-9)
         self.last_loss = loss
-        self._results, self._by_part, self._unchecked = [], None, 0
+        self._results, self._by_part, self._unchecked, self._skipped = [], None, 0, skipped
         self._started = time.monotonic()
         by_part = {
             f"train/loss_t{part}": error / count
@@ -157,12 +158,17 @@ class Meter:
             "train/peak_memory_gb": peak_memory(self.accelerator.device) / 1e9,
         }
 
-    def _totals(self, bad: Tensor) -> list[float]:
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """Losses and norms of the steps since the last reading, on the device: (steps,) each."""
+        return (
+            torch.stack([result.loss for result in self._results]),
+            torch.stack([result.norm for result in self._results]),
+        )
+
+    def _totals(self, bad: Tensor, losses: Tensor, norms: Tensor) -> list[float]:
         """Non-finite or not, mean loss, mean norm, and of each quarter of the timesteps the summed error and count."""
         self._fold()
         by_part = torch.zeros(2 * PARTS, device=self.accelerator.device) if self._by_part is None else self._by_part
-        losses = torch.stack([result.loss for result in self._results])
-        norms = torch.stack([result.norm for result in self._results])
         means = torch.stack([losses.mean(), norms.mean().float()]) / self.accelerator.num_processes
         flag = bad.any().float().reshape(1)
         mine = torch.cat([flag, means, by_part])
@@ -180,26 +186,23 @@ class Meter:
         self._by_part = sums if self._by_part is None else self._by_part + sums
         self._samples = []
 
-    def _bad(self) -> Tensor:
-        """Which of the steps that nobody checked yet are not finite, on the device; called once for each."""
-        losses = torch.stack([result.loss for result in self._results[-self._unchecked :]])
-        norms = torch.stack([result.norm for result in self._results[-self._unchecked :]])
-        if self.accelerator.scaler is None:
-            return ~(losses.isfinite() & norms.isfinite())
-        return ~losses.isfinite() | self._too_many_skipped(~norms.isfinite())
+    def _judged(self, losses: Tensor, norms: Tensor) -> tuple[Tensor, int]:
+        """Which of the unchecked steps are not finite, on the device; and the last ones in a row that a scaler skipped.
 
-    def _too_many_skipped(self, skipped: Tensor) -> Tensor:
-        """At which steps a loss scaler has skipped SKIPPED in a row. Fewer are its work, not a failure.
-
-        With a scaler every step waits for the device anyway, to learn whether it was skipped.
+        Fewer than SKIPPED in a row are a loss scaler's work, not a failure. With one every step waits for the device
+        anyway, to learn whether it was skipped.
         """
-        counts = []
-        for flag in skipped.tolist():
-            self._skipped = self._skipped + 1 if flag else 0
-            counts.append(self._skipped >= SKIPPED)
-        return torch.tensor(counts, device=skipped.device)
+        first = len(self._results) - self._unchecked
+        finite, has_update = losses[first:].isfinite(), norms[first:].isfinite()
+        if self.accelerator.scaler is None:
+            return ~(finite & has_update), 0
+        in_a_row, counts = self._skipped, []
+        for updated in has_update.tolist():
+            in_a_row = 0 if updated else in_a_row + 1
+            counts.append(in_a_row)
+        return ~finite | (torch.tensor(counts, device=finite.device) >= SKIPPED), in_a_row
 
-    def _raise(self, step: int, rate: float, bad: list[bool]) -> None:
+    def _raise(self, step: int, rate: float, bad: list[bool], skipped: int) -> None:
         number = None
         if any(bad):
             first = bad.index(True)
@@ -211,7 +214,7 @@ class Meter:
         else:  # that process names them
             where = f"on another process, at one of the {self._unchecked} steps up to step {step}"
             details = f"lr {rate:.3g}"
-        many = f", the {SKIPPED}th in a row that the loss scaler skipped" if self._skipped >= SKIPPED else ""
+        many = f", the {SKIPPED}th in a row that the loss scaler skipped" if skipped >= SKIPPED else ""
         raise NonFiniteLoss(
             f"the loss or its gradient is not finite {where}{many} ({details}). The last checkpoint is from before. "
             "Lower optimizer.lr, raise scheduler.warmup_steps, or look at the samples",

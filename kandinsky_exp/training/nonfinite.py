@@ -1,4 +1,4 @@
-"""What is kept of a step that was not finite: the batch itself, and where it came from."""
+"""Save the batch of a step whose loss or gradient is not finite."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ FOLDER = "nonfinite"
 
 
 @contextlib.contextmanager
-def batch_kept(folder: Path, reader: FeatureReader, accelerator: Accelerator, tracker: Tracker) -> Iterator[None]:
+def batch_saved(folder: Path, reader: FeatureReader, accelerator: Accelerator, tracker: Tracker) -> Iterator[None]:
     """Where a loss or gradient was not finite, write the step's batch below `folder`, and say so.
 
     nonfinite/step-00000007/  report.json  batch.safetensors (`<micro-batch>.<feature>`), of other ranks `batch-<rank>`
@@ -30,12 +30,12 @@ def batch_kept(folder: Path, reader: FeatureReader, accelerator: Accelerator, tr
         if error.step is None:  # on another process, which keeps it
             raise
         target = folder / FOLDER / f"step-{error.step:08d}"
-        _keep(target, error.step, str(error), reader, accelerator)
+        _save(target, error.step, str(error), reader, accelerator)
         tracker.log_artifact(target / "report.json", FOLDER)
         raise NonFiniteLoss(f"{error}. The batch is kept in {target}", error.step) from error
 
 
-def _keep(target: Path, step: int, what: str, reader: FeatureReader, accelerator: Accelerator) -> None:
+def _save(target: Path, step: int, what: str, reader: FeatureReader, accelerator: Accelerator) -> None:
     target.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(reader.stream(step - 1, step, accelerator)) as batches:
         micro_batches = list(batches)

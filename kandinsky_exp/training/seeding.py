@@ -1,4 +1,4 @@
-"""All randomness of training as a function of where it is drawn, so that a resumed run draws the same."""
+"""Random seeds as a function of seed, step, micro-step and rank, so that a resumed run draws the same numbers."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Nested state – an optimizer's, a schedule's – as one safetensors file: nothing in it could run code when it is read.
+"""Nested state of optimizers and schedules as one safetensors file, without pickle: reading it runs no code.
 
 Tensors are the file's tensors; what holds them is JSON in its header.
 """

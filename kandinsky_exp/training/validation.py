@@ -1,7 +1,8 @@
-"""What a run shows of itself: the fixed-noise loss, images for prompts, reconstructions and a labelled grid."""
+"""Validation: the fixed-noise loss on held-out rows, images for prompts, reconstructions and a labelled grid."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -9,21 +10,31 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import center_crop_resize
 from kandinsky_exp.models.pipelines import SampleSettings
-from kandinsky_exp.stages.base import Features
+from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking.tracker import Tracker
-from kandinsky_exp.training import ema, fixed_noise, loop
+from kandinsky_exp.training import ema, loop
+from kandinsky_exp.training.seeding import derive_seed, validation_generator
 
 logger = logging.getLogger(__name__)
 
 
-class HeldOut(fixed_noise.HeldOut, Protocol):
-    """The held-out rows, and what they were before they were encoded."""
+class HeldOut(Protocol):
+    """Rows that do not train, and the pictures that they were before they were encoded."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: list[int]) -> Features:
+        """These rows as features on the device."""
+
+    def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
+        """`indices` in batches whose rows have equal shapes."""
 
     def picture(self, index: int) -> Image.Image:
         """A row's image, as its file has it."""
@@ -48,7 +59,6 @@ class Validator:
     draws: int
     reconstructions: int
     loss: float | None = None
-    loss_step: int | None = None
     _originals: list[Image.Image] | None = None
     _measured: Halving = field(init=False)
     _drawn: Halving = field(init=False)
@@ -58,24 +68,27 @@ class Validator:
         self._drawn = Halving("validation images", self.settings.batch_size)
 
     def __call__(self, step: int) -> None:
-        network = self.accelerator.unwrap_model(self.training.network)
-        with ema.averaged_weights(self.training), fixed_noise.uncompiled(network):
-            self._measure(step)
+        with ema.averaged_weights(self.training), uncompiled(self._network):
+            self._measure()
             distributed.on_main_process(lambda: self._show(step))
 
-    def _measure(self, step: int) -> None:
+    @property
+    def _network(self) -> nn.Module:
+        bare: nn.Module = self.accelerator.unwrap_model(self.training.network)
+        return bare
+
+    def _measure(self) -> None:
         if self.held_out is None:
             return
-        self.loss = fixed_noise.validate(
+        self.loss = fixed_noise_loss(
             self.training.stage,
-            self.accelerator.unwrap_model(self.training.network),
+            self._network,
             self.held_out,
             accelerator=self.accelerator,
             seed=self.settings.seed,
             draws=self.draws,
             batches=self._measured,
         )
-        self.loss_step = step
 
     def _show(self, step: int) -> None:
         if self.held_out is not None and self.loss is not None:
@@ -84,8 +97,7 @@ class Validator:
         self._draw(step)
 
     def _draw(self, step: int) -> None:
-        network = self.accelerator.unwrap_model(self.training.network)
-        network.eval()
+        network = self._network.eval()
         drawn: list[Image.Image] = []
         if self.prompts:
             # No autocast around it: the network that trains has its own, and frozen parts are in the type they need.
@@ -119,8 +131,7 @@ class Validator:
         rows = list(range(min(self.reconstructions, len(self.held_out))))
         # Other noise than the prompts have, so that a shared flaw of the noise cannot pass for a success.
         settings = replace(self.settings, seed=self.settings.seed + 1)
-        network = self.accelerator.unwrap_model(self.training.network)
-        features = self._features(self.held_out, rows)
+        network, features = self._network, alike_features(self.held_out, rows)
         images = self._drawn.run(
             lambda size: self.training.stage.reconstruct(network, features, replace(settings, batch_size=size))
         )
@@ -130,13 +141,6 @@ class Validator:
             self._originals = [to_image(self.held_out.picture(row), self.settings.width) for row in rows]
         return list(zip(images, self._originals, strict=True))
 
-    @staticmethod
-    def _features(held_out: HeldOut, rows: list[int]) -> Features:
-        """Features of rows of whatever shape: those that differ in shape are left out, embeddings never do."""
-        single = [held_out.rows([row]) for row in rows]
-        alike = [name for name in single[0] if len({features[name].shape for features in single}) == 1]
-        return {name: torch.cat([features[name] for features in single]) for name in alike}
-
     def _grid(self, drawn: list[Image.Image], redrawn: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
         images, labels = list(drawn), list(self.prompts[: len(drawn)])
         for index, (image, original) in enumerate(redrawn):
@@ -145,7 +149,83 @@ class Validator:
         return labelled_grid(images, labels)
 
 
+def alike_features(held_out: HeldOut, rows: list[int]) -> Features:
+    """Features of rows of whatever shape: those that differ in shape are left out, embeddings never do."""
+    single = [held_out.rows([row]) for row in rows]
+    alike = [name for name in single[0] if len({features[name].shape for features in single}) == 1]
+    return {name: torch.cat([features[name] for features in single]) for name in alike}
+
+
 def to_image(image: Image.Image, resolution: int) -> Image.Image:
     """The picture as the decoder is trained to draw it: centre square, bicubic."""
     pixels = ((center_crop_resize(image, resolution) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """The network as it is, where `trainer.compile` compiled it for the training step.
+
+    Validation asks for other batch sizes, no gradient and evaluation mode: each would cost a compilation of its own,
+    minutes long, for a few calls.
+    """
+    if getattr(network, "_compiled_call_impl", None) is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@torch.no_grad()
+def fixed_noise_loss(
+    stage: DiffusionStage,
+    network: nn.Module,
+    held_out: HeldOut,
+    *,
+    accelerator: Accelerator,
+    seed: int,
+    draws: int,
+    batches: Halving,
+) -> float:
+    """Mean unweighted loss over held-out rows, with noise and timesteps that depend on (seed, row, draw) alone.
+
+    The draws of a row fall into equal parts of the timestep range, so that the estimate falls smoothly. It does not
+    depend on batch size or number of processes (beyond rounding), nor on a run's loss weighting or dropped conditions.
+    """
+    network.eval()
+
+    def summed(size: int) -> Tensor:
+        return _summed(stage, network, held_out, accelerator, seed, draws, size)
+
+    total = distributed.on_all_processes(lambda: batches.run(summed))
+    network.train()
+    everywhere: Tensor = accelerator.reduce(total, reduction="sum")
+    return float(everywhere[0] / everywhere[1])
+
+
+def _summed(
+    stage: DiffusionStage,
+    network: nn.Module,
+    held_out: HeldOut,
+    accelerator: Accelerator,
+    seed: int,
+    draws: int,
+    size: int,
+) -> Tensor:
+    """(sum of losses, their number) over the rows of this process."""
+    mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))
+    total = torch.zeros(2, device=accelerator.device)
+    for chunk in held_out.batches(mine, size):
+        features = held_out.rows(chunk)
+        for draw in range(draws):
+            generators = [validation_generator(seed, row, draw) for row in chunk]
+            timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)
+            losses = stage.loss(network, features, generators, timesteps).per_sample
+            total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
+    return total
+
+
+def spread_timesteps(seed: int, rows: list[int], draw: int, draws: int, num_timesteps: int) -> Tensor:
+    """One timestep per row from part `draw` of `draws` equal parts of [0, T): a row's offset is the same in each."""
+    offsets = [derive_seed("timestep", seed, row) / (1 << 63) for row in rows]
+    return torch.tensor([int(num_timesteps * (draw + offset) / draws) for offset in offsets])

@@ -34,7 +34,7 @@ def compare(cfg: DictConfig) -> float:
     """
     validation.validate(cfg, "compare")
     check_choice(cfg)
-    root = Path(cfg.output_root).expanduser().absolute()
+    root = files.output_root(cfg.output_root)
     key = "runs" if cfg.sweep.source is None else "sweep"
     named = find_ids(root, key, _names(cfg.runs if key == "runs" else [cfg.sweep.source]))
     if cfg.tracker.uri is None and not (root / "mlflow.db").is_file():  # it would be made, empty

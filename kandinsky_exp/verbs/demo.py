@@ -37,7 +37,7 @@ SETTINGS = pipelines.SampleSettings(
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Demo:
     """What the demo made.
 
     Args:
@@ -52,7 +52,7 @@ class Outcome:
     seconds: float
 
 
-def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | None = None) -> Outcome:
+def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | None = None) -> Demo:
     """Train both stages, draw the training captions, measure, record.
 
     Args:
@@ -60,9 +60,9 @@ def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | N
         captions: draw the first so many only.
     """
     started = time.monotonic()
-    place = f"output_root='{output_root}'"  # quoted: to Hydra a comma or a bracket in a folder's name means more
+    root = f"output_root='{output_root}'"  # quoted: to Hydra a comma or a bracket in a folder's name means more
     for experiment in EXPERIMENTS:
-        cli.main(["train", f"experiment={experiment}", place, *overrides])
+        cli.main(["train", f"experiment={experiment}", root, *overrides])
     seconds = time.monotonic() - started
     splits = sources.emoji()
     assert splits.validation is not None  # nosec B101 # narrows the type
@@ -78,7 +78,7 @@ def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | N
     score = retrieval(nearest)
     folder = write(output_root / "generate" / "demo", images, pictures, texts, nearest)
     record(output_root, folder, score)
-    return Outcome(folder, score, images, seconds)
+    return Demo(folder, score, images, seconds)
 
 
 def draw(output_root: Path, captions: list[str]) -> list[Image.Image]:
@@ -136,15 +136,15 @@ def record(output_root: Path, folder: Path, score: float) -> None:
         client.log_image(run.run_id, grid.convert("RGB"), key=key, step=run.step, synchronous=True)
 
 
-def summary(outcome: Outcome, output_root: Path) -> str:
+def summary(demo: Demo, output_root: Path) -> str:
     """Three lines: where the pictures are, the score, how to open the UI."""
-    count = len(outcome.images)
+    count = len(demo.images)
     override = shlex.quote(f"output_root={output_root}")
     return "\n".join(
         [
-            f"pictures: {outcome.folder / 'grid.png'} (left the original, right what was drawn from its caption)",
-            f"score:    {round(outcome.score * count)} of {count} are nearest to their own original among all 80 "
-            f"({METRIC} {outcome.score:.2f}, chance 0.01), after {outcome.seconds:.0f} s of training",
+            f"pictures: {demo.folder / 'grid.png'} (left the original, right what was drawn from its caption)",
+            f"score:    {round(demo.score * count)} of {count} are nearest to their own original among all 80 "
+            f"({METRIC} {demo.score:.2f}, chance 0.01), after {demo.seconds:.0f} s of training",
             f"runs:     {shlex.quote(sys.executable)} -m kandinsky_exp ui {override}",
         ]
     )

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Collection
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.data.encoded import catalog
+from kandinsky_exp.system import files
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def encode(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> None:
 
 
 def _show(cfg: DictConfig) -> None:
-    folder = Path(cfg.output_root).expanduser() / "cache"
+    folder = files.output_root(cfg.output_root) / "cache"
     if cfg.remove:
         names = [cfg.remove] if isinstance(cfg.remove, str) else list(cfg.remove)
         removed, freed = catalog.remove(folder, names)
@@ -42,7 +42,7 @@ def _encode(cfg: DictConfig) -> None:
     from kandinsky_exp import build
     from kandinsky_exp.memory import device_limits
     from kandinsky_exp.models import compatibility
-    from kandinsky_exp.system import distributed, files, logs, signals
+    from kandinsky_exp.system import distributed, logs, signals
     from kandinsky_exp.training import class_images
     from kandinsky_exp.training.feature_loader import ReadSettings, open_readers
 
@@ -57,10 +57,10 @@ def _encode(cfg: DictConfig) -> None:
         report = distributed.on_all_processes(lambda: build.check_data(cfg, splits))
         encoders, how = set(build.stage_class(cfg).encoders), class_images.settings(cfg.seed, cfg.data.resolution)
         notes = distributed.on_main_process(
-            lambda: compatibility.check(weights, encoders | class_images.needed_parts(splits.kept, weights))
+            lambda: compatibility.check(weights, encoders | class_images.needed_parts(splits.class_images, weights))
         )
         distributed.on_main_process(
-            lambda: class_images.refuse_others(class_images.placed(splits.kept, weights, how), weights, how)
+            lambda: class_images.refuse_others(class_images.placed(splits.class_images, weights, how), weights, how)
         )
         stage = build.bare_stage(cfg, weights)
         settings = ReadSettings(
@@ -76,8 +76,8 @@ def _encode(cfg: DictConfig) -> None:
         with logs.logging_to(None, accelerator.is_main_process):
             for note in report.notes:
                 logger.warning(note)
-            splits.kept = distributed.on_main_process(
-                lambda: class_images.complete(splits.kept, weights, how, accelerator.device)
+            splits.class_images = distributed.on_main_process(
+                lambda: class_images.complete(splits.class_images, weights, how, accelerator.device)
             )
             readers = open_readers(splits, stage, settings, accelerator, logger.info)
             for note in [*notes, *readers.notes]:

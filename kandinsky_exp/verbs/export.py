@@ -39,7 +39,7 @@ def export(cfg: DictConfig) -> None:
     with signals.stop_signals():
         found = [find_adapter(cfg, "adapter", text) for text in names_of(cfg.adapter.source)]
         check_together(cfg, found)
-        root = Path(cfg.output_root).expanduser().absolute() / "export"
+        root = files.output_root(cfg.output_root) / "export"
         files.make_root(root.parent)
         place = (found[0].run_folder or found[0].folder).absolute()
         name = cfg.name or (place.stem if place.is_file() else place.name)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.config import saved_config, validation
-from kandinsky_exp.data import long_prompts
+from kandinsky_exp.data import long_texts
 from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.models import pipelines
@@ -46,12 +46,12 @@ def generate(cfg: DictConfig) -> float:
         origins = find_origins(cfg)
         weights = build.weights(cfg)
         use(weights, origins)
-        files.make_root(Path(cfg.output_root).expanduser())
+        files.make_root(files.output_root(cfg.output_root))
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
         check_networks(weights, origins)
         with memory_told(OutOfMemory, OUT_OF_MEMORY):
             images = draw(cfg, weights, origins, prompts, accelerator.device)
-        root = Path(cfg.output_root).expanduser().absolute() / "generate"
+        root = files.output_root(cfg.output_root) / "generate"
         folder = files.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
         grid = labelled_grid(images, prompts)
         for index, image in enumerate(images):
@@ -84,7 +84,7 @@ def draw(
     if wrong:
         raise ConfigError(wrong)
     asked = [("prompts", prompt) for prompt in prompts] + [("negative_prompt", cfg.negative_prompt or "")]
-    for note in long_prompts.notes(weights.load("tokenizer"), asked):
+    for note in long_texts.prompt_notes(weights.load("tokenizer"), asked):
         print(note, file=sys.stderr)
     prior = pipelines.SampleSettings(
         inference_steps=cfg.prior_inference_steps, guidance_scale=cfg.prior_guidance_scale, seed=cfg.seed

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # Accelerate brings it
 import torch
@@ -17,8 +16,7 @@ from kandinsky_exp.data.formats import hub_rows
 from kandinsky_exp.memory import device_limits, disk, savings
 from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.memory.estimate import MAPPED, Estimate, Phase
-from kandinsky_exp.system import distributed as processes
-from kandinsky_exp.system import files, host_memory, logs
+from kandinsky_exp.system import distributed, files, host_memory, logs
 
 GB = 1e9
 SHOWN = 5e5  # bytes, the least that a table shows
@@ -35,8 +33,8 @@ def plan(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     """
     validation.validate(cfg, "plan", trusted_modules)
     logs.quiet_libraries()
-    with processes.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
-        return processes.on_main_process(lambda: tell(cfg, accelerator))
+    with distributed.accelerated(lambda: build.accelerator(cfg, cfg.trainer.grad_accumulation)) as accelerator:
+        return distributed.on_main_process(lambda: tell(cfg, accelerator))
 
 
 def tell(cfg: DictConfig, accelerator: Accelerator) -> float:
@@ -60,7 +58,7 @@ class Planner:
         self.train, self.held_out = rows(cfg, splits)
         self.dry_run = DryRun(cfg, accelerator)  # what is learned from it counts for other settings, too
         self.caches = list(disk.of_caches(cfg, self.dry_run, splits)) if cfg.data.cache else []
-        self.draws_class = splits.kept is not None and bool(splits.kept.missing())
+        self.draws_class = splits.class_images is not None and bool(splits.class_images.missing())
         self.estimate = self._estimate(cfg, self.dry_run)
         self.phases = list(self.estimate.phases())
         self.peak = max(self.phases, key=lambda phase: phase.total)
@@ -105,7 +103,7 @@ class Planner:
         checkpoint, count = self.estimate.checkpoint_bytes(), self._checkpoints()
         result = self.dry_run.sizes().saved
         written = sum(found.bytes for found in self.caches)
-        free = disk.free(Path(self.cfg.output_root).expanduser().absolute())
+        free = disk.free(files.output_root(self.cfg.output_root))
         total = written + checkpoint * count + result
         what = [self._features(written), f"{count} checkpoints of {gb(checkpoint)}", f"{gb(result)} result"]
         yield f"disk        {gb(total)}: {', '.join(what)}"
@@ -149,7 +147,7 @@ class Planner:
         if settings is None:
             yield "none of the settings that save memory makes it fit, nor do all of them together"
         else:
-            needed = self._with(savings.changed(self.cfg, settings)).needed()
+            needed = max(phase.needed for phase in self._with(savings.changed(self.cfg, settings)).phases())
             yield f"the cheapest setting that fits: {' '.join(settings)} ({gb(needed)})"
 
     def _with(self, cfg: DictConfig) -> Estimate:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import ConfigError, Interrupted, RunFailure
-from kandinsky_exp.system import redaction
+from kandinsky_exp.system import redaction, signals
 from kandinsky_exp.tracking import store, store_probe
 
 PATIENCE = 180.0  # seconds until MLflow has to answer; it may take thirty
@@ -53,7 +52,8 @@ def ui(cfg: DictConfig) -> float:
     is_server = store.kind_of(uri) == "http"
     if not is_server:
         check_address(cfg.host, cfg.port)
-    with noted_signals() as came:
+    came: list[int] = []  # noted and no more, so that no signal comes between a process and its end
+    with signals.handling(lambda number, _: came.append(number), STOPS):
         uri, experiment_id = find_experiment(uri, cfg.tracker.experiment)
         if is_server:
             print(page(without_user(uri), experiment_id))
@@ -125,25 +125,10 @@ def listening_problem(host: str, port: int) -> OSError | None:
     return None
 
 
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """The numbers of the signals that come; noted and no more, so that none comes between a process and its end."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPS}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def serve(cfg: DictConfig, uri: str, experiment_id: str, came: list[int]) -> None:
     """Run MLflow's server until a signal came."""
-    shown = ANYWHERE.get(cfg.host, cfg.host)
-    base = f"http://{f'[{shown}]' if ':' in shown else shown}:{cfg.port}"
+    address = ANYWHERE.get(cfg.host, cfg.host)
+    base = f"http://{f'[{address}]' if ':' in address else address}:{cfg.port}"
     if cfg.host not in LOOPBACK:
         print(f"host: whoever reaches port {cfg.port} can read and change the runs", file=sys.stderr)
     print("starting MLflow, which takes up to half a minute …", file=sys.stderr, flush=True)
@@ -224,7 +209,7 @@ def check_alive(process: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
         raise RunFailure(f"MLflow's server ended with exit code {process.returncode}{last_words(log)}")
 
 
-def last_words(log: IO[bytes], count: int = 10) -> str:
+def last_words(log: IO[bytes]) -> str:
     log.seek(0)
-    lines = log.read().decode("utf-8", "replace").splitlines()[-count:]
+    lines = log.read().decode("utf-8", "replace").splitlines()[-10:]
     return redaction.masked("\n  ".join([":", *lines])) if lines else ""

@@ -29,7 +29,7 @@ def train(config: Any) -> None:
 
 def encode_table(source: Any, stage: Any, folder: Path) -> None:
     """All of a source's images and captions into a new table, as a run with default settings does it."""
-    from kandinsky_exp.data.encoded.encode import encode_table as encode
+    from kandinsky_exp.data.encoded.cache import encode_table as encode
     from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 
     encode(source, stage, folder, EncodeSettings(), lambda line: None)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from drawing import STEPS
 from PIL import Image
 from running import client, composed, problems_of, runs, train
-from test_generate import STEPS
 
 from kandinsky_exp.config import recorded_paths
 from kandinsky_exp.config.recorded_paths import Move

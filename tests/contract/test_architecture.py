@@ -42,20 +42,19 @@ ROOMS = {
 OUTER = {
     "records": set(),
     "results": {"records"},
-    "run": {"records", "results"},
+    "preflight": {"records"},
+    "run": {"preflight", "records", "results"},
     "verbs": {"records", "results"},
     "cli": set(),
     "__main__": {"cli"},
 }
 # Arrows that are still to be cut.
-TO_CUT = {
-    ("training.callbacks", "run_settings"),
-}
+TO_CUT: set[tuple[str, str]] = set()
 KNOW_OMEGACONF = {
     *("config", "sweeps", "memory", "runs.lookup", "runs.model_sources", "verbs"),
-    *("cli", "hydra_adapter", "run", "results", "records", "build", "run_settings"),
+    *("cli", "hydra_adapter", "run", "preflight", "results", "records", "build", "run_settings"),
 }
-STILL_KNOW_OMEGACONF = {"training.callbacks"}
+STILL_KNOW_OMEGACONF: set[str] = set()
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "models")
 FRAMEWORKS = {"accelerate", "mlflow", "hydra", "omegaconf"}
 LAZY = {"mlflow", "datasets"}  # optional at run time: imported by the functions that use them
@@ -227,9 +226,10 @@ def test_files_and_functions_are_short(file: Path) -> None:
     assert lines <= 300
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            limit = 100 if (file.name, node.name) == ("loop.py", "train") else 80
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= limit, node.name
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+            if (file.name, node.name) == ("run.py", "run"):  # the architecture, at a glance
+                assert node.end_lineno - node.lineno + 1 <= 40
 
 
 def test_half_of_all_functions_fit_in_fifteen_lines() -> None:

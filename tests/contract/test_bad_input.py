@@ -763,6 +763,7 @@ class Site:
     root: Path
     tiny: Path
     before: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)  # the state after the row before
 
     def state(self, whole: bool = False) -> dict[str, Any]:
         """Of everything but the cache and the store's database: size, time and content.
@@ -833,7 +834,7 @@ def test_a_mistake_is_answered_in_short(
     says_where = any(text.startswith("output_root=") for text in typed) or (typed and typed[-1].startswith("-"))
     if bad.make is not None:
         bad.make(tmp_path)
-    before, runs = site.state(), site.statuses()
+    before, runs = dict(site.last) or site.state(), site.statuses()
     capfd.readouterr()
 
     start = time.process_time()  # of this process, whatever else the machine does
@@ -842,6 +843,7 @@ def test_a_mistake_is_answered_in_short(
 
     out, err = capfd.readouterr()
     after = site.state()
+    site.last.clear()
     assert code == 2, err
     assert "Traceback" not in err
     message = err[err.index("error: ") :] if bad.late else err
@@ -864,6 +866,7 @@ def test_a_mistake_is_answered_in_short(
     else:
         assert before == after
         assert site.statuses() == runs
+        site.last.update(after)
 
 
 def test_no_row_touched_what_the_run_left(site: Site) -> None:

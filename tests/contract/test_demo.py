@@ -27,12 +27,12 @@ FEW_STEPS = (
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> demo.Outcome:
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> demo.Demo:
     return demo.run_demo(tmp_path_factory.mktemp("a demo, (copied)") / "outputs", FEW_STEPS, CAPTIONS)
 
 
 @pytest.fixture
-def root(outcome: demo.Outcome) -> Path:
+def root(outcome: demo.Demo) -> Path:
     return outcome.folder.parents[1]
 
 
@@ -65,7 +65,7 @@ def test_nearness_is_the_squared_difference_of_pixels() -> None:
     assert demo.nearest_pictures([image], [*candidates, gray.convert("RGB")]) == [2]
 
 
-def test_the_score_is_that_of_the_pictures_it_shows(outcome: demo.Outcome) -> None:
+def test_the_score_is_that_of_the_pictures_it_shows(outcome: demo.Demo) -> None:
     files = sorted(outcome.folder.glob("[0-9]*.png"))
     shown = [np.asarray(Image.open(file), dtype=np.float64) for file in files]
     splits = sources.emoji()
@@ -84,7 +84,7 @@ def test_the_score_is_that_of_the_pictures_it_shows(outcome: demo.Outcome) -> No
     assert (outcome.folder / "grid.png").is_file()
 
 
-def test_pictures_come_through_both_trained_stages(outcome: demo.Outcome, root: Path) -> None:
+def test_pictures_come_through_both_trained_stages(outcome: demo.Demo, root: Path) -> None:
     captions = (outcome.folder / "captions.txt").read_text("utf-8").splitlines()
     again = demo.draw(root, captions)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in outcome.images]
@@ -96,7 +96,7 @@ def test_pictures_come_through_both_trained_stages(outcome: demo.Outcome, root: 
         trained.with_name("away").rename(trained)
 
 
-def test_both_runs_and_the_score_are_recorded(outcome: demo.Outcome, root: Path) -> None:
+def test_both_runs_and_the_score_are_recorded(outcome: demo.Demo, root: Path) -> None:
     client = mlflow.MlflowClient(store.default_uri(root))
     for experiment in demo.EXPERIMENTS:
         record = run_folder.read_record(root / experiment)
@@ -111,7 +111,7 @@ def test_both_runs_and_the_score_are_recorded(outcome: demo.Outcome, root: Path)
         assert any("grid" in path and "demo" in path for path in images) == has_score
 
 
-def test_three_lines_say_what_came_of_it(outcome: demo.Outcome, root: Path) -> None:
+def test_three_lines_say_what_came_of_it(outcome: demo.Demo, root: Path) -> None:
     where, score, runs = demo.summary(outcome, root).splitlines()
     assert str(outcome.folder / "grid.png") in where
     assert f"{outcome.score:.2f}" in score

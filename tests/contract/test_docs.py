@@ -1,11 +1,12 @@
 """The documentation: its commands and snippets run, its links lead somewhere, its page of settings is true.
 
 The commands of a block are run at tiny size, unless a comment above the block says why not:
-`<!-- test: needs a GPU -->`, or `a hub account`, or `a cluster`; `<!-- test: in test_x.py -->` names the test that runs
+`<!-- test: needs a GPU -->`, or `a hub account`, or `a cluster`; `<!-- test: in test_….py -->` names the test that runs
 them; `<!-- test: exit code 1 -->` says how they end. A block whose first line is a comment with a file's name is that
 file. Pages are read in order, in one folder: what a command needs, one before it has made.
 """
 
+import gc
 import importlib.util
 import json
 import re
@@ -24,10 +25,11 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 from running import hydra_compose, prepare
+from test_architecture import ROOMS
 
 import kandinsky_exp
 from kandinsky_exp import cli
-from kandinsky_exp.config import validation
+from kandinsky_exp.config.validation import problems
 
 ROOT = Path(kandinsky_exp.__file__).parents[1]
 README = ROOT / "README.md"
@@ -36,7 +38,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"
 TESTS = {file.name for file in (ROOT / "tests").rglob("test_*.py")}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 SESSIONS = re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text("utf-8"), re.MULTILINE)
-BLOCK = re.compile(r"(?:^<!-- test: (.+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"(?:^<!-- test: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"needs (a GPU|a hub account|a cluster)|in (test_\w+\.py)|exit code ([12])|")
 KINDS = {"bash", "console", "json", "python", "text", "yaml"}
 INLINE = re.compile(r"`((?:kandinsky-exp \S*(?:=|-)|nox |pip |python |bash )[^`…]+)`")
@@ -102,11 +104,13 @@ def without_place(command: str) -> list[str]:
 def is_right(words: list[str]) -> None:
     """A command of ours that cannot run here: its settings."""
     verb, rest = (words[0], words[1:]) if words[0] in cli.VERBS else ("train", words)
-    assert validation.problems(hydra_compose(verb, rest), verb) == []
+    assert problems(hydra_compose(verb, rest), verb) == []
 
 
 def run_ours(words: list[str], code: int = 0) -> None:
     found: object = 0
+    gc.collect()  # what the command before left: frozen, it would stay for ever
+    gc.freeze()  # a run collects garbage at its end, and goes through all the libraries for it
     try:
         cli.main(tiny(words))
     except SystemExit as end:
@@ -311,6 +315,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"\b(?:kandinsky_exp|conf|tests|tools)/[\w/.]*\w", page.read_text("utf-8")):
         assert (ROOT / name).exists(), name
+    assert set(re.findall(r"\btest_\w+\.py", page.read_text("utf-8"))) <= TESTS
+
+
+def test_the_table_of_rooms_is_the_rule_of_imports() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)/`.* \| (.+) \|$", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.MULTILINE
+    )
+    table = {room: set(re.findall(r"`([\w.]+)`", allowed)) for room, allowed in rows}
+    del table["verbs"]  # it may import all, which the table says in words
+    assert table == {room: ROOMS[room] for room in table}
+    assert {room for room in ROOMS if (ROOT / "kandinsky_exp" / room).is_dir()} == table.keys()
 
 
 def test_the_readme_is_short_and_shows_two_pictures() -> None:

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from kandinsky_exp.data import examples, preprocess, sources
-from kandinsky_exp.data.examples import Example, given
+from kandinsky_exp.data import examples, pictures, sources
+from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.formats import metadata, shards, sidecar
 from kandinsky_exp.errors import DataError
 
@@ -44,7 +44,7 @@ def picture(path: Path) -> Path:
 
 
 def example(content: bytes) -> Example:
-    return Example("a.png", ("x",), lambda: given(content), "list.csv, line 2")
+    return Example("a.png", ("x",), lambda: content, "list.csv, line 2")
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
@@ -110,7 +110,7 @@ def test_a_picture_that_is_a_program_is_none(tmp_path: Path, monkeypatch: pytest
     with Image.open(io.BytesIO(eps)) as image, pytest.raises(OSError):  # noqa: PT011 - it was asked, and gave nothing
         image.load()
     assert marker.exists()
-    assert {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"} <= set(preprocess._formats())
+    assert {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"} <= set(pictures._formats())
 
 
 def test_a_file_of_absurd_size_is_not_read(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
 def test_a_limit_on_time_stops_like_a_signal(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(Interrupted) as caught:
-        train(tmp_path, "model=prior", "name=p", *ENDLESS, "trainer.max_minutes=0.1")
-    assert 6 <= time.monotonic() - began < 30
+        train(tmp_path, "model=prior", "name=p", *ENDLESS, "trainer.max_minutes=0.05")
+    assert 3 <= time.monotonic() - began < 30
     assert caught.value.signal_number == signal.SIGTERM
     (found,) = runs(tmp_path)
     assert found.info.status == record(tmp_path / "p")["status"] == "KILLED"
@@ -323,13 +323,13 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
     prepare(tmp_path, [])  # a store takes long to make under another clock
     clock, log = tmp_path / "clock", tmp_path / "p" / "train.log"
     clock.write_text("+0")
-    environment = {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1",
+    environment = {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
                    "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
     command = [sys.executable, "-m", "kandinsky_exp", *SMALL, f"output_root={tmp_path}", "model=prior", "name=p",
-               "trainer.max_steps=200", "validation.every=100", "checkpoint.every=100"]  # fmt: skip
+               "trainer.max_steps=60", "validation.every=30", "checkpoint.every=30"]  # fmt: skip
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, **environment})  # fmt: skip
-    for step, jump in ((10, "+3d"), (100, "-3d")):  # a second apart at least: so long a clock is not looked at
+    for step, jump in ((10, "+3d"), (40, "-3d")):
         while not (log.is_file() and f"step {step} of" in log.read_text()):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
@@ -338,12 +338,12 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
     assert process.returncode == 0, output
     (found,) = runs(tmp_path)
     assert found.info.status == "FINISHED"
-    assert sorted(history(tmp_path, found.info.run_id, "train/loss")) == list(range(2, 201, 2))
-    assert record(tmp_path / "p")["step"] == 200
-    assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000200") is None
+    assert sorted(history(tmp_path, found.info.run_id, "train/loss")) == list(range(2, 61, 2))
+    assert record(tmp_path / "p")["step"] == 60
+    assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000060") is None
     times = [point.timestamp for point in client(tmp_path).get_metric_history(found.info.run_id, "train/loss")]
     assert max(times) - min(times) > 5 * 86_400_000  # it did jump, and back
     assert (
-        run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=200"))
+        run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=60"))
         == record(tmp_path / "p")["validation_loss"]
     )

@@ -19,8 +19,9 @@ from PIL import Image
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.formats.hub_rows import announced, hub_rows
-from kandinsky_exp.data.formats.metadata import first_few
-from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize, to_rgb
+from kandinsky_exp.data.pictures import to_rgb
+from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize
+from kandinsky_exp.data.tally import first_few
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.tiny import architecture
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
-from kandinsky_exp.data.encoded.encode import cache_key
+from kandinsky_exp.data.encoded.cache import cache_key
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META

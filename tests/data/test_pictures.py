@@ -18,10 +18,10 @@ from running import composed, train
 from kandinsky_exp import build
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import notes_on_rare
-from kandinsky_exp.data.colour import NOTE
 from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.data.preprocess import Preprocess, open_rgb
+from kandinsky_exp.data.pictures import NOTE, open_rgb
+from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler
 from kandinsky_exp.errors import DataError
 
@@ -384,8 +384,8 @@ def test_a_folder_named_validation_without_rows_of_its_own_is_counted(tmp_path: 
 def test_what_lies_beside_class_images_is_counted(tmp_path: Path) -> None:
     write(tmp_path, **{"dog/a.png": None, "class/b.jpe": JPEG, "class/c.png": None, "class/d.txt": "x"})
     splits = sources.dreambooth(tmp_path / "dog", "my dog", tmp_path / "class", "a dog", num_class_images=1)
-    assert splits.kept is not None
-    assert ids(splits.kept.source()) == ["b.jpe"]
+    assert splits.class_images is not None
+    assert ids(splits.class_images.source()) == ["b.jpe"]
     assert left_out(splits) == [
         "not used, files that are no pictures: 1 (d.txt)",
         "not used, class images beyond data.num_class_images=1: 1 (c.png)",

@@ -18,7 +18,7 @@ from PIL import Image
 
 from kandinsky_exp import run_settings
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.examples import Example, given
+from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.file_hashes import MISSING, FileDigests
 from kandinsky_exp.data.preprocess import center_crop_resize, crop_resize
 from kandinsky_exp.errors import DataError
@@ -73,6 +73,20 @@ def test_a_list_names_files_anywhere(tmp_path, kind):
     assert splits.train[1].image().getpixel((0, 0)) == (1, 2, 3)
     assert str(sources.check(splits, True)) == "2 images + 2 held out, 4 captions"
     assert sources.find_bad(splits.train, True) == []
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "pictures.parquet"])
+def test_further_columns_come_along(tmp_path, kind):
+    """A stage may read more than picture and caption; who reads no more finds what was encoded before."""
+    content = picture(tmp_path / "a.png").read_bytes() if kind.startswith("pictures") else "a.png"
+    rows = [{"image": content, "text": "near", "focus": 1.5, "other": 1}]
+    plain = sources.listing(write_list(picture(tmp_path / "a.png").with_name(f"list.{kind}"), rows)).train
+    more = plain.with_columns(["focus"])
+    assert (plain[0].extra, {name: float(cell) for name, cell in more[0].extra.items()}) == ({}, {"focus": 1.5})
+    assert more[0].captions == ("near",)
+    assert len({fingerprint(plain), fingerprint(more), fingerprint(plain.with_columns(["other"]))}) == 3
+    with pytest.raises(DataError, match="it has no column 'lacks', which this model reads"):
+        plain.with_columns(["focus", "lacks"])
 
 
 def test_a_folder_with_parquet(tmp_path):
@@ -332,7 +346,7 @@ def noise():
 
 
 def example(content):
-    return Example("a.png", ("x",), lambda: given(content), "list.csv, line 2")
+    return Example("a.png", ("x",), lambda: content, "list.csv, line 2")
 
 
 RED = (255, 0, 0)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
+from drawing import drawn
 from running import composed, train
-from test_generate import drawn
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import ConfigError

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from browsing import By, Chrome, Keys, errors, head, names, open_report, shown, started, wait
-from commands import Forked, command, start_server
+from commands import Forked, command, free_port, start_server
 from running import PROMPTS, SMALL, history, prepare, runs
-from test_ui import free_port
 
 from kandinsky_exp import cli
 

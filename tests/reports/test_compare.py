@@ -395,7 +395,7 @@ def test_the_picture_shows_the_best_of_each_stage() -> None:
     every = made(4, 2)
     for run, (stage, best) in zip(every, [("a", 0.1), ("a", 0.2), ("b", 9.0), ("b", 8.0)], strict=True):
         run.stage, run.scores = stage, Scores(best=best)
-    assert [png._rank(every, index) for index in range(4)] == [0, 1, 1, 0]
+    assert [run_data.rank(every, run) for run in every] == [0, 1, 1, 0]
 
 
 def test_a_single_point_is_seen() -> None:

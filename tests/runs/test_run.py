@@ -19,6 +19,7 @@ from kandinsky_exp import run_settings
 from kandinsky_exp.errors import ConfigError, NonFiniteLoss
 from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.run import run
+from kandinsky_exp.runs import run_folder
 from kandinsky_exp.tiny.pipelines import build as build_tiny
 
 
@@ -54,6 +55,23 @@ def test_run_folder(decoder_root: Path) -> None:
         assert image.size == (64, 64)
     assert "step 4: checkpoint" in (folder / "train.log").read_text()
     assert not list(decoder_root.rglob(".hydra"))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "half"),
+    [
+        ({"stage": "prior", "part": "prior"}, "prior"),
+        ({"stage": "mine", "part": "prior"}, "prior"),
+        ({"stage": "mine", "part": "unet"}, "decoder"),
+        ({"stage": "prior"}, "prior"),  # of before the part was recorded
+        ({"stage": "decoder"}, "decoder"),
+    ],
+)
+def test_the_record_tells_which_half_trained(recorded: dict[str, str], half: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(recorded))
+    record = run_folder.read_record(tmp_path)
+    assert record is not None
+    assert record.half == half
 
 
 def test_records(decoder_root: Path) -> None:

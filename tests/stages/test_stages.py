@@ -90,6 +90,24 @@ def gradients(stage, features, seed=0):
 
 
 @BOTH
+def test_features_of_another_encode_are_others(name, tiny_folder):
+    """Tables of the package's own stages are found; who encodes otherwise from the same weights does not find them."""
+
+    class Objective(STAGES[name]):
+        part = STAGES[name].part
+
+    class Other(STAGES[name]):
+        def encode(self, examples):
+            return super().encode(examples)
+
+    weights = load(tiny_folder)
+    ours, same, other = (cls(weights, resolution=64).encoding_fingerprint() for cls in (STAGES[name], Objective, Other))
+    assert ours == same == weights.fingerprint(STAGES[name].encoders)
+    assert other != ours
+    assert (Objective.half, Objective.result_pipeline) == (STAGES[name].half, STAGES[name].result_pipeline)
+
+
+@BOTH
 def test_no_buffer_changes_while_the_network_trains(name, tiny_folder, features):
     """Several processes do not share them: each has what the architecture says, before and after steps."""
     stage, other = make(name, tiny_folder), make(name, tiny_folder)

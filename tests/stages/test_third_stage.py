@@ -127,7 +127,7 @@ def test_it_is_swept(root: Path) -> None:
 def test_a_source_without_the_column_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*MINE, "data=emoji", "weights=tiny", "tracker=none"]
     assert command(root, "train", *words) == 2
-    assert "reads no further columns, and this model reads focus" in capsys.readouterr().err
+    assert "metadata.jsonl: it has no column 'focus', which this model reads" in capsys.readouterr().err
 
 
 def test_a_bad_cell_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +135,10 @@ def test_a_bad_cell_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureF
     shutil.copytree(root / "out" / "cache", tmp_path / "out" / "cache")
     file = tmp_path / "pictures" / "metadata.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for wrong, said in (({"focus": "much"}, "'focus' holds 'much', not a number"), ({}, "no 'focus' among")):
+    for wrong, said in (
+        ({"focus": "much"}, "'focus' holds 'much', not a number"),
+        ({}, "'focus' holds None, not a number"),
+    ):
         changed = {name: value for name, value in rows[0].items() if name != "focus"} | wrong
         file.write_text("".join(json.dumps(row) + "\n" for row in [changed, *rows[1:]]))
         assert train(tmp_path, "name=bad", "tracker=none") == 2

@@ -135,11 +135,15 @@ def start(root: Path, *overrides: str, limit: Callable[[], object] | None = None
     return Forked(command, [*SMALL, f"output_root={root}", *overrides], limit, environment=environment)
 
 
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
 def launched(processes: int) -> list[dict[str, str]]:
     """What a launcher tells each of several processes on this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    count = str(processes)
+    count, port = str(processes), free_port()
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"ACCELERATE_USE_CPU": USE_CPU}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

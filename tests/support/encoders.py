@@ -2,7 +2,7 @@
 
 import torch
 
-from kandinsky_exp.data.encoded.encode import encode_table
+from kandinsky_exp.data.encoded.cache import encode_table
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.tiny import architecture

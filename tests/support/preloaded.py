@@ -1,8 +1,23 @@
-"""What a run imports, imported by the process that `commands.py` forks the command from."""
+"""What a run imports, imported by the process that `commands.py` forks the command from, and what it makes once."""
 
 import gc
 
-import running  # noqa: F401
+import diffusers.pipelines.kandinsky2_2  # noqa: F401
+import hydra_plugins.hydra_joblib_launcher.joblib_launcher  # noqa: F401
+import mlflow.store.artifact.local_artifact_repo
+import mlflow.store.tracking.sqlalchemy_store
+import mlflow.tracking.multimedia  # noqa: F401
+import running
+import sqlalchemy.orm
+import transformers.models.clip.image_processing_pil_clip
 import transformers.models.clip.modeling_clip  # noqa: F401
 
+from kandinsky_exp.stages import decoder, prior  # noqa: F401
+from kandinsky_exp.tracking import store_schema
+from kandinsky_exp.verbs import generate, plan  # noqa: F401
+
+sqlalchemy.orm.configure_mappers()
+store_schema.problem("unknown", "")  # reads all of MLflow's migrations
+running.hydra_compose("train", running.SMALL)  # Hydra looks for its plugins
+gc.collect()
 gc.freeze()  # pages that no collection touches stay shared

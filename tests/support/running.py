@@ -1,17 +1,16 @@
 """Runs in this process: composed configs with small defaults, and what they leave behind."""
 
-import atexit
 import contextlib
 import copy
 import functools
 import gc
 import io
 import logging
+import os
 import re
 import shutil
 import signal
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import kandinsky_exp.conf
 import mlflow
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from mlflow import MlflowClient
@@ -106,34 +106,57 @@ def prepare(root: Path, overrides: Sequence[str], encoded: bool = False) -> None
     """
     made = first_run()
     if not (root / "cache").exists():
-        shutil.copytree(encoded_cache() if encoded else made / "cache", root / "cache")
+        copied(encoded_cache() if encoded else made / "cache", root / "cache")
     if not (root / "mlflow.db").exists() and not any(text.startswith("tracker") for text in overrides):
         shutil.copyfile(made / "mlflow.db", root / "mlflow.db")
 
 
+def copied(source: Path, target: Path) -> None:
+    """A copy whose weights are links where the disk allows it: nobody writes into them."""
+
+    def copy(one: str, other: str) -> None:
+        with contextlib.suppress(OSError):
+            if one.endswith(".safetensors"):
+                os.link(one, other)
+                return
+        shutil.copy2(one, other)
+
+    shutil.copytree(source, target, copy_function=copy)
+
+
 @functools.cache
 def first_run() -> Path:
-    folder = temporary("first-run-")
-    pipelines.build(folder / "cache")
-    store.connect(store.default_uri(folder))
-    return folder
+    """What a first run makes, once for all workers."""
+
+    def make(folder: Path) -> None:
+        pipelines.build(folder / "cache")
+        store.connect(store.default_uri(folder))
+
+    return shared("first-run", make)
 
 
 @functools.cache
 def encoded_cache() -> Path:
     """The tiny weights and what runs with `SMALL` encode first."""
-    folder = temporary("encoded-")
-    shutil.copytree(first_run() / "cache", folder / "cache")
-    data = [text for text in SMALL if text.startswith(("weights", "data"))]
-    for stage in ("prior", "decoder"):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            encode(composed(folder, f"model={stage}", verb="encode", small=data))
-    return folder / "cache"
+
+    def make(folder: Path) -> None:
+        copied(first_run() / "cache", folder / "cache")
+        data = [text for text in SMALL if text.startswith(("weights", "data"))]
+        for stage in ("prior", "decoder"):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                encode(composed(folder, f"model={stage}", verb="encode", small=data))
+
+    return shared("encoded", make) / "cache"
 
 
-def temporary(prefix: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def shared(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of all workers makes, and that lasts as long as their tests."""
+    folder = Path(os.environ["TESTS_SHARE"]) / name  # from conftest.py
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            aside = folder.with_name(f"{name}.part")
+            make(aside)
+            aside.rename(folder)
     return folder
 
 

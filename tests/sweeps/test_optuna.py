@@ -3,13 +3,10 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from running import prepare
-from test_sweep import LAUNCHERS, PRIOR, family, swept, wait
+from sweeping import LAUNCHERS, PRIOR, family, signalled, swept
 
 optuna = pytest.importorskip("optuna", reason="LOUD: optuna is not installed")
 
@@ -137,19 +134,14 @@ def test_a_hopeless_job_is_given_up(tmp_path: Path, capfd: pytest.CaptureFixture
 @pytest.mark.slow
 def test_a_study_goes_on_with_the_trial_that_was_stopped(tmp_path: Path) -> None:
     settings = [*OPTUNA, "hydra.sweeper.n_trials=2", "name=s", "optimizer.lr=interval(1e-5,1e-4)"]
-    words = ["--multirun", *PRIOR, f"output_root={tmp_path}", *settings, "trainer.max_steps=60", "checkpoint.every=2"]
-    prepare(tmp_path, settings)
-    with (tmp_path / "printed.txt").open("w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "kandinsky_exp", *words], stdout=file, stderr=file)
-    try:
-        wait(lambda: any("step 6 " in log.read_text() for log in (tmp_path / "s").glob("*/train.log")))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
-    finally:
-        process.kill()
+    settings += ["trainer.max_steps=60", "checkpoint.every=2"]
+    logs = (tmp_path / "s").glob
+    with signalled(signal.SIGTERM, lambda: any("step 6 " in log.read_text() for log in logs("*/train.log"))) as sent:
+        assert swept(tmp_path, *settings) == 143
+    assert sent.is_set()
     (trial,) = study(tmp_path / "s").trials
     assert trial.state.name == "RUNNING"
-    assert swept(tmp_path, *settings, "trainer.max_steps=60", "checkpoint.every=2") == 0
+    assert swept(tmp_path, *settings) == 0
     trials = study(tmp_path / "s").trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
     assert trials[0].params == trial.params

@@ -7,19 +7,19 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Forked, command, start_server
+from commands import Forked, command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
-from running import SMALL, client, composed, prepare, runs
+from running import client, composed, prepare
+from sweeping import LAUNCHERS, PRIOR, family, signalled, swept, wait
 
 from kandinsky_exp import cli
 from kandinsky_exp.config import hydra_errors
@@ -53,9 +53,6 @@ ENDS = {
     "memory": "FAILED",
     "last": "FINISHED",
 }
-LAUNCHERS = {"basic": [], "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-             "submitit": ["hydra/launcher=submitit_local"], "ray": ["hydra/launcher=ray"]}  # fmt: skip
-PRIOR = ["model=prior", *SMALL]
 
 
 @pytest.fixture(autouse=True)
@@ -64,17 +61,6 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-
-def swept(root: Path, *overrides: str) -> int:
-    """The exit code of a sweep in this process."""
-    prepare(root, overrides)
-    start_server()  # the process that jobs are forked from: one for all tests
-    try:
-        cli.main(["--multirun", *PRIOR, f"output_root={root}", *overrides])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else -1
-    return 0
 
 
 def faulty(root: Path, ways: Sequence[str]) -> list[str]:
@@ -93,36 +79,52 @@ def test_why_a_job_failed_is_told_whole(tmp_path: Path) -> None:
     assert all(f"{key}: " in answer.message for key in ("trainer.batch_size", "trainer.max_steps", "optimizer.lr"))
 
 
-def family(root: Path, name: str) -> tuple[Any, dict[str, Any]]:
-    """The parent run and its children by name."""
-    found = runs(root)
-    (parent,) = (run for run in found if run.data.tags.get("sweep") == name)
-    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    named = {run.info.run_name: run for run in children}
-    assert len(named) == len(children)
-    return parent, named
-
-
 def artifact(root: Path, run: Any, name: str) -> str:
     return Path(client(root).download_artifacts(run.info.run_id, name)).read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "again"), [("basic", "joblib"), ("joblib", "basic")])
-def test_one_crashed_job_costs_one_job(
-    launcher: str, again: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_crashed_job_costs_one_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Under one launcher, again under another, which repeats what did not finish, and at last, mended, all finish."""
     root = tmp_path / "out"
     overrides = ["name=six", *faulty(tmp_path, WAYS)]
-    assert swept(root, *overrides, *LAUNCHERS[launcher]) == 1
-    table = capfd.readouterr().out
-    parent, children = family(root, "six")
-    assert {name: run.info.status for name, run in children.items()} == {f"how={way}": ENDS[way] for way in WAYS}
-    assert parent.info.status == "FAILED"
+    assert swept(root, *overrides, *LAUNCHERS["basic"]) == 1
+    parent, children = failed(root, capfd.readouterr().out)
     assert [run.data.tags["sweep.job"] for _, run in sorted(children.items(), key=in_order)] == [
         f"{number:04d}" for number in range(6)
     ]
     assert children["how=raise"].data.tags["override.scheduler.how"] == "raise"
+    assert {path.name for path in (root / "six").iterdir() if not path.name.startswith(".")} >= {
+        f"+scheduler.how={way}" for way in WAYS
+    }
+
+    first = (root / "six" / "+scheduler.how=first" / "train.log").read_text()
+    assert swept(root, *overrides, *LAUNCHERS["joblib"]) == 1
+    again, children_again = failed(root, capfd.readouterr().out)
+    assert ids(again, children_again) == ids(parent, children)
+    (tmp_path / "mended").touch()
+    assert swept(root, *overrides, *LAUNCHERS["basic"]) == 0, capfd.readouterr().out
+    assert (root / "six" / "+scheduler.how=first" / "train.log").read_text() == first  # it was finished
+    killed = (root / "six" / "+scheduler.how=kill" / "train.log").read_text()
+    assert "going on from" in killed
+    mended, children_mended = family(root, "six")
+    assert ids(mended, children_mended) == ids(parent, children)
+    assert {run.info.status for run in [mended, *children_mended.values()]} == {"FINISHED"}
+    assert re.search(r"^best: how=", capfd.readouterr().out, re.MULTILINE)
+    report = (root / "six" / "report" / "report.html").read_text()
+    assert artifact(root, parent, "compare/report.html") == report
+    assert all(run.info.run_id in report for run in children_mended.values())
+    note = children_mended["how=kill"].data.tags["mlflow.note.content"]
+    assert "+scheduler.how=kill" in note
+    assert f"/runs/{parent.info.run_id}/artifacts/compare/report.html" in note
+    assert "--multirun" in parent.data.tags["mlflow.note.content"]
+
+
+def failed(root: Path, table: str) -> tuple[Any, dict[str, Any]]:
+    """The parent and its children, each of which ended as it had to, and is told so."""
+    parent, children = family(root, "six")
+    assert {name: run.info.status for name, run in children.items()} == {f"how={way}": ENDS[way] for way in WAYS}
+    assert parent.info.status == "FAILED"
     assert "out of luck" in children["how=raise"].data.tags["error"]
     assert "SIGKILL" in children["how=kill"].data.tags["error"]
     assert "sys.exit(7)" in children["how=exit"].data.tags["error"]
@@ -133,30 +135,11 @@ def test_one_crashed_job_costs_one_job(
     assert {line["how"]: line["run id"] for line in lines} == {
         name.removeprefix("how="): run.info.run_id for name, run in children.items()
     }
-    assert {path.name for path in (root / "six").iterdir() if not path.name.startswith(".")} >= {
-        f"+scheduler.how={way}" for way in WAYS
-    }
+    return parent, children
 
-    first = (root / "six" / "+scheduler.how=first" / "train.log").read_text()
-    (tmp_path / "mended").touch()
-    assert swept(root, *overrides, *LAUNCHERS[again]) == 0, capfd.readouterr().out
-    assert (root / "six" / "+scheduler.how=first" / "train.log").read_text() == first  # it was finished
-    killed = (root / "six" / "+scheduler.how=kill" / "train.log").read_text()
-    assert "going on from" in killed
-    mended, children_again = family(root, "six")
-    assert mended.info.run_id == parent.info.run_id
-    assert {name: run.info.run_id for name, run in children_again.items()} == {
-        name: run.info.run_id for name, run in children.items()
-    }
-    assert {run.info.status for run in [mended, *children_again.values()]} == {"FINISHED"}
-    assert re.search(r"^best: how=", capfd.readouterr().out, re.MULTILINE)
-    report = (root / "six" / "report" / "report.html").read_text()
-    assert artifact(root, parent, "compare/report.html") == report
-    assert all(run.info.run_id in report for run in children_again.values())
-    note = children_again["how=kill"].data.tags["mlflow.note.content"]
-    assert "+scheduler.how=kill" in note
-    assert f"/runs/{parent.info.run_id}/artifacts/compare/report.html" in note
-    assert "--multirun" in parent.data.tags["mlflow.note.content"]
+
+def ids(parent: Any, children: dict[str, Any]) -> dict[str, str]:
+    return {"": parent.info.run_id, **{name: run.info.run_id for name, run in children.items()}}
 
 
 def in_order(item: tuple[str, Any]) -> int:
@@ -227,23 +210,16 @@ def test_precision_varies_and_a_new_store_has_many_first_users(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_an_interrupt_stops_the_jobs_that_run_and_then_the_sweep(tmp_path: Path) -> None:
+def test_an_interrupt_stops_the_jobs_that_run_and_then_the_sweep(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "out"
     overrides = ["name=s", *LAUNCHERS["joblib"], "trainer.max_steps=5000", "optimizer.lr=1e-5,2e-5,3e-5"]
-    prepare(root, overrides)
-    words = ["--multirun", *PRIOR, f"output_root={root}", *overrides, "checkpoint.every=5000"]
-    printed = tmp_path / "printed.txt"
-    # A process of its own: joblib runs one job at a time in what multiprocessing started.
-    with printed.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "kandinsky_exp", *words], stdout=file, stderr=file)
     logs = [root / "s" / f"optimizer.lr={lr}" / "train.log" for lr in ("1e-05", "2e-05")]
-    try:
-        wait(lambda: all(log.is_file() and "step 10 " in log.read_text() for log in logs))
-        process.send_signal(signal.SIGINT)
-        code = process.wait(60)
-    finally:
-        process.kill()
-    output = printed.read_text()
+    with signalled(signal.SIGINT, lambda: all(log.is_file() and "step 10 " in log.read_text() for log in logs)) as sent:
+        code = swept(root, *overrides, "checkpoint.every=5000")
+    output = "".join(capfd.readouterr())
+    assert sent.is_set(), output
     assert code == 130, output
     parent, children = family(root, "s")
     assert {name: run.info.status for name, run in children.items()} == {"lr=1e-05": "KILLED", "lr=2e-05": "KILLED"}
@@ -264,13 +240,6 @@ def test_a_killed_sweep_ends_its_jobs_after_a_checkpoint(tmp_path: Path) -> None
     process.kill()
     wait(lambda: (record := run_folder.read_record(job)) is not None and record.status == "KILLED")
     assert list((job / "checkpoints").glob("step-*"))
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 # --- what is refused

@@ -60,13 +60,13 @@ def test_labels_are_drawn_below() -> None:
 
 def test_labels_wrap_and_end_in_an_ellipsis() -> None:
     font = ImageFont.truetype(image_grid.FONT, image_grid.FONT_SIZE)
-    lines = image_grid._wrapped("a very long caption about nothing at all " * 9, font, 192)
+    lines = image_grid._wrapped("a very long caption about nothing at all " * 9, 192)
     assert len(lines) == image_grid.LINES
     assert lines[-1].endswith("…")
     assert all(font.getlength(line) <= 192 for line in lines)
-    assert image_grid._wrapped("a cat", font, 192) == ["a cat"]
-    assert image_grid._wrapped("  \n ", font, 192) == []
-    broken = image_grid._wrapped("x" * 60, font, 192)
+    assert image_grid._wrapped("a cat", 192) == ["a cat"]
+    assert image_grid._wrapped("  \n ", 192) == []
+    broken = image_grid._wrapped("x" * 60, 192)
     assert "".join(broken) == "x" * 60
     assert all(font.getlength(line) <= 192 for line in broken)
 

@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 
 from kandinsky_exp import cli
 from kandinsky_exp.errors import ConfigError, DataError, Interrupted, TrackingError
-from kandinsky_exp.system import accelerators, launch_environment, redaction, signals
-from kandinsky_exp.system import distributed as processes
-from kandinsky_exp.system.agreement import Agreement
+from kandinsky_exp.system import accelerators, distributed, launch_environment, redaction, signals
+from kandinsky_exp.system.distributed import Agreement
 from kandinsky_exp.tracking import store
 
 
@@ -215,7 +214,7 @@ def test_what_one_process_does_is_refused_to_several(tmp_path: Path) -> None:
 def in_concert(folder: Path) -> None:
     """What two processes say to each other, beside any run."""
     stop = signals.Stop(handled=False)
-    with processes.accelerated(lambda: accelerators.make("no", 1, tf32=False)) as accelerator:
+    with distributed.accelerated(lambda: accelerators.make("no", 1, tf32=False)) as accelerator:
         rank, found = accelerator.process_index, []
         assert (accelerator.num_processes, accelerator.device.type) == (2, "cpu")
         agreement = Agreement(stop, 2)
@@ -228,11 +227,11 @@ def in_concert(folder: Path) -> None:
                 break
         for fail in (lambda: 1 / 0, lambda: raises(DataError("no picture")), lambda: raises(Interrupted(15))):
             try:
-                processes.on_main_process(fail)
+                distributed.on_main_process(fail)
             except BaseException as error:
                 found.append(f"{type(error).__name__} {error}")
         with contextlib.suppress(DataError):
-            processes.on_all_processes(lambda: raises(DataError("my own")) if rank == 1 else None)
+            distributed.on_all_processes(lambda: raises(DataError("my own")) if rank == 1 else None)
             found.append("not reached")
     (folder / str(rank)).write_text(json.dumps(found))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Forked, start
+from commands import Forked, free_port, start
 from many_points import check_all_is_recorded
 from mlflow import MlflowClient
 
@@ -38,9 +38,7 @@ class Server:
     """`mlflow server` on files that outlive it."""
 
     def __init__(self, root: Path) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            self.port = int(taken.getsockname()[1])
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.root = root
         self.process: subprocess.Popen[bytes] | None = None

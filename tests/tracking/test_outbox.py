@@ -17,7 +17,7 @@ from kandinsky_exp.tracking.sender import BATCH, Refused, Sender, first_batch
 
 
 @pytest.fixture
-def lane(tmp_path: Path) -> DiskQueue:
+def queue(tmp_path: Path) -> DiskQueue:
     return opened(tmp_path)
 
 
@@ -29,12 +29,17 @@ def point(step: int) -> Record:
     return {"kind": "metrics", "step": step, "time": 1_000 + step, "values": {"a": 1.0}}
 
 
-def waiting(lane: DiskQueue) -> list[int]:
-    return [record["step"] for segment in lane.segments() for record in segment.records]
+def waiting(queue: DiskQueue) -> list[int]:
+    return [record["step"] for segment in queue.segments() for record in segment.records]
 
 
-def taken(lane: DiskQueue) -> Segment:
-    segment = lane.first(lane.newest())
+def delivered(sender: Sender, seconds: float) -> bool:
+    """Whether all that was appended is delivered: False where a try fails, or the time is over."""
+    return sender.hurry().wait(seconds) and not sender.failures
+
+
+def taken(queue: DiskQueue) -> Segment:
+    segment = queue.first(queue.newest())
     assert segment is not None
     return segment
 
@@ -42,31 +47,31 @@ def taken(lane: DiskQueue) -> Segment:
 # On disk
 
 
-def test_records_wait_in_order_for_another_process(lane: DiskQueue, tmp_path: Path) -> None:
+def test_records_wait_in_order_for_another_process(queue: DiskQueue, tmp_path: Path) -> None:
     for step in range(3):
-        lane.append(point(step))
+        queue.append(point(step))
     after = opened(tmp_path)
     after.append(point(3))
     assert waiting(after) == [0, 1, 2, 3]
     assert taken(after).records == [point(0), point(1), point(2)]
 
 
-def test_what_is_taken_grows_no_more_and_is_forgotten_once_delivered(lane: DiskQueue) -> None:
-    lane.append(point(0))
-    segment = taken(lane)
-    lane.append(point(1))
-    assert taken(lane).records == segment.records == [point(0)]  # until it is removed
-    lane.remove(segment)
-    assert waiting(lane) == [1]
+def test_what_is_taken_grows_no_more_and_is_forgotten_once_delivered(queue: DiskQueue) -> None:
+    queue.append(point(0))
+    segment = taken(queue)
+    queue.append(point(1))
+    assert taken(queue).records == segment.records == [point(0)]  # until it is removed
+    queue.remove(segment)
+    assert waiting(queue) == [1]
 
 
-def test_what_came_after_the_beginning_of_a_try_is_left_to_the_next(lane: DiskQueue) -> None:
-    lane.append(point(0))
-    newest = lane.newest()
-    lane.remove(taken(lane))
-    lane.append(point(1))
-    assert lane.first(newest) is None
-    assert taken(lane).records == [point(1)]
+def test_what_came_after_the_beginning_of_a_try_is_left_to_the_next(queue: DiskQueue) -> None:
+    queue.append(point(0))
+    newest = queue.newest()
+    queue.remove(taken(queue))
+    queue.append(point(1))
+    assert queue.first(newest) is None
+    assert taken(queue).records == [point(1)]
 
 
 def test_files_are_of_a_bounded_size(tmp_path: Path) -> None:
@@ -82,9 +87,9 @@ def test_a_killed_process_loses_nothing_that_it_handed_over(tmp_path: Path) -> N
 import os, signal, sys
 from pathlib import Path
 from kandinsky_exp.tracking.outbox import Outbox
-lane = Outbox(Path(sys.argv[1])).records
+queue = Outbox(Path(sys.argv[1])).records
 for step in range(1000):
-    lane.append({"kind": "metrics", "step": step, "time": step, "values": {"a": 1.0}})
+    queue.append({"kind": "metrics", "step": step, "time": step, "values": {"a": 1.0}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "outbox")], timeout=60)
@@ -92,27 +97,27 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert waiting(Outbox(tmp_path / "outbox").records) == list(range(1000))
 
 
-def test_a_torn_last_line_was_never_handed_over(lane: DiskQueue, tmp_path: Path) -> None:
-    lane.append(point(0))
-    lane.append(point(1))
-    (path,) = lane.paths()
+def test_a_torn_last_line_was_never_handed_over(queue: DiskQueue, tmp_path: Path) -> None:
+    queue.append(point(0))
+    queue.append(point(1))
+    (path,) = queue.paths()
     path.write_bytes(path.read_bytes()[:-5])
     after = opened(tmp_path)
     after.append(point(2))
     assert waiting(after) == [0, 2]
 
 
-def test_a_damaged_line_is_not_passed_over_in_silence(lane: DiskQueue) -> None:
-    lane.append(point(0))
-    (path,) = lane.paths()
+def test_a_damaged_line_is_not_passed_over_in_silence(queue: DiskQueue) -> None:
+    queue.append(point(0))
+    (path,) = queue.paths()
     path.write_bytes(b"\xff{\n[1]\n" + path.read_bytes())
     damaged, other, whole = read(path)
     assert (damaged["kind"], other["kind"], whole) == ("damaged", "damaged", point(0))
 
 
-def test_any_text_can_wait(lane: DiskQueue) -> None:
-    lane.append({"kind": "tags", "texts": {"a": "\udcff é \u2028 😀"}})
-    assert taken(lane).records[0]["texts"]["a"] == "? é \u2028 😀"
+def test_any_text_can_wait(queue: DiskQueue) -> None:
+    queue.append({"kind": "tags", "texts": {"a": "\udcff é \u2028 😀"}})
+    assert taken(queue).records[0]["texts"]["a"] == "? é \u2028 😀"
 
 
 FULL_DISK = """
@@ -120,23 +125,23 @@ import logging, resource, signal, sys, time
 from pathlib import Path
 from kandinsky_exp.tracking.outbox import Outbox
 logging.basicConfig(format="%(message)s")
-lane = Outbox(Path(sys.argv[1])).records
+queue = Outbox(Path(sys.argv[1])).records
 text = "x" * 100
 def fill(steps):
     for step in steps:
-        lane.append({"kind": "metrics", "step": step, "time": step, "values": {"a": 1.0}, "text": text})
+        queue.append({"kind": "metrics", "step": step, "time": step, "values": {"a": 1.0}, "text": text})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 fill(range(100))
 segments = []
-while segment := lane.first(lane.newest()):
+while segment := queue.first(queue.newest()):
     segments += [record["step"] for record in segment.records]
-    lane.remove(segment)
+    queue.remove(segment)
 assert segments == list(range(100)), segments
 fill(range(100, 200))
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 time.sleep(5.1)
 fill([200])
-assert not lane.held()
+assert not queue.held()
 """
 
 
@@ -156,8 +161,8 @@ def test_the_folder_is_there_only_while_something_waits(tmp_path: Path) -> None:
     outbox.artifacts.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
     outbox.tidy()
     assert outbox.waiting() == 2
-    for lane in (outbox.records, outbox.artifacts):
-        lane.remove(taken(lane))
+    for queue in (outbox.records, outbox.artifacts):
+        queue.remove(taken(queue))
     outbox.tidy()
     assert not outbox.folder.exists()
     outbox.records.append(point(1))
@@ -167,39 +172,39 @@ def test_the_folder_is_there_only_while_something_waits(tmp_path: Path) -> None:
 
 
 def test_files_go_with_their_record(tmp_path: Path) -> None:
-    lane = Outbox(tmp_path).artifacts
-    lane.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
-    segment = taken(lane)
-    assert (lane.files(segment.records[0]) / "a.txt").read_text() == "a"
-    lane.sync()
-    lane.remove(segment)
+    queue = Outbox(tmp_path).artifacts
+    queue.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
+    segment = taken(queue)
+    assert (queue.files(segment.records[0]) / "a.txt").read_text() == "a"
+    queue.sync()
+    queue.remove(segment)
     assert not list(tmp_path.rglob("*.*"))
 
 
 def test_files_may_go_while_they_are_synced(tmp_path: Path) -> None:
-    lane = Outbox(tmp_path).artifacts
-    lane.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
-    waiting = [taken(lane)]
+    queue = Outbox(tmp_path).artifacts
+    queue.attach({"kind": "files"}, lambda folder: (folder / "a.txt").write_text("a"))
+    waiting = [taken(queue)]
 
     def delivered_just_now(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "os.scandir" and waiting and str(arguments[0]).startswith(str(lane.folder / "files")):
-            lane.remove(waiting.pop())
+        if event == "os.scandir" and waiting and str(arguments[0]).startswith(str(queue.folder / "files")):
+            queue.remove(waiting.pop())
 
     sys.addaudithook(delivered_just_now)
-    lane.sync()
+    queue.sync()
     assert not waiting, "nothing was listed: the test tests nothing"
     assert not list(tmp_path.rglob("*.*"))
 
 
 def test_files_without_a_record_are_removed(tmp_path: Path) -> None:
-    lane = Outbox(tmp_path).artifacts
+    queue = Outbox(tmp_path).artifacts
     with pytest.raises(OSError, match="full"):
-        lane.attach({}, fail)
+        queue.attach({}, fail)
     assert not list((tmp_path / "artifacts" / "files").iterdir())
-    lane.attach({}, lambda folder: (folder / "a.txt").write_text("a"))
+    queue.attach({}, lambda folder: (folder / "a.txt").write_text("a"))
     (tmp_path / "artifacts" / "files" / "killed").mkdir()
     Outbox(tmp_path).open()
-    assert [path.name for path in (tmp_path / "artifacts" / "files").iterdir()] == [taken(lane).records[0]["files"]]
+    assert [path.name for path in (tmp_path / "artifacts" / "files").iterdir()] == [taken(queue).records[0]["files"]]
 
 
 def fail(_: Path) -> None:
@@ -260,114 +265,114 @@ Start = Callable[..., Sender]
 
 
 @pytest.fixture
-def start(lane: DiskQueue) -> Iterator[Start]:
+def start(queue: DiskQueue) -> Iterator[Start]:
     started: list[Sender] = []
 
-    def courier(store: Store, interval: float = 0.01) -> Sender:
-        started.append(Sender("metrics", lane, store.write, store.refuse, interval=interval, pause=interval))
+    def sender(store: Store, interval: float = 0.01) -> Sender:
+        started.append(Sender("metrics", queue, store.write, store.refuse, interval=interval, pause=interval))
         return started[-1]
 
-    yield courier
+    yield sender
     for each in started:
         each.close()
 
 
-def add(lane: DiskQueue, courier: Sender, *steps: int) -> None:
+def add(queue: DiskQueue, sender: Sender, *steps: int) -> None:
     for step in steps:
-        lane.append(point(step))
-        courier.notify()
+        queue.append(point(step))
+        sender.notify()
 
 
-def test_metrics_gather(lane: DiskQueue, start: Start) -> None:
+def test_metrics_gather(queue: DiskQueue, start: Start) -> None:
     store = Store()
-    courier = start(store, interval=30)
-    add(lane, courier, *range(100))
-    assert courier.flush(5)
+    sender = start(store, interval=30)
+    add(queue, sender, *range(100))
+    assert delivered(sender, 5)
     assert store.seen == list(range(100))
     assert store.writes <= 2
-    assert not lane.paths()
+    assert not queue.paths()
 
 
-def test_many_metrics_do_not_wait(lane: DiskQueue, start: Start) -> None:
+def test_many_metrics_do_not_wait(queue: DiskQueue, start: Start) -> None:
     store = Store()
-    courier = start(store, interval=600)
-    add(lane, courier, *range(BATCH))
+    sender = start(store, interval=600)
+    add(queue, sender, *range(BATCH))
     wait_for(lambda: len(store.seen) == BATCH)
 
 
-def test_what_an_earlier_process_left_comes_first_and_unasked(lane: DiskQueue, start: Start) -> None:
-    lane.append(point(0))
+def test_what_an_earlier_process_left_comes_first_and_unasked(queue: DiskQueue, start: Start) -> None:
+    queue.append(point(0))
     store = Store()
-    courier = start(store)
+    sender = start(store)
     wait_for(lambda: store.seen == [0])
-    add(lane, courier, 1)
-    assert courier.flush(5)
+    add(queue, sender, 1)
+    assert delivered(sender, 5)
     assert store.seen == [0, 1]
 
 
 def test_records_wait_while_the_store_is_away(
-    lane: DiskQueue, start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    queue: DiskQueue, start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store()
-    courier = start(store)
+    sender = start(store)
     store.away = True
-    add(lane, courier, 1)
+    add(queue, sender, 1)
     began = time.monotonic()
-    assert not courier.flush(5)
+    assert not delivered(sender, 5)
     assert time.monotonic() - began < 1
-    add(lane, courier, 2)
+    add(queue, sender, 2)
     assert waiting(opened(tmp_path)) == [1, 2]
     store.away = False
-    assert courier.flush(5)
+    assert delivered(sender, 5)
     assert store.seen == [1, 2]
     assert caplog.text.count("metrics cannot be written for now (postgresql://***@host is away)") == 1
     assert caplog.text.count("the store is back") == 1
 
 
-def test_the_pauses_grow(lane: DiskQueue, start: Start) -> None:
+def test_the_pauses_grow(queue: DiskQueue, start: Start) -> None:
     store = Store()
     store.away = True
-    courier = start(store, interval=0.05)
-    add(lane, courier, 1)
+    sender = start(store, interval=0.05)
+    add(queue, sender, 1)
     time.sleep(1.2)
     assert 3 <= store.tries <= 6  # after 0.05, 0.1, 0.2, 0.4 and 0.8 s
     store.away = False
     wait_for(lambda: store.seen == [1])  # and by itself
 
 
-def test_what_is_sent_at_once_is_not_tried_again_at_once(lane: DiskQueue) -> None:
+def test_what_is_sent_at_once_is_not_tried_again_at_once(queue: DiskQueue) -> None:
     """Files are: a thread that tried all the time would take the core that trains."""
     store = Store()
     store.away = True
-    courier = Sender("files", lane, store.write, store.refuse, interval=0)
-    add(lane, courier, 1)
+    sender = Sender("files", queue, store.write, store.refuse, interval=0)
+    add(queue, sender, 1)
     wait_for(lambda: store.tries == 1)
     time.sleep(0.5)
     assert store.tries == 1
-    courier.close()
+    sender.close()
 
 
 def test_what_is_refused_is_put_aside_and_holds_up_nothing(
-    lane: DiskQueue, start: Start, caplog: pytest.LogCaptureFixture
+    queue: DiskQueue, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(3, 5)
-    courier = start(store)
-    add(lane, courier, *range(8))
-    assert courier.flush(5)
+    sender = start(store)
+    add(queue, sender, *range(8))
+    assert delivered(sender, 5)
     assert store.seen == [0, 1, 2, 4, 6, 7]
     assert store.refused == [3, 5]
     assert "metrics of step 3 was not recorded (no [3])" in caplog.text
-    assert not lane.paths()
+    assert not queue.paths()
 
 
-def test_a_closed_courier_leaves_the_rest(lane: DiskQueue, start: Start) -> None:
+def test_a_closed_courier_leaves_the_rest(queue: DiskQueue, start: Start) -> None:
     store = Store()
-    courier = start(store, interval=600)
-    courier.close()
-    wait_for(lambda: not courier._thread.is_alive())
-    add(lane, courier, 1)
-    assert not courier.flush(0.1)
-    assert waiting(lane) == [1]
+    sender = start(store, interval=600)
+    sender.close()
+    wait_for(lambda: not sender._thread.is_alive())
+    add(queue, sender, 1)
+    assert not delivered(sender, 0.1)
+    assert waiting(queue) == [1]
     assert store.seen == []
 
 
@@ -380,16 +385,16 @@ def test_a_batch_is_what_one_request_may_hold() -> None:
     assert first_batch(deque([{"kind": "tags"}, {"kind": "tags"}])) == [{"kind": "tags"}]
 
 
-def test_handing_over_is_quick_while_the_store_hangs(lane: DiskQueue, start: Start) -> None:
+def test_handing_over_is_quick_while_the_store_hangs(queue: DiskQueue, start: Start) -> None:
     gate = threading.Event()
-    courier = Sender("metrics", lane, lambda _: gate.wait(30), lambda *_: None, interval=0)
+    sender = Sender("metrics", queue, lambda _: gate.wait(30), lambda *_: None, interval=0)
     costs = []
     for step in range(300):
         began = time.perf_counter()
-        add(lane, courier, step)
+        add(queue, sender, step)
         costs.append(time.perf_counter() - began)
     assert sorted(costs)[150] < 1e-3
-    courier.close()
+    sender.close()
     gate.set()
 
 

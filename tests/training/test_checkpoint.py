@@ -16,6 +16,7 @@ from diffusers import PriorTransformer, UNet2DConditionModel
 from running import SMALL, composed, same, train
 from safetensors import safe_open
 from safetensors.torch import load_file
+from stepping import step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_exp import build, cli
@@ -47,22 +48,8 @@ def trained(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
         yield make
 
 
-def step(training: Any) -> None:
-    """Every trainable weight, every average and the optimizer's state move."""
-    generator = torch.Generator().manual_seed(training.step)
-    for parameter in training.trainable:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    training.optimizer.step()
-    training.scheduler.step()
-    if training.ema is not None:
-        training.ema.step(training.trainable)
-    training.step += 1
-
-
 def snapshot(training: Any, accelerator: Any) -> checkpoint.Snapshot:
-    return checkpoint.snapshot(
-        training, training.stage.part, accelerator, validated=True, validation_loss=0.5, total_batch=4
-    )
+    return checkpoint.snapshot(training, accelerator, validated=True, validation_loss=0.5, total_batch=4)
 
 
 def files(folder: Path) -> dict[str, Any]:
@@ -141,7 +128,7 @@ def test_a_copy_is_the_state_at_its_step(stage: str, extras: list[str], trained:
     after = copy.deepcopy(accelerator.unwrap_model(training.network).state_dict())
     folder = held.write(tmp_path / "later")
     assert files(folder) == files(tmp_path / "at-once" / "step-00000001")
-    checkpoint.load(training, folder, training.stage.part, accelerator)
+    checkpoint.load(training, folder, accelerator)
     assert training.step == 1
     assert files(snapshot(training, accelerator).write(tmp_path / "again")) == files(folder)
     for _ in range(3):
@@ -169,7 +156,7 @@ def test_the_state_of_another_memory_format_fits(trained: Any, tmp_path: Path) -
     for state in tensors["optimizer"]["state"].values():
         state.update({key: value.contiguous() for key, value in state.items()})
     state_file.write(tensors, folder / state_file.NAME)
-    checkpoint.load(training, folder, "unet", accelerator)
+    checkpoint.load(training, folder, accelerator)
     for parameter, state in training.optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
     convolution = accelerator.unwrap_model(training.network).conv_in.weight

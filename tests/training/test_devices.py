@@ -20,7 +20,6 @@ from kandinsky_exp import build, run_settings
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.memory.device_limits import Facts
-from kandinsky_exp.memory.dry_run import Mixed
 from kandinsky_exp.memory.meta_weights import MetaWeights
 from kandinsky_exp.models import adapters, pipelines
 from kandinsky_exp.models.weights import Weights
@@ -104,7 +103,7 @@ def test_a_step_and_its_checkpoint_need_no_data(
     torch.nn.utils.clip_grad_norm_(trainable, 1.0)
     optimizer.step()
     ema.update(training.ema, trainable)  # type: ignore[arg-type]
-    found = checkpoint.snapshot(training, stage.part, accelerator, validated=False, validation_loss=None, total_batch=1)
+    found = checkpoint.snapshot(training, accelerator, validated=False, validation_loss=None, total_batch=1)
     assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == META
     assert set(found.networks) == {stage.part, f"{stage.part}_ema"}
     assert found.size() > 4 * sum(value.nbytes for value in trainable) * 0.99  # weights, average, two moments
@@ -169,7 +168,8 @@ def forward(name: str, kind: str, dtype: torch.dtype, folder: Path) -> str:
         stage.weights.load(part)  # now: no weights load among fakes
     with fake_cuda.device() as (device, watch):
         stage.use_null_condition(null_of(stage))
-        network = Mixed(stage.place(device), lambda: fake_cuda.autocast(dtype)).train()  # type: ignore[arg-type]
+        network: Any = stage.place(device).train()
+        network.forward = fake_cuda.autocast(dtype)(network.forward)
         given, rows = batch(stage, device, torch.float16), [torch.Generator() for _ in range(ROWS)]
         losses = [stage.loss(network, given, torch.Generator())]
         if kind == "full":  # also as held-out rows have it, and from the encoders

@@ -13,7 +13,7 @@ from diffusers import AutoPipelineForText2Image, PriorTransformer
 from omegaconf import OmegaConf
 from running import composed, network, same, stopped_at, train
 from safetensors.torch import load_file
-from test_checkpoint import step
+from stepping import step
 from torch import Tensor
 
 from kandinsky_exp import build, schedules
@@ -140,10 +140,7 @@ def built(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
 
 
 def state_of(training: Any, accelerator: Any) -> Any:
-    part = training.stage.part
-    made = checkpoint.snapshot(
-        training, part, accelerator, validated=False, validation_loss=None, total_batch=1
-    ).on_host()
+    made = checkpoint.snapshot(training, accelerator, validated=False, validation_loss=None, total_batch=1).on_host()
     return made, mapped([{name: files.tensors for name, files in made.networks.items()}, made.tensors], as_bytes)
 
 
@@ -162,7 +159,7 @@ def test_its_state_survives_a_checkpoint(name: str, trains: str, built: Any, tmp
     begun, _ = state_of(whole, accelerator)
     with ema.averaged_weights(whole):  # as a validation has it
         pass
-    checkpoint.load(resumed, begun.write(tmp_path), resumed.stage.part, other)
+    checkpoint.load(resumed, begun.write(tmp_path), other)
     for _ in range(2):
         step(whole)
         step(resumed)

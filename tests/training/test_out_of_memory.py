@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_exp import build
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.encoded.encode import encode_table
+from kandinsky_exp.data.encoded.cache import encode_table
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.errors import ConfigError, DataError, OutOfMemory, is_of_host, is_out_of_memory
 from kandinsky_exp.memory import savings

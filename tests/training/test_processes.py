@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import USE_CPU, start, start_server, start_two
+from commands import USE_CPU, Forked, command, start, start_server, start_two
 from PIL import Image
 from running import SMALL, history, prepare, runs, train
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kandinsky_exp import cli
 
@@ -27,7 +28,7 @@ ENDLESS = ["trainer.max_steps=1000000", "validation.every=1000000", "checkpoint.
 
 
 def real(
-    command: list[str], at: Path | None = None, number: int = 0, when: str = "step 2 of", **environment: str
+    words: list[str], at: Path | None = None, number: int = 0, when: str = "step 2 of", **environment: str
 ) -> tuple[int, str, float]:
     """A process as a user has it, from its imports to its interpreter's end.
 
@@ -38,7 +39,7 @@ def real(
         Its exit code, what it printed, and the seconds since the signal.
     """
     process = subprocess.Popen(
-        command, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        words, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
         deadline = time.monotonic() + 120
@@ -53,6 +54,13 @@ def real(
     finally:
         process.kill()
     return process.returncode, output, time.monotonic() - sent
+
+
+def launch(arguments: list[str]) -> None:
+    """What `LAUNCH` does with a command, but for imports: torch's agent starts two processes and watches over them."""
+    settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "rdzv_configs": {"timeout": 60}}
+    config = LaunchConfig(1, 1, 2, run_id="stop", start_method="forkserver", monitor_interval=0.1, **settings)
+    elastic_launch(config, command)(arguments)
 
 
 @pytest.mark.slow
@@ -79,10 +87,19 @@ def test_two_processes_train_one_run(stage: str, launched: bool, tmp_path: Path)
     assert shared == pytest.approx(history(alone, runs(alone)[0].info.run_id, "validation/loss")[0], rel=1e-4)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_with_a_checkpoint_and_its_exit_code(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    command = [*COMMAND, *SMALL, f"output_root={tmp_path}", "model=prior", "name=p", *ENDLESS]
-    found_code, output, seconds = real(command, tmp_path / "p" / "train.log", number)
+@pytest.mark.parametrize(("number", "code", "forked"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
+def test_a_signal_ends_with_a_checkpoint_and_its_exit_code(
+    number: signal.Signals, code: int, forked: bool, tmp_path: Path
+) -> None:
+    settings, log = ["model=prior", "name=p", *ENDLESS], tmp_path / "p" / "train.log"
+    if forked:
+        process = start(tmp_path, *settings)
+        process.wait_for("step 2 of", log)
+        sent = time.monotonic()
+        process.signal(number)
+        output, found_code, seconds = process.finish(), process.code, time.monotonic() - sent
+    else:  # an interpreter that makes a KeyboardInterrupt of it, if nobody else does
+        found_code, output, seconds = real([*COMMAND, *SMALL, f"output_root={tmp_path}", *settings], log, number)
     assert seconds < 10
     assert found_code == code, output
     assert "Traceback" not in output
@@ -120,10 +137,22 @@ def test_an_image_that_goes_while_a_run_trains_fails_the_run(workers: int, tmp_p
 @pytest.mark.slow
 def test_two_processes_stop_with_one_checkpoint(tmp_path: Path) -> None:
     """Long before the next log point: a launcher kills half a minute after it has asked."""
-    command = [*LAUNCH, *SMALL, f"output_root={tmp_path}", "model=prior", "name=p", *ENDLESS]
-    command += ["trainer.log_every=1000000", "checkpoint.every=2", "checkpoint.keep=1"]
-    log = tmp_path / "p" / "train.log"
-    code, output, seconds = real(command, log, signal.SIGTERM, "step 2: checkpoint", ACCELERATE_USE_CPU=USE_CPU)
+    settings = [
+        "model=prior",
+        "name=p",
+        *ENDLESS,
+        "trainer.log_every=1000000",
+        "checkpoint.every=2",
+        "checkpoint.keep=1",
+    ]
+    prepare(tmp_path, settings)
+    process = Forked(
+        launch, [*SMALL, f"output_root={tmp_path}", *settings], environment={"ACCELERATE_USE_CPU": USE_CPU}
+    )
+    process.wait_for("step 2: checkpoint", tmp_path / "p" / "train.log")
+    sent = time.monotonic()
+    process.signal(signal.SIGTERM)
+    output, code, seconds = process.finish(), process.code, time.monotonic() - sent
     assert code != 0
     assert seconds < 25
     assert {run.info.status for run in runs(tmp_path)} == {"KILLED"}, output

@@ -30,7 +30,7 @@ from kandinsky_exp.models.components import MODELS
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.tracking.tracker import NullTracker
-from kandinsky_exp.training import ema, fixed_noise, loop
+from kandinsky_exp.training import ema, loop, validation
 from kandinsky_exp.training.metrics import Meter, StepResult
 from kandinsky_exp.training.seeding import NoiseSource
 
@@ -232,8 +232,8 @@ class Bench:
 
     def validate(self) -> float:
         network = self.accelerator.unwrap_model(self.training.network)
-        with ema.averaged_weights(self.training), fixed_noise.uncompiled(network):
-            return fixed_noise.validate(
+        with ema.averaged_weights(self.training), validation.uncompiled(network):
+            return validation.fixed_noise_loss(
                 self.stage,
                 network,
                 MadeUpRows(self),
@@ -466,7 +466,7 @@ def test_a_process_without_a_bad_step_says_so(accelerator: Accelerator) -> None:
     for _ in range(3):
         meter.add(result(0.5, [1.0], [0]))
     with pytest.raises(NonFiniteLoss, match=r"on another process, at one of the 3 steps up to step 8 \(lr 0\.001\)"):
-        meter._raise(8, 1e-3, [False] * 3)
+        meter._raise(8, 1e-3, [False] * 3, 0)
 
 
 @pytest.mark.parametrize("checked", [1, 7, 40])
@@ -499,6 +499,17 @@ def test_a_loss_scaler_may_skip_nineteen_steps_in_a_row(checked: int, accelerato
 
     with pytest.raises(NonFiniteLoss, match=r"at step 60, the 20th in a row that the loss scaler skipped"):
         too_many()
+
+
+def test_steps_that_a_loss_scaler_skipped_count_once(accelerator: Accelerator) -> None:
+    """However often the meter is asked about them: by a checkpoint, and by the log point after it."""
+    scaled = copy.copy(accelerator)
+    scaled.scaler = torch.amp.GradScaler("cpu")
+    meter = Meter(scaled, 4, 1000)
+    for _ in range(10):
+        meter.add(result(0.5, [1.0], [0], norm=torch.tensor(float("inf"))))
+    meter.check(10, 1e-3)
+    assert meter.read(10, 1e-3)["train/loss"] == 0.5
 
 
 def test_a_loss_that_is_not_finite_is_a_failure_with_a_scaler_too(accelerator: Accelerator) -> None:

@@ -6,9 +6,9 @@ import foreign
 import numpy as np
 import pytest
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from drawing import drawn
 from running import composed, network, same, train
 from safetensors.torch import load_file
-from test_generate import drawn
 
 from kandinsky_exp import cli
 from kandinsky_exp.errors import ConfigError

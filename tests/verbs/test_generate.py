@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from drawing import STEPS, drawn
 from running import client, composed, runs, train
 from safetensors.torch import load_file, save_file
 
@@ -20,9 +20,6 @@ from kandinsky_exp.models.adapter_files import WEIGHTS_NAME
 from kandinsky_exp.models.components import PipelineHalf
 from kandinsky_exp.runs.model_sources import ModelSource, find_origins
 from kandinsky_exp.system.files import occupied
-from kandinsky_exp.verbs.generate import generate
-
-STEPS = ["inference_steps=2", "prior_inference_steps=2", "prompts=[a red heart, a dog]"]
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +31,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder, "model=prior", "name=lora", "adapter=lora", "optimizer.lr=1", *unwatched)
     train(folder, "model=decoder", "name=dora", "adapter=dora", "optimizer.lr=1", *unwatched)
     return folder
-
-
-def drawn(root: Path, name: str, *overrides: str) -> list[np.ndarray]:
-    cfg = composed(root, f"name={name}", *STEPS, *overrides, verb="generate", small=[])
-    count = generate(cfg)
-    images = []
-    for index in range(int(count)):
-        with Image.open(root / "generate" / name / f"{index:02d}.png") as image:
-            images.append(np.asarray(image))
-    return images
 
 
 def test_tiny_pair(root: Path) -> None:

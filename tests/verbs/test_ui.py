@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import Forked, command
+from commands import Forked, command, free_port
 from PIL import Image
 from running import composed
 
@@ -34,12 +34,6 @@ def output_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tracker.log_text("<h1>a report</h1>", "report.html")
     tracker.finish("FINISHED")
     return root
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def start(root: Path, *overrides: str) -> Forked:

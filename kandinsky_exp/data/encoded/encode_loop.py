@@ -15,12 +15,12 @@ from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.chunk import Chunk
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK
-from kandinsky_exp.data.encoded.progress import Report
+from kandinsky_exp.data.encoded.progress import ProgressBar
 from kandinsky_exp.data.encoded.table import DTYPES, Array
 from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, collate, is_of_workers, workers_failed
 from kandinsky_exp.data.examples import Source
-from kandinsky_exp.data.formats.metadata import first_few
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.tally import first_few
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.logs import Log
 
@@ -80,7 +80,7 @@ class Walk:
     journal: Journal
     log: Log
     chunk: Chunk = field(default_factory=Chunk)
-    report: Report = field(init=False)
+    bar: ProgressBar = field(init=False)
 
     def encode_all(self) -> None:
         """From where the journal is to the end of the source.
@@ -88,10 +88,10 @@ class Walk:
         Raises:
             DataError: see `encode_table`.
         """
-        self.report = Report(self.source.count, self.journal.progress.source_rows, self.log)
+        self.bar = ProgressBar(self.source.count, self.journal.progress.source_rows, self.log)
         failed = None
         try:
-            with closing(self.report):
+            with closing(self.bar):
                 self._walk()
         except RuntimeError as error:  # torch hears of a worker's death by a signal, whatever it is doing then
             if not is_of_workers(error):
@@ -99,10 +99,10 @@ class Walk:
             failed = workers_failed(error)
         if failed is not None:  # here, where no traceback keeps the workers and what lies on the device
             raise failed
-        self.report.sum_up(self.journal.progress.images, self.journal.progress.captions)
+        self.bar.sum_up(self.journal.progress.images, self.journal.progress.captions)
 
     def _walk(self) -> None:
-        done, size = self.report.first, self.how.batch_size
+        done, size = self.bar.first, self.how.batch_size
         loader = Loader(self.stage.preprocess, self.how.mirrored)
         batches = loader.batches(self.source.examples(done), size, self.how.processes(self.source.count))
         chunk_rows, before = -(-CHUNK // size) * size, 0.0
@@ -110,9 +110,9 @@ class Walk:
             self._check(batch, batches)
             self._take(batch)
             done += len(batch.examples)
-            if before and any(self.chunk.images) and not self.report.announced:
+            if before and any(self.chunk.images) and not self.bar.announced:
                 self._announce((time.monotonic() - before) / len(batch.examples))
-            self.report(done)
+            self.bar(done)
             if self.chunk.seen >= chunk_rows:
                 self._commit()
             before = time.monotonic()  # the first batch takes longer than the others: it is not counted
@@ -138,7 +138,7 @@ class Walk:
         Raises:
             DataError: the disk has no room for it.
         """
-        needed = self.report.announce(self.chunk.size_each(), seconds_each)
+        needed = self.bar.announce(self.chunk.size_each(), seconds_each)
         catalog.refuse_if_no_room(self.journal.folder, needed)
 
     def _take(self, batch: Batch) -> None:
@@ -233,8 +233,8 @@ class Walk:
             while waiting:
                 self._encode_waiting(waiting)
         self._take_captions(None)
-        if not self.report.announced:
-            self._announce((time.monotonic() - self.report.started) / max(1, chunk.seen))
+        if not self.bar.announced:
+            self._announce((time.monotonic() - self.bar.started) / max(1, chunk.seen))
         if chunk.ids:
             ragged = self.stage.ragged_features if self.stage.preprocess.buckets else ()
             self.journal.append(IMAGES, chunk.image_columns(progress.captions, 1 + self.how.mirrored, ragged))

@@ -11,7 +11,7 @@ from kandinsky_exp.system.logs import Log
 EVERY_SECONDS = 10.0
 
 
-class Report:
+class ProgressBar:
     """A bar with images/s and the time left on a terminal, a line about every ten seconds elsewhere.
 
     Args:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kandinsky_exp.data.colour import NOTE
 from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.file_hashes import of_content
+from kandinsky_exp.data.pictures import NOTE
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import DataError
 

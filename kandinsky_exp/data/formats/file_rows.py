@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from kandinsky_exp.data.examples import Example, Indexed, nothing, read_file
+from kandinsky_exp.data.examples import Example, Indexed, no_columns, nothing, read_file
 from kandinsky_exp.data.file_hashes import FileDigests, release, update
 from kandinsky_exp.data.formats import metadata
 from kandinsky_exp.data.formats.metadata import CHUNK, Row
-from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.data.tally import SHOWN, Tally, first_few
 from kandinsky_exp.errors import DataError
 
 SCHEMA = pa.schema(
@@ -30,8 +30,8 @@ SCHEMA = pa.schema(
         ("problems", pa.int32()),
     ]
 )
-EXTRA = pa.field("extra", pa.large_string())  # after these, where a stage reads further columns: their cells as JSON
 LEADS_OUT = re.compile(r"^/|(^|/)\.\.(/|$)")
+EXTRA = "extra"  # a column behind these, where a stage reads further ones: their cells as JSON
 Captions = tuple[tuple[str, ...], str]  # or none, and why
 Problems = tuple[str, str]  # as in Example: with the image, with the captions
 
@@ -44,7 +44,6 @@ class FileRow:
     file: str | None
     captions: tuple[str, ...]
     problems: Problems = ("", "")
-    extra: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ class FileRows(Indexed):
         home: the folder that relative file names start from.
         origin: the file that lists the images, or the folder.
         unit: what `number` counts there, "line" or "row"; empty where no file lists them.
-        columns: of `SCHEMA`, and `EXTRA`.
+        columns: of `SCHEMA`.
         problems: that `columns.problems` points at; the first is none.
         unused: what lies in the folder and is no example.
     """
@@ -81,6 +80,15 @@ class FileRows(Indexed):
         cells = json.loads(extra[0]) if extra else {}
         return Example(file or place, tuple(captions), read, where, caption_problem, problem, cells)
 
+    def with_columns(self, names: Sequence[str]) -> "FileRows":
+        rows = dict(metadata.read(Path(self.origin), names)) if self.unit else {}
+        found = (rows.get(number) for number in self.columns.column("number").to_pylist())
+        cells = [{name: row.get(name) if isinstance(row, dict) else None for name in names} for row in found]
+        if lacking := [name for name in names if all(row[name] is None for row in cells)]:
+            raise no_columns(self.origin, lacking)
+        extra = pa.array(map(json.dumps, cells), pa.large_string())
+        return replace(self, columns=self.columns.append_column(EXTRA, extra))
+
     def left_out(self) -> Tally:
         return self.unused
 
@@ -98,8 +106,8 @@ class FileRows(Indexed):
         total = hashlib.sha256(b"files")
         update(total, files)
         update(total, self.columns.column("captions"))
-        if self.columns.num_columns > len(SCHEMA):
-            update(total, self.columns.column(EXTRA.name))
+        if EXTRA in self.columns.schema.names:
+            update(total, self.columns.column(EXTRA))
         update(total, digests(f"{home} {self.origin}", _paths(str(home), files)))
         release()
         return total.hexdigest()
@@ -116,39 +124,35 @@ def _paths(home: str, files: pa.Array) -> pa.Array:
 class _Columns:
     """Gathers rows: few are Python objects at any time."""
 
-    schema: pa.Schema
     batches: list[pa.RecordBatch] = field(default_factory=list)
-    held: list[tuple[Any, ...]] = field(default_factory=list)
+    held: list[tuple[str | None, tuple[str, ...], int, int]] = field(default_factory=list)
     codes: dict[Problems, int] = field(default_factory=lambda: {("", ""): 0})
 
     def add(self, row: FileRow) -> None:
-        code = self.codes.setdefault(row.problems, len(self.codes))
-        self.held.append((row.file, row.captions, row.number, code, row.extra)[: len(self.schema)])
+        self.held.append((row.file, row.captions, row.number, self.codes.setdefault(row.problems, len(self.codes))))
         if len(self.held) == CHUNK:
             self._pack()
 
     def _pack(self) -> None:
-        columns = zip(*self.held, strict=True) if self.held else [()] * len(self.schema)
-        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, self.schema, strict=True)]
-        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
+        columns = zip(*self.held, strict=True) if self.held else [()] * len(SCHEMA)
+        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
+        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
         self.held = []
 
     def finish(self) -> pa.RecordBatch:
         self._pack()
-        columns = pa.Table.from_batches(self.batches, self.schema).combine_chunks()
+        columns = pa.Table.from_batches(self.batches, SCHEMA).combine_chunks()
         self.batches = []
-        return columns.to_batches()[0] if columns.num_rows else pa.RecordBatch.from_pylist([], self.schema)
+        return columns.to_batches()[0] if columns.num_rows else pa.RecordBatch.from_pylist([], SCHEMA)
 
 
-def gather(
-    name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRow], schema: pa.Schema = SCHEMA
-) -> FileRows:
+def gather(name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRow]) -> FileRows:
     """A source of rows.
 
     Raises:
         DataError: if there are none.
     """
-    columns = _Columns(schema)
+    columns = _Columns()
     for row in rows:
         columns.add(row)
     release()
@@ -163,13 +167,10 @@ def image_columns(asked: str) -> list[str]:
     return ["file_name", "image"] if asked == "image" else [asked]
 
 
-def read_listed(
-    file: Path, image_column: str, caption_column: str, extra_columns: Collection[str] = (), *, inside: bool
-) -> FileRows:
+def read_listed(file: Path, image_column: str, caption_column: str, *, inside: bool) -> FileRows:
     """The rows of a file that lists images. A bad row becomes an example with a problem.
 
     Args:
-        extra_columns: whose cells the examples bring along.
         inside: whether the images have to lie in the file's folder.
 
     Raises:
@@ -178,20 +179,20 @@ def read_listed(
     names = image_columns(image_column)
     home, origin, unit = file.parent, file, metadata.unit(file)
     title = str(home if inside else file)
-    plain = None if extra_columns else metadata.read_plain(file, names, caption_column)
+    plain = metadata.read_plain(file, names, caption_column)
     release()
     if plain and not (inside and pc.any(_leads_out(plain[0])).as_py()):
         return FileRows(title, str(home), str(origin), unit, _all_good(*plain, unit == "line"), (("", ""),))
     rows = (
         FileRow(number, None, (), (row, ""))
         if isinstance(row, str)
-        else _with_extra(_file_row(number, row, names, caption_column, inside), row, extra_columns)
-        for number, row in metadata.read(file, [*names, caption_column, *extra_columns])
+        else _file_row(number, row, names, caption_column, inside)
+        for number, row in metadata.read(file, [*names, caption_column])
     )
-    source = gather(title, home, origin, unit, rows, SCHEMA.append(EXTRA) if extra_columns else SCHEMA)
+    source = gather(title, home, origin, unit, rows)
     if source.columns.column("file").null_count == len(source):
-        some = (f"{source[row].where}: {source[row].problem}" for row in range(min(len(source), metadata.SHOWN)))
-        raise DataError(metadata.first_few(some, len(source)))
+        some = (f"{source[row].where}: {source[row].problem}" for row in range(min(len(source), SHOWN)))
+        raise DataError(first_few(some, len(source)))
     return source
 
 
@@ -221,13 +222,6 @@ def _file_row(number: int, row: Row, names: list[str], caption_column: str, insi
     elif inside and LEADS_OUT.search(file):
         problem = f"{file} leads out of the folder; move the image inside, or list paths in a file: data=list"
     return FileRow(number, file if not problem else None, captions, (problem, wordless))
-
-
-def _with_extra(made: FileRow, row: Row, columns: Collection[str]) -> FileRow:
-    if lacking := [name for name in columns if row.get(name) is None]:
-        problem = made.problems[0] or f"no '{lacking[0]}' among {', '.join(row)}, which this model reads; add it"
-        return replace(made, file=None, problems=(problem, made.problems[1]))
-    return replace(made, extra=json.dumps({name: row[name] for name in columns})) if columns else made
 
 
 def parse_captions(row: dict[str, Any], column: str) -> Captions:

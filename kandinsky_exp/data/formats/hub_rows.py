@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from kandinsky_exp.data.examples import MAX_BYTES, Example, Indexed, Source, read_file
+from kandinsky_exp.data.examples import MAX_BYTES, Example, Indexed, Source, no_columns, read_file
 from kandinsky_exp.data.file_hashes import CHUNK, FileDigests, Hash, update
 from kandinsky_exp.data.formats.file_rows import LEADS_OUT, parse_captions
 from kandinsky_exp.data.formats.metadata import holds_pictures
@@ -31,7 +31,8 @@ class HubRows(Indexed):
     Args:
         home: where paths of images start from.
         inside: whether they have to stay in there.
-        extra_columns: further ones that a stage reads.
+        whole: with all columns, of which a stage may read further ones.
+        extra_columns: that one reads.
     """
 
     name: str
@@ -40,6 +41,7 @@ class HubRows(Indexed):
     caption_column: str
     home: str = ""
     inside: bool = False
+    whole: Any = None
     extra_columns: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -51,6 +53,12 @@ class HubRows(Indexed):
         read = partial(_bytes, _parts(values[self.image_column]), self.home, self.inside)
         cells = {name: values[name] for name in self.extra_columns}
         return Example(f"row {row}", captions, read, f"{self.name}, row {row}", problem, extra=cells)
+
+    def with_columns(self, names: Sequence[str]) -> "HubRows":
+        if lacking := [name for name in names if name not in self.whole.column_names]:
+            raise no_columns(self.name, lacking)
+        rows = self.whole.select_columns(list(dict.fromkeys([*self.rows.column_names, *names])))
+        return replace(self, rows=rows, extra_columns=tuple(names))
 
     def caption_counts(self) -> NDArray[np.int64]:
         return self._about_captions[0]
@@ -157,7 +165,7 @@ def load(name: str, split: str, revision: str | None, subset: str | None = None)
         raise _not_there(name, revision, subset, error) from error
 
 
-def parquet_rows(file: Path, image_column: str, caption_column: str, extra_columns: Collection[str] = ()) -> HubRows:
+def parquet_rows(file: Path, image_column: str, caption_column: str) -> HubRows:
     """A source of a Parquet file in which the pictures are.
 
     Raises:
@@ -173,17 +181,15 @@ def parquet_rows(file: Path, image_column: str, caption_column: str, extra_colum
         raise DataError(f"{file}: not a Parquet file that can be read: {first_line(error)}; write it again") from error
     if not len(rows):
         raise DataError(f"{file}: it has no rows; write one per image")
-    made = hub_rows(str(file), "train", rows, image_column, caption_column, extra_columns)
+    made = hub_rows(str(file), "train", rows, image_column, caption_column)
     return replace(made, name=str(file), home=str(file.parent.absolute()), inside=False)
 
 
-def hub_rows(
-    name: str, split: str, rows: Any, image_column: str, caption_column: str, extra_columns: Collection[str] = ()
-) -> HubRows:
+def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column: str) -> HubRows:
     """A source of one loaded split.
 
     Raises:
-        DataError: if it has no such column of images, or no rows, or lacks a further column.
+        DataError: if it has no such column of images, or no rows.
     """
     import datasets
 
@@ -196,12 +202,9 @@ def hub_rows(
         raise DataError(f"data.name: split '{split}' of {name} has no rows")
     if not of_files:
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    extra = tuple(extra_columns)
-    if lacking := [column for column in extra if column not in rows.column_names]:
-        raise DataError(f"data.name: {name} has no column '{lacking[0]}', which this model reads; add it")
-    keep = [column for column in (image_column, caption_column, *extra) if column in rows.column_names]
+    keep = [column for column in (image_column, caption_column) if column in rows.column_names]
     home = str(Path(name).absolute()) if of_files else ""  # an image of `datasets` has whole paths
-    return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column, home, of_files, extra)
+    return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column, home, of_files, rows)
 
 
 def _kind(feature: Any) -> str:

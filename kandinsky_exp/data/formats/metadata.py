@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, AnyStr
@@ -14,10 +14,9 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from kandinsky_exp.errors import DataError, cause_of, first_line
-from kandinsky_exp.system import text_files as texts
+from kandinsky_exp.system import text_files
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SHOWN = 5
 CHUNK = 4096
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}  # of a CSV file's columns
 NO_NAME = re.compile(r"^(data:|iVBORw0KGgo|/9j/4)|[^/]{256}")  # as base64; of a file, a name has 255 bytes at most
@@ -141,16 +140,9 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
     return values
 
 
-def first_few(problems: Iterable[str], total: int | None = None) -> str:
-    """The first problems, one a line, and how many more there are, of `total` if only some are given."""
-    listed = list(problems)
-    rest = (total if total is not None else len(listed)) - SHOWN
-    return "\n".join([*listed[:SHOWN], *([f"… and {rest:,} more"] if rest > 0 else [])])
-
-
 def _jsonl(path: Path) -> Numbered:
     # Only \n ends a line: a caption may hold one of the rarer line separators.
-    with path.open(encoding=texts.encoding(path), newline="\n") as file:
+    with path.open(encoding=text_files.encoding(path), newline="\n") as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if line.strip():
                 yield number, _object(line)
@@ -167,7 +159,7 @@ def _object(text: str) -> Row | str:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Numbered:
-    with path.open(encoding=texts.encoding(path), newline="") as file:
+    with path.open(encoding=text_files.encoding(path), newline="") as file:
         lines = _lines(file, path)
         before, first, separator = _head(lines, columns)
         reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from kandinsky_exp.data import tally
-from kandinsky_exp.data.examples import MAX_BYTES, Example, Source, given, nothing
+from kandinsky_exp.data.examples import MAX_BYTES, Example, Source, nothing
 from kandinsky_exp.data.file_hashes import FileDigests, update
 from kandinsky_exp.data.formats import download
 from kandinsky_exp.data.formats.file_rows import Captions, parse_captions
@@ -157,7 +157,7 @@ class Shards(Source):
         for other in found.keys() - {key, self._text_key}:
             tally.count(self.unused, BESIDE, f"{group.base}.{other}")
         name = f"{_file_name(shard)}/{group.base}.{key}"
-        return Example(name, captions, partial(given, group.members[key]), where, wordless)
+        return Example(name, captions, partial(bytes, group.members[key]), where, wordless)
 
     @property
     def _text_key(self) -> str:

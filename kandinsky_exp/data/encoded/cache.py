@@ -1,4 +1,4 @@
-"""Encode a data set once: every image and every caption through the frozen encoders, into a table on disk."""
+"""Find the encoded table of a data set by its key, or encode every image and caption once into a new one."""
 
 import hashlib
 import json
@@ -14,8 +14,8 @@ from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES, removal
 from kandinsky_exp.data.encoded.table import FORMAT, FeatureTable
 from kandinsky_exp.data.examples import Source
-from kandinsky_exp.data.formats.metadata import SHOWN, first_few
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.tally import SHOWN, first_few
 from kandinsky_exp.errors import DataError, encoding_told
 from kandinsky_exp.system.logs import Log
 
