@@ -147,13 +147,10 @@ def _weights(good: Values, sides: Collection[components.PipelineHalf], required:
         revision = good.get(f"weights.{side}_revision")
         if revision is not None and not components.is_hub_id(source):
             yield f"weights.{side}_revision", f"is set, but weights.{side} is no hub id: only those have one; remove it"
-    if variant is not None and folders and len(local) == len(sources):
-        has_any = any(weight_files.has_variant(folder, variant) for folder in folders.values())
-        if not has_any:
-            yield (
-                "weights.variant",
-                f"no part of the weights has files of this variant, such as *.{variant}.safetensors; remove it",
-            )
+    are_all_here = bool(folders) and len(local) == len(sources)
+    if variant and are_all_here and not any(weight_files.has_variant(one, variant) for one in folders.values()):
+        such = f"files of this variant, such as *.{variant}.safetensors"
+        yield "weights.variant", f"no part of the weights has {such}; remove it"
 
 
 def together(good: Values, stage: Stage, source: SourceFacts) -> Found:
