@@ -106,12 +106,7 @@ def composing(flags: Namespace, check: Check) -> Iterator[Hydra]:
 
 
 def start(flags: Namespace, config_name: str, sweeps: bool, job: Callable[[DictConfig], Any], check: Check) -> None:
-    """Do what the flags say: show something, or call a job once, or once for each of a sweep's.
-
-    Args:
-        flags: from `parse`.
-        check: see `Loader`.
-    """
+    """Do what the flags say: show something, or call a job once, or once for each of a sweep's."""
     what = {"config_name": config_name, "overrides": flags.overrides}
     with composing(flags, check) as hydra:
         if flags.experimental_rerun is not None:
