@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from kandinsky_exp import run_settings
 from kandinsky_exp.config import allowlist, targets
 from kandinsky_exp.config.verb_schemas import Train
-from kandinsky_exp.data import sources
+from kandinsky_exp.data import source_facts, sources
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.errors import ConfigError, UserError, first_line
@@ -117,10 +117,9 @@ def data(cfg: DictConfig) -> sources.Splits:
         DataError: it cannot be read.
     """
     settings = target_settings(cfg, "data")
-    accepted = inspect.signature(get_method(settings["_target_"])).parameters
-    arguments = {key: value for key, value in settings.items() if key == "_target_" or key in accepted}
+    arguments = source_facts.arguments(get_method(settings["_target_"]), settings)
     try:
-        splits = instantiate(arguments)
+        splits = instantiate({"_target_": settings["_target_"], **arguments})
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     if columns := sorted(stage_class(cfg).extra_inputs):
@@ -136,9 +135,9 @@ def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.DataSummary:
         DataError: with the first rows that cannot be used, unless these are to be skipped.
     """
     cls = stage_class(cfg)
-    report = sources.check(splits, cls.reads_captions(), skip=cfg.data.on_error == "skip")
-    sizes = note_on_sizes(cfg.data.resolution) if cfg.data.buckets and cls.reads_pixels() else ""
-    return replace(report, notes=(*report.notes, sizes)) if sizes else report
+    summary = sources.check(splits, cls.reads_captions(), skip=cfg.data.on_error == "skip")
+    note = note_on_sizes(cfg.data.resolution) if cfg.data.buckets and cls.reads_pixels() else ""
+    return replace(summary, notes=(*summary.notes, note)) if note else summary
 
 
 def stage_class(cfg: DictConfig) -> type[DiffusionStage]:

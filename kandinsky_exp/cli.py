@@ -178,13 +178,11 @@ def _run(line: command_line.CommandLine, verbose: bool) -> None:
     job = Job(work)
     try:
         line.start(job)
-    except UserError:
-        raise
     except Exception as error:
         composing = isinstance(error, (HydraException, OmegaConfBaseException, OSError)) or not line.sweeps
-        if composing and not job.called:
-            raise hydra_errors.explain(error, line) from error
-        raise
+        if isinstance(error, UserError) or job.called or not composing:
+            raise
+        raise hydra_errors.explain(error, line) from error
     if job.failure is not None:
         raise job.failure
 

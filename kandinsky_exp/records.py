@@ -10,10 +10,7 @@ from kandinsky_exp import build, run_settings
 from kandinsky_exp.config import recorded_paths, saved_config
 from kandinsky_exp.data import long_texts
 from kandinsky_exp.data.buckets import notes_on_rare
-from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.features import CachedFeatures
-from kandinsky_exp.data.formats import download
-from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import description, integrity, run_folder
 from kandinsky_exp.sweeps import outcomes, parent_run
@@ -59,7 +56,7 @@ def job_outcome(folder: Path) -> outcomes.Outcome | None:
     return outcomes.JobFolder(folder.parent).read(folder.name)
 
 
-def noted_token(folder: Path) -> str | None:
+def job_token(folder: Path) -> str | None:
     """The token of the MLflow run that a sweep has made for a job that failed before it made one."""
     job = job_outcome(folder)
     return None if job is None else job.token
@@ -94,7 +91,7 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
         return parent.run_id
 
 
-def note_data(space: run_folder.RunFolder, data: Readers) -> None:
+def record_data(space: run_folder.RunFolder, data: Readers) -> None:
     """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
     logger.info("%s", data)
     before, fingerprint = space.record.data, data.train.fingerprint
@@ -160,16 +157,5 @@ def describe(
         ("validation", data.held_out),
     ):
         if reader is not None:
-            name, origin = named(reader.source)
+            name, origin = reader.source.provenance
             tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)
-
-
-def named(source: Source) -> tuple[str, str]:
-    """What a data set is called, and where it comes from: a path, a URL, or a hub id."""
-    if isinstance(source, Shards):
-        first = download.shown(source.shards[0])
-        where = first if download.is_url(first) else str(Path(first).absolute())
-        return f"{Path(first).name}{source.name.removeprefix(first)}", where
-    if Path(source.name).exists():
-        return Path(source.name).name, source.name
-    return source.name, source.name.rpartition("/")[0]  # <hub id>/<split>

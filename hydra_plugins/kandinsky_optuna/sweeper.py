@@ -110,7 +110,7 @@ class OptunaSweeper(Sweeper):
         waiting = left_over(study)
         started = 0
         while not jobs.signals():
-            wanted = min(self.n_jobs, len(waiting) + self.n_trials - begun(study))
+            wanted = min(self.n_jobs, len(waiting) + self.n_trials - count_asked(study))
             batch = [waiting.pop(0) if waiting else self._ask(study, space) for _ in range(wanted)]
             if not batch:
                 return
@@ -135,7 +135,7 @@ class OptunaSweeper(Sweeper):
             storage=storage, study_name=self.study_name, direction=self.direction, load_if_exists=True
         )
         # A study that goes on would draw its first values once more with the same seed.
-        sampler, grid = self._sampler(space, begun(study))
+        sampler, grid = self._sampler(space, count_asked(study))
         if sampler is not None:
             study.sampler = sampler
             return study
@@ -167,7 +167,7 @@ class OptunaSweeper(Sweeper):
         return study.get_trials(deepcopy=False)[trial.number]
 
 
-def begun(study: "optuna.Study") -> int:
+def count_asked(study: "optuna.Study") -> int:
     """Trials that were asked for, in this start or an earlier one."""
     from optuna.trial import TrialState
 

@@ -104,9 +104,9 @@ def name_problem(target: str, added: Collection[str] = ()) -> str | None:
     parts = target.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and part.isascii() for part in parts):
         return f"has to be package.module.name, not {target!r:.200}"
-    if _covers(added, target):
+    if covers(added, target):
         return None
-    if not _covers(MODULES, target):
+    if not covers(MODULES, target):
         return (
             f"{target:.200} is outside of the modules that a config may name ({', '.join(MODULES)}); if you trust that "
             f"code, type {KEY}=[{parts[0]:.60}] too"
@@ -116,12 +116,12 @@ def name_problem(target: str, added: Collection[str] = ()) -> str | None:
     return None
 
 
-def _covers(modules: Collection[str], name: str | None) -> bool:
+def covers(modules: Collection[str], name: str | None) -> bool:
     return name is not None and any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def is_allowed_module(name: str, added: Collection[str]) -> bool:
-    return _covers((*MODULES, *added), name)
+    return covers((*MODULES, *added), name)
 
 
 # --- what was found under a name
@@ -135,11 +135,11 @@ def object_problem(target: str, found: Any, role: str, added: Collection[str] = 
         added: modules of the user's, whose own classes and functions may have any role.
     """
     module = _origin(found)
-    if _covers(added, module):
+    if covers(added, module):
         if role == "model" and not _has_role(found, module, role):  # the others are called, and asked nothing
             return f"{target:.200} is no stage; derive it from {BASES[role]}, or from one of kandinsky_exp.stages"
         return None
-    if not _covers(MODULES, module):
+    if not covers(MODULES, module):
         return f"{target:.200} is not that package's own, it comes from {module or 'nowhere'}; name it where it is made"
     if _has_role(found, module, role):
         return None
@@ -176,7 +176,7 @@ def hydra_problems(section: Any, typed: Collection[str], keys: Collection[str]) 
     found = [
         Problem(key, f"{value!r:.200} is nothing that Hydra may build; if you trust that code, type {KEY}=[...] too")
         for key, name, value in saved_config.walk(section, "hydra")
-        if name == "_target_" and not (isinstance(value, str) and _covers(allowed, value))
+        if name == "_target_" and not (isinstance(value, str) and covers(allowed, value))
     ]
     for name in ("hydra_logging", "job_logging"):
         for key, last, value in saved_config.walk(section.get(name), f"hydra.{name}"):
@@ -191,5 +191,5 @@ def hydra_problems(section: Any, typed: Collection[str], keys: Collection[str]) 
 
 def _is_strange(name: str, value: Any, typed: Collection[str]) -> bool:
     if name in ("()", "class"):
-        return not (isinstance(value, str) and (LOGGING.fullmatch(value) or _covers(typed, value)))
+        return not (isinstance(value, str) and (LOGGING.fullmatch(value) or covers(typed, value)))
     return isinstance(value, str) and "://" in value and value not in STREAMS

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kandinsky_exp.config import targets
+from kandinsky_exp.data.source_facts import SourceFacts
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models import compatibility, components, weight_files
 from kandinsky_exp.system import text_files
@@ -31,9 +32,9 @@ LEAST_FACTOR = 0.01  # of Prodigy's rate: what is smaller was meant as a rate
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 
 
-def files(good: Values, stage: Stage) -> Found:
+def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
     """What the settings name on this machine and is not there, or cannot be used."""
-    yield from _data(good)
+    yield from _data(good, source)
     yield from _resume(good, stage)
     yield from _output(good)
     for key in ("validation.prompts", "prompts"):
@@ -99,17 +100,14 @@ def _is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file() or (folder / ".jobs").is_dir()
 
 
-def _data(good: Values) -> Found:
-    """A folder or a list of images; what shards stand for is found out by their reader."""
-    target = str(good.get("data._target_", "")).rpartition(".")[2]
-    kind, is_there = ("file", is_file) if target == "listing" else ("folder", is_folder)
-    for key in ("data.path", "data.validation_path", "data.instance_path"):
-        path = good.get(key)
-        if target != "webdataset" and isinstance(path, str) and not is_there(path):
-            yield key, f"there is no {kind} '{cut(path)}' here; check the path ({_here()} is the working directory)"
-    name = good.get("data.name")
-    if target == "hub" and isinstance(name, str) and looks_local(name) and not is_folder(name):
-        yield "data.name", f"there is no folder '{cut(name)}' here; check the path ({_here()} is the working directory)"
+def _data(good: Values, source: SourceFacts) -> Found:
+    """Folders and lists of images; what shards stand for is found out by their reader."""
+    for name in (*source.folders, *source.files, source.hub_id):
+        path = good.get(f"data.{name}")
+        kind, is_there = ("file", is_file) if name in source.files else ("folder", is_folder)
+        if isinstance(path, str) and not is_there(path) and (name != source.hub_id or looks_local(path)):
+            where = f"check the path ({_here()} is the working directory)"
+            yield f"data.{name}", f"there is no {kind} '{cut(path)}' here; {where}"
     if (path := good.get("data.class_path")) and exists(path) and not is_folder(path):
         yield "data.class_path", f"'{cut(path)}' is a file; give a folder"
 
@@ -149,22 +147,19 @@ def _weights(good: Values, sides: Collection[components.PipelineHalf], required:
         revision = good.get(f"weights.{side}_revision")
         if revision is not None and not components.is_hub_id(source):
             yield f"weights.{side}_revision", f"is set, but weights.{side} is no hub id: only those have one; remove it"
-    if variant is not None and folders and len(local) == len(sources):
-        has_any = any(weight_files.has_variant(folder, variant) for folder in folders.values())
-        if not has_any:
-            yield (
-                "weights.variant",
-                f"no part of the weights has files of this variant, such as *.{variant}.safetensors; remove it",
-            )
+    are_all_here = bool(folders) and len(local) == len(sources)
+    if variant and are_all_here and not any(weight_files.has_variant(one, variant) for one in folders.values()):
+        such = f"files of this variant, such as *.{variant}.safetensors"
+        yield "weights.variant", f"no part of the weights has {such}; remove it"
 
 
-def together(good: Values, stage: Stage) -> Found:
+def together(good: Values, stage: Stage, source: SourceFacts) -> Found:
     """Settings that contradict each other, or ask for a package that is not there."""
     yield from _publishing(good)
     yield from _adapter(good)
     yield from _training(good, stage)
     yield from _optimizer(good)
-    yield from _reading(good)
+    yield from _reading(good, source)
     yield from _preserving(good)
     yield from _tracking(good)
 
@@ -244,11 +239,12 @@ def _optimizer(good: Values) -> Found:
         yield "optimizer.lr", f"{lr} is a factor on the rate that Prodigy finds by itself; leave it at 1"
 
 
-def _reading(good: Values) -> Found:
+def _reading(good: Values, source: SourceFacts) -> Found:
     if good.get("data._partial_"):
         yield "data._partial_", "has to be false: nothing is handed over later; remove it"
-    if good.get("data.cache") is False and str(good.get("data._target_", "")).endswith(".sources.webdataset"):
-        yield "data.cache", "shards are read in one sweep, and training visits images in random order; set it to true"
+    if good.get("data.cache") is False and source.streamed:
+        how = f"{source.streamed} are read in one sweep, and training visits images in random order"
+        yield "data.cache", f"{how}; set it to true"
     if good.get("data.buckets"):
         if good.get("data.cache") is False:
             yield "data.buckets", "the sizes of all images are known once they are encoded; set data.cache=true"

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from decimal import Decimal
 from itertools import islice
 from typing import Any
@@ -29,13 +30,11 @@ def read(text: str, loader: ConfigLoader | None = None) -> Override:
 
 
 def readable(texts: Iterable[str]) -> list[Override]:
-    """Those that can be read."""
+    """Those that can be read; of the others, `hydra_errors.explain` tells what is wrong."""
     found = []
     for text in texts:
-        try:
+        with suppress(HydraException, RecursionError):
             found.append(read(text))
-        except (HydraException, RecursionError):
-            continue  # `hydra_errors.explain` will say it
     return found
 
 

@@ -5,23 +5,47 @@ arguments and are checked against its signature (`targets`). Defaults and explan
 """
 
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from kandinsky_exp.config.types import (
-    BelowOne,
-    Betas,
-    Count,
-    CountOrZero,
-    Fraction,
-    ModelName,
-    Positive,
-    PositiveOrZero,
-    Prompts,
-    Seed,
-    Side,
-    Steps,
-    Text,
-)
+from kandinsky_exp.config.types import LARGEST, Rule, at_least
+
+# --- values
+
+
+def _is_folder_name(text: str) -> bool:
+    return text.strip() == text and text not in ("", ".", "..") and not set(text) & set('/\\:*?"<>|\n')
+
+
+Count = Annotated[int, at_least(1)]
+CountOrZero = Annotated[int, at_least(0)]
+Steps = Annotated[int, at_least(2)]  # the prior's noise schedule divides by one less
+Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")]
+Port = Annotated[int, Rule(lambda value: 0 < value < 2**16, "between 1 and 65535")]
+Side = Annotated[int, Rule(lambda value: value > 0 and value % 8 == 0, "a multiple of 8, such as 512 or 768")]
+Number = Annotated[float, Rule(lambda value: abs(value) <= LARGEST, "finite")]
+Positive = Annotated[float, Rule(lambda value: 0 < value <= LARGEST, "above 0")]
+PositiveOrZero = Annotated[float, at_least(0)]
+Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "between 0 and 1")]
+BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")]
+Betas = Annotated[
+    list[float],
+    Rule(lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two of them, each at least 0 and below 1"),
+]
+Text = Annotated[str, Rule(lambda text: text.strip() != "", "")]
+Name = Annotated[str, Rule(_is_folder_name, 'without any of / \\ : * ? " < > |')]
+ModelName = Annotated[
+    str, Rule(lambda text: text.strip() != "" and not set(text) & set("/:"), "a name without / and :")
+]
+Module = Annotated[
+    str,
+    Rule(lambda text: all(part.isidentifier() for part in text.split(".")), "the name of a module, as it is imported"),
+]
+Modules = list[Module]
+Names = list[Text] | Text
+Prompts = list[Text] | Text
+
+
+# --- groups
 
 
 class Group:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Collection
 from importlib import import_module
@@ -15,6 +16,7 @@ from kandinsky_exp.config import allowlist, saved_config
 from kandinsky_exp.config.schema import Group, OpenNode
 from kandinsky_exp.config.suggestions import did_you_mean
 from kandinsky_exp.config.types import type_problem
+from kandinsky_exp.data.source_facts import SourceFacts
 from kandinsky_exp.errors import Problem
 
 INSTALL = {
@@ -45,6 +47,20 @@ def older_than(package: str, least: tuple[int, ...]) -> str | None:
 
 def how_to_install(package: str) -> str:
     return INSTALL.get(package, f"pip install {package}")
+
+
+def source_facts(target: Any, added: Collection[str] = ()) -> SourceFacts:
+    """What a source of data declares of itself; the defaults where it declares nothing, or may not be imported.
+
+    Args:
+        added: modules that the user trusts.
+    """
+    module, _, name = str(target).rpartition(".")
+    if module == allowlist.FUNCTIONS["data"] or module in sys.modules or allowlist.covers(added, module):
+        with contextlib.suppress(Exception, SystemExit):  # `check` says what is wrong
+            facts: SourceFacts = vars(getattr(import_module(module), name))["facts"]
+            return facts
+    return SourceFacts()
 
 
 def nodes(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

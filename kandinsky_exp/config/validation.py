@@ -64,8 +64,9 @@ def problems(cfg: DictConfig, verb: str, trusted: Collection[str] = (), *, quick
     good = {key: value for key, value in saved_config.leaves(values) if key not in wrong and value != "???"}
     modules = allowlist.user_modules(cfg, trusted)
     stage = partial(targets.stage_of, values.get("model"), modules)
-    beyond = [*consistency.files(good, stage), *consistency.together(good, stage), *_untrusted(cfg, trusted)]
-    found += [Problem(key, text) for key, text in beyond if key not in wrong]
+    source = targets.source_facts(good.get("data._target_"), modules)
+    beyond = [*consistency.files(good, stage, source), *consistency.together(good, stage, source)]
+    found += [Problem(key, text) for key, text in [*beyond, *_untrusted(cfg, trusted)] if key not in wrong]
     return found + targets.problems(values, schema, modules, quick=quick or bool(found))
 
 

@@ -1,12 +1,12 @@
 """The root config of each verb, of the groups in `schema`."""
 
-from kandinsky_exp.config import schema, types
+from kandinsky_exp.config import schema
 
 
 class Train(schema.Group):
-    name: types.Name | None
-    output_root: types.Text
-    seed: types.Seed
+    name: schema.Name | None
+    output_root: schema.Text
+    seed: schema.Seed
     model: schema.Model
     weights: schema.Weights
     data: schema.Data
@@ -20,86 +20,86 @@ class Train(schema.Group):
     tracker: schema.Tracker
     hub: schema.Hub
     sweep: schema.Sweep
-    trusted_modules: types.Modules | None = None
+    trusted_modules: schema.Modules | None = None
 
 
 class Plan(Train):
-    device_memory: types.Positive | None = None
+    device_memory: schema.Positive | None = None
 
 
 class Generate(schema.Group):
-    name: types.Name | None
-    output_root: types.Text
-    seed: types.Seed
+    name: schema.Name | None
+    output_root: schema.Text
+    seed: schema.Seed
     weights: schema.Weights
     precision: schema.Precision
     tracker: schema.Tracker
-    prior: types.Text | None
-    decoder: types.Text | None
-    prior_adapter: types.Names | None
-    decoder_adapter: types.Names | None
-    adapter_scale: types.Number | list[types.Number]
-    prompts: types.Prompts
+    prior: schema.Text | None
+    decoder: schema.Text | None
+    prior_adapter: schema.Names | None
+    decoder_adapter: schema.Names | None
+    adapter_scale: schema.Number | list[schema.Number]
+    prompts: schema.Prompts
     negative_prompt: str
-    num_images: types.Count
-    guidance_scale: types.PositiveOrZero
-    inference_steps: types.Count
-    prior_guidance_scale: types.PositiveOrZero
-    prior_inference_steps: types.Steps
-    height: types.Side | None
-    width: types.Side | None
+    num_images: schema.Count
+    guidance_scale: schema.PositiveOrZero
+    inference_steps: schema.Count
+    prior_guidance_scale: schema.PositiveOrZero
+    prior_inference_steps: schema.Steps
+    height: schema.Side | None
+    width: schema.Side | None
     log_to_run: bool
 
 
 class Encode(schema.Group):
-    output_root: types.Text
-    seed: types.Seed
+    output_root: schema.Text
+    seed: schema.Seed
     model: schema.Model
     weights: schema.Weights
     data: schema.Data
     precision: schema.Precision
     list: bool
-    remove: types.Names
-    trusted_modules: types.Modules | None = None
+    remove: schema.Names
+    trusted_modules: schema.Modules | None = None
 
 
 class AdapterSource(schema.Group):
-    source: types.Names
+    source: schema.Names
 
 
 class Export(schema.Group):
-    name: types.Name | None
-    output_root: types.Text
+    name: schema.Name | None
+    output_root: schema.Text
     weights: schema.Weights
     precision: schema.Precision
     tracker: schema.Tracker
     adapter: AdapterSource
-    base: types.Text | None
-    adapter_scale: types.Number | list[types.Number]
+    base: schema.Text | None
+    adapter_scale: schema.Number | list[schema.Number]
     merge: bool
 
 
 class Push(schema.Group):
-    run: types.Text
+    run: schema.Text
     hub: schema.Repository
 
 
 class Ui(schema.Group):
-    output_root: types.Text
-    host: types.Text
-    port: types.Port
+    output_root: schema.Text
+    host: schema.Text
+    port: schema.Port
     tracker: schema.Tracker
 
 
 class SweepSource(schema.Group):
-    source: types.Text | None
+    source: schema.Text | None
 
 
 class Compare(schema.Group):
-    runs: types.Names | None
+    runs: schema.Names | None
     sweep: SweepSource
-    name: types.Name | None
-    output_root: types.Text
+    name: schema.Name | None
+    output_root: schema.Text
     tracker: schema.Tracker
 
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a data set before any weights load."""
+"""Check the rows of a data set before any weights load."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from functools import partial
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
-from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.pictures import NOTE
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.data.tally import Tally, first_few
@@ -51,10 +50,8 @@ def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Dat
     captions = sum(int(source.caption_counts().sum()) for source in known)
     held_out = _count(splits.validation) if splits.validation is not None else 0
     unused: Tally = {}
-    for source in splits.both:
-        tally.add(unused, source.beside if isinstance(source, Shards) else source.left_out())
-    if splits.class_images is not None:
-        tally.add(unused, splits.class_images.left_out())
+    for part in (*splits.both, splits.class_images):
+        tally.add(unused, part.left_out() if part is not None else {})
     captions_known = captions if len(known) == len(splits.both) else None
     return DataSummary(_count(splits.train), held_out, captions_known, tuple(tally.lines(unused)))
 
@@ -95,9 +92,8 @@ def find_bad(source: Indexed, requires_captions: bool, noted: Tally | None = Non
         noted: gets what of the others' files was not used.
     """
     bad = []
-    for row, (problem, note) in enumerate(
-        in_threads(partial(_decoding_problem, source, requires_captions), len(source))
-    ):
+    decode = partial(_decoding_problem, source, requires_captions)
+    for row, (problem, note) in enumerate(in_threads(decode, len(source))):
         if problem:
             bad.append((row, problem))
         elif note and noted is not None:

@@ -1,4 +1,4 @@
-"""A subject from a few pictures, and pictures of the class that it belongs to (Ruiz et al. 2022, arXiv:2208.12242)."""
+"""DreamBooth data: pictures of a subject and of its class (Ruiz et al. 2022, arXiv:2208.12242)."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -67,16 +67,6 @@ def drawn_name(number: int) -> str:
     return f"drawn-{number:05d}.png"
 
 
-def of_class(folder: Path | None, prompt: str, count: int, weight: float) -> ClassImages:
-    """What is asked for, as far as it can be judged before anything is drawn.
-
-    Raises:
-        DataError: the prompt is no caption.
-    """
-    _refuse("data.class_prompt", prompt)
-    return ClassImages(folder, prompt, count, weight)
-
-
 def subject(key: str, path: str | Path, prompt: str, skip: Collection[Path] = ()) -> FileRows:
     """All pictures of a folder and the folders in it, in alphabetical order, with one caption.
 
@@ -90,7 +80,7 @@ def subject(key: str, path: str | Path, prompt: str, skip: Collection[Path] = ()
     folder = expanded(path).absolute()
     if not is_folder(folder):
         raise DataError(f"{key}: {folder} is not a folder; give the folder that holds the pictures of your subject")
-    _refuse("data.instance_prompt", prompt)
+    refuse("data.instance_prompt", prompt)
     unused: Tally = {}
     names = list(pictures(folder, skip, unused))
     if not names:
@@ -98,7 +88,11 @@ def subject(key: str, path: str | Path, prompt: str, skip: Collection[Path] = ()
     return replace(captioned(folder, names, prompt), unused=unused)
 
 
-def _refuse(key: str, prompt: str) -> None:
+def refuse(key: str, prompt: str) -> None:
+    """
+    Raises:
+        DataError: a prompt is no caption.
+    """
     if problem := caption_problem([prompt]):
         raise DataError(f"{key}: {problem}")
 

@@ -1,4 +1,4 @@
-"""One image with its captions, and sequences of them."""
+"""One example, an image with its captions, and the base classes of the sources that give many."""
 
 import hashlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from PIL import Image
 
 from kandinsky_exp.data.file_hashes import FileDigests, of_content
 from kandinsky_exp.data.pictures import open_rgb
+from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError, cause_of
 from kandinsky_exp.system.files import on_disk
@@ -90,8 +91,14 @@ def no_columns(where: str, names: Sequence[str]) -> DataError:
 class Source(ABC):
     """Examples that can be walked in a fixed order, picklable for the workers of a DataLoader."""
 
-    streamed: ClassVar[bool]  # no random access: a row is reached by walking to it
     name: str
+
+    @property
+    def provenance(self) -> tuple[str, str]:
+        """What a record calls it, and where it comes from: a path, a URL, or a hub id."""
+        if Path(self.name).exists():
+            return Path(self.name).name, self.name
+        return self.name, self.name.rpartition("/")[0]  # <hub id>/<split>
 
     @property
     @abstractmethod
@@ -109,6 +116,10 @@ class Source(ABC):
     def fingerprint(self, digests: FileDigests) -> str:
         """64 hex digits that follow ids, captions and image bytes in order, not the folder they lie in."""
 
+    def limited(self, count: int, seed: int) -> "Source":
+        """At most so many of the examples, where it can be cut."""
+        return self
+
     def with_columns(self, names: Sequence[str]) -> "Source":
         """The same with further columns of its metadata, as `Example.extra`.
 
@@ -118,14 +129,16 @@ class Source(ABC):
         raise no_columns(self.name, names)
 
     def left_out(self) -> Tally:
-        """What lies where the examples do and is none; of a stream, what its last walk saw."""
+        """What lies where the examples do and is none."""
+        return {}
+
+    def passed_over(self) -> Tally:
+        """Of a stream: what the last walk saw and is no part of an example."""
         return {}
 
 
 class Indexed(Source):
     """Examples by row number."""
-
-    streamed = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -136,6 +149,12 @@ class Indexed(Source):
 
     def examples(self, start: int = 0) -> Iterator[Example]:
         return (self[row] for row in range(start, len(self)))
+
+    def limited(self, count: int, seed: int) -> Source:
+        """Drawn by seed; a smaller number draws a subset of a larger one's."""
+        if count >= len(self):
+            return self
+        return Subset(self.name, self, np.sort(order(seed, 0, len(self))[:count]))
 
     def caption_counts(self) -> NDArray[np.int64]:
         """How many captions each row has, (n,)."""
@@ -183,8 +202,8 @@ def picture_digests(source: Indexed, rows: NDArray[np.int64]) -> NDArray[np.int6
         DataError: one cannot be read.
     """
 
-    def digest(place: int) -> NDArray[np.int64]:
-        example = source[int(rows[place])]
+    def digest(index: int) -> NDArray[np.int64]:
+        example = source[int(rows[index])]
         try:
             return of_content(example.read())
         except OSError as error:

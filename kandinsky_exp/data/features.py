@@ -1,4 +1,9 @@
-"""What training reads: features from an encoded table, or examples that the stage encodes on the fly."""
+"""The datasets that training reads: features of an encoded table, or examples that the stage encodes on the fly."""
+
+import copy
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,88 +21,97 @@ from kandinsky_exp.errors import DataError
 Rows = NDArray[np.int64]
 
 
-class CachedFeatures(Dataset[Features]):
-    """Features of a table by visit; a visit's caption and mirroring are functions of (seed, epoch, index).
+class VisitedRows(Dataset[Features], ABC):
+    """Rows by visit (index, epoch). What a visit shows of a row is a function of (seed, epoch, index).
 
     Args:
-        rows: the part of the table that counts, (n,), sorted; None = all of it. `index` is a place among them.
+        rows: those that count, (n,), sorted, of a table or a source; `index` is a place among them.
+        mirrored: every other visit shows the mirrored image.
     """
 
-    def __init__(self, table: FeatureTable, seed: int, rows: Rows | None = None) -> None:
-        self.table, self.seed, self.rows = table, seed, rows
+    def __init__(self, seed: int, rows: Rows, mirrored: bool) -> None:
+        self.seed, self.rows, self.mirrored = seed, rows, mirrored
 
     def __len__(self) -> int:
-        return len(self.table) if self.rows is None else len(self.rows)
+        return len(self.rows)
 
-    def row(self, index: int) -> int:
-        """The row of the table."""
-        return index if self.rows is None else int(self.rows[index])
-
-    def __getitem__(self, visit: Visit) -> Features:
-        """Features of `FeatureTable.row` and `index`, an int64 scalar."""
-        index, epoch = visit
-        view = choose_mirror(self.seed, epoch, index) if self.table.views > 1 else 0
-        features = self.table.visit(self.row(index), lambda count: choose_caption(self.seed, epoch, index, count), view)
-        return features | {"index": torch.tensor(index)}
-
-    def plain(self, index: int) -> Features:
-        """A row as validation sees it: its first caption of epoch 0, not mirrored."""
-        features = self.table.visit(self.row(index), lambda count: choose_caption(self.seed, 0, index, count))
-        return features | {"index": torch.tensor(index)}
-
-    def groups(self) -> Rows:
-        """A number for each row, equal where latents have the same shape."""
-        found: Rows = np.unique(self.shapes(), axis=0, return_inverse=True)[1]
-        return found.reshape(-1)
-
-    def pictures(self, source: Source) -> Rows | None:
-        """(n, 2), equal where rows show the same picture; None where only reading the whole source would tell."""
-        stored = self.table.pictures()
-        if stored is None:
-            rows = np.array([self.source_row(index) for index in range(len(self))])
-            return picture_digests(source, rows) if isinstance(source, Indexed) else None
-        return stored if self.rows is None else stored[self.rows]
-
-    def shapes(self) -> Rows:
-        """Of the latents of each row, (n, 3); of use where they differ."""
-        shapes: Rows = self.table.shapes()
-        return shapes if self.rows is None else shapes[self.rows]
-
-    def id(self, index: int) -> str:
-        return self.table.id(self.row(index))
-
-    def source_row(self, index: int) -> int:
-        return self.table.source_row(self.row(index))
-
-
-class OnlineExamples(Dataset[Features]):
-    """Preprocessed images and captions by visit, for a stage that encodes them in the training loop.
-
-    Args:
-        rows: as in `CachedFeatures`, of the source.
-        mirrored: show every other visit's image mirrored.
-    """
-
-    def __init__(
-        self, source: Source, preprocess: Preprocess, seed: int, rows: Rows | None = None, mirrored: bool = False
-    ) -> None:
-        self.source, self.preprocess, self.seed = source, preprocess, seed
-        self.rows, self.mirrored = rows, mirrored
-
-    def __len__(self) -> int:
-        if self.rows is not None:
-            return len(self.rows)
-        assert self.source.count is not None  # nosec B101 # narrows the type
-        return self.source.count
+    def part(self, rows: Rows) -> Self:
+        """Some of these rows."""
+        part = copy.copy(self)
+        part.rows = self.rows[rows]
+        return part
 
     def __getitem__(self, visit: Visit) -> Features:
-        """Tensors of `Preprocess` and `index`, an int64 scalar. Raises DataError for an unreadable image."""
+        """Tensors of a row without a batch axis, and `index`, an int64 scalar."""
         index, epoch = visit
-        return self._read(index, epoch, self.mirrored and bool(choose_mirror(self.seed, epoch, index)))
+        mirror = self.mirrored and bool(choose_mirror(self.seed, epoch, index))
+        return self._read(index, epoch, mirror) | {"index": torch.tensor(index)}
 
     def plain(self, index: int) -> Features:
         """A row as validation sees it: its caption of epoch 0, not mirrored."""
-        return self._read(index, 0, False)
+        return self._read(index, 0, False) | {"index": torch.tensor(index)}
+
+    @abstractmethod
+    def _read(self, index: int, epoch: int, mirror: bool) -> Features: ...
+
+    @abstractmethod
+    def id(self, index: int) -> str: ...
+
+    def source_row(self, index: int) -> int:
+        return int(self.rows[index])
+
+    def groups(self) -> Rows | None:
+        """A number for each row, equal where latents have the same shape; None where all have."""
+        return None
+
+    def pictures(self, source: Source) -> Rows | None:
+        """(n, 2), equal where rows show the same picture; None where only reading the whole source would tell."""
+        rows = np.array([self.source_row(index) for index in range(len(self))])
+        return picture_digests(source, rows) if isinstance(source, Indexed) else None
+
+
+class CachedFeatures(VisitedRows):
+    """Features of a table, see `FeatureTable.row`; of some of its rows, or all."""
+
+    def __init__(self, table: FeatureTable, seed: int, rows: Rows | None = None) -> None:
+        super().__init__(seed, np.arange(len(table)) if rows is None else rows, table.views > 1)
+        self.table = table
+
+    def _read(self, index: int, epoch: int, mirror: bool) -> Features:
+        return self.table.visit(int(self.rows[index]), partial(choose_caption, self.seed, epoch, index), int(mirror))
+
+    def id(self, index: int) -> str:
+        return self.table.id(int(self.rows[index]))
+
+    def source_row(self, index: int) -> int:
+        return self.table.source_row(int(self.rows[index]))
+
+    def shapes(self) -> Rows:
+        """Of the latents of each row, (n, 3); of use where they differ."""
+        shapes: Rows = self.table.shapes()[self.rows]
+        return shapes
+
+    def groups(self) -> Rows | None:
+        if not self.table.meta["buckets"]:
+            return None
+        return np.unique(self.shapes(), axis=0, return_inverse=True)[1].reshape(-1)
+
+    def pictures(self, source: Source) -> Rows | None:
+        stored = self.table.pictures()
+        return super().pictures(source) if stored is None else stored[self.rows]
+
+
+class OnlineExamples(VisitedRows):
+    """Preprocessed images and captions of a source, or of some of its rows, for a stage that encodes them in training.
+
+    Reading raises DataError for an unreadable image.
+    """
+
+    def __init__(
+        self, source: Indexed, preprocess: Preprocess, seed: int, rows: Rows | None = None, mirrored: bool = False
+    ) -> None:
+        super().__init__(seed, np.arange(len(source)) if rows is None else rows, mirrored)
+        self.source, self.preprocess = source, preprocess
 
     def _read(self, index: int, epoch: int, mirror: bool) -> Features:
         example = self.source[self.source_row(index)]
@@ -107,18 +121,10 @@ class OnlineExamples(Dataset[Features]):
                 raise DataError(f"{example.where}: {example.caption_problem}")
             caption = example.captions[choose_caption(self.seed, epoch, index, len(example.captions))]
         image = example.image()
-        features = self.preprocess(self.preprocess.mirror(image) if mirror else image, caption, example.extra)
-        return features | {"index": torch.tensor(index)}
-
-    def pictures(self, source: Source) -> Rows | None:
-        rows = np.arange(len(self)) if self.rows is None else self.rows
-        return picture_digests(source, rows) if isinstance(source, Indexed) else None
+        return self.preprocess(self.preprocess.mirror(image) if mirror else image, caption, example.extra)
 
     def id(self, index: int) -> str:
         return self.source[self.source_row(index)].id
-
-    def source_row(self, index: int) -> int:
-        return index if self.rows is None else int(self.rows[index])
 
 
 class Paired(Dataset[Features]):
@@ -131,9 +137,7 @@ class Paired(Dataset[Features]):
         first, second: by visit.
     """
 
-    def __init__(
-        self, first: CachedFeatures | OnlineExamples, second: CachedFeatures | OnlineExamples, weight: float
-    ) -> None:
+    def __init__(self, first: VisitedRows, second: VisitedRows, weight: float) -> None:
         self.first, self.second, self.weight = first, second, weight
 
     def __len__(self) -> int:
@@ -151,11 +155,11 @@ class Paired(Dataset[Features]):
         dataset, row = self._owner(index)
         return dataset.id(row)
 
-    def _owner(self, index: int) -> tuple[CachedFeatures | OnlineExamples, int]:
+    def _owner(self, index: int) -> tuple[VisitedRows, int]:
         return (self.first, index) if index < len(self.first) else (self.second, index - len(self.first))
 
 
-def shared_pictures(train: CachedFeatures | OnlineExamples, held_out: CachedFeatures | OnlineExamples) -> list[str]:
+def shared_pictures(train: VisitedRows, held_out: VisitedRows) -> list[str]:
     """A note where a validation split of the user's shows pictures that train; of tables, where it costs nothing."""
     tables = [part.table.pictures() for part in (train, held_out) if isinstance(part, CachedFeatures)]
     if len(tables) < 2 or tables[0] is None or tables[1] is None:

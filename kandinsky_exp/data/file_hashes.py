@@ -1,4 +1,4 @@
-"""What files and columns hold, as sha256. The content of a file is read only where its size or mtime has changed."""
+"""SHA-256 of files and Arrow columns. A file is read again only where its size or mtime has changed."""
 
 import contextlib
 import hashlib

@@ -11,14 +11,14 @@ from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import cut
 
 
-def ending(kept: str) -> str:
+def ending(beginning: str) -> str:
     """The last words of what is read of a text."""
-    return f"…{kept[-40:].strip()}" if len(kept) > 40 else kept
+    return f"…{beginning[-40:].strip()}" if len(beginning) > 40 else beginning
 
 
-def cut_caption(name: str, kept: str) -> str:
+def cut_caption(name: str, beginning: str) -> str:
     """Which caption was cut, and where."""
-    return f"{name}: read up to '{ending(kept)}'"
+    return f"{name}: read up to '{ending(beginning)}'"
 
 
 def cut_captions(source: Indexed, rows: NDArray[np.int64] | None, preprocess: Preprocess) -> list[str]:
@@ -27,10 +27,10 @@ def cut_captions(source: Indexed, rows: NDArray[np.int64] | None, preprocess: Pr
         return []
     examples = source.examples() if rows is None else (source[int(row)] for row in rows)
     return [
-        cut_caption(example.id, kept)
+        cut_caption(example.id, beginning)
         for example in examples
-        for _, kept in preprocess.tokenize(example.captions)
-        if kept is not None
+        for _, beginning in preprocess.tokenize(example.captions)
+        if beginning is not None
     ]
 
 
@@ -44,7 +44,7 @@ def prompt_notes(tokenizer: Any, prompts: Iterable[tuple[str, str]]) -> list[str
     read = Preprocess(None, tokenizer, None).tokenize([text for _, text in asked]) if asked else []
     return [
         f"{key}: '{cut(text)}' is longer than {tokenizer.model_max_length} tokens: it is read up to "
-        f"'{ending(kept)}', and what follows counts for nothing; shorten it"
-        for (key, text), (_, kept) in zip(asked, read, strict=True)
-        if kept is not None
+        f"'{ending(beginning)}', and what follows counts for nothing; shorten it"
+        for (key, text), (_, beginning) in zip(asked, read, strict=True)
+        if beginning is not None
     ]

@@ -39,20 +39,17 @@ def open_rgb(file: IO[bytes]) -> Image.Image:
         ValueError: if it is no picture that Pillow can read, too small, too large, or has no one meaning as RGB.
         OSError: if it is damaged.
     """
-    try:
-        return _decoded(file)
-    except ValueError as error:
-        if TOO_MUCH_TEXT not in str(error):
-            raise
-    file.seek(0)
-    file = io.BytesIO(_without_chunks(file.read(), TEXTS))
-    try:
-        return _decoded(file)
-    except ValueError as error:
-        if TOO_MUCH_TEXT not in str(error):
-            raise
-    image = _decoded(io.BytesIO(_without_chunks(file.getvalue(), PROFILE)))
-    image.info[NOTE] = "its colour profile is larger than 1 MB; the colours were taken as sRGB"
+    content = file.read()
+    for dropped in ((), TEXTS, (*TEXTS, *PROFILE)):
+        try:
+            image = _decoded(io.BytesIO(_without_chunks(content, dropped) if dropped else content))
+        except ValueError as error:
+            if TOO_MUCH_TEXT not in str(error) or PROFILE[0] in dropped:
+                raise
+        else:
+            break
+    if PROFILE[0] in dropped:
+        image.info[NOTE] = "its colour profile is larger than 1 MB; the colours were taken as sRGB"
     return image
 
 

@@ -1,4 +1,4 @@
-"""The next batches on their way to the device before they are asked for."""
+"""Prefetch batches to the device, in a thread, ahead of the step that needs them."""
 
 import contextlib
 import threading

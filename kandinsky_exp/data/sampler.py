@@ -7,6 +7,7 @@ row `order(seed, p // N)[p % N]`, so that every epoch shows each of the N rows o
 import hashlib
 import struct
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ class StreamBatchSampler:
         start_step: optimizer steps already done; a resumed run goes on at the exact visit where it stopped.
         total_steps: optimizer steps of the whole run.
         groups: (rows,) numbers; all rows of an optimizer step, on all processes, have the same one. Visits keep the
-            order of the stream within their group, and a step comes when its group has filled it.
+            order of the stream within their group, and a step comes when its group has filled it. None = one group.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class StreamBatchSampler:
         self.rows, self.seed, self.rank = rows, seed, rank
         self.steps = range(start_step, total_steps)
         self.grad_accumulation = grad_accumulation
-        self.groups = groups
+        self.groups = np.zeros(rows, np.int64) if groups is None else groups
         self._shape = {
             "batch_size": batch_size,
             "grad_accumulation": grad_accumulation,
@@ -84,44 +85,32 @@ class StreamBatchSampler:
 
     def __iter__(self) -> Iterator[list[Visit]]:
         per_step = self._shape["batch_size"] * self._shape["grad_accumulation"] * self._shape["num_processes"]
-        visits = self._plain(per_step) if self.groups is None else self._grouped(self.groups, per_step)
-        for step in visits:
+        for step in self._steps(per_step):
             for micro in range(self.grad_accumulation):
                 mine = positions(0, micro, self.rank, **self._shape)
                 yield step[mine.start : mine.stop]
 
-    def _plain(self, per_step: int) -> Iterator[list[Visit]]:
+    def _steps(self, per_step: int) -> Iterator[list[Visit]]:
         """The visits of each optimizer step over all processes."""
-        # Positions only grow, so one epoch's permutation is all that is ever needed at a time.
-        current, permutation = -1, order(self.seed, 0, 0)
-        for step in self.steps:
-            visits: list[Visit] = []
-            for position in range(step * per_step, (step + 1) * per_step):
-                epoch, place = divmod(position, self.rows)
-                if epoch != current:
-                    current, permutation = epoch, order(self.seed, epoch, self.rows)
-                visits.append((int(permutation[place]), epoch))
-            yield visits
-
-    def _grouped(self, groups: NDArray[np.int64], per_step: int) -> Iterator[list[Visit]]:
-        epoch, done, waiting = self._state_before(groups, per_step)
-        while done < self.steps.stop:
-            for row in order(self.seed, epoch, self.rows).tolist():
-                queue = waiting[groups[row]]
+        first, done, waiting = self._state_before(per_step)
+        for epoch in count(first):
+            for row in map(int, order(self.seed, epoch, self.rows)):
+                if done == self.steps.stop:
+                    return
+                queue = waiting[self.groups[row]]
                 queue.append((row, epoch))
                 if len(queue) == per_step:
                     if done in self.steps:
                         yield list(queue)
                     done += 1
                     queue.clear()
-            epoch += 1
 
-    def _state_before(self, groups: NDArray[np.int64], per_step: int) -> tuple[int, int, list[list[Visit]]]:
+    def _state_before(self, per_step: int) -> tuple[int, int, list[list[Visit]]]:
         """(epoch, steps done before it, visits that wait in each group) of the last epoch that begins before the start.
 
         Epochs fill as many steps as they have room for, whatever their order: nothing before has to be walked.
         """
-        sizes = np.bincount(groups)
+        sizes = np.bincount(self.groups)
         epoch = self.steps.start * per_step // self.rows + 1
         while epoch and int((epoch * sizes // per_step).sum()) > self.steps.start:
             epoch -= 1
@@ -130,10 +119,10 @@ class StreamBatchSampler:
         earlier = epoch
         while missing.any():
             earlier -= 1
-            for row in reversed(order(self.seed, earlier, self.rows).tolist()):
-                if missing[groups[row]]:
-                    missing[groups[row]] -= 1
-                    waiting[groups[row]].insert(0, (row, earlier))
+            for row in map(int, order(self.seed, earlier, self.rows)[::-1]):
+                if missing[group := self.groups[row]]:
+                    missing[group] -= 1
+                    waiting[group].insert(0, (row, earlier))
         return epoch, int((epoch * sizes // per_step).sum()), waiting
 
 

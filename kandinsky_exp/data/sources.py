@@ -9,28 +9,33 @@ from numpy.typing import NDArray
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.checks import DataSummary, check, find_bad, problem_of
-from kandinsky_exp.data.dreambooth import of_class, subject
-from kandinsky_exp.data.examples import Example, Indexed, Source, Subset
+from kandinsky_exp.data.dreambooth import ClassImages, refuse, subject
+from kandinsky_exp.data.examples import Example, Indexed, Source
 from kandinsky_exp.data.formats import metadata
 from kandinsky_exp.data.formats.download import shown
 from kandinsky_exp.data.formats.file_rows import FileRows, image_columns, read_listed
 from kandinsky_exp.data.formats.folders import outside, unlisted
+from kandinsky_exp.data.formats.hub_info import announced
 from kandinsky_exp.data.formats.hub_rows import hub_rows, load, parquet_rows
 from kandinsky_exp.data.formats.shard_names import expand, files_beside
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.formats.sidecar import read_beside
 from kandinsky_exp.data.sampler import order
+from kandinsky_exp.data.source_facts import AnnouncedSplits, SourceFacts, declares
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.files import expanded, is_file, is_folder
 
 __all__ = [
+    "AnnouncedSplits",
     "DataSummary",
     "Example",
     "Indexed",
     "Source",
+    "SourceFacts",
     "Splits",
     "check",
+    "declares",
     "dreambooth",
     "emoji",
     "find_bad",
@@ -85,6 +90,7 @@ def _read_folder(
     return replace(rows, unused=unlisted(home, skip, rows.columns.column("file"), file.name))
 
 
+@declares(folders=(), files=("path", "validation_path"))
 def listing(
     path: str | Path,
     image_column: str = "image",
@@ -116,6 +122,7 @@ def _read_list(path: str | Path, key: str, image_column: str, caption_column: st
     return read_listed(file, image_column, caption_column, inside=False)
 
 
+@declares(folders=(), streamed="shards")
 def webdataset(
     path: str | Path | Sequence[str],
     image_column: str = IMAGE_KEYS,
@@ -147,6 +154,7 @@ def webdataset(
     return Splits(shards(path, "data.path"), held_out)
 
 
+@declares(title="the emoji that ship with kandinsky-exp")
 def emoji() -> Splits:
     """The 64 + 16 captioned emoji, 64 px, that ship with the package."""
     splits = folder(EMOJI)
@@ -154,6 +162,7 @@ def emoji() -> Splits:
     return splits
 
 
+@declares(hub_id="name", announced=announced)
 def hub(
     name: str,
     image_column: str = "image",
@@ -208,10 +217,11 @@ def dreambooth(
     skip = [folder for folder in (held_out, class_folder) if folder is not None]
     train = subject("data.instance_path", instance_path, instance_prompt, skip)
     validation = subject("data.validation_path", held_out, instance_prompt) if held_out is not None else None
-    kept = None
+    class_images = None
     if class_prompt is not None:
-        kept = of_class(class_folder, class_prompt, num_class_images, prior_loss_weight)
-    return Splits(train, validation, kept, dividable=False)
+        refuse("data.class_prompt", class_prompt)
+        class_images = ClassImages(class_folder, class_prompt, num_class_images, prior_loss_weight)
+    return Splits(train, validation, class_images, dividable=False)
 
 
 def subset(splits: Splits, max_samples: int | None, seed: int) -> Splits:
@@ -226,16 +236,8 @@ def subset(splits: Splits, max_samples: int | None, seed: int) -> Splits:
         return splits
     if max_samples < 1:
         raise DataError(f"data.max_samples: {max_samples} leaves no image; give a positive number or null")
-    validation = _draw(splits.validation, max_samples, seed) if splits.validation is not None else None
-    return replace(splits, train=_draw(splits.train, max_samples, seed), validation=validation)
-
-
-def _draw(source: Source, count: int, seed: int) -> Source:
-    if isinstance(source, Shards):
-        return replace(source, limit=count)
-    if not isinstance(source, Indexed) or count >= len(source):
-        return source
-    return Subset(source.name, source, np.sort(order(seed, 0, len(source))[:count]))
+    validation = splits.validation.limited(max_samples, seed) if splits.validation is not None else None
+    return replace(splits, train=splits.train.limited(max_samples, seed), validation=validation)
 
 
 def held_out(

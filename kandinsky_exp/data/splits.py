@@ -1,4 +1,4 @@
-"""A data set as a run takes it apart: what trains, what trains beside it, what is held out."""
+"""The splits of a data set: what trains, class images that train beside it, what is held out."""
 
 import hashlib
 from collections.abc import Sequence
@@ -40,6 +40,6 @@ class Splits:
         return None if self.class_images.missing() else together(train, self.class_images.source().fingerprint(digests))
 
 
-def together(train: str, kept: str) -> str:
+def together(train: str, beside: str) -> str:
     """The fingerprint of a set that trains beside another."""
-    return hashlib.sha256(f"{train} beside {kept}".encode()).hexdigest()
+    return hashlib.sha256(f"{train} beside {beside}".encode()).hexdigest()

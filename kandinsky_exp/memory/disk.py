@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import build
 from kandinsky_exp.data.encoded import catalog
+from kandinsky_exp.data.encoded.columns import DTYPES
 from kandinsky_exp.data.encoded.layout import MASK
-from kandinsky_exp.data.encoded.table import DTYPES
 from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.source_facts import Announced, AnnouncedSplits
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.memory.dry_run import DryRun
 
@@ -42,7 +43,7 @@ class Cache:
         return 0 if self.is_there else int(OF_A_TABLE + (self.images or 0) * self.each)
 
 
-def of_caches(cfg: DictConfig, dry_run: DryRun, splits: Splits) -> Iterator[Cache]:
+def of_caches(cfg: DictConfig, dry_run: DryRun, splits: Splits | AnnouncedSplits) -> Iterator[Cache]:
     """Without a look at the content of images and encoders: what has changed meanwhile is encoded anew."""
     preprocess, kept = dry_run.stage.preprocess, splits.class_images
     for source in splits.both:
@@ -67,7 +68,7 @@ def _cache(cfg: DictConfig, dry_run: DryRun, name: str, count: int | None, capti
     return Cache(count, total, is_there)
 
 
-def _captions(preprocess: Preprocess, source: Source) -> tuple[float, float]:
+def _captions(preprocess: Preprocess, source: Source | Announced) -> tuple[float, float]:
     """(captions per image, tokens per caption) of some rows; of a stream, which would have to be read, a guess."""
     if not isinstance(source, Indexed) or preprocess.tokenizer is None:
         return 1.0, _tokens(preprocess, [])

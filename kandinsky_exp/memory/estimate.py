@@ -19,6 +19,7 @@ from kandinsky_exp.training.async_checkpoint import ROOM
 
 # What the process of a run grows by beyond this one's before it holds a tensor: readers, code and scratch of kernels.
 GROWS = 120_000_000
+CONVOLUTIONS = 120_000_000  # code and scratch of theirs beyond that
 # Of a step's activations on the host, holes between blocks that are kept for the next: see tests/bench/planned.py.
 FRAGMENTS = 0.25
 MLFLOW = 100_000_000  # bytes that its client takes of the process, see the benchmarks
@@ -105,7 +106,8 @@ class Estimate:
         """Python and its libraries, where they are in the same memory."""
         if not self.on_host:
             return {}
-        return {"Python": self.python + GROWS + (MLFLOW if self.cfg.tracker.name == "mlflow" else 0)}
+        kernels = GROWS + (CONVOLUTIONS if self.stage.reads_pixels() else 0)
+        return {"Python": self.python + kernels + (MLFLOW if self.cfg.tracker.name == "mlflow" else 0)}
 
     @cached_property
     def steady(self) -> Parts:

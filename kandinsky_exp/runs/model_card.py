@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from kandinsky_exp.config import targets
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
 from kandinsky_exp.runs.run_folder import Record
@@ -90,7 +91,7 @@ def _name(result: Result) -> str:
 
 def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> ModelCardData:
     """For the hub, and for diffusers: a decoder is connected with the first repository under `prior`."""
-    base, data = result.base(result.stage), _hub_data(result.params)
+    base, (data, _) = result.base(result.stage), _data(result.params)
     return ModelCardData(
         base_model=[base] if base else None,
         base_model_relation=("adapter" if result.is_adapter else "finetune") if base else None,
@@ -104,10 +105,11 @@ def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> ModelCardDat
     )
 
 
-def _hub_data(params: Values) -> str | None:
-    """The hub id of the data set, None where it is another's business what it is called."""
-    name = str(params.get("data.name"))
-    return name if str(params.get("data._target_")).endswith(".sources.hub") and is_hub_id(name) else None
+def _data(params: Values) -> tuple[str | None, str]:
+    """The hub id of the data set, None where it is another's business what it is called; and what to say then."""
+    source = targets.source_facts(params.get("data._target_"))
+    name = str(params.get(f"data.{source.hub_id}"))
+    return name if source.hub_id and is_hub_id(name) else None, source.title
 
 
 def _pictures(images: Sequence[tuple[str, str]]) -> Iterator[str]:
@@ -130,11 +132,9 @@ def _origins(result: Result) -> Iterator[tuple[str, str]]:
         at = f" at {_escaped(revision)}" if base and revision else ""
         trained = ", which was trained" if side == result.stage else ""
         yield side, (f"[{base}]({HUB}/{base}){at}" if base else own) + trained
-    data = _hub_data(params)
-    emoji = str(params.get("data._target_")).endswith(".sources.emoji")
-    name = "the emoji that ship with kandinsky-exp" if emoji else "own pictures"
+    data, title = _data(params)
     rows = f", {result.record.rows} rows that train" if result.record.rows else ""
-    yield "data", (f"[{data}]({HUB}/datasets/{data})" if data else name) + rows
+    yield "data", (f"[{data}]({HUB}/datasets/{data})" if data else title) + rows
 
 
 def _settings(result: Result) -> Iterator[tuple[str, str]]:

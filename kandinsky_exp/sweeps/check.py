@@ -14,7 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kandinsky_exp.config import command_line, grammar, hydra_errors, validation
-from kandinsky_exp.config.types import Count, Rule, Seed, Text, type_problem
+from kandinsky_exp.config.schema import Count, Seed, Text
+from kandinsky_exp.config.types import Rule, type_problem
 from kandinsky_exp.errors import ConfigError, Problem
 from kandinsky_exp.sweeps import devices
 

@@ -1,4 +1,4 @@
-"""Pictures of a class that are missing: drawn once by the base prior and decoder, and kept."""
+"""Draw missing class images with the base prior and decoder, once, into a folder that keeps them."""
 
 import hashlib
 import json
@@ -62,9 +62,12 @@ def placed(wanted: ClassImages | None, weights: Weights, how: SampleSettings) ->
     """
     if wanted is None or wanted.folder is not None:
         return wanted
-    named = repr((wanted.prompt, weights.content(sorted(PARTS)), how))
-    folder = f"class-{hashlib.sha256(named.encode()).hexdigest()[:31]}"
-    return replace(wanted, folder=weights.cache_folder.absolute() / folder)
+    return replace(wanted, folder=weights.cache_folder.absolute() / _name(wanted.prompt, weights, how))
+
+
+def _name(prompt: str, weights: Weights, how: SampleSettings) -> str:
+    named = repr((prompt, weights.content(sorted(PARTS)), how))
+    return f"class-{hashlib.sha256(named.encode()).hexdigest()[:31]}"
 
 
 def refuse_others(
@@ -140,10 +143,8 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 def _is_named_by_content(wanted: ClassImages, weights: Weights, how: SampleSettings) -> bool:
     """Whether the folder is the cache's own, whose name follows from all that counts."""
     assert wanted.folder is not None  # nosec B101 # narrows the type
-    if not wanted.folder.name.startswith("class-"):
-        return False
-    place = placed(replace(wanted, folder=None), weights, how)
-    return place is not None and place.folder is not None and place.folder.name == wanted.folder.name
+    name = wanted.folder.name
+    return name.startswith("class-") and name == _name(wanted.prompt, weights, how)
 
 
 def complete(

@@ -1,8 +1,8 @@
-"""Rows of a data set as features on the device, whether they come from encoded tables or from the encoders."""
+"""Batches of features on the device, from encoded tables or from the encoders."""
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,13 +14,21 @@ from torch.utils.data import DataLoader
 
 from kandinsky_exp.data import sources, tally
 from kandinsky_exp.data.checks import find_bad
+from kandinsky_exp.data.encoded.cache import cache_key, encode_table
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.layout import command
 from kandinsky_exp.data.encoded.workers import from_workers, leave_signals
 from kandinsky_exp.data.examples import Indexed, Source
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, collate, shared_pictures
+from kandinsky_exp.data.features import (
+    CachedFeatures,
+    OnlineExamples,
+    Paired,
+    Rows,
+    VisitedRows,
+    collate,
+    shared_pictures,
+)
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
@@ -30,10 +38,10 @@ from kandinsky_exp.errors import DataError
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.null_condition import null_condition
 from kandinsky_exp.system import distributed
-from kandinsky_exp.training.encoded_tables import encode_here, opened_by_all, stay_on_device
+from kandinsky_exp.system.logs import Log
+from kandinsky_exp.training.encoded_tables import opened_by_all, stay_on_device
 from kandinsky_exp.training.seeding import derive_seed
 
-Log = Callable[[str], None]
 Batches = StreamBatchSampler | PairedBatchSampler
 
 
@@ -51,13 +59,13 @@ class ReadSettings:
     """
 
     cache: Path
-    cached: bool
     how: EncodeSettings
     seed: int
-    fraction: float
-    workers: int
-    batch_size: int
-    grad_accumulation: int
+    cached: bool = True
+    fraction: float = 0.0
+    workers: int = 0
+    batch_size: int = 1
+    grad_accumulation: int = 1
     by_row: bool = False
 
 
@@ -72,7 +80,7 @@ class FeatureReader:
         class_images: rows of which each batch shows as many beside these, their loss times `class_weight`.
     """
 
-    dataset: CachedFeatures | OnlineExamples
+    dataset: VisitedRows
     source: Source
     fingerprint: str
     settings: ReadSettings
@@ -88,21 +96,19 @@ class FeatureReader:
         """What the data set calls a row that a batch of `stream` shows: its file, or its number there."""
         return self._visited().id(index)
 
-    def _visited(self) -> CachedFeatures | OnlineExamples | Paired:
-        if self.class_images is None:
-            return self.dataset
-        return Paired(self.dataset, self.class_images.dataset, self.class_weight)
+    def _visited(self) -> VisitedRows | Paired:
+        paired = self.class_images
+        return self.dataset if paired is None else Paired(self.dataset, paired.dataset, self.class_weight)
 
     def rows(self, indices: list[int]) -> Features:
         """These rows, as validation sees them; they have to be of one shape."""
         features = self._encoded(collate([self.dataset.plain(index) for index in indices]))
-        features.pop("index")
-        return {key: value.to(self.device) for key, value in features.items()}
+        return {key: value.to(self.device) for key, value in features.items() if key != "index"}
 
     def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
         """`indices` in batches of one shape each."""
         groups: dict[int, list[int]] = {}
-        numbers = self._groups()
+        numbers = self.dataset.groups()
         for index in indices:
             groups.setdefault(0 if numbers is None else int(numbers[index]), []).append(index)
         for members in groups.values():
@@ -112,10 +118,6 @@ class FeatureReader:
     def picture(self, index: int) -> Image.Image:
         """A row's image, as its file has it."""
         return self.source[self.dataset.source_row(index)].image()
-
-    def _groups(self) -> Rows | None:
-        by_shape = isinstance(self.dataset, CachedFeatures) and self.dataset.table.meta["buckets"]
-        return self.dataset.groups() if by_shape and isinstance(self.dataset, CachedFeatures) else None
 
     def stream(self, start_step: int, steps: int, accelerator: Accelerator) -> Generator[Features]:
         """Micro-batches from the first one after `start_step` on, read ahead of the step that needs them."""
@@ -127,7 +129,7 @@ class FeatureReader:
             "start_step": start_step,
             "total_steps": steps,
         }
-        own = StreamBatchSampler(len(self), self.settings.seed, **shape, groups=self._groups())
+        own = StreamBatchSampler(len(self), self.settings.seed, **shape, groups=self.dataset.groups())
         sampler: Batches = own
         if self.class_images is not None:
             seed = derive_seed("class images", self.settings.seed)
@@ -196,9 +198,9 @@ def open_readers(
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
     if splits.class_images is not None:
-        kept = opener.open(splits.class_images.source())
-        content = together(train.fingerprint, kept.fingerprint)
-        train = replace(train, class_images=kept, class_weight=splits.class_images.weight, fingerprint=content)
+        beside = opener.open(splits.class_images.source())
+        content = together(train.fingerprint, beside.fingerprint)
+        train = replace(train, class_images=beside, class_weight=splits.class_images.weight, fingerprint=content)
     about = (train.fingerprint, opener.notes, opener.skipped, opener.cut)
     if splits.validation is not None:
         held_out = opener.open(splits.validation)
@@ -227,14 +229,21 @@ class _Opener:
         """All usable rows of a source."""
         if not self.settings.cached:
             return self._online(source)
-        where = (self.digests, self.settings.cache, self.settings.how, self.log)
-        fingerprint, folder = distributed.on_main_process(
-            lambda: encode_here(source, self.stage, *where, encoders=self.encoders, device=self.accelerator.device)
-        )
+        fingerprint, folder = distributed.on_main_process(lambda: self._encode(source))
         table = opened_by_all(folder)
         meta = table.meta
-        self._note(source, table.noted, table.skipped, meta["truncated"], meta.get("cut", []), meta["text_length"])
+        self._tell(source, table.noted, table.skipped, meta["truncated"], meta.get("cut", []), meta["text_length"])
         return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
+
+    def _encode(self, source: Source) -> tuple[str, Path]:
+        """The source's fingerprint and the folder of its table, which is encoded if it is not there yet."""
+        stage, how = self.stage, self.settings.how
+        fingerprint = source.fingerprint(self.digests)
+        folder = self.settings.cache / cache_key(fingerprint, self.encoders, stage.preprocess, how)
+        encoders = stage.weights.on_device(stage.encoders, self.accelerator.device)
+        about = {"stage": stage.name, "source": source.name}
+        encode_table(source, stage, folder, how, self.log, encoders=encoders, about=about)
+        return fingerprint, folder
 
     def _online(self, source: Source) -> FeatureReader:
         if not isinstance(source, Indexed):
@@ -250,10 +259,9 @@ class _Opener:
             raise DataError(first_few(list(bad.values())))
         rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
         cut = distributed.on_main_process(lambda: cut_captions(source, rows, self.stage.preprocess))
-        self._note(source, noted, list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
-        dataset = OnlineExamples(
-            source, self.stage.preprocess, self.settings.seed, rows, mirrored=self.settings.how.mirrored
-        )
+        self._tell(source, noted, list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
+        settings = self.settings
+        dataset = OnlineExamples(source, self.stage.preprocess, settings.seed, rows, settings.how.mirrored)
         return self._reader(dataset, source, distributed.on_main_process(lambda: source.fingerprint(self.digests)))
 
     def pictures(self, whole: FeatureReader) -> Rows | None:
@@ -273,25 +281,17 @@ class _Opener:
     def part(self, whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
         """Some rows of a source that was opened."""
         digest = hashlib.sha256(f"{whole.fingerprint} {name} ".encode() + rows.tobytes()).hexdigest()
-        old = whole.dataset
-        dataset: CachedFeatures | OnlineExamples
-        if isinstance(old, CachedFeatures):
-            dataset = CachedFeatures(old.table, old.seed, rows)
-        else:
-            chosen = rows if old.rows is None else old.rows[rows]
-            dataset = OnlineExamples(old.source, old.preprocess, old.seed, chosen, old.mirrored)
-        return self._reader(dataset, whole.source, digest)
+        return replace(whole, dataset=whole.dataset.part(rows), fingerprint=digest)
 
-    def _reader(self, dataset: CachedFeatures | OnlineExamples, source: Source, fingerprint: str) -> FeatureReader:
-        encode = None if isinstance(dataset, CachedFeatures) else self.stage
+    def _reader(self, dataset: VisitedRows, source: Source, fingerprint: str) -> FeatureReader:
+        encode = None if self.settings.cached else self.stage
         return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, encode)
 
-    def _note(
+    def _tell(
         self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
     ) -> None:
         self.notes += tally.lines(noted)
-        unused = source.beside if isinstance(source, Shards) else source.left_out()  # the check of the data has said it
-        self.skipped += [*tally.lines(unused), *tally.lines(noted), *skipped]
+        self.skipped += [*tally.lines(source.left_out()), *tally.lines(noted), *skipped]
         if skipped:
             self.notes.append(f"{len(skipped):,} examples were left out (data.on_error=skip):\n{first_few(skipped)}")
         if truncated:

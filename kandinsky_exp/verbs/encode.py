@@ -1,4 +1,4 @@
-"""The verb `encode`: what a cached run does first, for its own sake; and what is there already."""
+"""The verb `encode`: encode a data set before training; list or remove what is encoded."""
 
 import logging
 from collections.abc import Collection
@@ -63,16 +63,7 @@ def _encode(cfg: DictConfig) -> None:
             lambda: class_images.refuse_others(class_images.placed(splits.class_images, weights, how), weights, how)
         )
         stage = build.bare_stage(cfg, weights)
-        settings = ReadSettings(
-            cache=folder,
-            cached=True,
-            how=build.encode_settings(cfg, stage, accelerator.device),
-            seed=cfg.seed,
-            fraction=0.0,
-            workers=0,
-            batch_size=1,
-            grad_accumulation=1,
-        )
+        settings = ReadSettings(folder, build.encode_settings(cfg, stage, accelerator.device), cfg.seed)
         with logs.logging_to(None, accelerator.is_main_process):
             for note in report.notes:
                 logger.warning(note)

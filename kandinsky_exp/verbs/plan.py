@@ -10,9 +10,8 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
-from kandinsky_exp.config import validation
-from kandinsky_exp.data import sources
-from kandinsky_exp.data.formats import hub_rows
+from kandinsky_exp.config import allowlist, targets, validation
+from kandinsky_exp.data import source_facts, sources
 from kandinsky_exp.memory import device_limits, disk, savings
 from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.memory.estimate import MAPPED, Estimate, Phase
@@ -168,16 +167,16 @@ def capacity(cfg: DictConfig, device: torch.device, processes: int) -> int:
     return host_memory.available() // processes + here
 
 
-def known(cfg: DictConfig) -> sources.Splits:
+def known(cfg: DictConfig) -> sources.Splits | sources.AnnouncedSplits:
     """The data set, without fetching one from the hub."""
     settings = build.target_settings(cfg, "data")
-    if not settings["_target_"].endswith(".sources.hub") or files.is_folder(settings["name"]):
+    source = targets.source_facts(settings["_target_"], allowlist.user_modules(cfg))
+    if source.announced is None or files.is_folder(settings[source.hub_id]):
         return build.data(cfg)
-    asked = {key: settings[key] for key in ("name", "split", "validation_split", "revision", "subset")}
-    return hub_rows.announced(**asked, limit=cfg.data.max_samples)
+    return source.announced(**source_facts.arguments(source.announced, settings), limit=cfg.data.max_samples)
 
 
-def rows(cfg: DictConfig, splits: sources.Splits) -> tuple[int | None, int | None]:
+def rows(cfg: DictConfig, splits: sources.Splits | sources.AnnouncedSplits) -> tuple[int | None, int | None]:
     """How many images train and are held out; None where that is known once they are read."""
     count = splits.train.count
     if not splits.is_divided:

@@ -28,7 +28,7 @@ ROOMS = {
     "data": {"system"},
     "models": {"data.file_hashes", "system", "tiny"},
     "stages": {"data.preprocess", "models"},
-    "config": {"hydra_adapter", "models", "system"},
+    "config": {"data.source_facts", "hydra_adapter", "models", "system"},
     "tracking": {"system"},
     "reports": {"system", "tracking"},
     "runs": {"config", "models", "system", "tracking"},

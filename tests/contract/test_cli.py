@@ -157,6 +157,15 @@ def test_flags_may_stand_anywhere(capfd: pytest.CaptureFixture[str]) -> None:
     assert "name: x" in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [(["-m", "--cfg", "job"], "Only one of --run, --multirun, --cfg"), (["--resolve"], "The --resolve flag can only")],
+)
+def test_flags_that_do_not_go_together(flags: list[str], answer: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*flags, *TINY) == 2
+    assert capfd.readouterr().err.startswith(f"error: config: {answer}")
+
+
 def test_a_home_folder_is_understood(capfd: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--cfg", "job", "data.path=~/pictures") == 0
     assert f"path: {Path.home() / 'pictures'}" in capfd.readouterr().out

@@ -18,7 +18,8 @@ from PIL import Image
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.data.formats.hub_rows import announced, hub_rows
+from kandinsky_exp.data.formats.hub_info import announced
+from kandinsky_exp.data.formats.hub_rows import hub_rows
 from kandinsky_exp.data.pictures import to_rgb
 from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize
 from kandinsky_exp.data.tally import first_few
@@ -160,7 +161,7 @@ def test_sources_travel_to_workers(tmp_path):
 
 def test_examples_are_walked_from_any_row(tmp_path):
     train = sources.folder(write_folder(tmp_path, many(6))).train
-    assert (train.streamed, train.count) == (False, 6)
+    assert (isinstance(train, sources.Indexed), train.count) == (True, 6)
     assert [example.id for example in train.examples(4)] == ["004.png", "005.png"]
     with pytest.raises(IndexError):
         train[6]

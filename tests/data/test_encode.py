@@ -29,6 +29,7 @@ from kandinsky_exp import cli
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
 from kandinsky_exp.data.encoded import catalog, encode_loop
+from kandinsky_exp.data.encoded.chunk import BatchFiller
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS, removal
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import Loader, from_workers
@@ -389,6 +390,19 @@ def test_the_bar_reaches_its_end(tmp_path):
     assert "100%" in shown
     assert "10/10" in shown
     assert " 4/10" in shown  # the first batch was done when the bar began
+
+
+def test_batches_fill_by_shape_across_what_is_read():
+    """Rows of one shape keep their order; what is left at the end of a chunk is encoded in smaller batches."""
+    seen = []
+    filler = BatchFiller(2, lambda rows, views: seen.append((rows, [tuple(view["x"].shape) for view in views])))
+    for number, side in enumerate([1, 2, 1, 1, 2, 3]):
+        filler.add(number, [{"x": torch.full((side,), number)}] * 2)
+    assert seen == [([0, 2], [(2, 1), (2, 1)]), ([1, 4], [(2, 2), (2, 2)])]
+    filler.finish()
+    assert seen[2:] == [([3], [(1, 1), (1, 1)]), ([5], [(1, 3), (1, 3)])]
+    filler.finish()
+    assert len(seen) == 4
 
 
 # ---- skipping

@@ -13,7 +13,8 @@ from running import client, composed, history, network, runs, same, train
 from safetensors.torch import load_file
 
 from kandinsky_exp import cli
-from kandinsky_exp.data.encoded.table import HEAD, FeatureTable
+from kandinsky_exp.data.encoded.columns import HEAD
+from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, RunFailure
 from kandinsky_exp.run import run

@@ -487,7 +487,7 @@ def test_names_with_dots_in_a_tar(tmp_path: Path) -> None:
     names, captions, train = read(path)
     assert names == [f"{name}.png" for name in DOTTED]
     assert captions == [(f"{name}.txt",) for name in DOTTED]
-    assert train.left_out() == {}
+    assert train.passed_over() == {}
     many = [f"IMG.{number:04}" for number in range(40)]
     path = tar(tmp_path / "b.tar", *(f"{name}.{ending}" for name in many for ending in ("png", "txt")))
     assert read(path)[0] == [f"{name}.png" for name in many]
@@ -499,7 +499,7 @@ def test_dots_as_webdataset_means_them(tmp_path: Path) -> None:
     members = ["a.cls", "a.alt.txt", "a.depth.png", "a.jpg", "a.seg.png", "a.txt", "b.jpg", "b.txt", "b.webp", "README"]
     names, captions, train = read(tar(tmp_path / "a.tar", *members))
     assert (names, captions) == (["a.jpg", "b.jpg"], [("a.txt",), ("b.txt",)])
-    assert train.left_out() == {
+    assert train.passed_over() == {
         "not used, members of other endings": [2, "a.cls", "README"],
         "not used, members beside the picture of an example": [3, "a.seg.png", "a.depth.png", "b.webp"],
         "not used, texts without a picture of their name": [1, "a.alt.txt"],
@@ -530,7 +530,7 @@ def test_pictures_of_all_endings_in_a_tar(tmp_path: Path) -> None:
     names, captions, train = read(path)
     assert (names, captions) == (["a.jfif", "b.heic", "c.bin"], [("a.txt",), ("b.txt",), ("c.txt",)])
     assert [example.image().size for example in train.examples()] == [(16, 16)] * 3
-    assert train.left_out() == {}
+    assert train.passed_over() == {}
     (example, *_) = sources.webdataset(path, image_column="jpg").train.examples()
     assert "no image (jpg) has this name" in example.problem
 

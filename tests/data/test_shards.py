@@ -69,7 +69,7 @@ ALL = [f"picture {number}" for number in range(5)]
 
 def test_members_of_one_name_make_an_example(folder):
     train = sources.webdataset(str(folder)).train
-    assert (train.streamed, train.count) == (True, 5)
+    assert (isinstance(train, sources.Indexed), train.count) == (False, 5)
     examples = list(train.examples())
     assert [example.id for example in examples[2:4]] == ["00.tar/002.png", "01.tar/003.png"]
     assert [example.captions for example in examples] == [(text,) for text in ALL]

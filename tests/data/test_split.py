@@ -13,8 +13,8 @@ from PIL import Image
 from running import composed, prepare, train
 
 from kandinsky_exp import build
+from kandinsky_exp.data.encoded.columns import ColumnWriter, MappedColumns, head_checksum
 from kandinsky_exp.data.encoded.layout import IMAGES, META
-from kandinsky_exp.data.encoded.table import ColumnWriter, MappedColumns, head_checksum
 from kandinsky_exp.data.file_hashes import of_content
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.training.feature_loader import Readers, open_readers

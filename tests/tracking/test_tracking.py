@@ -33,7 +33,6 @@ from running import train
 
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.errors import Interrupted, TrackingError
-from kandinsky_exp.records import named
 from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking.delivery import deliver_left
 from kandinsky_exp.tracking.mlflow_names import MAX_PARAM, dataset_source, param_text, value_text
@@ -695,10 +694,10 @@ def test_a_run_that_is_abandoned_ends_at_once(client: MlflowClient, output_root:
 def test_what_the_store_refuses_is_kept_and_holds_up_nothing(
     client: MlflowClient, output_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lane = Outbox(tmp_path / "outbox").records
+    queue = Outbox(tmp_path / "outbox").records
     for step, key in enumerate(["a", "no, name", "a"]):
-        lane.append({"kind": "metrics", "step": step, "time": 1, "values": {key: 1.0}})
-    lane.append({"kind": "of a later version"})
+        queue.append({"kind": "metrics", "step": step, "time": 1, "values": {key: 1.0}})
+    queue.append({"kind": "of a later version"})
     tracker = track(output_root, outbox=tmp_path / "outbox")
     tracker.log_metrics({"a": 3.0}, 3)
     tracker.finish("FINISHED")
@@ -833,5 +832,5 @@ def test_where_a_data_set_comes_from(source: str, kind: str, origin: dict[str, s
 def test_shards_are_no_data_set_of_the_hub() -> None:
     shards = ("https://me:secret@host/a/000.tar?token=secret", "https://host/a/001.tar")
     source = Shards("https://host/a/000.tar and 1 more", shards, ("jpg",), "txt")
-    assert named(source) == ("000.tar and 1 more", "https://host/a/000.tar")
-    assert named(replace(source, name="/a/000.tar", shards=("/a/000.tar",))) == ("000.tar", "/a/000.tar")
+    assert source.provenance == ("000.tar and 1 more", "https://host/a/000.tar")
+    assert replace(source, name="/a/000.tar", shards=("/a/000.tar",)).provenance == ("000.tar", "/a/000.tar")

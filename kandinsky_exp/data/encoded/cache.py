@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kandinsky_exp.data.encoded import catalog
-from kandinsky_exp.data.encoded.encode_loop import Encoder, EncodeSettings, Walk
+from kandinsky_exp.data.encoded.encode_loop import EncodeLoop, Encoder, EncodeSettings
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES, removal
 from kandinsky_exp.data.encoded.table import FORMAT, FeatureTable
@@ -34,7 +34,7 @@ def encode_table(
     log: Log,
     *,
     encoders: AbstractContextManager[Any] | None = None,
-    about: dict[str, object] | None = None,
+    about: Mapping[str, object] | None = None,
 ) -> FeatureTable:
     """Open the table in `folder`, after encoding every image and every caption once if it is not there.
 
@@ -52,23 +52,20 @@ def encode_table(
     """
     table = catalog.open_table(folder, log)
     if table is not None:
-        return _found(table, how, log)
+        return _accepted(table, how, log, found=True)
     with catalog.locked(folder, log):
         table = catalog.open_table(folder, log, mend=True)  # another process may have made it meanwhile
         if table is not None:
-            return _found(table, how, log)
+            return _accepted(table, how, log, found=True)
         _encode(source, stage, folder, how, log, nullcontext() if encoders is None else encoders, about or {})
         table = catalog.open_table(folder, log)
         assert table is not None  # made just now, and the lock is held  # nosec B101
         return _accepted(table, how, log)
 
 
-def _found(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
-    log(f"encoded features of {len(table):,} images found in {table.folder}")
-    return _accepted(table, how, log)
-
-
-def _accepted(table: FeatureTable, how: EncodeSettings, log: Log) -> FeatureTable:
+def _accepted(table: FeatureTable, how: EncodeSettings, log: Log, *, found: bool = False) -> FeatureTable:
+    if found:
+        log(f"encoded features of {len(table):,} images found in {table.folder}")
     _refuse_gaps(table.skipped, table.folder, how)
     if len(table.skipped) > SHOWN:  # whoever opens the table names the first few of them
         log("all examples that were left out:\n" + "\n".join(table.skipped))
@@ -90,7 +87,7 @@ def _encode(
     how: EncodeSettings,
     log: Log,
     encoders: AbstractContextManager[Any],
-    about: dict[str, object],
+    about: Mapping[str, object],
 ) -> None:
     journal = Journal(catalog.partial(folder), how.batch_size, log, fixed_batch=how.fixed_batch)
     progress = journal.progress
@@ -98,7 +95,7 @@ def _encode(
         _refuse_gaps(progress.skipped, folder, how)
         size = progress.batch_size
         with encoding_told(f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""), encoders:
-            Walk(source, stage, replace(how, batch_size=size), journal, log).encode_all()
+            EncodeLoop(source, stage, replace(how, batch_size=size), journal, log).encode_all()
         if not progress.images:
             reasons = first_few(progress.skipped) or "it holds no image"
             raise DataError(f"{source.name}: none of its examples can be used\n{reasons}")

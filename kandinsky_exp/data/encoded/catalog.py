@@ -1,4 +1,4 @@
-"""The folder of encoded features: finding a table, keeping others out while it is made, listing and removing."""
+"""The folder of encoded tables: open, lock, list and remove them. Imports no torch."""
 
 import contextlib
 import errno
@@ -24,13 +24,8 @@ if TYPE_CHECKING:
 SPARE = 1.05  # of what a table is thought to need
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 PARTIAL = ".partial"
-LEFTOVERS = (
-    "null-*.safetensors",
-    "files-*.arrow",
-    ".files-*",
-    "*.aside",
-    "*.part",
-)  # kept beside tables, or half written
+# Of runs, beside tables: whole or half written.
+LEFTOVERS = ("null-*.safetensors", "files-*.arrow", ".files-*", "*.aside", "*.part")
 
 
 def partial(folder: Path) -> Path:

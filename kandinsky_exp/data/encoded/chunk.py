@@ -1,7 +1,7 @@
-"""What is encoded and not yet written: the examples since the last commit of a journal."""
+"""What is encoded and not yet written: batches that fill, and the rows since the last commit."""
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -9,54 +9,92 @@ from typing import Any
 import numpy as np
 import torch
 
-from kandinsky_exp.data.encoded.table import Array
-from kandinsky_exp.data.encoded.workers import Features
+from kandinsky_exp.data.encoded.columns import Array
+from kandinsky_exp.data.encoded.workers import Features, Loaded, collate
 
 Cells = dict[str, Array]
 
 
 @dataclass
-class Chunk:
-    """Image and caption batches are filled across examples, never across chunks."""
+class Row:
+    """An image, or one of its captions.
 
-    seen: int = 0
-    ids: list[str] = field(default_factory=list)
-    source_rows: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    pictures: list[Array | None] = field(default_factory=list)
-    images: list[list[Cells]] = field(default_factory=list)  # by view, once encoded
-    captions: list[Cells] = field(default_factory=list)
-    waiting: dict[tuple[torch.Size, ...], list[tuple[int, list[Features]]]] = field(
+    Args:
+        views: features of each view, once they are encoded; a caption has one view.
+    """
+
+    example: Loaded
+    source_row: int
+    captions: int = 0
+    views: list[Cells] = field(default_factory=list)
+
+
+@dataclass
+class BatchFiller:
+    """Gathers rows until `size` of them have tensors of equal shapes, and encodes these as one batch.
+
+    Args:
+        encode: takes the rows of a batch, and each view of them stacked.
+    """
+
+    size: int
+    encode: Callable[[list[Row], list[Features]], None]
+    waiting: dict[tuple[torch.Size, ...], list[tuple[Row, list[Features]]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    texts: list[Features] = field(default_factory=list)
+
+    def add(self, row: Row, views: list[Features]) -> None:
+        shapes = tuple(tensor.shape for tensor in views[0].values())
+        self.waiting[shapes].append((row, views))
+        if len(self.waiting[shapes]) == self.size:
+            self._encode(self.waiting.pop(shapes))
+
+    def finish(self) -> None:
+        """Encode what waits for more of its shapes, in smaller batches."""
+        while self.waiting:
+            self._encode(self.waiting.pop(next(iter(self.waiting))))
+
+    def _encode(self, batch: Sequence[tuple[Row, list[Features]]]) -> None:
+        stacked = [collate(view) for view in zip(*(views for _, views in batch), strict=True)]
+        self.encode([row for row, _ in batch], stacked)
+
+
+@dataclass
+class Chunk:
+    """The rows of the examples since the last commit.
+
+    Args:
+        seen: examples, those that were left out among them.
+    """
+
+    seen: int = 0
+    images: list[Row] = field(default_factory=list)
+    captions: list[Row] = field(default_factory=list)
 
     def size_each(self) -> float:
         """Bytes per example, from what is encoded so far."""
-        images, captions = [cells for views in self.images for cells in views], self.captions
-        sizes = [sum(array.nbytes for row in rows for array in row.values()) for rows in (images, captions)]
-        ready = max(1, sum(map(bool, self.images)))
-        captions_each = sum(self.counts) / max(1, len(self.counts))
-        return sizes[0] / ready + sizes[1] / max(1, len(captions)) * captions_each
+        captions_each = len(self.captions) / max(1, len(self.images))
+        return _mean_size(self.images) + _mean_size(self.captions) * captions_each
 
-    def image_columns(self, captions_before: int, views: int, ragged: Collection[str]) -> dict[str, Any]:
+    def image_columns(self, captions_before: int, ragged: Collection[str]) -> dict[str, Any]:
         """A row per view of each image.
 
         Args:
             captions_before: those that the table has already.
             ragged: features whose shapes differ.
         """
-        starts = accumulate(self.counts, initial=captions_before)
+        counts = [row.captions for row in self.images]
         facts = {
-            "source_row": np.array(self.source_rows, np.int64),
-            "caption_start": np.array(list(starts)[:-1], np.int64),
-            "caption_count": np.array(self.counts, np.int64),
-            "picture": np.array(self.pictures, np.int64),
+            "source_row": np.array([row.source_row for row in self.images], np.int64),
+            "caption_start": np.array(list(accumulate(counts, initial=captions_before))[:-1], np.int64),
+            "caption_count": np.array(counts, np.int64),
+            "picture": np.array([row.example.picture for row in self.images], np.int64),
         }
+        views = len(self.images[0].views)
         return {
-            "id": [name for name in self.ids for _ in range(views)],
+            "id": [row.example.id for row in self.images for _ in range(views)],
             **{name: np.repeat(column, views, axis=0) for name, column in facts.items()},
-            **_columns([cells for row in self.images for cells in row], ragged),
+            **_columns(self.images, ragged),
         }
 
     def caption_columns(self, ragged: Collection[str]) -> dict[str, Any]:
@@ -64,9 +102,15 @@ class Chunk:
         return _columns(self.captions, ragged)
 
 
-def _columns(rows: list[Cells], ragged: Collection[str]) -> dict[str, Any]:
+def _mean_size(rows: Sequence[Row]) -> float:
+    encoded = [row for row in rows if row.views]
+    size = sum(array.nbytes for row in encoded for cells in row.views for array in cells.values())
+    return size / max(1, len(encoded))
+
+
+def _columns(rows: Sequence[Row], ragged: Collection[str]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
-    for name in rows[0]:
-        cells = [row[name] for row in rows]
+    for name in rows[0].views[0]:
+        cells = [view[name] for row in rows for view in row.views]
         columns[name] = cells if name in ragged else np.stack(cells)
     return columns

@@ -1,4 +1,4 @@
-"""One walk over a source: batches of its images and captions through the encoders, chunk by chunk into a journal."""
+"""The encode loop: batches of a source's images and captions through the encoders, chunk by chunk into a journal."""
 
 import os
 import time
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.encoded import catalog
-from kandinsky_exp.data.encoded.chunk import Chunk
+from kandinsky_exp.data.encoded.chunk import BatchFiller, Chunk, Row
+from kandinsky_exp.data.encoded.columns import DTYPES, Array
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK
 from kandinsky_exp.data.encoded.progress import ProgressBar
-from kandinsky_exp.data.encoded.table import DTYPES, Array
-from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, collate, is_of_workers, workers_failed
+from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, is_of_workers, workers_failed
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.tally import first_few
@@ -71,7 +71,7 @@ class EncodeSettings:
 
 
 @dataclass
-class Walk:
+class EncodeLoop:
     """See the module."""
 
     source: Source
@@ -80,7 +80,10 @@ class Walk:
     journal: Journal
     log: Log
     chunk: Chunk = field(default_factory=Chunk)
-    bar: ProgressBar = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bar = ProgressBar(self.source.count, self.journal.progress.source_rows, self.log)
+        self.images, self.captions = (BatchFiller(self.how.batch_size, self._encode) for _ in range(2))
 
     def encode_all(self) -> None:
         """From where the journal is to the end of the source.
@@ -88,7 +91,6 @@ class Walk:
         Raises:
             DataError: see `encode_table`.
         """
-        self.bar = ProgressBar(self.source.count, self.journal.progress.source_rows, self.log)
         failed = None
         try:
             with closing(self.bar):
@@ -110,14 +112,13 @@ class Walk:
             self._check(batch, batches)
             self._take(batch)
             done += len(batch.examples)
-            if before and any(self.chunk.images) and not self.bar.announced:
+            if before and any(row.views for row in self.chunk.images) and not self.bar.announced:
                 self._announce((time.monotonic() - before) / len(batch.examples))
             self.bar(done)
             if self.chunk.seen >= chunk_rows:
                 self._commit()
             before = time.monotonic()  # the first batch takes longer than the others: it is not counted
-        if self.source.streamed:  # of others it was said before
-            tally.add(self.journal.progress.noted, self.source.left_out())
+        tally.add(self.journal.progress.noted, self.source.passed_over())
         self._commit()
 
     def _check(self, batch: Batch, rest: Iterator[Batch]) -> None:
@@ -142,106 +143,68 @@ class Walk:
         catalog.refuse_if_no_room(self.journal.folder, needed)
 
     def _take(self, batch: Batch) -> None:
-        chunk, start = self.chunk, self.journal.progress.source_rows
-        places = {}
+        start, rows = self.journal.progress.source_rows + self.chunk.seen, {}
         for offset, example in enumerate(batch.examples):
             if example.problem:
                 self.journal.progress.skipped.append(example.problem)
                 continue
-            places[offset] = len(chunk.ids)
-            chunk.ids.append(example.id)
-            chunk.source_rows.append(start + chunk.seen + offset)
-            chunk.counts.append(batch.counts[offset])
-            chunk.pictures.append(example.picture)
-            chunk.images.append([])
+            rows[offset] = Row(example, start + offset)
             self.journal.progress.note_cut(example.id, example.cut)
             if example.note:
                 tally.count(self.journal.progress.noted, example.note, example.id)
-        chunk.seen += len(batch.examples)
-        for offsets, views in batch.groups:
-            self._take_images([places[offset] for offset in offsets], views)
-        if batch.captions is not None:
-            self._take_captions(batch.captions)
+        self.chunk.seen += len(batch.examples)
+        self.chunk.images += rows.values()
+        for stack in batch.images:
+            for offset, views in stack.rows():
+                self.images.add(rows[offset], views)
+        for stack in batch.captions:
+            for offset, views in stack.rows():
+                rows[offset].captions += 1
+                self.chunk.captions.append(Row(rows[offset].example, start + offset))
+                self.captions.add(self.chunk.captions[-1], views)
 
-    def _take_images(self, places: list[int], views: list[Features]) -> None:
-        waiting = self.chunk.waiting[tuple(tensor.shape[1:] for tensor in views[0].values())]
-        if not waiting and len(places) == self.how.batch_size:
-            self._encode_images(places, views)
-            return
-        for number, place in enumerate(places):
-            waiting.append((place, [{name: tensor[number] for name, tensor in view.items()} for view in views]))
-        while len(waiting) >= self.how.batch_size:
-            self._encode_waiting(waiting)
-
-    def _encode_waiting(self, waiting: list[tuple[int, list[Features]]]) -> None:
-        batch, waiting[:] = waiting[: self.how.batch_size], waiting[self.how.batch_size :]
-        views = zip(*(views for _, views in batch), strict=True)
-        self._encode_images([place for place, _ in batch], [collate(view) for view in views])
-
-    def _encode_images(self, places: list[int], views: list[Features]) -> None:
-        ids = [self.chunk.ids[place] for place in places]
+    def _encode(self, rows: list[Row], views: list[Features]) -> None:
         for view in views:
-            arrays = {name: self._array(name, tensor, ids) for name, tensor in self.stage.encode(view).items()}
-            for number, place in enumerate(places):
-                self.chunk.images[place].append({name: array[number] for name, array in arrays.items()})
+            features = self.stage.encode(view)
+            mask = features[MASK].cpu() if MASK in features else None
+            ragged = set() if mask is None else features.keys() & self.stage.ragged_features
+            if ragged:
+                del features[MASK]  # their lengths tell it
+            arrays = {name: self._array(name, tensor, rows) for name, tensor in features.items()}
+            for number, row in enumerate(rows):
+                cells = {name: array[number] for name, array in arrays.items()}
+                length = 0 if mask is None else _prefix(mask[number])
+                cells |= {name: cells[name][:length].copy() for name in ragged}  # copies: padding need not stay
+                row.views.append(cells)
 
-    def _take_captions(self, captions: Features | None) -> None:
-        """Encode full batches; None: what is left, too."""
-        texts, size = self.chunk.texts, self.how.batch_size
-        if captions is not None:
-            count = len(next(iter(captions.values())))
-            texts += [{name: tensor[row] for name, tensor in captions.items()} for row in range(count)]
-        while len(texts) >= size or (captions is None and texts):
-            batch, texts[:] = texts[:size], texts[size:]
-            self._encode_captions(batch)
-
-    def _encode_captions(self, batch: list[Features]) -> None:
-        features = self.stage.encode(collate(batch))
-        owners = self._owners(len(self.chunk.captions), len(batch))
-        lengths, ragged = [_prefix(row) for row in features[MASK].cpu()], features.keys() & self.stage.ragged_features
-        if ragged:
-            del features[MASK]  # their lengths tell it
-        arrays = {name: self._array(name, tensor, owners) for name, tensor in features.items()}
-        for row, length in enumerate(lengths):
-            cells = {name: array[row] for name, array in arrays.items()}
-            cells |= {name: cells[name][:length].copy() for name in ragged}  # copies: padding need not stay in memory
-            self.chunk.captions.append(cells)
-
-    def _owners(self, start: int, count: int) -> list[str]:
-        """Ids of the examples that captions belong to."""
-        owners = [self.chunk.ids[row] for row, captions in enumerate(self.chunk.counts) for _ in range(captions)]
-        return owners[start : start + count]
-
-    def _array(self, name: str, tensor: Tensor, ids: Sequence[str]) -> Array:
+    def _array(self, name: str, tensor: Tensor, rows: Sequence[Row]) -> Array:
         """A feature of a batch as stored. What the dtype cannot hold is refused, not stored as infinity."""
         exact = tensor.detach().float().cpu().numpy()
         with np.errstate(over="ignore"):
             array: Array = exact.astype(DTYPES[self.how.dtype])
-        wrong = ~np.isfinite(array.reshape(len(ids), -1)).all(axis=1)
+        wrong = ~np.isfinite(array.reshape(len(rows), -1)).all(axis=1)
         if wrong.any():
             row = int(wrong.argmax())
             cure = (
                 "set data.cache_dtype=fp32" if np.isfinite(exact[row]).all() else "set precision.frozen_dtype=float32"
             )
-            raise DataError(f"{ids[row]}: {name} is not finite as {self.how.dtype}; {cure}")
+            raise DataError(f"{rows[row].example.id}: {name} is not finite as {self.how.dtype}; {cure}")
         return array
 
     def _commit(self) -> None:
         """Encode what waits for its batch to fill, and write the chunk."""
         chunk, progress = self.chunk, self.journal.progress
-        for waiting in chunk.waiting.values():
-            while waiting:
-                self._encode_waiting(waiting)
-        self._take_captions(None)
+        self.images.finish()
+        self.captions.finish()
         if not self.bar.announced:
             self._announce((time.monotonic() - self.bar.started) / max(1, chunk.seen))
-        if chunk.ids:
+        if chunk.images:
             ragged = self.stage.ragged_features if self.stage.preprocess.buckets else ()
-            self.journal.append(IMAGES, chunk.image_columns(progress.captions, 1 + self.how.mirrored, ragged))
+            self.journal.append(IMAGES, chunk.image_columns(progress.captions, ragged))
         if chunk.captions:
             self.journal.append(CAPTIONS, chunk.caption_columns(self.stage.ragged_features))
         progress.source_rows += chunk.seen
-        progress.images += len(chunk.ids)
+        progress.images += len(chunk.images)
         progress.captions += len(chunk.captions)
         self.journal.commit()
         self.chunk = Chunk()

@@ -1,4 +1,4 @@
-"""How far an encoding came, on disk: a process that is killed loses what it had not written yet, and nothing else."""
+"""The journal of an unfinished table: what is committed survives when the process is killed."""
 
 import json
 import shutil
@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kandinsky_exp.data.encoded.catalog import writing
+from kandinsky_exp.data.encoded.columns import Columns, ColumnWriter, head_checksum
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS
-from kandinsky_exp.data.encoded.table import FORMAT, NO_FEATURES, Columns, ColumnWriter, head_checksum
+from kandinsky_exp.data.encoded.table import FORMAT, NO_FEATURES
 from kandinsky_exp.data.long_texts import cut_caption
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.system.files import write_atomically
@@ -44,9 +45,9 @@ class Progress:
     noted: Tally = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
 
-    def note_cut(self, name: str, kept: Iterable[str]) -> None:
+    def note_cut(self, name: str, read: Iterable[str]) -> None:
         """Note the captions of an example of which only the beginning is read."""
-        for text in kept:
+        for text in read:
             self.truncated += 1
             if len(self.cut) < NAMED:
                 self.cut.append(cut_caption(name, text))
@@ -111,12 +112,10 @@ class Journal:
 
 def _begun(folder: Path, batch_size: int, log: Log, fixed_batch: bool) -> Progress:
     found = _read(folder)
-    if found is None:
-        return Progress(batch_size, len(NO_FEATURES))
-    if fixed_batch and found.batch_size != batch_size:
+    if found is not None and fixed_batch and found.batch_size != batch_size:
         log(f"{folder} was begun with batches of {found.batch_size}: encoding again")
-        return Progress(batch_size, len(NO_FEATURES))
-    return found
+        found = None
+    return found or Progress(batch_size, len(NO_FEATURES))
 
 
 def _read(folder: Path) -> Progress | None:

@@ -1,4 +1,4 @@
-"""What lies where in the folder of encoded features; nothing here needs torch, and listing them is quick."""
+"""Names of files in the folder of encoded features, and commands about them. Imports no torch."""
 
 import shlex
 from pathlib import Path

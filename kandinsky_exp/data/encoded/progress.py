@@ -1,4 +1,4 @@
-"""What an encoding says of itself: what is coming, how fast it goes, and what it came to."""
+"""Progress of an encoding: a bar on a terminal, log lines elsewhere."""
 
 import sys
 import time

@@ -1,9 +1,9 @@
-"""Examples on their way to the encoders: read, decoded and preprocessed in worker processes, in the source's order."""
+"""DataLoader workers that read, decode and preprocess examples for the encoders, in the source's order."""
 
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.file_hashes import of_content
 from kandinsky_exp.data.pictures import NOTE
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, first_line
 
 Features = dict[str, Tensor]
 
@@ -45,20 +45,30 @@ class Loaded:
     note: str = ""
 
 
-@dataclass
-class Batch:
-    """Loaded examples, their image tensors stacked by shape: one group, unless sizes differ.
+@dataclass(frozen=True)
+class Stack:
+    """Tensors of equal shapes, stacked: what a worker hands over.
 
     Args:
-        examples: in the source's order, without their tensors.
-        groups: (places in `examples`, one stack per view).
-        captions: (n, …) of all captions in order; `counts` of each example.
+        offsets: of the examples in their batch that the rows belong to.
+        views: one stack per view.
     """
 
+    offsets: list[int]
+    views: list[Features]
+
+    def rows(self) -> Iterator[tuple[int, list[Features]]]:
+        for number, offset in enumerate(self.offsets):
+            yield offset, [{name: tensor[number] for name, tensor in view.items()} for view in self.views]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Loaded examples in the source's order; their tensors apart from them, the images' by shape."""
+
     examples: list[Loaded]
-    groups: list[tuple[list[int], list[Features]]] = field(default_factory=list)
-    captions: Features | None = None
-    counts: list[int] = field(default_factory=list)
+    images: list[Stack]
+    captions: list[Stack]
 
 
 def collate(rows: Sequence[Features]) -> Features:
@@ -83,7 +93,7 @@ class Loader(Dataset[Loaded]):
         except DataError as error:
             return Loaded(example.id, problem=str(error))
         except Exception as error:  # whatever a processor or tokenizer stumbles over: it must be known at what
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line(error)}"
             return Loaded(example.id, problem=f"{example.where}: image {example.id}: {reason}")
 
     def _load(self, example: Example) -> Loaded:
@@ -98,7 +108,7 @@ class Loader(Dataset[Loaded]):
             example.id,
             tuple(self.preprocess(view, None, example.extra) for view in views),
             tuple(tensors for tensors, _ in captions),
-            tuple(kept for _, kept in captions if kept is not None),
+            tuple(beginning for _, beginning in captions if beginning is not None),
             picture=of_content(example.read()),
             note=image.info.get(NOTE, ""),
         )
@@ -111,7 +121,7 @@ class Loader(Dataset[Loaded]):
         """
         loader: DataLoader[Loaded] = DataLoader(
             self,
-            batch_sampler=_Chunks(examples, batch_size),
+            batch_sampler=_lists(examples, batch_size),
             num_workers=workers,
             collate_fn=_batch,
             worker_init_fn=leave_signals if workers else None,
@@ -119,22 +129,12 @@ class Loader(Dataset[Loaded]):
         return from_workers(loader, "data.encode_workers")
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """Lists of consecutive items."""
-
-    items: Iterator[Example]
-    size: int
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        while chunk := self._next():
-            yield chunk
-
-    def _next(self) -> list[Example]:
-        try:
-            return list(islice(self.items, self.size))
-        except OSError as error:
-            raise DataError(f"data: the examples cannot be read any further ({error})") from error
+def _lists(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    try:
+        while some := list(islice(examples, size)):
+            yield some
+    except OSError as error:
+        raise DataError(f"data: the examples cannot be read any further ({error})") from error
 
 
 def from_workers(loader: "DataLoader[Any]", key: str) -> Iterator[Any]:
@@ -187,18 +187,15 @@ def leave_signals(worker: int) -> None:
 
 def _batch(loaded: list[Loaded]) -> Batch:
     by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
-    for place, example in enumerate(loaded):
+    for offset, example in enumerate(loaded):
         if not example.problem:
             shapes = tuple(tensor.shape for tensor in example.images[0].values())
-            by_shape.setdefault(shapes, []).append(place)
-    groups = []
-    for places in by_shape.values():
-        views = range(len(loaded[places[0]].images))
-        groups.append((places, [collate([loaded[place].images[view] for place in places]) for view in views]))
-    captions = [caption for example in loaded for caption in example.captions]
-    return Batch(
-        [replace(example, images=(), captions=()) for example in loaded],
-        groups,
-        collate(captions) if captions else None,
-        [len(example.captions) for example in loaded],
-    )
+            by_shape.setdefault(shapes, []).append(offset)
+    images = [
+        Stack(offsets, [collate(view) for view in zip(*(loaded[offset].images for offset in offsets), strict=True)])
+        for offsets in by_shape.values()
+    ]
+    owners = [offset for offset, example in enumerate(loaded) for _ in example.captions]
+    texts = [caption for example in loaded for caption in example.captions]
+    captions = [Stack(owners, [collate(texts)])] if texts else []
+    return Batch([replace(example, images=(), captions=()) for example in loaded], images, captions)

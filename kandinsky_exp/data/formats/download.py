@@ -1,4 +1,4 @@
-"""Files by http(s): read as a stream, told apart without reading them."""
+"""Files by http(s): streams that continue where the connection broke, and what tells versions of a file apart."""
 
 import base64
 import hashlib
@@ -67,7 +67,7 @@ def open_url(url: str) -> io.BufferedReader:
 
 class _Stream(io.RawIOBase):
     def __init__(self, url: str) -> None:
-        self.url, self.place = url, 0
+        self.url, self.offset = url, 0
         self.response = _retried(url, lambda: _open(url, "GET"))
         length = self.response.headers.get("Content-Length")
         self.tag = self.response.headers.get("ETag") or self.response.headers.get("Last-Modified")
@@ -80,22 +80,22 @@ class _Stream(io.RawIOBase):
         view = memoryview(buffer)
         block: bytes = _retried(self.url, lambda: self._read(len(view)), self._go_on)
         view[: len(block)] = block
-        self.place += len(block)
+        self.offset += len(block)
         return len(block)
 
     def _read(self, size: int) -> bytes:
         block: bytes = self.response.read(size)
-        if not block and self.end is not None and self.place < self.end:
-            raise ConnectionResetError(0, f"the connection broke after {self.place:,} of {self.end:,} bytes")
+        if not block and self.end is not None and self.offset < self.end:
+            raise ConnectionResetError(0, f"the connection broke after {self.offset:,} of {self.end:,} bytes")
         return block
 
     def _go_on(self) -> None:
         self.response.close()
-        if self.place and not self.tag:
+        if self.offset and not self.tag:
             raise DataError(f"{shown(self.url)}: the connection broke and the server cannot go on; start again")
-        wanted = {"Range": f"bytes={self.place}-", "If-Range": self.tag or ""} if self.place else {}
+        wanted = {"Range": f"bytes={self.offset}-", "If-Range": self.tag or ""} if self.offset else {}
         self.response = _open(self.url, "GET", wanted)
-        if self.place and self.response.status != http.client.PARTIAL_CONTENT:
+        if self.offset and self.response.status != http.client.PARTIAL_CONTENT:
             raise DataError(f"{shown(self.url)}: the connection broke and the server cannot go on; start again")
 
     def close(self) -> None:

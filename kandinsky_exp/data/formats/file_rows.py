@@ -1,4 +1,4 @@
-"""Images in files, their captions in a table: kept as Arrow columns, so that memory hardly grows with the rows."""
+"""Rows whose images are files: Arrow columns, so that memory hardly grows with the rows."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,11 @@ class FileRows(Indexed):
     def __getitem__(self, row: int) -> Example:
         file, captions, number, code, *extra = (column[row].as_py() for column in self.columns.columns)
         problem, caption_problem = self.problems[code]
-        place = f"{self.unit} {number}"
-        where = f"{self.origin}, {place}" if self.unit else self.origin
+        position = f"{self.unit} {number}"
+        where = f"{self.origin}, {position}" if self.unit else self.origin
         read = nothing if file is None else partial(read_file, os.path.join(self.home, file))  # noqa: PTH118 - NUL
         cells = json.loads(extra[0]) if extra else {}
-        return Example(file or place, tuple(captions), read, where, caption_problem, problem, cells)
+        return Example(file or position, tuple(captions), read, where, caption_problem, problem, cells)
 
     def with_columns(self, names: Sequence[str]) -> "FileRows":
         rows = dict(metadata.read(Path(self.origin), names)) if self.unit else {}
@@ -120,46 +121,24 @@ def _paths(home: str, files: pa.Array) -> pa.Array:
     return pc.if_else(pc.starts_with(files, "/"), files, joined).fill_null("")
 
 
-@dataclass
-class _Columns:
-    """Gathers rows: few are Python objects at any time."""
-
-    batches: list[pa.RecordBatch] = field(default_factory=list)
-    held: list[tuple[str | None, tuple[str, ...], int, int]] = field(default_factory=list)
-    codes: dict[Problems, int] = field(default_factory=lambda: {("", ""): 0})
-
-    def add(self, row: FileRow) -> None:
-        self.held.append((row.file, row.captions, row.number, self.codes.setdefault(row.problems, len(self.codes))))
-        if len(self.held) == CHUNK:
-            self._pack()
-
-    def _pack(self) -> None:
-        columns = zip(*self.held, strict=True) if self.held else [()] * len(SCHEMA)
-        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
-        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
-        self.held = []
-
-    def finish(self) -> pa.RecordBatch:
-        self._pack()
-        columns = pa.Table.from_batches(self.batches, SCHEMA).combine_chunks()
-        self.batches = []
-        return columns.to_batches()[0] if columns.num_rows else pa.RecordBatch.from_pylist([], SCHEMA)
-
-
 def gather(name: str, home: Path, origin: Path, unit: str, rows: Iterable[FileRow]) -> FileRows:
-    """A source of rows.
+    """A source of rows, few of which are Python objects at any time.
 
     Raises:
         DataError: if there are none.
     """
-    columns = _Columns()
-    for row in rows:
-        columns.add(row)
+    codes: dict[Problems, int] = {("", ""): 0}
+    batches, rows = [], iter(rows)
+    while some := list(islice(rows, CHUNK)):
+        numbers = [codes.setdefault(row.problems, len(codes)) for row in some]
+        cells = [(row.file, row.captions, row.number, code) for row, code in zip(some, numbers, strict=True)]
+        arrays = [pa.array(column, kind.type) for column, kind in zip(zip(*cells, strict=True), SCHEMA, strict=True)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
     release()
-    made = FileRows(name, str(home), str(origin), unit, columns.finish(), tuple(columns.codes))
-    if not len(made):
+    if not batches:
         raise DataError(f"{origin}: it has no rows; write one per image")
-    return made
+    (columns,) = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    return FileRows(name, str(home), str(origin), unit, columns, tuple(codes))
 
 
 def image_columns(asked: str) -> list[str]:

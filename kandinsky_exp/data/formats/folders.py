@@ -1,4 +1,4 @@
-"""What lies in a folder: which files claim to be pictures, and which are the operating system's."""
+"""Walk a folder, and tell pictures from other files and from those of the operating system."""
 
 import os
 import re
@@ -114,19 +114,21 @@ def unlisted(home: Path, skip: Collection[Path], listed: pa.Array, by: str) -> T
     found = pa.array(names, pa.large_string())
     for name in found.filter(pc.invert(pc.is_in(_plain(found), value_set=_plain(listed.drop_null())))).to_pylist():
         if name != by:
-            pictures = f"not used, pictures that {by} does not list"
-            tally.count(unused, pictures if is_picture(home / name) else NO_PICTURES, name)
+            _count(unused, home, name, f"not used, pictures that {by} does not list")
     return unused
 
 
 def outside(root: Path, parts: Collection[Path]) -> Tally:
     """What lies beside the folders that are read, `train/` and `validation/`."""
     unused: Tally = {}
-    for folder, prefix, files in walk(root, parts, unused):
+    for _, prefix, files in walk(root, parts, unused):
         for name in files:
-            pictures = "not used, pictures beside train/ and validation/"
-            tally.count(unused, pictures if is_picture(folder / name) else NO_PICTURES, prefix + name)
+            _count(unused, root, prefix + name, "not used, pictures beside train/ and validation/")
     return unused
+
+
+def _count(unused: Tally, home: Path, name: str, pictures: str) -> None:
+    tally.count(unused, pictures if is_picture(home / name) else NO_PICTURES, name)
 
 
 def _plain(names: pa.Array) -> pa.Array:

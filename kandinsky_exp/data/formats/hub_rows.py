@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from kandinsky_exp.data.examples import MAX_BYTES, Example, Indexed, Source, no_columns, read_file
+from kandinsky_exp.data.examples import MAX_BYTES, Example, Indexed, no_columns, read_file
 from kandinsky_exp.data.file_hashes import CHUNK, FileDigests, Hash, update
 from kandinsky_exp.data.formats.file_rows import LEADS_OUT, parse_captions
 from kandinsky_exp.data.formats.metadata import holds_pictures
-from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError, first_line
 
 FEW = 64  # rows of a Parquet file that are in memory at once, where each is a picture
@@ -72,13 +72,10 @@ class HubRows(Indexed):
         counts, wrong = np.zeros(len(self), np.int64), np.ones(len(self), np.bool_)
         if self.caption_column not in self.rows.column_names:
             return counts, wrong
-        texts = self.rows.select_columns([self.caption_column])
-        row = 0
-        for batch in texts.iter(CHUNK):
-            for value in batch[self.caption_column]:
-                captions, problem = parse_captions({self.caption_column: value}, self.caption_column)
-                counts[row], wrong[row] = len(captions), bool(problem)
-                row += 1
+        batches = self.rows.select_columns([self.caption_column]).iter(CHUNK)
+        for row, value in enumerate(chain.from_iterable(batch[self.caption_column] for batch in batches)):
+            captions, problem = parse_captions({self.caption_column: value}, self.caption_column)
+            counts[row], wrong[row] = len(captions), bool(problem)
         return counts, wrong
 
     def fingerprint(self, digests: FileDigests) -> str:
@@ -162,7 +159,7 @@ def load(name: str, split: str, revision: str | None, subset: str | None = None)
             return {split: datasets.load_from_disk(name)}
         return datasets.load_dataset(name, subset, revision=revision)
     except Exception as error:  # connection, hub, file format, builder: the library has no common base class
-        raise _not_there(name, revision, subset, error) from error
+        raise not_there(name, revision, subset, error) from error
 
 
 def parquet_rows(file: Path, image_column: str, caption_column: str) -> HubRows:
@@ -213,58 +210,8 @@ def _kind(feature: Any) -> str:
     return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-@dataclass(frozen=True)
-class Announced(Source):
-    """A split of which no more is known than its page on the hub says: nothing of it was fetched."""
-
-    streamed = True
-    name: str
-    images: int | None
-
-    @property
-    def count(self) -> int | None:
-        return self.images
-
-    def examples(self, start: int = 0) -> Iterator[Example]:
-        raise NotImplementedError
-
-    def __getitem__(self, row: int) -> Example:
-        raise NotImplementedError
-
-    def fingerprint(self, digests: FileDigests) -> str:
-        raise NotImplementedError
-
-
-def announced(
-    name: str,
-    split: str,
-    validation_split: str | None,
-    revision: str | None,
-    subset: str | None = None,
-    limit: int | None = None,
-) -> Splits:
-    """What the hub says of a data set.
-
-    Args:
-        subset: the configuration, where there are several.
-        limit: of the images of each split.
-
-    Raises:
-        DataError: if it cannot be asked.
-    """
-    import datasets
-
-    try:
-        found = datasets.load_dataset_builder(name, subset, revision=revision).info.splits or {}
-    except Exception as error:  # connection, hub, builder: the library has no common base class
-        raise _not_there(name, revision, subset, error) from error
-    title = name if subset is None else f"{name}/{subset}"
-    sizes = {key: min(filter(None, (value.num_examples, limit)), default=None) for key, value in found.items()}
-    parts = [Announced(f"{title}/{key}", sizes.get(key)) for key in (split, validation_split) if key is not None]
-    return Splits(parts[0], parts[1] if validation_split in sizes else None)
-
-
-def _not_there(name: str, revision: str | None, subset: str | None, error: Exception) -> DataError:
+def not_there(name: str, revision: str | None, subset: str | None, error: Exception) -> DataError:
+    """Why a data set cannot be loaded, and what to do."""
     known = _subsets(name, revision) if isinstance(error, ValueError) else []  # what a wrong configuration is
     if known and (subset not in known if subset else len(known) > 1):
         wrong = f"{name} has no configuration '{subset}'" if subset else f"{name} has several configurations"

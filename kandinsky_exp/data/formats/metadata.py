@@ -237,8 +237,8 @@ def picture_column(file: Path, columns: Sequence[str]) -> str | None:
 def holds_pictures(kind: pa.DataType) -> bool:
     """Whether values are the bytes of files, alone or beside a path, as `datasets` and pandas write pictures."""
     if pa.types.is_struct(kind):
-        place = kind.get_field_index("bytes")
-        return place >= 0 and holds_pictures(kind.field(place).type)
+        index = kind.get_field_index("bytes")
+        return index >= 0 and holds_pictures(kind.field(index).type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 

@@ -1,4 +1,4 @@
-"""What `data.path` of WebDataset shards stands for: files and URLs, in order."""
+"""Expand the `data.path` of WebDataset shards to files and URLs, in order."""
 
 import re
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def _braces(path: str, key: str) -> list[str]:
     if not is_url(path) and exists(path):
         return [path]
     parts = BRACES.split(path)  # text and insides of braces by turns
-    choices = [[part] if place % 2 == 0 else _choices(part, path, key) for place, part in enumerate(parts)]
+    choices = [[part] if index % 2 == 0 else _choices(part, path, key) for index, part in enumerate(parts)]
     return ["".join(choice) for choice in product(*choices)]
 
 

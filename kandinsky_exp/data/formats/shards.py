@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -83,8 +83,6 @@ class Shards(Source):
     beside: Tally = field(default_factory=dict)
     unused: Tally = field(default_factory=dict, compare=False)
 
-    streamed = True
-
     @cached_property
     def count(self) -> int | None:
         """By the headers alone; None for compressed shards and those by URL."""
@@ -107,7 +105,20 @@ class Shards(Source):
             return example
         raise IndexError(f"row {row} of {self.name}")
 
+    @property
+    def provenance(self) -> tuple[str, str]:
+        first = download.shown(self.shards[0])
+        where = first if download.is_url(first) else str(Path(first).absolute())
+        return f"{Path(first).name}{self.name.removeprefix(first)}", where
+
+    def limited(self, count: int, seed: int) -> Source:
+        """The first ones."""
+        return replace(self, limit=count)
+
     def left_out(self) -> Tally:
+        return self.beside
+
+    def passed_over(self) -> Tally:
         return self.unused
 
     def fingerprint(self, digests: FileDigests) -> str:
@@ -140,7 +151,7 @@ class Shards(Source):
             _refuse_bomb(member, end)
             limit = MAX_TEXT if member.name.lower().endswith(f".{self._text_key}") else MAX_BYTES
             is_needed = number + MANY >= start  # it is known later which row it belongs to
-            for group in grouping.take(_Content(archive, member, is_needed).as_member(_problem(member, limit))):
+            for group in grouping.take(_Content(archive, member, _problem(member, limit), is_needed)):
                 yield group
                 number += 1
         yield from grouping.finish()
@@ -232,15 +243,13 @@ def _problem(member: tarfile.TarInfo, limit: int) -> str:
     return ""
 
 
-class _Content:
+class _Content(Member):
     """A member's bytes, read in order, as a stream gives them."""
 
-    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo, is_needed: bool) -> None:
+    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo, refused: str, is_needed: bool) -> None:
+        super().__init__(member.name, refused)
         self.archive, self.member, self.is_needed = archive, member, is_needed
         self.begun: bytes | None = None
-
-    def as_member(self, problem: str) -> Member:
-        return Member(self.member.name, problem, self.head, self.all)
 
     def head(self) -> bytes:
         self.file = self.archive.extractfile(self.member)
@@ -248,7 +257,7 @@ class _Content:
         self.begun = self.file.read(HEAD)
         return self.begun
 
-    def all(self) -> bytes:
+    def content(self) -> bytes:
         if not self.is_needed:
             return b""
         begun = self.head() if self.begun is None else self.begun

@@ -5,7 +5,8 @@ Then the name goes up to the last dot.
 """
 
 import posixpath
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kandinsky_exp.data import tally
@@ -35,19 +36,19 @@ class Group:
 
 
 @dataclass
-class Member:
-    """One file of an archive.
-
-    Args:
-        refused: why it cannot be taken.
-        head: gives how it begins.
-        content: gives all of it, or nothing where that is not needed.
-    """
+class Member(ABC):
+    """One file of an archive, and why it cannot be taken."""
 
     name: str
     refused: str
-    head: Callable[[], bytes]
-    content: Callable[[], bytes]
+
+    @abstractmethod
+    def head(self) -> bytes:
+        """How it begins."""
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """All of it, or nothing where that is not needed."""
 
 
 class Grouping:

@@ -1,0 +1,175 @@
+"""Arrow files of rows with checksums: they grow by appending and are read through a memory map.
+
+Every row ends with a checksum of its cells, which is compared whenever the row is read: a damaged file is an error, no
+wrong batch.
+"""
+
+import json
+import os
+import zlib
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kandinsky_exp.data.encoded.layout import removal
+from kandinsky_exp.errors import DataError
+
+DTYPES = {"fp16": np.float16, "fp32": np.float32}
+CHECKSUM = "crc32"
+HEAD = 4096  # bytes, more than a schema takes
+SHAPE = ".shape"  # ends the name of the column with the shapes of a ragged one
+
+Array = NDArray[Any]
+Column = Array | Sequence[str] | Sequence[Array]  # equal shapes (n, …), strings, or arrays of shapes that differ
+Columns = Mapping[str, Column]
+
+
+class ColumnWriter:
+    """Appends record batches to a file, from `size` bytes on: what lies behind them is cut off.
+
+    Column (n, …) becomes a fixed-size list whose shape stands in the field's metadata; a sequence of arrays becomes a
+    list and a column of shapes; a sequence of str becomes strings.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._file = path.open("r+b" if size else "wb")
+        self._file.truncate(size)
+        self._file.seek(size)
+        self.size = size
+
+    def append(self, columns: Columns) -> None:
+        batch = _record_batch(columns)
+        if self.size == 0:
+            self.size += self._file.write(batch.schema.serialize())
+        self.size += self._file.write(batch.serialize())
+
+    def flush(self) -> None:
+        """Have everything on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _record_batch(columns: Columns) -> pa.RecordBatch:
+    flat: dict[str, Array | list[str]] = {}
+    ragged: dict[str, list[Array]] = {}
+    for name, column in columns.items():
+        if isinstance(column, np.ndarray):
+            flat[name] = column
+        elif isinstance(column[0], str):
+            flat[name] = [str(text) for text in column]
+        else:
+            ragged[name] = [np.asarray(cell) for cell in column]
+            flat[name] = []
+            flat[f"{name}{SHAPE}"] = np.array([cell.shape for cell in ragged[name]], np.int64)
+    checksums = [0] * len(next(iter(columns.values())))
+    fields, arrays = [], []
+    for name, values in flat.items():
+        cells = ragged.get(name, values)
+        checksums = [_checksum(cells[row], before) for row, before in enumerate(checksums)]
+        array, shape = _arrow(cells)
+        arrays.append(array)
+        fields.append(pa.field(name, array.type, nullable=False, metadata={"shape": json.dumps(shape)}))
+    fields.append(pa.field(CHECKSUM, pa.uint32(), nullable=False, metadata={"shape": "[]"}))
+    return pa.record_batch([*arrays, pa.array(checksums, pa.uint32())], schema=pa.schema(fields))
+
+
+def _checksum(cell: Any, before: int) -> int:
+    return zlib.crc32(cell.encode() if isinstance(cell, str) else np.ascontiguousarray(cell).data, before)
+
+
+def _arrow(cells: Any) -> tuple[pa.Array, list[int] | None]:
+    """An Arrow array and the shape of one row; None for strings, [-1] for lists of varying length."""
+    if isinstance(cells, list) and isinstance(cells[0], str):
+        return pa.array(cells, pa.string()), None
+    if isinstance(cells, list):
+        offsets = pa.array(list(accumulate((cell.size for cell in cells), initial=0)), pa.int64())
+        return pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate([c.reshape(-1) for c in cells]))), [-1]
+    shape = list(cells.shape[1:])
+    flat = pa.array(np.ascontiguousarray(cells).reshape(-1))
+    return (pa.FixedSizeListArray.from_arrays(flat, int(np.prod(shape))), shape) if shape else (flat, shape)
+
+
+class MappedColumns:
+    """Rows of such a file, read when asked for. What stays in memory grows with its record batches, not its rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with pa.memory_map(str(path)) as file:
+                reader = pa.ipc.open_stream(file)
+                batches = list(reader)
+        except MemoryError:  # Arrow's is one of its own too, and says nothing of the file
+            raise
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's; Arrow's own speak of what it found in the file
+            raise ValueError(f"{path.name}: {error}") from error
+        shapes = {field.name: json.loads(field.metadata[b"shape"]) for field in reader.schema}
+        self.ragged = [name.removesuffix(SHAPE) for name in shapes if name.endswith(SHAPE)]  # rows differ in shape
+        self._starts = list(accumulate((batch.num_rows for batch in batches), initial=0))
+        self._views = [{name: _view(batch.column(name), shape) for name, shape in shapes.items()} for batch in batches]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def row(self, index: int) -> dict[str, Any]:
+        """All cells of a row: arrays of their shapes, still mapped, numbers and str.
+
+        Raises:
+            IndexError: there is no such row.
+            DataError: its checksum differs.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        batch = bisect_right(self._starts, index) - 1
+        views, row = self._views[batch], index - self._starts[batch]
+        cells = {name: _cell(view, row) for name, view in views.items()}
+        expected = int(cells.pop(CHECKSUM))
+        if reduce(lambda before, cell: _checksum(cell, before), cells.values(), 0) != expected:
+            raise DataError(
+                f"{self.path}: row {index} is damaged; remove the table with `{removal(self.path.parent)}`, and it "
+                "will be encoded again"
+            )
+        for name in [name for name in cells if name.endswith(SHAPE)]:
+            cells[name.removesuffix(SHAPE)] = cells[name.removesuffix(SHAPE)].reshape(cells.pop(name))
+        return cells
+
+    def has(self, name: str) -> bool:
+        return name in self._views[0]
+
+    def column(self, name: str) -> Array:
+        """A column of numbers, (n, …), copied."""
+        return np.concatenate([views[name] for views in self._views])
+
+
+def head_checksum(file: Path) -> int:
+    """Of the part of a table's file that says what its columns are, which no row's checksum covers."""
+    with file.open("rb") as handle:
+        return zlib.crc32(handle.read(HEAD))
+
+
+def _view(array: pa.Array, shape: list[int] | None) -> Any:
+    """What a cell is cut from without a copy: an Arrow array, (offsets, values), or an array (n, …)."""
+    if shape is None:
+        return array
+    if shape == []:
+        return array.to_numpy(zero_copy_only=True)
+    values = array.values.to_numpy(zero_copy_only=True)
+    return (array.offsets.to_numpy(), values) if shape == [-1] else values.reshape(len(array), *shape)
+
+
+def _cell(view: Any, row: int) -> Any:
+    if isinstance(view, tuple):
+        offsets, values = view
+        return values[offsets[row] : offsets[row + 1]]
+    return view[row].as_py() if isinstance(view, pa.Array) else view[row]
