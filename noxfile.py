@@ -53,9 +53,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """All tests, on two cores; arguments after `--` go to pytest."""
+    """All tests, on two cores; arguments after `--` go to pytest: `--quick` leaves out what takes long."""
     python = project_environment(session)
-    arguments = ["-n", "2", "--dist", "worksteal", "--durations", "15", *session.posargs]
+    # Three workers: while one waits for a process, a server or a browser, the others have a core each.
+    arguments = ["-n", "3", "--dist", "worksteal", "--durations", "15", *session.posargs]
     session.run(python, "-m", "pytest", *arguments, env=ENVIRONMENT)
 
 

@@ -24,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.main import _get_rerun_conf
+from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
@@ -68,7 +69,16 @@ class Loader(ConfigLoaderImpl):
 
 
 class _Repository(ConfigRepository):
-    """Yaml files and schemas. Hydra copies all schemas before each look at them: most of the time that --help took."""
+    """Yaml files and schemas. Hydra copies all schemas before each look at them, and reads all files for each job."""
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        self._read: dict[str, ConfigResult | None] = {}
+        super().initialize_sources(config_search_path)
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if config_path not in self._read:
+            self._read[config_path] = super().load_config(config_path)
+        return copy.deepcopy(self._read[config_path])
 
     def __deepcopy__(self, memo: Any) -> "_Repository":
         return copy.copy(self)

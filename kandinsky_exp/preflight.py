@@ -109,7 +109,7 @@ def prepare(
         os.environ, cfg.precision.mixed_precision, cfg.trainer.grad_accumulation
     )
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
-        space.record.token = records.noted_token(space.folder) or uuid.uuid4().hex
+        space.record.token = records.job_token(space.folder) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true if it never reaches the first step
         space.write_record()  # first: from now on the folder is a run
         files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))

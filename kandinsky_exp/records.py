@@ -59,7 +59,7 @@ def job_outcome(folder: Path) -> outcomes.Outcome | None:
     return outcomes.JobFolder(folder.parent).read(folder.name)
 
 
-def noted_token(folder: Path) -> str | None:
+def job_token(folder: Path) -> str | None:
     """The token of the MLflow run that a sweep has made for a job that failed before it made one."""
     job = job_outcome(folder)
     return None if job is None else job.token
@@ -94,7 +94,7 @@ def sweep_parent(cfg: DictConfig, folder: Path) -> str | None:
         return parent.run_id
 
 
-def note_data(space: run_folder.RunFolder, data: Readers) -> None:
+def record_data(space: run_folder.RunFolder, data: Readers) -> None:
     """What trains, in the run's own record; a resumed run says so when it is no longer the same."""
     logger.info("%s", data)
     before, fingerprint = space.record.data, data.train.fingerprint

@@ -103,7 +103,7 @@ def set_up(opened: OpenRun, tracker: Tracker, stage: DiffusionStage, data: Reade
     if space.start is not None:
         callbacks.restored(checkpoint.load(training, space.start, accelerator))
         logger.info("going on from %s: step %d of %d", space.start, training.step, steps)
-    records.note_data(space, data)
+    records.record_data(space, data)
     records.describe(cfg, accelerator, tracker, space, opened.weights, data)
     return training, callbacks
 

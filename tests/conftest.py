@@ -1,11 +1,14 @@
 """Fixtures that several test files share. The environment is set before any library reads it."""
 
+import functools
 import gc
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 
@@ -17,6 +20,49 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores: m
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
+# What costs seconds: it trains, draws, starts processes or commands.
+COSTLY = ("browsing", "commands", "drawing", "hub_server", "many_points", "phase_peaks", "sweeping", "subprocess",
+          "kandinsky_exp.cli")  # fmt: skip
+ONE_RUN_OF_EACH_STAGE = ("golden_ones[prior-True-False]", "golden_ones[decoder-True-False]")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="unit tests of all rooms, and one run of each stage")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.quick:
+        config.hook.pytest_deselected(items=[item for item in items if not is_quick(item)])
+        items[:] = [item for item in items if is_quick(item)]
+
+
+def is_quick(item: Any) -> bool:
+    """Whether neither a test nor its fixtures use anything that costs seconds."""
+    if item.nodeid.endswith(ONE_RUN_OF_EACH_STAGE):
+        return True
+    is_contract = item.path.parent.name == "contract" and item.path.name != "test_architecture.py"
+    fixtures = [one.func for found in item._fixtureinfo.name2fixturedefs.values() for one in found]
+    return not (is_contract or item.get_closest_marker("slow") or any(map(costs, [item.function, *fixtures])))
+
+
+@functools.cache
+def costs(function: Any) -> bool:
+    """Whether a function uses what is costly, by itself or by the functions beside it."""
+    todo, seen = [function], set()
+    while todo:
+        if not isinstance(one := todo.pop(), FunctionType) or one in seen:
+            continue
+        seen.add(one)
+        codes = [one.__code__, *(part for part in one.__code__.co_consts if isinstance(part, CodeType))]
+        for used in (one.__globals__.get(name) for code in codes for name in code.co_names):
+            home = getattr(used, "__module__", None) or getattr(used, "__name__", None)
+            if home in COSTLY or (home == "running" and getattr(used, "__name__", "") in ("train", "encoded_cache")):
+                return True
+            if home == function.__module__:
+                todo.append(used)
+    return False
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A folder for what all workers use and one of them makes: they inherit the variable."""
     if "TESTS_SHARE" not in os.environ:
@@ -26,7 +72,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the server of `commands.py` first: Python has one at a time, and a sweep in a test would start its own."""
-    if (commands := sys.modules.get("commands")) is not None and not session.config.option.collectonly:
+    options = session.config.option
+    if (commands := sys.modules.get("commands")) is not None and not (options.collectonly or options.quick):
         commands.start_server()
 
 

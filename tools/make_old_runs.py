@@ -1,9 +1,9 @@
 """Make `tests/runs/old_runs.tar.xz`: what commit f809304 left of its runs, as small as it gets.
 
-    git worktree add OLD f809304                      and an environment whose kandinsky_exp is the one in OLD
+    git worktree add /tmp/kandinsky-exp f809304       and an environment whose kandinsky_exp is the one there
     python tools/make_old_runs.py tests/runs/old_runs.tar.xz
 
-Everything is made under /tmp/outputs, so that no path of a machine is in it: a run of all weights with EMA, LoRA, a
+Everything lies under /tmp, so that no path of a machine is in it: a run of all weights with EMA, LoRA, a
 run whose last records were not delivered, a sweep. What is in the tiny weights too is left out; `facts.json` has where
 it was, the commands that made the runs, and the losses that f809304 itself comes to two steps later.
 """

@@ -136,6 +136,8 @@ def object_problem(target: str, found: Any, role: str, added: Collection[str] = 
     """
     module = _origin(found)
     if _covers(added, module):
+        if role == "model" and not _has_role(found, module, role):  # the others are called, and asked nothing
+            return f"{target:.200} is no stage; derive it from {BASES[role]}, or from one of kandinsky_exp.stages"
         return None
     if not _covers(MODULES, module):
         return f"{target:.200} is not that package's own, it comes from {module or 'nowhere'}; name it where it is made"

@@ -41,11 +41,11 @@ def files(good: Values, stage: Stage) -> Found:
             yield key, problem
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
         found = list(_weights(good, components.NETWORKS, compatibility.REQUIRED))
-        if (found or good.get("weights.variant")) and (made := stage()) is not None:
-            parts = (made.part, *made.encoders)  # where nothing will be drawn, no other source is opened
-            sides = (
-                components.NETWORKS if good.get("validation.prompts") else {components.PARTS[one][0] for one in parts}
-            )
+        # What is wrong with the prior's source itself is wrong for every stage, which encodes with what is in there.
+        if found != list(_weights(good, ["prior"], {})) and (made := stage()) is not None:
+            sides = {components.PARTS[part][0] for part in (made.part, *made.encoders)}
+            if good.get("validation.prompts"):  # else nothing will be drawn, and no other source is opened
+                sides |= components.NETWORKS.keys()
             found = list(_weights(good, sides, {**compatibility.REQUIRED, made.half: made.requires}))
         yield from found
 

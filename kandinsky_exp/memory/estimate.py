@@ -15,11 +15,11 @@ from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import host_memory
-from kandinsky_exp.training import class_images
 from kandinsky_exp.training.async_checkpoint import ROOM
 
 # What the process of a run grows by beyond this one's before it holds a tensor: readers, code and scratch of kernels.
 GROWS = 120_000_000
+CONVOLUTIONS = 120_000_000  # code and scratch of theirs beyond that
 # Of a step's activations on the host, holes between blocks that are kept for the next: see tests/bench/planned.py.
 FRAGMENTS = 0.25
 MLFLOW = 100_000_000  # bytes that its client takes of the process, see the benchmarks
@@ -106,7 +106,8 @@ class Estimate:
         """Python and its libraries, where they are in the same memory."""
         if not self.on_host:
             return {}
-        return {"Python": self.python + GROWS + (MLFLOW if self.cfg.tracker.name == "mlflow" else 0)}
+        kernels = GROWS + (CONVOLUTIONS if self.stage.reads_pixels() else 0)
+        return {"Python": self.python + kernels + (MLFLOW if self.cfg.tracker.name == "mlflow" else 0)}
 
     @cached_property
     def steady(self) -> Parts:
@@ -136,7 +137,7 @@ class Estimate:
     def _class_images(self) -> Iterator[Parts]:
         """One picture at a time, of base networks that leave again."""
         rows = pipelines.rows_at_once(1, guided=True)
-        for parts in class_images.DRAWS_WITH if self.draws_class else ():
+        for parts in pipelines.WHOLE if self.draws_class else ():
             yield from self._scene(self.base, parts, *(self.dry_run.answering(part, rows[part]) for part in parts))
 
     def _scene(self, there: Parts, names: Collection[str], *activations: int) -> Iterator[Parts]:

@@ -24,6 +24,7 @@ COMPANIONS = {  # classes of transformers that read the same files; the first is
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "image_processor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
 }
+WHOLE = (("text_encoder", "prior"), ("image_encoder",), ("unet", "movq"))  # all that draws, what works together at once
 Embeds = tuple[Tensor, Tensor]
 
 

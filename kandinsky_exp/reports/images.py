@@ -16,7 +16,7 @@ from PIL import Image
 
 from kandinsky_exp.reports.run_data import Run
 from kandinsky_exp.tracking import artifact_folders
-from kandinsky_exp.tracking.mlflow_names import reason
+from kandinsky_exp.tracking.mlflow_names import IMAGE, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +27,6 @@ SIDES = ((400, 256), (900, 192), (MAX_IMAGES, 128))  # (up to so many images, lo
 FETCHERS = 8  # images at a time: a server takes its time for each
 SMALL_FILE = 60_000  # bytes: a PNG that is fetched as it is, where MLflow's own reduced copy would not be smaller
 MAX_PIXELS = 64_000_000
-NAME = re.compile(r"images/(.+)\+step\+(\d+)\+timestamp\+(\d+)\+[0-9a-f-]+(\.png|\+compressed\.webp)")
 WANTED = re.compile(r"(validation|reconstruction)/\d+")
 
 Prompts = list[tuple[int, dict[str, str]]]  # (from this step on, by key)
@@ -88,9 +87,8 @@ def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BY
                     grid.notes.append(f"The images of {run.label} are not on this machine: there is no {gone}.")
             except Exception as error:  # of whatever kind of artifact store it is
                 grid.notes.append(f"The images of {run.label} could not be read ({reason(error)}).")
-        kept = thinned(stored, grid.notes)
-        if kept:
-            _fill(client, runs, kept, grid, Path(folder), max_bytes)
+        if stored:
+            _fill(client, runs, by_importance(stored), grid, Path(folder), max_bytes)
     return grid
 
 
@@ -98,10 +96,11 @@ def _listed(client: "MlflowClient", run_id: str, index: int, folder: Path) -> li
     """A run's images, of each key and step the newest: a reduced copy where the picture is large."""
     newest: dict[tuple[str, int], dict[str, tuple[int, Any]]] = {}
     for file in client.list_artifacts(run_id, "images"):
-        match = NAME.fullmatch(file.path)
-        if match and WANTED.fullmatch(key := match[1].replace("~", "/")):
-            kinds = newest.setdefault((key, int(match[2])), {})
-            kinds[match[4]] = max(kinds.get(match[4], (0, None)), (int(match[3]), file), key=lambda item: item[0])
+        match = IMAGE.fullmatch(file.path)
+        if match and WANTED.fullmatch(key := match["key"].replace("~", "/")):
+            kinds = newest.setdefault((key, int(match["step"])), {})
+            before = kinds.get(match["kind"], (0, None))
+            kinds[match["kind"]] = max(before, (int(match["time"]), file), key=lambda item: item[0])
     prompts = read_prompts(client, run_id, folder) if newest else []
     return [Stored(index, Row(key, prompt_at(prompts, key, step)), step, _choice(kinds))
             for (key, step), kinds in newest.items()]  # fmt: skip
@@ -137,28 +136,6 @@ def _fetched(client: "MlflowClient", run_id: str, path: str, folder: Path) -> by
     return data
 
 
-def thinned(stored: Sequence[Stored], notes: list[str], limit: int = MAX_IMAGES) -> list[Stored]:
-    """As many images as a page can hold: fewer steps first (the first and the last stay), then rows, then runs."""
-    if len(stored) <= limit:
-        return list(stored)
-    steps = sorted({image.step for image in stored})
-    rows, runs = sorted({image.row for image in stored}), sorted({image.run for image in stored})
-    last = set({(image.row, image.run): image for image in sorted(stored, key=lambda image: image.step)}.values())
-    for count in range(len(steps), 0, -1):
-        few = set(spread(steps, count))
-        chosen = [image for image in stored if image.step in few or image in last]
-        if len(chosen) <= limit:
-            notes.append(f"Images of {len(few)} of {len(steps)} steps are shown, besides the last of each run.")
-            return chosen
-    height = max(1, min(len(rows), limit // len(runs)))
-    few_rows, few_runs = rows[:height], runs[: limit // height]
-    notes.append(
-        f"Images of the last step only are shown, of {len(few_rows)} of {len(rows)} prompts and "
-        f"{len(few_runs)} of {len(runs)} runs."
-    )
-    return [image for image in stored if image in last and image.row in few_rows and image.run in few_runs]
-
-
 def spread(steps: Sequence[int], count: int) -> list[int]:
     """`count` of the steps, evenly, the last one and (if there are two) the first among them."""
     if count == 1:
@@ -167,13 +144,13 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 
 
 def _fill(
-    client: "MlflowClient", runs: Sequence[Run], kept: list[Stored], grid: ImageGrid, folder: Path, max_bytes: int
+    client: "MlflowClient", runs: Sequence[Run], stored: list[Stored], grid: ImageGrid, folder: Path, max_bytes: int
 ) -> None:
+    kept = stored[:MAX_IMAGES]
     side = next((side for count, side in SIDES if len(kept) <= count), SIDES[-1][1])
     grid.rows = sorted({image.row for image in kept}, key=lambda row: (row.key.split("/")[0] != "validation", row))
     numbers = {row: number for number, row in enumerate(grid.rows)}
     known: dict[bytes, int] = {}
-    ordered = by_importance(kept)
     fetched = size = unread = 0
 
     def load(image: Stored) -> bytes | None:
@@ -183,8 +160,8 @@ def _fill(
             return None
 
     with ThreadPoolExecutor(FETCHERS, "images") as pool:
-        while fetched < len(ordered) and size <= max_bytes:
-            some = ordered[fetched : fetched + 4 * FETCHERS]
+        while fetched < len(kept) and size <= max_bytes:
+            some = kept[fetched : fetched + 4 * FETCHERS]
             fetched += len(some)
             for image, data in zip(some, pool.map(load, some), strict=True):
                 if data is None:
@@ -199,8 +176,9 @@ def _fill(
     grid.steps = sorted({step for cell in grid.cells.values() for step in cell})
     if unread:
         grid.notes.append(f"{unread} images could not be read.")
-    if left_out := len(ordered) - fetched:
-        grid.notes.append(f"{left_out} images of steps in between are left out, so that this file stays small.")
+    if left_out := len(stored) - fetched:
+        others = " and of the last prompts" if fetched < len({(image.row, image.run) for image in stored}) else ""
+        grid.notes.append(f"{left_out} images of steps in between{others} are left out, so that this file stays small.")
 
 
 def by_importance(images: Iterable[Stored]) -> list[Stored]:
@@ -208,8 +186,12 @@ def by_importance(images: Iterable[Stored]) -> list[Stored]:
     every = sorted(images, key=lambda image: (image.step, image.row, image.run))
     last = {(image.row, image.run): image.step for image in every}
     steps = sorted({image.step for image in every})
-    order = {step: rank for rank, step in enumerate(_halved(steps))}
-    return sorted(every, key=lambda image: (image.step != last[image.row, image.run], order[image.step]))
+    order = {step: number for number, step in enumerate(_halved(steps))}
+
+    def rank(image: Stored) -> tuple[int, Row, int]:
+        return -1 if image.step == last[image.row, image.run] else order[image.step], image.row, image.run
+
+    return sorted(every, key=rank)
 
 
 def _halved(steps: Sequence[int]) -> list[int]:

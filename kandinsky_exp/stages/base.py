@@ -24,7 +24,7 @@ from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapters, components
 from kandinsky_exp.models.adapters import NetworkFiles
 from kandinsky_exp.models.compatibility import REQUIRED, Requirement
-from kandinsky_exp.models.pipelines import SampleSettings
+from kandinsky_exp.models.pipelines import WHOLE, SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
 from kandinsky_exp.stages.diffusion import Generators
@@ -64,7 +64,9 @@ class DiffusionStage(ABC):
     requires: ClassVar[tuple[Requirement, ...]]  # what of the network's config has to agree with what
     result_pipeline: ClassVar[str]  # class of the pipeline that a full run leaves
     encoders: ClassVar[tuple[str, ...]]  # frozen parts that `encode` needs
-    draws_with: ClassVar[tuple[tuple[str, ...], ...]] = ()  # parts that `sample` holds at a time, one after the other
+    draws_with: ClassVar[tuple[tuple[str, ...], ...]] = (
+        WHOLE  # parts that `sample` holds at a time, one after the other
+    )
     stays_loaded: ClassVar[tuple[str, ...]] = ()  # of these, what is not forgotten when all is drawn
     redraws: ClassVar[bool] = False  # whether `reconstruct` gives anything
     ragged_features: ClassVar[tuple[str, ...]] = ()  # follow the caption's length, or with buckets the picture's shape

@@ -30,7 +30,6 @@ class PriorStage(DiffusionStage):
     name = "prior"
     part = "prior"
     encoders = ("image_encoder", "text_encoder")
-    draws_with = (("text_encoder", "prior"), ("image_encoder",), ("unet", "movq"))
     stays_loaded = ("text_encoder", "unet", "movq")
     ragged_features = ("text_states",)
     unfit_attention: ClassVar = {

@@ -32,7 +32,7 @@ def launch(line: command_line.CommandLine, call: job_process.Call) -> int:
     _try_plugins(line, cfg, varied)
     parallel = supervise.parallel_jobs(cfg.hydra.launcher, varied.jobs)
     if os.environ.get("RANK", "0") != "0":  # the first process of each job records it
-        with tempfile.TemporaryDirectory() as own, session.noted_signals(JobFolder(Path(own))):
+        with tempfile.TemporaryDirectory() as own, session.signals_for_jobs(JobFolder(Path(own))):
             job = supervise.SweptJob(call, parallel, "", os.getpid(), None)
             line.start(job, check.sweep_dir(own))
         return 0

@@ -103,7 +103,7 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
     started = Session(folder, jobs, is_study="n_trials" in cfg.hydra.sweeper)
     if cfg.tracker.name != "none":
         started.tracker = parent_run.parent_run(cfg, folder, command)
-    with noted_signals(job_folder), tracked(_Parent(started)):
+    with signals_for_jobs(job_folder), tracked(_Parent(started)):
         try:
             yield started
         finally:
@@ -126,7 +126,7 @@ class _Parent(NullTracker):
         parent_run.write_status(self.started.folder, status)
 
 
-def noted_signals(job_folder: JobFolder) -> contextlib.AbstractContextManager[None]:
+def signals_for_jobs(job_folder: JobFolder) -> contextlib.AbstractContextManager[None]:
     """The first signal stops the running jobs safely, the second at once, the third ends this process."""
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ Everything that leaves the process goes through here: parameters, `config.yaml`,
 
 import base64
 import binascii
+import functools
 import json
 import logging
 import os
@@ -113,11 +114,16 @@ def _environment() -> Iterator[tuple[str, str]]:
 
 def _secret_values(variables: Iterable[tuple[str, str]]) -> Iterator[str]:
     for name, value in variables:
-        if ENVIRONMENT.search(name) and not NO_SECRET.search(name):
+        if _says_secret(name):
             yield from _forms(value)
         elif "://" in value and "@" in value:  # drivers quote the password alone
             for password in re.findall(r"://[^:/?#\s@]*:([^@\s]*)@", value):
                 yield from _forms(password)
+
+
+@functools.cache
+def _says_secret(name: str) -> bool:
+    return bool(ENVIRONMENT.search(name)) and not NO_SECRET.search(name)
 
 
 def _forms(secret: str) -> Iterator[str]:

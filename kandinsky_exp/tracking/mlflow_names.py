@@ -21,6 +21,9 @@ MAX_DATASET_NAME = 500
 JOB = "sweep.job"  # tag of a job: its place in the sweep
 COMMON = {"snr_gamma": "snr"}  # what everybody calls a setting
 MAX_DIGEST = 36
+IMAGE = re.compile(  # an image's path in the artifacts, as MLflow's UI reads it; `/` of the key is `~`
+    r"images/(?P<name>(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+(?P<time>\d+)\+[0-9a-f-]+)(?P<kind>\.png|\+compressed\.webp)"
+)
 
 
 def reason(error: BaseException) -> str:

@@ -2,10 +2,9 @@
 
 import json
 import os
-import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import artifact_folders
 from kandinsky_exp.tracking.disk_queue import Record
 from kandinsky_exp.tracking.mlflow_names import (
+    IMAGE,
     MAX_DATASET_NAME,
     MAX_DIGEST,
     dataset_source,
@@ -190,7 +190,9 @@ class MlflowRun:
     def _stored_images(self) -> dict[tuple[str, int], str]:
         """Names without their ending, by key and step, of the images that the run has."""
         if self._images is None:
-            self._images = dict(_read_names(file.path for file in self._client.list_artifacts(self._run, "images")))
+            found = [IMAGE.fullmatch(file.path) for file in self._client.list_artifacts(self._run, "images")]
+            pictures = [one for one in found if one is not None and one["kind"] == ".png"]
+            self._images = {(one["key"].replace("~", "/"), int(one["step"])): one["name"] for one in pictures}
         return self._images
 
     def _is_refusal(self, error: Exception) -> bool:
@@ -237,13 +239,6 @@ def images_to(name: str, image: "Image") -> Callable[[Path], None]:
         compress_image_size(picture).save(folder / f"{name}+compressed.webp")
 
     return fill
-
-
-def _read_names(paths: Iterator[str]) -> Iterator[tuple[tuple[str, int], str]]:
-    for path in paths:
-        match = re.fullmatch(r"images/((.+)\+step\+(\d+)\+timestamp\+\d+\+[0-9a-f-]+)\.png", path)
-        if match:
-            yield (match[2].replace("~", "/"), int(match[3])), match[1]
 
 
 def check_readable(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Where the running code comes from: the commit and the installed packages."""
 
 import email
+import functools
 import importlib.metadata
 import json
 import re
@@ -22,6 +23,7 @@ def git_commit() -> str | None:
     return str(commit) if commit else None
 
 
+@functools.cache  # in one process it stays, and it takes as long as a few tiny steps
 def pip_freeze() -> str:
     """The installed distributions, one `name==version` a line, sorted."""
     found = {_name_and_version(dist) for dist in importlib.metadata.distributions()}

@@ -26,7 +26,6 @@ OUT_OF_MEMORY = (
     "drawing class images ran out of memory ({}); set precision=fp16 or bf16, or give pictures of the class in "
     "data.class_path"
 )
-DRAWS_WITH = (("image_encoder",), ("prior", "text_encoder"), ("unet", "movq"))  # parts at a time, see `draw`
 logger = logging.getLogger(__name__)
 
 

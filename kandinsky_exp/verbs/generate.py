@@ -1,12 +1,9 @@
 """`kandinsky-exp generate`: images from prompts, through any pair of a prior and a decoder."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -89,17 +86,17 @@ def draw(
     prior = pipelines.SampleSettings(
         inference_steps=cfg.prior_inference_steps, guidance_scale=cfg.prior_guidance_scale, seed=cfg.seed
     )
-    prior_net = load_network(weights, "prior", origins["prior"])
-    with placed(weights, ("text_encoder", "image_encoder"), prior_net, device) as net:
-        pipeline, negative = pipelines.prior_pipeline(weights, net), cfg.negative_prompt or None
+    network = load_network(weights, "prior", origins["prior"]).to(device)
+    with weights.lent(("text_encoder", "image_encoder"), device):
+        pipeline, negative = pipelines.prior_pipeline(weights, network), cfg.negative_prompt or None
         embeds = Halving("the prior", prior.batch_size).run(
             lambda size: pipelines.embed_prompts(pipeline, prompts, replace(prior, batch_size=size), negative)
         )
-    del pipeline  # it holds the parts
-    weights.release(("text_encoder", "image_encoder"))
-    decoder_net = load_network(weights, "decoder", origins["decoder"])
-    with placed(weights, ("movq",), decoder_net, device) as net:
-        side = net.config.sample_size * 2 ** (len(weights.load("movq").config.block_out_channels) - 1)
+        del pipeline  # it holds the parts
+    network.to("cpu")
+    network = load_network(weights, "decoder", origins["decoder"]).to(device)
+    with weights.lent(("movq",), device):
+        side = network.config.sample_size * 2 ** (len(weights.load("movq").config.block_out_channels) - 1)
         settings = pipelines.SampleSettings(
             inference_steps=cfg.inference_steps,
             guidance_scale=cfg.guidance_scale,
@@ -107,19 +104,10 @@ def draw(
             height=cfg.height or side,
             width=cfg.width or side,
         )
-        pipeline = pipelines.decoder_pipeline(weights, net)
+        pipeline = pipelines.decoder_pipeline(weights, network)
         return Halving("the decoder", settings.batch_size).run(
             lambda size: pipelines.decode(pipeline, embeds, replace(settings, batch_size=size))
         )
-
-
-@contextmanager
-def placed(weights: Weights, parts: tuple[str, ...], network: Any, device: torch.device) -> Iterator[Any]:
-    """A network and the frozen parts that it works with, on the device for the time being."""
-    network.to(device)
-    with weights.on_device(parts, device):
-        yield network
-    network.to("cpu")
 
 
 def find_run_to_log(cfg: DictConfig, origins: dict[PipelineHalf, ModelSource]) -> str:

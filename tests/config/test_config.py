@@ -424,6 +424,8 @@ def test_a_users_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     mine = ["optimizer._target_=my_parts.Mine", "+optimizer.anything=goes"]
     trusted = ["my_parts", "my_broken"]
     assert problems_of(composed(*TINY, *mine), trusted=trusted) == []
+    (found,) = problems_of(composed(*TINY, "model._target_=my_parts.Mine", "+model.lr=1"), trusted=trusted)
+    assert found.startswith("model._target_: my_parts.Mine is no stage; derive it from kandinsky_exp.stages.base.")
     (found,) = problems_of(composed(*TINY, "optimizer._target_=my_broken.Mine"), trusted=trusted)
     assert "importing my_broken failed: ModuleNotFoundError: No module named 'no_such_thing'" in found
 

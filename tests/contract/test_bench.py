@@ -252,6 +252,7 @@ def test_a_part_that_is_over_its_time_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_first_minutes_need_no_more_than_the_package_trains_with(tmp_path: Path) -> None:
     program = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); import gpu_first; gpu_first.main()"
     command = [sys.executable, "-c", program, str(tmp_path), "--quick", "--parts", "1,4"]
@@ -276,6 +277,7 @@ def test_true_size_weights_are_numbers_that_a_picture_gets_through(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_program_writes_its_table(tmp_path: Path) -> None:
     flags = ["--quick", "--only", "1", "--stages", "prior", "--json", str(tmp_path / "out.json")]
     done = subprocess.run([sys.executable, str(BENCH / "run.py"), *flags], check=False, capture_output=True, text=True)

@@ -389,7 +389,7 @@ def test_diffusers_loads_what_was_saved(part, use_dora, weights, tmp_path):
 
 @EACH
 def test_the_default_prefix_of_diffusers_finds_nothing(part, weights, tmp_path, caplog):
-    """Why `generate` and the README pass prefix=None."""
+    """Why `generate` and docs/adapters.md pass prefix=None."""
     adapters.save(attach(weights.load_trainable(part)), tmp_path)
     network = weights.load_trainable(part)
     logging.getLogger("diffusers").addHandler(caplog.handler)

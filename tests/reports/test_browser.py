@@ -125,7 +125,7 @@ def test_the_images_of_all_jobs_at_the_last_step(browser: Chrome, sweep: Shown) 
 
 
 def test_an_image_grid_can_be_without_the_parameters(browser: Chrome, sweep: Shown) -> None:
-    """As the README says: MLflow writes all parameters above each image, until they are switched off."""
+    """As docs/tracking.md says: MLflow writes all parameters above each image, until they are switched off."""
     charts(browser, sweep, "validation/loss")
     chart = card(browser, "validation/00")
     wait(browser, "arguments[0].innerText.includes('optimizer.lr=0.003')", chart)

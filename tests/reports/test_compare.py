@@ -307,16 +307,12 @@ def stored(count: int, rows: int, steps: int) -> list[Stored]:
 
 
 def test_too_many_images_are_thinned_out_steps_first() -> None:
-    notes: list[str] = []
-    every = stored(3, 2, 50)
-    kept = images.thinned(every, notes, limit=60)
+    kept = images.by_importance(stored(3, 2, 50))[:60]
     assert len({image.step for image in kept}) == 10
     assert {0, 490} <= {image.step for image in kept}
-    assert notes == ["Images of 10 of 50 steps are shown, besides the last of each run."]
-    assert images.thinned(every, notes, limit=300) == every
-    few = images.thinned(stored(30, 10, 4), notes, limit=90)
-    assert (len(few), len({image.run for image in few}), {image.step for image in few}) == (90, 30, {30})
-    assert "of 3 of 10 prompts and 30 of 30 runs" in notes[-1]
+    few = images.by_importance(stored(30, 10, 4))[:90]
+    assert ({image.step for image in few}, len({image.run for image in few})) == ({30}, 30)
+    assert {image.row.key for image in few} == {f"validation/{row:02d}" for row in range(3)}
 
 
 def test_the_last_images_come_first() -> None:

@@ -257,12 +257,12 @@ def test_what_is_wrong_is_told_in_a_line(
 def test_where_a_study_may_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for place in ("sqlite:///studies.db", "my.journal", "studies/mine", f"{tmp_path}/mine"):
-        assert optuna_study.place_problem(place) is None
+        assert optuna_study.location_problem(place) is None
     for place in ("nonsense", "sqlite:studies.db"):
-        assert "is no data base's URL" in str(optuna_study.place_problem(place))
-    assert "is a folder" in str(optuna_study.place_problem(str(tmp_path)))
+        assert "is no data base's URL" in str(optuna_study.location_problem(place))
+    assert "is a folder" in str(optuna_study.location_problem(str(tmp_path)))
     Path("nonsense").touch()  # of an earlier start
-    assert optuna_study.place_problem("nonsense") is None
+    assert optuna_study.location_problem("nonsense") is None
     with pytest.raises(ConfigError, match=r"hydra.sweeper.storage: cannot be used \(.*URL"):
         optuna_study.storage("no-such://host")
 

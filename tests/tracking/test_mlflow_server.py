@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -35,44 +33,52 @@ IMAGES = ("validation/00", "reconstruction/00", "validation/grid")
 
 
 class Server:
-    """`mlflow server` on files that outlive it."""
+    """MLflow's server on files that outlive it."""
 
     def __init__(self, root: Path) -> None:
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.root = root
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | None = None
 
     def start(self) -> None:
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.root}/mlflow.db",
-            "--artifacts-destination", f"{self.root}/artifacts",
-        ]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self.root / "server.log").open("ab") as log:
-            # A session of its own: it starts worker processes, which have to end with it.
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-            )
+        self.process = Forked(serve, self.root, self.port)
         wait_until(self.answers, 120)
 
     def answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+            search = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"  # it opens the store
+            with urllib.request.urlopen(search, timeout=30) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
-        os.killpg(self.process.pid, number)
+        self.process.signal(number)
 
     def stop(self) -> None:
         if self.process is not None:
-            self.signal(signal.SIGKILL)
-            self.process.wait()
+            self.process.kill()
             self.process = None
+
+
+def serve(root: Path, port: int) -> None:
+    """What `mlflow server` does, in one process: the application, with the variables that the command sets for it."""
+    import uvicorn
+    from mlflow import server
+
+    given = {
+        server.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{root}/mlflow.db",
+        server.ARTIFACTS_DESTINATION_ENV_VAR: f"{root}/artifacts",
+        server.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+        server.SERVE_ARTIFACTS_ENV_VAR: "true",
+        "_MLFLOW_SGI_NAME": "uvicorn",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    os.environ.update(given)
+    uvicorn.run("mlflow.server.fastapi_app:app", host="127.0.0.1", port=port, log_level="warning")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -84,7 +90,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Takes ten seconds to start: one for all tests, each of which leaves it running."""
+    """Takes seconds to start: one for all tests, each of which leaves it running."""
     made = Server(tmp_path_factory.mktemp("server"))
     made.start()
     yield made

@@ -185,7 +185,7 @@ def test_printed_commands_bring_back_what_was_deleted(root: Path) -> None:
 
 
 def test_a_password_is_not_printed() -> None:
-    assert "secret" not in store.restoring("postgresql://me:secret@host/db", "runs restore --run-id 1")
+    assert "secret" not in store.restore_command("postgresql://me:secret@host/db", "runs restore --run-id 1")
 
 
 # --- which store it is

@@ -365,7 +365,7 @@ def test_what_is_refused_is_put_aside_and_holds_up_nothing(
     assert not queue.paths()
 
 
-def test_a_closed_courier_leaves_the_rest(queue: DiskQueue, start: Start) -> None:
+def test_a_closed_sender_leaves_the_rest(queue: DiskQueue, start: Start) -> None:
     store = Store()
     sender = start(store, interval=600)
     sender.close()

@@ -695,10 +695,10 @@ def test_a_run_that_is_abandoned_ends_at_once(client: MlflowClient, output_root:
 def test_what_the_store_refuses_is_kept_and_holds_up_nothing(
     client: MlflowClient, output_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lane = Outbox(tmp_path / "outbox").records
+    queue = Outbox(tmp_path / "outbox").records
     for step, key in enumerate(["a", "no, name", "a"]):
-        lane.append({"kind": "metrics", "step": step, "time": 1, "values": {key: 1.0}})
-    lane.append({"kind": "of a later version"})
+        queue.append({"kind": "metrics", "step": step, "time": 1, "values": {key: 1.0}})
+    queue.append({"kind": "of a later version"})
     tracker = track(output_root, outbox=tmp_path / "outbox")
     tracker.log_metrics({"a": 3.0}, 3)
     tracker.finish("FINISHED")

@@ -22,7 +22,7 @@ def fall(root: Path, name: str, *overrides: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "rate"), [("prior", "1e-4"), ("decoder", "1e-5")])
 def test_rank_8_learns_at_least_half_of_what_all_weights_learn(stage: str, rate: str, tmp_path: Path) -> None:
-    """Each at the better one of some rates: see the table of the README."""
+    """Each at the better one of some rates: see the table of docs/adapters.md."""
     full = fall(tmp_path, "full", f"model={stage}", f"optimizer.lr={rate}")
     small = fall(tmp_path, "small", f"model={stage}", "optimizer.lr=3e-3", "adapter=lora", "adapter.rank=8")
     assert full > 0

@@ -18,7 +18,7 @@ from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.file_hashes import of_content
 from kandinsky_exp.data.pictures import NOTE
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, first_line
 
 Features = dict[str, Tensor]
 
@@ -83,7 +83,7 @@ class Loader(Dataset[Loaded]):
         except DataError as error:
             return Loaded(example.id, problem=str(error))
         except Exception as error:  # whatever a processor or tokenizer stumbles over: it must be known at what
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line(error)}"
             return Loaded(example.id, problem=f"{example.where}: image {example.id}: {reason}")
 
     def _load(self, example: Example) -> Loaded:
