@@ -105,12 +105,7 @@ def _joined(listed: list[Settings]) -> Settings:
 
 @dataclass(frozen=True)
 class Use:
-    """What a run's memory goes to, in bytes.
-
-    Args:
-        encoders: frozen parts that stay because nothing is cached.
-        activations: the rest of the peak.
-    """
+    """What a run's memory goes to, in bytes: encoders that stay because nothing is cached; activations are the rest."""
 
     trainable: int
     frozen: int
@@ -162,7 +157,7 @@ def explain_out_of_memory(cfg: DictConfig, device: torch.device, stage: Diffusio
 def use_of(cfg: DictConfig, device: torch.device, stage: DiffusionStage, state: int, error: BaseException) -> Use:
     trainable = sum(value.nbytes for value in stage.network.parameters() if value.requires_grad)
     frozen = sum(value.nbytes for value in stage.network.parameters()) - trainable
-    encoders = 0 if cfg.data.cache else sum(value.nbytes for value in stage.frozen_parameters())
+    encoders = 0 if cfg.data.cache else stage.weights.bytes_loaded(stage.encoders)
     average = trainable if cfg.trainer.ema_decay is not None else 0
     known = 2 * trainable + frozen + state + average + encoders  # twice: weights and gradients
     activations = max(peak_memory(device) - known, size_in(error), trainable)

@@ -110,7 +110,7 @@ def check(
     found = [f"{keys.format(side=side)}: {problem}" for side, problem in disagreements(folders, required)]
     for part, folder in folders.items():
         side = PARTS[part][0]
-        is_ours = (weights.prior if side == "prior" else weights.decoder) == "tiny" and part not in (network or {})
+        is_ours = weights.sources[side] == "tiny" and part not in (network or {})
         problem = None if is_ours else weights_problem(part, folder, weights.variant)
         found += [f"{keys.format(side=side)}: {folder} {problem}"] if problem else []
     if found:

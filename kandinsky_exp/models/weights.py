@@ -52,10 +52,14 @@ class Weights:
     base_precision: str | None = None
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def sources(self) -> dict[PipelineHalf, str]:
+        return {"prior": self.prior, "decoder": self.decoder}
+
     def folder(self, part: str) -> Path:
         """The local folder of a part; hub parts are downloaded when first asked for, each on its own."""
         side, name = PARTS[part]
-        source = self.prior if side == "prior" else self.decoder
+        source = self.sources[side]
         if source == "tiny":
             from kandinsky_exp.tiny.pipelines import build
 
@@ -76,8 +80,7 @@ class Weights:
         return part
 
     def _snapshot(self, repo: str, side: PipelineHalf, patterns: list[str]) -> Path:
-        revision = self.prior_revision if side == "prior" else self.decoder_revision
-        return fetched(repo, f"weights.{side}", patterns, revision)
+        return fetched(repo, f"weights.{side}", patterns, getattr(self, f"{side}_revision"))
 
     def _tensors(self, name: str) -> list[str]:
         """Patterns of the files of a part that hold tensors."""
@@ -87,10 +90,7 @@ class Weights:
 
     def revision(self, side: PipelineHalf) -> str | None:
         """The commit that a hub source resolved to; None for folders."""
-        source = self.prior if side == "prior" else self.decoder
-        if not is_hub_id(source):
-            return None
-        return self.folder("prior_scheduler" if side == "prior" else "decoder_scheduler").parent.name
+        return self.folder(f"{side}_scheduler").parent.name if is_hub_id(self.sources[side]) else None
 
     def latent_scale(self) -> int:
         """Pixels per latent, along each side."""
@@ -113,8 +113,10 @@ class Weights:
                 self._loaded[part].eval().requires_grad_(False)
         return self._loaded[part]
 
-    def is_loaded(self, part: str) -> bool:
-        return part in self._loaded
+    def bytes_loaded(self, parts: Iterable[str]) -> int:
+        """Of these networks, as far as they are in memory."""
+        found = (self._loaded[part] for part in parts if part in self._loaded)
+        return sum(value.nbytes for network in found for value in network.parameters())
 
     def load_trainable(self, part: str) -> Any:
         """A network to train: a copy of its own, in fp32, whatever the precision of the rest.

@@ -7,7 +7,7 @@ declares, so that a further one is one subclass and one yaml.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,12 +120,6 @@ class DiffusionStage(ABC):
     @property
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod)
-
-    def frozen_parameters(self) -> Iterator[Tensor]:
-        """The weights of the encoders that are in memory."""
-        for part in self.encoders:
-            if self.weights.is_loaded(part):
-                yield from self.weights.load(part).parameters()
 
     @abstractmethod
     def clean(self, features: Features) -> Tensor:

@@ -17,7 +17,7 @@ from kandinsky_exp.data.dreambooth import MADE, ClassImages, drawn_name
 from kandinsky_exp.data.encoded.progress import EVERY_SECONDS
 from kandinsky_exp.errors import ConfigError, DataError, cause_of, memory_told
 from kandinsky_exp.models import compatibility, pipelines
-from kandinsky_exp.models.components import PARTS, PipelineHalf, check_source, is_hub_id, side_parts
+from kandinsky_exp.models.components import PARTS, check_source, is_hub_id, side_parts
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
@@ -42,7 +42,7 @@ def needed_parts(wanted: ClassImages | None, weights: Weights) -> set[str]:
     """
     if wanted is None or not (missing := wanted.missing()):
         return set()
-    for side, source in _sources(weights).items():
+    for side, source in weights.sources.items():
         if problem := check_source(source, side, weights.variant):
             raise ConfigError(f"data.num_class_images: {_lack(wanted, len(missing))}: weights.{side}: {problem}")
     return set(PARTS)
@@ -110,7 +110,7 @@ def _differences(recorded: dict[str, Any], wanted: ClassImages, weights: Weights
     found = [
         f"{key} was {recorded.get(key)!r}, is {value!r}" for key, value in now.items() if recorded.get(key) != value
     ]
-    for side, source in _sources(weights).items():
+    for side, source in weights.sources.items():
         if is_hub_id(source) and not wanted.missing():  # it may not be on this machine, and need not
             was = str(recorded.get(f"{side}_source"))
             same = not is_hub_id(was) or was == source
@@ -126,14 +126,10 @@ def _note_origin(wanted: ClassImages, weights: Weights, how: SampleSettings) -> 
     """Write what the pictures follow from that are about to be drawn into a folder without any."""
     if wanted.folder is None or (wanted.drawn() and not _is_named_by_content(wanted, weights, how)):
         return
-    sources = _sources(weights)
+    sources = weights.sources
     base = {side: weights.content(side_parts(side)) for side in sources}
     facts = _settings(wanted.prompt, how) | base | {f"{side}_source": source for side, source in sources.items()}
     files.write_atomically(wanted.folder / MADE, json.dumps(facts, indent=2) + "\n")
-
-
-def _sources(weights: Weights) -> dict[PipelineHalf, str]:
-    return {"prior": weights.prior, "decoder": weights.decoder}
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
