@@ -75,10 +75,12 @@ def labelled_grid(
 
 
 @functools.cache
-def label_font() -> ImageFont.FreeTypeFont:
-    """Pillow's own has no é and no Cyrillic. Training starts without matplotlib, whose import takes time."""
-    import matplotlib
-
+def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's on a machine that has what trains and no more."""
+    try:
+        import matplotlib
+    except ImportError:
+        return ImageFont.load_default(FONT_SIZE)
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
 
 
