@@ -38,6 +38,10 @@ class CheapPrior(PriorStage):
         given: dict[str, Any] = {field.name: getattr(self.preprocess, field.name) for field in fields(self.preprocess)}
         self.preprocess = _Blind(**given)
 
+    def encoding_fingerprint(self) -> str:
+        """Made to be found by the prior itself."""
+        return self.weights.fingerprint(self.encoders)
+
     def encode(self, examples: dict[str, Tensor]) -> Features:
         features: Features = {}
         width = self.weights.load("image_encoder").config.projection_dim
