@@ -27,9 +27,9 @@ def half(device: Facts) -> str:
 
 def of_precision(precision: str, device: Facts) -> list[str]:
     """Why a mixed precision (`no`, `fp16`, `bf16`) cannot be, as `key: ...` messages."""
-    emulated = precision == "bf16" and not device.has_bf16
-    problem = "precision: this GPU only emulates bf16, slower than fp32; set precision=fp16, or fp32"
-    return [problem] if emulated else []
+    if precision == "bf16" and not device.has_bf16:
+        return ["precision: this GPU only emulates bf16, slower than fp32; set precision=fp16, or fp32"]
+    return []
 
 
 def of_training(precision: str, attention: str, base_precision: str | None, device: Facts) -> list[str]:
@@ -57,9 +57,6 @@ def cost(precision: str, tf32: bool, device: Facts) -> str | None:
         "precision=fp32 without TF32 leaves most of this GPU's speed unused: "
         f"precision={half(device)} trains faster in less memory, precision.tf32=true rounds products of float32 alone"
     )
-
-
-# --- of a config
 
 
 def check_precision(cfg: DictConfig, device: torch.device) -> None:

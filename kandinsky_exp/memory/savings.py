@@ -105,12 +105,7 @@ def _joined(listed: list[Settings]) -> Settings:
 
 @dataclass(frozen=True)
 class Use:
-    """What a run's memory goes to, in bytes.
-
-    Args:
-        encoders: frozen parts that stay because nothing is cached.
-        activations: the rest of the peak.
-    """
+    """What a run's memory goes to, in bytes: encoders that stay because nothing is cached; activations are the rest."""
 
     trainable: int
     frozen: int

@@ -1,11 +1,15 @@
 """The schema of a store's database: whether the installed MLflow fits it, and a lock under which it is made once."""
 
 import contextlib
+import functools
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
 
 MAKING = 0x6B616E64  # the advisory lock of whoever makes a schema: any number that nobody else takes
 LOCK_TIMEOUT = 300  # seconds; the first process makes the schema, the others wait for it
@@ -22,9 +26,8 @@ def problem(revision: str | None, address: str) -> str | None:
         address: the store's address, without a password.
     """
     import mlflow
-    from alembic.script import ScriptDirectory
 
-    script = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    script = _migrations()
     if revision is None or revision in script.get_heads():
         return None
     if revision in {known.revision for known in script.walk_revisions()}:
@@ -36,6 +39,15 @@ def problem(revision: str | None, address: str) -> str | None:
         f"was made by a newer MLflow than the installed {mlflow.__version__} (its schema {revision} is unknown here); "
         "upgrade mlflow, or name a new store"
     )
+
+
+@functools.cache
+def _migrations() -> "ScriptDirectory":
+    """MLflow's, which are read once in a process."""
+    import mlflow
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
 
 
 def problem_of(error: Exception, address: str) -> str | None:

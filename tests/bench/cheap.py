@@ -39,7 +39,6 @@ class CheapPrior(PriorStage):
         self.preprocess = _Blind(**given)
 
     def encoding_fingerprint(self) -> str:
-        """Made to be found by the prior itself."""
         return self.weights.fingerprint(self.encoders)
 
     def encode(self, examples: dict[str, Tensor]) -> Features:

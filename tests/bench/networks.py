@@ -6,6 +6,7 @@ true size: 1,026, 695, 1,845, 1,253 and 68 M. A folder with files of the same na
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,7 @@ def network(folder: Path, part: str, device: str = "cpu", dtype: torch.dtype = t
             made = FROM_CONFIG[part].from_config(settings)
     if part == "prior":  # an untrained one has zeros there, and divides by them
         torch.nn.init.ones_(made.clip_std)
-    made = torch.nn.Module.to(made, dtype)
-    if part == "prior":  # a stage wants its statistics in full
-        made.clip_mean.data, made.clip_std.data = made.clip_mean.data.float(), made.clip_std.data.float()
-    return made
+    return torch.nn.Module.to(made, dtype)
 
 
 def image_processor(folder: Path) -> CLIPImageProcessorPil:
@@ -110,6 +108,11 @@ class RandomWeights(Weights):
         if part in FROM_CONFIG or part in CLIP:
             return network(self.architecture, part, self.device, getattr(torch, dtype))
         return small_part(self.architecture, part)
+
+    def tensors(self, part: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The prior's statistics, as `network` makes them."""
+        width = config(self.architecture, part)["embedding_dim"]
+        return {"clip_mean": torch.zeros(1, width), "clip_std": torch.ones(1, width)}
 
     def size_multiple(self) -> int:
         levels = {part: len(config(self.architecture, part)["block_out_channels"]) for part in ("movq", "unet")}

@@ -48,7 +48,7 @@ class ProgressBar:
             self.bar.update(done - self.done)
         self.done = done
         now = time.monotonic()
-        if self.bar is not None or now - self.said < EVERY_SECONDS:
+        if self.bar is not None or not self.announced or now - self.said < EVERY_SECONDS:
             return
         self.said = now
         rate = (done - self.first) / (now - self.started)
