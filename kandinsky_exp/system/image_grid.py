@@ -76,7 +76,7 @@ def labelled_grid(
 
 @functools.cache
 def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's on a machine that has what trains and no more."""
+    """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's where only what training needs is installed."""
     try:
         import matplotlib
     except ImportError:
