@@ -1,4 +1,4 @@
-"""A job of a sweep, run in a process of its own, so that whatever ends it ends nothing else."""
+"""What a launcher calls for each job of a sweep: note its begin and its end; `job_process` starts the process."""
 
 import math
 import os
