@@ -50,10 +50,7 @@ def identity(url: str) -> str:
         parts = [shown(url), tag, headers.get("Content-Length", "")]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
     with open_url(url) as file:
-        total = hashlib.sha256()
-        while block := file.read(BLOCK):
-            total.update(block)
-    return total.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_url(url: str) -> io.BufferedReader:
@@ -91,12 +88,12 @@ class _Stream(io.RawIOBase):
 
     def _go_on(self) -> None:
         self.response.close()
-        if self.offset and not self.tag:
-            raise DataError(f"{shown(self.url)}: the connection broke and the server cannot go on; start again")
-        wanted = {"Range": f"bytes={self.offset}-", "If-Range": self.tag or ""} if self.offset else {}
-        self.response = _open(self.url, "GET", wanted)
-        if self.offset and self.response.status != http.client.PARTIAL_CONTENT:
-            raise DataError(f"{shown(self.url)}: the connection broke and the server cannot go on; start again")
+        if self.tag or not self.offset:
+            wanted = {"Range": f"bytes={self.offset}-", "If-Range": self.tag} if self.offset else {}
+            self.response = _open(self.url, "GET", wanted)
+            if not self.offset or self.response.status == http.client.PARTIAL_CONTENT:
+                return
+        raise DataError(f"{shown(self.url)}: the connection broke and the server cannot go on; start again")
 
     def close(self) -> None:
         if not self.closed and hasattr(self, "response"):

@@ -243,4 +243,4 @@ def _problem(member: tarfile.TarInfo, limit: int) -> str:
 
 
 def _file_name(shard: str) -> str:
-    return posixpath.basename(download.shown(shard) if download.is_url(shard) else shard)
+    return posixpath.basename(download.shown(shard))
