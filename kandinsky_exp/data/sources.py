@@ -14,8 +14,7 @@ from kandinsky_exp.data.formats import metadata
 from kandinsky_exp.data.formats.download import shown
 from kandinsky_exp.data.formats.file_rows import FileRows, image_columns, read_listed
 from kandinsky_exp.data.formats.folders import outside, unlisted
-from kandinsky_exp.data.formats.hub_info import announced
-from kandinsky_exp.data.formats.hub_rows import hub_rows, load, parquet_rows
+from kandinsky_exp.data.formats.hub_rows import announced, hub_rows, load, parquet_rows
 from kandinsky_exp.data.formats.shard_names import expand, files_beside
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.formats.sidecar import read_beside

@@ -17,17 +17,9 @@ from kandinsky_exp.data.checks import find_bad
 from kandinsky_exp.data.encoded.cache import cache_key, encode_table
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.layout import command
-from kandinsky_exp.data.encoded.workers import from_workers, leave_signals
+from kandinsky_exp.data.encoded.workers import collate, from_workers, leave_signals
 from kandinsky_exp.data.examples import Indexed, Source
-from kandinsky_exp.data.features import (
-    CachedFeatures,
-    OnlineExamples,
-    Paired,
-    Rows,
-    VisitedRows,
-    collate,
-    shared_pictures,
-)
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, VisitedRows, shared_pictures
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.prefetch import changed, prefetch
@@ -201,15 +193,21 @@ def open_readers(
         beside = opener.open(splits.class_images.source())
         content = together(train.fingerprint, beside.fingerprint)
         train = replace(train, class_images=beside, class_weight=splits.class_images.weight, fingerprint=content)
-    about = (train.fingerprint, opener.notes, opener.skipped, opener.cut)
+    content = train.fingerprint
+    held_out = None
     if splits.validation is not None:
         held_out = opener.open(splits.validation)
         opener.notes += shared_pictures(train.dataset, held_out.dataset)
-        return Readers(train, held_out if len(held_out) else None, *about)
-    if not splits.dividable or settings.fraction == 0:
-        return Readers(train, None, *about)
-    rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
-    return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), *about)
+    elif splits.dividable and settings.fraction != 0:
+        rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
+        train, held_out = _part(train, rest, "rest"), _part(train, held, "held out")
+    return Readers(train, held_out or None, content, opener.notes, opener.skipped, opener.cut)
+
+
+def _part(whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
+    """Some rows of a source that was opened."""
+    digest = hashlib.sha256(f"{whole.fingerprint} {name} ".encode() + rows.tobytes()).hexdigest()
+    return replace(whole, dataset=whole.dataset.part(rows), fingerprint=digest)
 
 
 class _Opener:
@@ -231,8 +229,7 @@ class _Opener:
             return self._online(source)
         fingerprint, folder = distributed.on_main_process(lambda: self._encode(source))
         table = opened_by_all(folder)
-        meta = table.meta
-        self._tell(source, table.noted, table.skipped, meta["truncated"], meta.get("cut", []), meta["text_length"])
+        self._tell(source, table.noted, table.skipped, table.meta["truncated"], table.meta.get("cut", []))
         return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
 
     def _encode(self, source: Source) -> tuple[str, Path]:
@@ -259,7 +256,7 @@ class _Opener:
             raise DataError(first_few(list(bad.values())))
         rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
         cut = distributed.on_main_process(lambda: cut_captions(source, rows, self.stage.preprocess))
-        self._tell(source, noted, list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
+        self._tell(source, noted, list(bad.values()), len(cut), cut)
         settings = self.settings
         dataset = OnlineExamples(source, self.stage.preprocess, settings.seed, rows, settings.how.mirrored)
         return self._reader(dataset, source, distributed.on_main_process(lambda: source.fingerprint(self.digests)))
@@ -278,18 +275,11 @@ class _Opener:
             )
         return found
 
-    def part(self, whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
-        """Some rows of a source that was opened."""
-        digest = hashlib.sha256(f"{whole.fingerprint} {name} ".encode() + rows.tobytes()).hexdigest()
-        return replace(whole, dataset=whole.dataset.part(rows), fingerprint=digest)
-
     def _reader(self, dataset: VisitedRows, source: Source, fingerprint: str) -> FeatureReader:
         encode = None if self.settings.cached else self.stage
         return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, encode)
 
-    def _tell(
-        self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
-    ) -> None:
+    def _tell(self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str]) -> None:
         self.notes += tally.lines(noted)
         self.skipped += [*tally.lines(source.left_out()), *tally.lines(noted), *skipped]
         if skipped:
@@ -297,4 +287,5 @@ class _Opener:
         if truncated:
             self.cut += cut
             named = f":\n{first_few(cut, truncated)}" if cut else ""
+            length = self.stage.preprocess.text_length
             self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut{named}")

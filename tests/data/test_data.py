@@ -18,8 +18,7 @@ from PIL import Image
 
 from kandinsky_exp.data import checks, sources
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.data.formats.hub_info import announced
-from kandinsky_exp.data.formats.hub_rows import hub_rows
+from kandinsky_exp.data.formats.hub_rows import announced, hub_rows
 from kandinsky_exp.data.pictures import to_rgb
 from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize
 from kandinsky_exp.data.tally import first_few
@@ -653,10 +652,10 @@ def test_the_fingerprint_of_preprocessing_follows_its_parts():
         Preprocess(processor, None, 32),
         Preprocess(type(processor)(size={"shortest_edge": 32}, crop_size=32), None, 32),
     ]
-    assert len({preprocess.fingerprint() for preprocess in made}) == len(made)
+    assert len({preprocess.fingerprint for preprocess in made}) == len(made)
     again = Preprocess(architecture.image_processor(), architecture.tokenizer(), None)
-    assert again.fingerprint() == made[0].fingerprint()
-    assert pickle.loads(pickle.dumps(made[0])).fingerprint() == made[0].fingerprint()
+    assert again.fingerprint == made[0].fingerprint
+    assert pickle.loads(pickle.dumps(made[0])).fingerprint == made[0].fingerprint
 
 
 def colour(path, xy=(0, 0)):

@@ -570,7 +570,7 @@ def forget(file: Path, *keys: str) -> None:
 def test_the_fingerprint_of_preprocessing_has_the_version_of_the_rules() -> None:
     """That of the rules before, for these settings: tables that were made by them must not be found."""
     old = hashlib.sha256(json.dumps([None, None, 64, []]).encode()).hexdigest()
-    assert Preprocess(None, None, 64).fingerprint() != old
+    assert Preprocess(None, None, 64).fingerprint != old
 
 
 def test_shapes_that_are_rarer_than_a_batch_are_told(tmp_path: Path) -> None:

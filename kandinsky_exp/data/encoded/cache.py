@@ -22,7 +22,7 @@ from kandinsky_exp.system.logs import Log
 
 def cache_key(source_fingerprint: str, encoder_fingerprint: str, preprocess: Preprocess, how: EncodeSettings) -> str:
     """Name of the folder of a table: all that its content depends on. It begins with a letter that no number has."""
-    parts = [FORMAT, source_fingerprint, encoder_fingerprint, preprocess.fingerprint(), how.dtype, how.mirrored]
+    parts = [FORMAT, source_fingerprint, encoder_fingerprint, preprocess.fingerprint, how.dtype, how.mirrored]
     return "t" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:31]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.encoded import catalog
-from kandinsky_exp.data.encoded.chunk import BatchFiller, Chunk, Row
+from kandinsky_exp.data.encoded.chunk import BatchFiller, Chunk, Row, columns
 from kandinsky_exp.data.encoded.columns import DTYPES, Array
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK
@@ -202,7 +202,7 @@ class EncodeLoop:
             ragged = self.stage.ragged_features if self.stage.preprocess.buckets else ()
             self.journal.append(IMAGES, chunk.image_columns(progress.captions, ragged))
         if chunk.captions:
-            self.journal.append(CAPTIONS, chunk.caption_columns(self.stage.ragged_features))
+            self.journal.append(CAPTIONS, columns(chunk.captions, self.stage.ragged_features))
         progress.source_rows += chunk.seen
         progress.images += len(chunk.images)
         progress.captions += len(chunk.captions)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -102,7 +103,7 @@ class Loader(Dataset[Loaded]):
         if wants_captions and example.caption_problem:
             raise DataError(f"{example.where}: {example.caption_problem}")
         image = example.image()
-        views = [image, self.preprocess.mirror(image)] if self.mirrored else [image]
+        views = [image, ImageOps.mirror(image)] if self.mirrored else [image]
         captions = self.preprocess.tokenize(example.captions) if wants_captions else []
         return Loaded(
             example.id,
