@@ -83,8 +83,8 @@ class VisitedRows(Dataset[Features], ABC):
 class CachedFeatures(VisitedRows):
     """Features of a table, see `FeatureTable.row`; of some of its rows, or all."""
 
-    def __init__(self, table: FeatureTable, seed: int, rows: Rows | None = None) -> None:
-        super().__init__(seed, np.arange(len(table)) if rows is None else rows, table.views > 1)
+    def __init__(self, table: FeatureTable, seed: int) -> None:
+        super().__init__(seed, np.arange(len(table)), table.views > 1)
         self.table = table
 
     def _read(self, index: int, epoch: int, mirror: bool) -> Features:

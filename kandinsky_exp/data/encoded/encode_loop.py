@@ -17,7 +17,7 @@ from kandinsky_exp.data.encoded.columns import DTYPES, Array
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK
 from kandinsky_exp.data.encoded.progress import ProgressBar
-from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, is_of_workers, workers_failed
+from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, workers_failed
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.tally import first_few
@@ -96,7 +96,7 @@ class EncodeLoop:
             with closing(self.bar):
                 self._walk()
         except RuntimeError as error:  # torch hears of a worker's death by a signal, whatever it is doing then
-            if not is_of_workers(error):
+            if "DataLoader worker" not in str(error):
                 raise
             failed = workers_failed(error)
         if failed is not None:  # here, where no traceback keeps the workers and what lies on the device

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 4
 PAUSE = 0.25  # seconds before the second try; twice as long before each further one
-FOR_GOOD = range(400, 500)  # HTTP codes that another try does not change, but for the next two
-FOR_NOW = (408, 429)
+FOR_GOOD = {*range(400, 500)} - {408, 429}  # HTTP codes that another try does not change
 BLOCK = 1 << 20
 
 Result = TypeVar("Result")
@@ -135,7 +134,7 @@ def _retried(url: str, action: Callable[[], Result], mend: Callable[[], None] = 
             return action()
         except urllib.error.HTTPError as error:
             reason = f"the server answers {error.code} {error.reason}"
-            if error.code in FOR_GOOD and error.code not in FOR_NOW:
+            if error.code in FOR_GOOD:
                 break
         except (ValueError, http.client.InvalidURL):  # their text may hold the query
             reason = "not a valid address"
