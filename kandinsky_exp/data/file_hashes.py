@@ -108,7 +108,9 @@ class FileDigests:
         reported = time.monotonic()
         for start in range(0, len(rows), FEW):
             some = rows[start : start + FEW]
-            digests[some] = _hash_files(paths.take(pa.array(some)).to_pylist())
+            with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter lock
+                hashes = pool.map(_hash_file, paths.take(pa.array(some)).to_pylist())
+            digests[some] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
                 remember()
@@ -208,11 +210,6 @@ def _strings(values: pa.Array) -> Iterator[str]:
     """Few Python strings at a time: memory does not grow with the rows."""
     for start in range(0, len(values), CHUNK):
         yield from values.slice(start, CHUNK).to_pylist()
-
-
-def _hash_files(paths: list[str]) -> Bytes:
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter lock
-        return np.frombuffer(b"".join(pool.map(_hash_file, paths)), np.uint8).reshape(-1, 32)
 
 
 def _hash_file(path: str) -> bytes:

@@ -93,7 +93,9 @@ class Grouping:
         ending = key.rpartition(".")[2]
         if self._is_wanted(key) or (key == ending and self._claims(member, key)):
             yield from self._begin(base)
-            yield from self._take_plain(member, key)
+            if key in self.plain:  # the next example of that name
+                yield from self.finish()
+            self._put(self.plain, member, key)
         elif key != ending and self._is_wanted(ending):
             yield from self._begin(base)
             yield from self._take_dotted(member, key, ending)
@@ -131,11 +133,6 @@ class Grouping:
         if base != self.base:
             yield from self.finish()
             self.plain, self.base, self.dots_are_names = Group(base), base, False
-
-    def _take_plain(self, member: Member, key: str) -> Iterator[Group]:
-        if key in self.plain:  # the next example of that name
-            yield from self.finish()
-        self._put(self.plain, member, key)
 
     def _take_dotted(self, member: Member, key: str, ending: str) -> Iterator[Group]:
         if self._has_picture(self.plain) and not self.dots_are_names:
