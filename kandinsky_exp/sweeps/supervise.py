@@ -51,12 +51,12 @@ class SweptJob:
         if (loss := finished(cfg, folder)) is not None:
             answer = Answer("FINISHED", loss)
         else:
-            with devices.held(cfg.sweep.devices, self.parallel, jobs.folder, lambda: bool(jobs.signals())) as share:
-                if share is None or jobs.signals():
+            with devices.held(cfg.sweep.devices, self.parallel, jobs.folder, lambda: bool(jobs.signals())) as variables:
+                if variables is None or jobs.signals():
                     return math.nan
                 jobs.write(outcome)
                 began = time.monotonic()
-                answer = run_job(Task(self.call, cfg, settings, share), jobs, self.server)
+                answer = run_job(Task(self.call, cfg, settings, variables), jobs, self.server)
                 outcome.seconds += time.monotonic() - began
         complete(outcome, answer, cfg, folder)
         jobs.write(outcome)
