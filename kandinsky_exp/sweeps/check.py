@@ -150,8 +150,8 @@ def problems(cfg: DictConfig, found: Varied) -> Iterator[Problem]:
         yield Problem("--multirun", f"nothing varies; {several}")
     optimizes = "n_trials" in cfg.hydra.sweeper
     for key, override in found.overrides.items():
-        if (reason := _shared(override.key_or_group)) is not None:
-            yield Problem(key, reason)
+        plain = override.key_or_group.replace("/", ".")
+        yield from (Problem(key, reason) for part, reason in SHARED.items() if f"{plain}.".startswith(f"{part}."))
         if grammar.count(override) is None and not optimizes:
             yield Problem(key, "an interval has no end of values; take hydra/sweeper=optuna, or list some")
         single = grammar.values(override, MOST_LISTED)
@@ -170,11 +170,6 @@ def problems(cfg: DictConfig, found: Varied) -> Iterator[Problem]:
 
 def _listed(node: Any) -> Any:
     return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-
-
-def _shared(key: str) -> str | None:
-    plain = key.replace("/", ".")
-    return next((why for part, why in SHARED.items() if plain == part or plain.startswith(f"{part}.")), None)
 
 
 def single_values(found: Varied, limit: int) -> Iterator[list[str]]:

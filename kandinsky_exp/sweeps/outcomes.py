@@ -9,7 +9,6 @@ Whoever launches jobs, here or on another machine, sees this folder; more than t
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -104,8 +103,7 @@ class JobFolder:
             return []
 
     def forget_signals(self) -> None:
-        with suppress(FileNotFoundError):
-            self._stop.unlink()
+        self._stop.unlink(missing_ok=True)
 
     def _file(self, folder: str) -> Path:
         return self.folder / f"{folder}.json"

@@ -62,13 +62,10 @@ def on_disk(path: str) -> str:
         return path
     found = "/" if path.startswith("/") else ""
     for part in path.strip("/").split("/"):
-        there = os.path.join(found, part)  # noqa: PTH118
-        if not os.path.lexists(there):
-            same = _same_name(found or ".", part)
-            if same is None:
-                return path
-            there = os.path.join(found, same)  # noqa: PTH118
-        found = there
+        same = part if os.path.lexists(os.path.join(found, part)) else _same_name(found or ".", part)  # noqa: PTH118
+        if same is None:
+            return path
+        found = os.path.join(found, same)  # noqa: PTH118
     return found
 
 
