@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.kandinsky_optuna.sweeper import OptunaSweeper
 from kandinsky_exp import hydra_adapter
-from kandinsky_exp.config import command_line, hydra_errors, validation
-from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, reason_of
+from kandinsky_exp.config import command_line, hydra_errors, suggestions, validation
+from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
 from kandinsky_exp.sweeps import job_process, launch, supervise
 from kandinsky_exp.system import launch_environment, redaction, terminal
 
@@ -153,7 +153,10 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
         print(" ".join(verb for verb in VERBS if verb.startswith(line)))
     elif arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
         if arguments[0] not in VERBS:
-            raise ConfigError(command_line.unknown_verb(arguments[0], VERBS))
+            raise ConfigError(
+                f"{cut(arguments[0])}: no such verb, the verbs are {', '.join(VERBS)}; a setting is written key=value, "
+                f"without spaces around the = sign{suggestions.did_you_mean(arguments[0], VERBS)}"
+            )
         return arguments[0], arguments[1:]
     return "train", arguments
 
