@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.kandinsky_optuna.sweeper import OptunaSweeper
-from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import command_line, hydra_errors, suggestions, validation
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
 from kandinsky_exp.sweeps import job_process, launch, supervise
@@ -169,7 +169,7 @@ def _plain(text: str, verb: Verb) -> str:
 
 
 def _run(line: command_line.CommandLine, verbose: bool) -> None:
-    hydra_adapter.register(OptunaSweeper)
+    Plugins.instance().register(OptunaSweeper)  # Hydra looks into folders, and sees none of an editable installation
     verb = VERBS[line.verb]
     if not line.shows_something:
         line = _settled(line, verb.trains)
@@ -216,8 +216,10 @@ def _report(error: BaseException, verbose: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if known and _tells(error):
-        rank = os.environ.get("RANK", "0")
-        print(f"process {rank}: " * (rank != "0") + redaction.masked(_message(error)), file=sys.stderr)
+        message, rank = f"error: {error}", os.environ.get("RANK", "0")
+        if isinstance(error, ConfigError) and len(error.problems) > 1:
+            message = "\n  ".join([f"error: {len(error.problems)} settings are wrong", *error.problems])
+        print(f"process {rank}: " * (rank != "0") + redaction.masked(message), file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
 
 
@@ -225,9 +227,3 @@ def _tells(error: BaseException) -> bool:
     """Whether this process prints an error: it is its `teller`; or there is none yet, and it is a machine's first."""
     teller, rank = getattr(error, "teller", None), os.environ.get("RANK", "0")
     return os.environ.get("LOCAL_RANK", rank) in ("0", "-1") if teller is None else str(teller) == rank
-
-
-def _message(error: BaseException) -> str:
-    if not isinstance(error, ConfigError) or len(error.problems) == 1:
-        return f"error: {error}"
-    return "\n".join([f"error: {len(error.problems)} settings are wrong", *(f"  {text}" for text in error.problems)])

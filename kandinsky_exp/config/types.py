@@ -16,8 +16,6 @@ from typing import Annotated, Any, Literal, Union
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 SEQUENCES = (list, tuple, set, frozenset, Sequence, Iterable)
 UNIONS = (Union, types.UnionType)
-
-
 LARGEST = sys.float_info.max  # whole numbers have no end in Python
 
 
@@ -126,14 +124,12 @@ def words(annotation: Any) -> str:
     if kind in SEQUENCES:
         if _has_fixed_length(annotation):
             return f"a list of {len(arguments)} ({', '.join(map(words, arguments))})"
-        return f"a list of {_plural(words(arguments[0]))}" if arguments else "a list"
+        item = words(arguments[0]) if arguments else ""
+        items = f"{item.removeprefix('a ')}s" if item in ("text", "a number", "a whole number") else item
+        return f"a list of {items}" if items else "a list"
     if kind in (dict, Mapping):
         return "a mapping"
     return PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _plural(kind: str) -> str:
-    return f"{kind.removeprefix('a ')}s" if kind in ("text", "a number", "a whole number") else kind
 
 
 def _written(value: Any) -> str:
