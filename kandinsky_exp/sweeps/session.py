@@ -76,16 +76,6 @@ def sweep_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-def occupied(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep other sweeps out of the folder.
-
-    Raises:
-        ConfigError: one is busy there.
-    """
-    (folder / ".jobs").mkdir(parents=True, exist_ok=True)
-    return files.occupied(folder, ".jobs/lock", "runs a sweep in")
-
-
 @contextlib.contextmanager
 def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[Session]:
     """Open the parent run and handle signals; at the end print and record the table and the report.
