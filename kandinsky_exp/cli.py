@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.kandinsky_optuna.sweeper import OptunaSweeper
+from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import command_line, hydra_errors, suggestions, validation
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
 from kandinsky_exp.sweeps import job_process, launch, supervise
@@ -169,7 +169,7 @@ def _plain(text: str, verb: Verb) -> str:
 
 
 def _run(line: command_line.CommandLine, verbose: bool) -> None:
-    Plugins.instance().register(OptunaSweeper)  # Hydra looks into folders, and sees none of an editable installation
+    hydra_adapter.register(OptunaSweeper)
     verb = VERBS[line.verb]
     if not line.shows_something:
         line = _settled(line, verb.trains)

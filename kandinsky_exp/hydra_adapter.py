@@ -127,6 +127,11 @@ def start(flags: Namespace, config_name: str, sweeps: bool, job: Callable[[DictC
             hydra.run(**what, task_function=job)
 
 
+def register(plugin: type[Sweeper]) -> None:
+    """Make a plugin known: Hydra walks through folders, and sees none of a package that is installed to be edited."""
+    Plugins.instance().register(plugin)
+
+
 def make_sweeper(loader: ConfigLoader, cfg: DictConfig) -> Sweeper:
     """The sweeper of a config, with its launcher.
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,11 +72,10 @@ def _resume(good: Values, stage: Stage) -> Found:
 
 
 def _has_state(step: Path) -> bool:
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         int(json.loads((step / "state.json").read_text("utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _output(good: Values) -> Found:

@@ -58,7 +58,11 @@ def fits(value: Any, annotation: Any) -> bool:
     if kind is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if kind in SEQUENCES:
-        return isinstance(value, list) and _items_fit(value, annotation, arguments)
+        if not isinstance(value, list):
+            return False
+        if _has_fixed_length(annotation):
+            return len(value) == len(arguments) and all(map(fits, value, arguments))
+        return not arguments or all(fits(item, arguments[0]) for item in value)
     if kind in (dict, Mapping):
         return isinstance(value, dict)
     return _fits_plain(value, annotation)
@@ -66,12 +70,6 @@ def fits(value: Any, annotation: Any) -> bool:
 
 def _rules(arguments: tuple[Any, ...]) -> list[Rule]:
     return [rule for rule in arguments[1:] if isinstance(rule, Rule)]
-
-
-def _items_fit(value: list[Any], annotation: Any, arguments: tuple[Any, ...]) -> bool:
-    if _has_fixed_length(annotation):
-        return len(value) == len(arguments) and all(map(fits, value, arguments))
-    return not arguments or all(fits(item, arguments[0]) for item in value)
 
 
 def _has_fixed_length(annotation: Any) -> bool:

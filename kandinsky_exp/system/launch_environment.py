@@ -195,10 +195,8 @@ def _launcher_problems(environment: Environment) -> Iterator[str]:
             yield f"{told}={environment[told]}, and {', '.join(missing)} not set: {BY_HAND}"
         elif int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
             yield f"RANK={environment['RANK']}: of WORLD_SIZE={environment['WORLD_SIZE']} processes; {BY_HAND}"
-    elif (
-        "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
-    ):  # `accelerate launch` has set both
-        yield (
+    elif "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
+        yield (  # `accelerate launch` has set both
             "accelerate launch: asked for several processes, it has started one, as it does on the CPU whatever its "
             "--num_processes; for two: python -m torch.distributed.run --nproc_per_node=2 -m kandinsky_exp …"
         )
