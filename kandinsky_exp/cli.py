@@ -155,7 +155,7 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
         if arguments[0] not in VERBS:
             raise ConfigError(
                 f"{cut(arguments[0])}: no such verb, the verbs are {', '.join(VERBS)}; a setting is written key=value, "
-                f"without spaces around the = sign{suggestions.did_you_mean(arguments[0], VERBS)}"
+                f"without spaces around the = sign{suggestions.did_you_mean(arguments[0], VERBS, 0.5)}"
             )
         return arguments[0], arguments[1:]
     return "train", arguments

@@ -134,7 +134,7 @@ def _wrong_option(override: Override, options: list[str]) -> Problem | None:
     wrong = next(choice for choice in chosen if choice not in options)
     if wrong in (extras := EXTRAS.get(group, {})):
         return Problem(group, f'{wrong} is not installed; pip install "kandinsky-exp[{extras[wrong]}]"')
-    meant = suggestions.did_you_mean(wrong, options)
+    meant = suggestions.did_you_mean(wrong, options, 0.5)
     return Problem(group, f"there is no {group}={cut(wrong)}; the choices are {', '.join(options)}{meant}")
 
 

@@ -76,12 +76,13 @@ def labelled_grid(
 
 @functools.cache
 def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's where only what training needs is installed."""
+    """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's where that is not to be had."""
     try:
         import matplotlib
-    except ImportError:
+
+        return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
+    except Exception:  # not installed, or not usable: its import reads MPLBACKEND, a matplotlibrc and the home folder
         return ImageFont.load_default(FONT_SIZE)
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -21,6 +21,7 @@ from running import SMALL, composed, prepare, train
 from safetensors.torch import load_file
 
 from kandinsky_exp import build
+from kandinsky_exp.config import allowlist
 from kandinsky_exp.data.formats import hub_rows
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError
@@ -233,6 +234,18 @@ def test_the_state_of_an_optimizer_is_known_without_making_it(
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     need = optimizer_state.measure(cfg, weights, torch.device("cpu"))
     assert need.state == pytest.approx(sum(value.nbytes for value in kept), abs=32)
+
+
+def test_a_state_that_is_not_of_the_weights_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some optimizers count their steps in `state["step"]`."""
+    (tmp_path / "counting.py").write_text(
+        "import torch\nclass Counting(torch.optim.SGD):\n    def step(self, closure=None):\n"
+        "        self.state['step'] = 1\n        return super().step(closure)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = settings(tmp_path, "optimizer=sgd", "optimizer._target_=counting.Counting")
+    allowlist.remember(cfg, ["counting"])
+    assert optimizer_state.measure(cfg, [torch.nn.Parameter(torch.ones(8, 8))], torch.device("cpu")).state >= 0
 
 
 def test_activations_follow_batch_checkpointing_and_resolution(tmp_path: Path, accelerator: Accelerator) -> None:
