@@ -5,7 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,17 +145,6 @@ class NetworkFiles:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     config_of: Any
-
-    def on_host(self, copies: dict[int, Tensor]) -> "NetworkFiles":
-        """The same in host memory, out of training's reach; `copies`, by id, so that what files share is copied once.
-
-        The copies are contiguous, as the file needs them: a network may train in another memory format.
-        """
-        for value in self.tensors.values():
-            if id(value) not in copies:
-                form = torch.contiguous_format
-                copies[id(value)] = value.detach().to("cpu", copy=True, memory_format=form)
-        return replace(self, tensors={key: copies[id(value)] for key, value in self.tensors.items()})
 
     def write(self, folder: Path) -> None:
         from safetensors.torch import save_file

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,7 +25,6 @@ from kandinsky_exp.runs.integrity import read_state, seal
 from kandinsky_exp.system.files import replacing_folder
 from kandinsky_exp.training import ema, state_file
 from kandinsky_exp.training.loop import Training
-from kandinsky_exp.training.state_file import mapped
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,27 @@ class Snapshot:
     state: dict[str, Any]
 
     def on_host(self) -> "Snapshot":
-        copies: dict[int, Tensor] = {}
-        networks = {name: files.on_host(copies) for name, files in self.networks.items()}
-        others: dict[int, Tensor] = {}  # in the strides they have: what trains may have others than its file
-        return replace(self, networks=networks, tensors=mapped(self.tensors, lambda value: _on_host(value, others)))
+        copies: dict[int, Tensor] = {}  # by id: what files share is copied once
+
+        def copy(value: Tensor) -> Tensor:
+            # Contiguous, as the files need it. Not pinned: as much memory as a checkpoint takes would be locked for
+            # good, or be locked anew each time, which takes as long as it saves.
+            if id(value) not in copies:
+                copies[id(value)] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            return copies[id(value)]
+
+        networks = {
+            name: replace(files, tensors=recursively_apply(copy, files.tensors))
+            for name, files in self.networks.items()
+        }
+        return replace(self, networks=networks, tensors=recursively_apply(copy, self.tensors))
 
     def size(self) -> int:
         """Bytes that `on_host` asks for."""
-        found = {id(value): value for files in self.networks.values() for value in files.tensors.values()}
-        mapped(self.tensors, lambda value: found.setdefault(id(value), value))
-        return sum(value.nbytes for value in found.values())
+        found: dict[int, int] = {}
+        every = [self.tensors, *(files.tensors for files in self.networks.values())]
+        recursively_apply(lambda value: found.update({id(value): value.nbytes}), every)
+        return sum(found.values())
 
     def write(self, root: Path) -> Path:
         """`root/step-…`, whole or not at all."""
@@ -104,14 +115,6 @@ def snapshot(
     if accelerator.scaler is not None:
         tensors["scaler"] = accelerator.scaler.state_dict()
     return Snapshot(training.step, networks, tensors, state)
-
-
-def _on_host(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    # Not pinned: as much memory as a checkpoint takes would be locked for good, or be locked anew each time, which
-    # takes as long as it saves.
-    if id(value) not in copies:
-        copies[id(value)] = value.detach().to("cpu", copy=True)
-    return copies[id(value)]
 
 
 def complete(root: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from kandinsky_exp.data.encoded.table import FeatureTable
-from kandinsky_exp.errors import DataError, encoding_told
+from kandinsky_exp.errors import DataError, memory_told
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import distributed
 
@@ -17,7 +17,7 @@ def stay_on_device(stage: DiffusionStage, device: torch.device) -> None:
     Raises:
         DataError: the device has no room for them.
     """
-    with encoding_told("data.cache=true or "):
+    with memory_told(DataError, "the encoders ran out of memory ({}); set data.cache=true or precision=bf16"):
         for part in stage.encoders:
             stage.weights.load(part).to(device)
 

@@ -36,10 +36,10 @@ from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.tally import Tally, first_few
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.stages.base import DiffusionStage, Features
-from kandinsky_exp.stages.null_condition import null_condition
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.logs import Log
 from kandinsky_exp.training.encoded_tables import opened_by_all, stay_on_device
+from kandinsky_exp.training.null_condition import null_condition
 from kandinsky_exp.training.seeding import derive_seed
 
 Batches = StreamBatchSampler | PairedBatchSampler

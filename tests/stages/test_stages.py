@@ -29,9 +29,9 @@ from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import enable_attention
 from kandinsky_exp.stages.decoder import DecoderStage
-from kandinsky_exp.stages.null_condition import null_condition
 from kandinsky_exp.stages.prior import PriorStage
 from kandinsky_exp.tiny import architecture
+from kandinsky_exp.training.null_condition import null_condition
 
 STAGES = {"prior": PriorStage, "decoder": DecoderStage}
 ROWS = 4
