@@ -1,7 +1,7 @@
 """The prior: from a caption to the CLIP embedding of an image that it could describe."""
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DDPMScheduler
@@ -56,16 +56,12 @@ class PriorStage(DiffusionStage):
 
     def load_network(self) -> nn.Module:
         network = super().load_network()
-        self._freeze_statistics(network)
-        return network
-
-    def _freeze_statistics(self, network: Any) -> None:
-        """No forward uses the parameters `clip_mean` and `clip_std`: trainable, they break distributed training."""
-        network.clip_mean.requires_grad_(False)
-        network.clip_std.requires_grad_(False)
+        for name in STATISTICS:  # no forward uses these parameters: trainable, they break distributed training
+            network.get_parameter(name).requires_grad_(False)
         exact = self.weights.tensors(self.part, STATISTICS)
         _refuse_zeros(exact["clip_std"])
         self.mean, self.std = exact["clip_mean"], exact["clip_std"]
+        return network
 
     @torch.no_grad()
     def encode(self, examples: dict[str, Tensor]) -> Features:

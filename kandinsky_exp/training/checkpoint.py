@@ -5,6 +5,7 @@
 A folder is written under another name and renamed when it is whole; older ones are removed only after that.
 """
 
+import contextlib
 import inspect
 import shutil
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from kandinsky_exp.errors import CheckpointError, first_line, is_out_of_memory
-from kandinsky_exp.models import adapters, read_back
+from kandinsky_exp.models import adapters, weight_files
 from kandinsky_exp.models.adapters import NetworkFiles
 from kandinsky_exp.runs.integrity import read_state, seal
 from kandinsky_exp.system.files import replacing_folder
@@ -73,7 +74,7 @@ class Snapshot:
         with replacing_folder(folder) as aside:  # it may be a damaged one that was passed over when the run was resumed
             for name, files in self.networks.items():
                 files.write(aside / name)
-                read_back.check(read_back.written(aside / name), files.tensors, folder / name)
+                weight_files.refuse_other_names(weight_files.written(aside / name), files.tensors, folder / name)
             state_file.write(self.tensors, aside / state_file.NAME)
             seal(aside, self.state)
         return folder
@@ -101,7 +102,7 @@ def snapshot(
     networks = {part: training.stage.snapshot(network, {})}
     if network is not training.stage.network:  # something that nobody unwraps is around it
         bare = training.stage.snapshot(training.stage.network, {})
-        read_back.check(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
+        weight_files.refuse_other_names(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
     state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
     state["optimizer"] = type(ema.bare(training.optimizer)).__name__
     state |= {"total_batch": total_batch, "processes": accelerator.num_processes}
@@ -117,17 +118,13 @@ def snapshot(
     return Snapshot(training.step, networks, tensors, state)
 
 
-def complete(root: Path) -> list[Path]:
-    """The complete checkpoints, oldest first; one whose state cannot be read is none. No other file is read."""
-    return sorted(folder for folder in root.glob("step-*") if _is_complete(folder))
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        read_state(folder)
-    except CheckpointError:
-        return False
-    return True
+def complete(root: Path) -> dict[Path, dict[str, Any]]:
+    """The complete checkpoints with their states, oldest first; one whose state cannot be read is none."""
+    found = {}
+    for folder in sorted(root.glob("step-*")):
+        with contextlib.suppress(CheckpointError):
+            found[folder] = read_state(folder)
+    return found
 
 
 def load(training: Training, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
@@ -221,8 +218,8 @@ def _match_strides(optimizer: Any) -> None:
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the one with the best validation loss."""
     found = complete(root)
-    measured = [(loss, folder) for folder in found if (loss := read_state(folder).get("validation_loss")) is not None]
-    best = min(measured)[1] if measured else None
-    for folder in found[: max(len(found) - keep, 0)]:
+    losses = {folder: loss for folder, state in found.items() if (loss := state.get("validation_loss")) is not None}
+    best = min(losses, key=lambda folder: losses[folder], default=None)
+    for folder in list(found)[: max(len(found) - keep, 0)]:
         if folder != best:
             shutil.rmtree(folder)

@@ -436,7 +436,7 @@ def test_gradient_checkpointing_leaves_no_trace_in_what_is_saved(name, tiny_fold
     keys = set(stage.network.state_dict())
     stage.enable_gradient_checkpointing()
     assert set(stage.network.state_dict()) == keys
-    stage.save(stage.network, tmp_path / stage.part)
+    stage.snapshot(stage.network, {}).write(tmp_path / stage.part)
     again = type(stage.network).from_pretrained(tmp_path / stage.part)
     assert all(torch.equal(value, stage.network.state_dict()[key]) for key, value in again.state_dict().items())
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_exp import build, cli
 from kandinsky_exp.errors import CheckpointFailure, RunFailure
-from kandinsky_exp.models import adapters, read_back
+from kandinsky_exp.models import adapters, weight_files
 from kandinsky_exp.runs import integrity  # fmt: skip
 from kandinsky_exp.system import distributed, host_memory
 from kandinsky_exp.training import checkpoint, ema, state_file
@@ -305,7 +305,7 @@ def test_names_of_a_wrapped_network_end_the_run(extras: list[str], trained: Any,
 def test_every_file_is_read_back(trained: Any, tmp_path: Path) -> None:
     training, accelerator = trained("prior")
     view = snapshot(training, accelerator)
-    assert read_back.written(view.on_host().write(tmp_path) / "prior") == {*training.stage.network.state_dict()}
+    assert weight_files.written(view.on_host().write(tmp_path) / "prior") == {*training.stage.network.state_dict()}
 
     class Misnamed(adapters.NetworkFiles):
         def write(self, folder: Path) -> None:
