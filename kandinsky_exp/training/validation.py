@@ -1,8 +1,8 @@
 """Validation: the fixed-noise loss on held-out rows, images for prompts, reconstructions and a labelled grid."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -140,18 +140,14 @@ def to_image(image: Image.Image, resolution: int) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-@contextmanager
-def uncompiled(network: nn.Module) -> Iterator[None]:
+def uncompiled(network: nn.Module) -> AbstractContextManager[object]:
     """The network as it is, where `trainer.compile` compiled it for the training step.
 
     Validation asks for other batch sizes, no gradient and evaluation mode: each would cost a compilation of its own,
     minutes long, for a few calls.
     """
-    if getattr(network, "_compiled_call_impl", None) is None:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    is_compiled = getattr(network, "_compiled_call_impl", None) is not None
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 @torch.no_grad()

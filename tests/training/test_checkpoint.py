@@ -223,13 +223,14 @@ def test_what_the_writer_cannot_hold_is_written_at_once(trained: Any, tmp_path: 
     assert done == [1]
 
 
-def test_no_room_for_the_copy(trained: Any, tmp_path: Path) -> None:
+def test_no_room_for_the_copy(trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "kandinsky_exp")
     training, accelerator = trained("prior")
     view = snapshot(training, accelerator)
     huge = torch.empty(1 << 42, dtype=torch.uint8, device="meta")  # 4 TB, on paper
-    assert not CheckpointWriter(tmp_path, 2, True, lambda *_: None)._has_room(
-        checkpoint.Snapshot(1, view.networks, {"huge": huge}, {})
-    )
+    writer = CheckpointWriter(tmp_path, 2, True, lambda *_: None)
+    assert writer._copy(checkpoint.Snapshot(1, view.networks, {"huge": huge}, {})) is None
+    assert "host memory has no room for a copy of 4398" in caplog.text
 
 
 class TooLarge(checkpoint.Snapshot):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import Forked
-from diffusers.training_utils import EMAModel
 from PIL import Image, ImageChops
 from running import composed, prepare
 
@@ -97,12 +96,12 @@ def test_a_step_and_its_checkpoint_need_no_data(
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, fused=False)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    training = Training(stage, network, optimizer, scheduler, EMAModel(trainable, foreach=True))
+    training = Training(stage, network, optimizer, scheduler, ema.Average(trainable, foreach=True))
     loss = stage.loss(network, batch(stage, META, torch.float16), torch.Generator())
     loss.loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(trainable, 1.0)
     optimizer.step()
-    ema.update(training.ema, trainable)  # type: ignore[arg-type]
+    training.ema.step(trainable)
     found = checkpoint.snapshot(training, accelerator, validated=False, validation_loss=None, total_batch=1)
     assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == META
     assert set(found.networks) == {stage.part, f"{stage.part}_ema"}
