@@ -49,7 +49,8 @@ class Phase:
     @property
     def accuracy(self) -> float:
         """By which part of it the estimate may be wrong, as measured on a CPU."""
-        return 0.1 if self.name == "encoding" else 0.15
+        # A decoder in fp32 leaves holes between the blocks of the pictures that it draws: a third was measured.
+        return {"encoding": 0.1, "drawing": 0.35}.get(self.name, 0.15)
 
 
 @dataclass

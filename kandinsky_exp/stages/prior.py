@@ -56,9 +56,11 @@ class PriorStage(DiffusionStage):
 
     def load_network(self) -> nn.Module:
         network = super().load_network()
-        for name in STATISTICS:  # no forward uses these parameters: trainable, they break distributed training
-            network.get_parameter(name).requires_grad_(False)
-        exact = self.weights.tensors(self.part, STATISTICS)
+        # No forward uses these parameters: trainable, they break distributed training.
+        kept = {name: network.get_parameter(name).requires_grad_(False) for name in STATISTICS}
+        exact = {name: value.detach().clone() for name, value in kept.items()}
+        if exact["clip_std"].dtype != torch.float32 or exact["clip_std"].is_meta:  # rounded, or a network without data
+            exact = self.weights.tensors(self.part, STATISTICS)
         _refuse_zeros(exact["clip_std"])
         self.mean, self.std = exact["clip_mean"], exact["clip_std"]
         return network

@@ -336,7 +336,7 @@ def test_the_network_that_trains_draws_in_mixed_precision_and_frozen_parts_do_no
             module.register_forward_pre_hook(note)
         held_out, how = Redrawn(torch.ones(2, 64)), run_settings.sample_settings(cfg)
         prompts = run_settings.prompts(cfg.validation.prompts)
-        Validator(training, accelerator, NullTracker(), tmp_path, held_out, prompts, how, 1, 2)._draw(0)
+        Validator(training, accelerator, NullTracker(), tmp_path, held_out, prompts, how, 1, 2)._show(0)
     assert seen == {part: {part == training.stage.part} for part in seen}
     assert len(list((tmp_path / "step-00000000").glob("0*.png"))) == 3
     assert len(list((tmp_path / "step-00000000").glob("reconstruction*.png"))) == (2 if name == "decoder" else 0)
