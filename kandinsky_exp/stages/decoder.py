@@ -46,7 +46,6 @@ class DecoderStage(DiffusionStage):
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
         compatibility.check_resolution(weights, resolution)
-        self.resolution = resolution
         schedule = weights.load("decoder_scheduler")
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = schedule.config.prediction_type

@@ -40,7 +40,6 @@ class PriorStage(DiffusionStage):
         self, weights: Weights, *, resolution: int = 512, snr_gamma: float | None = None, condition_dropout: float = 0.1
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
-        self.resolution = resolution
         config = weights.load("prior_scheduler").config
         schedule = DDPMScheduler(num_train_timesteps=config.num_train_timesteps, beta_schedule="squaredcos_cap_v2")
         self.alphas_cumprod = schedule.alphas_cumprod
