@@ -203,7 +203,7 @@ def _locate(path: str, added: Collection[str]) -> Any:
     found: Any = None
     for index, part in enumerate(parts):
         name = ".".join(parts[: index + 1])
-        if isinstance(found, ModuleType) and not allowlist.is_allowed_module(found.__name__, added):
+        if isinstance(found, ModuleType) and not allowlist.covers((*allowlist.MODULES, *added), found.__name__):
             raise _NotThereError(
                 f"{path:.200} leads out of {parts[0]}, to {found.__name__}; name what is the package's own"
             )

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kandinsky_exp.config import saved_config
-from kandinsky_exp.config.recorded_paths import Move
+from kandinsky_exp.config import recorded_paths, saved_config
 from kandinsky_exp.errors import ConfigError, cut
 from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
 from kandinsky_exp.models.weight_files import alone, untrusted
@@ -90,7 +89,7 @@ def source_of(run_folder: Path, side: PipelineHalf) -> str:
         return source
     is_job = (record := read_record(run_folder.parent)) is not None and record.stage == "sweep"
     root = run_folder.absolute().parents[1 if is_job else 0]
-    place = Move.between(saved_config.value(run_folder, "output_root") or "", root)(source)
+    place = recorded_paths.moved(source, saved_config.value(run_folder, "output_root") or "", root)
     if place is not None and files.exists(place):
         return str(place)
     if not is_hub_id(source) and not files.exists(source):

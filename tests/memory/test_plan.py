@@ -21,7 +21,7 @@ from running import SMALL, composed, prepare, train
 from safetensors.torch import load_file
 
 from kandinsky_exp import build
-from kandinsky_exp.data.formats import hub_info
+from kandinsky_exp.data.formats import hub_rows
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.memory import optimizer_state, savings
@@ -384,8 +384,8 @@ def test_of_a_set_on_the_hub_the_page_is_enough(tmp_path: Path) -> None:
     sizes = "  - name: train\n    num_examples: 1221\n  - name: test\n    num_examples: 12\n"
     (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features: []\n  splits:\n{sizes}---\n")
     (tmp_path / "data.csv").write_text("a\n1\n")
-    found = hub_info.announced(str(tmp_path), "train", "test", None, limit=500)
+    found = hub_rows.announced(str(tmp_path), "train", "test", None, limit=500)
     assert found.train.count == 500
     assert found.validation is not None
     assert found.validation.count == 12
-    assert hub_info.announced(str(tmp_path), "train", "validation", None).validation is None
+    assert hub_rows.announced(str(tmp_path), "train", "validation", None).validation is None
