@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from kandinsky_exp import run_settings
 from kandinsky_exp.config import allowlist, targets
@@ -28,7 +27,7 @@ from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, enable_attention
 from kandinsky_exp.system import accelerators, files, host_memory
-from kandinsky_exp.training.ema import is_schedule_free
+from kandinsky_exp.training.ema import Average, is_schedule_free
 from kandinsky_exp.training.feature_loader import ReadSettings
 from kandinsky_exp.training.loop import Training
 
@@ -66,7 +65,8 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
         What the user should know of them, a line each.
 
     Raises:
-        ConfigError: a hub repository cannot be reached or has no such part, or the parts do not fit.
+        ConfigError: a hub repository cannot be reached or has no such part, the parts do not fit, or the network takes
+            the adapter nowhere.
     """
     cls = stage_class(cfg)
     needed = {cls.part, *cls.encoders, *side_parts(cls.half), *also}
@@ -79,21 +79,12 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
     notes = compatibility.check(parts, needed, required={**compatibility.REQUIRED, cls.half: cls.requires})
     cls.check_weights(parts)
     if cfg.adapter.name != "none":
-        check_adapter(cfg, compatibility.without_data(cls.part, parts.folder(cls.part)))
+        network = compatibility.without_data(cls.part, parts.folder(cls.part))
+        if found := adapters.problems(network, cfg.adapter.rank, cfg.adapter.target_modules, cfg.adapter.init):
+            raise ConfigError(found)
     if cls.reads_pixels() or also:
         compatibility.check_resolution(parts, cfg.data.resolution)
     return notes
-
-
-def check_adapter(cfg: DictConfig, network: torch.nn.Module) -> None:
-    """Refuse an adapter that the network, which may be without data, takes nowhere.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    found = adapters.problems(network, cfg.adapter.rank, target_modules(cfg), cfg.adapter.init)
-    if found:
-        raise ConfigError(found)
 
 
 def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
@@ -185,17 +176,12 @@ def attach(cfg: DictConfig, network: torch.nn.Module, init: adapters.Init) -> No
         rank=cfg.adapter.rank,
         alpha=cfg.adapter.alpha,
         dropout=cfg.adapter.dropout,
-        target_modules=target_modules(cfg),
+        target_modules=cfg.adapter.target_modules,
         use_dora=cfg.adapter.name == "dora",
         dtype=getattr(torch, cfg.precision.frozen_dtype),
         use_rslora=cfg.adapter.use_rslora,
         init=init,
     )
-
-
-def target_modules(cfg: DictConfig) -> list[str] | str | None:
-    named = cfg.adapter.target_modules
-    return list(named) if isinstance(named, ListConfig) else named
 
 
 def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_steps: int) -> Training:
@@ -207,9 +193,8 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     optimizer = make_optimizer(cfg, trainable, device.device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
     scheduler = instantiate(target_settings(cfg, "scheduler"), _convert_="all")(optimizer, total_steps=total_steps)
-    ema = None
-    if cfg.trainer.ema_decay is not None:
-        ema = EMAModel(trainable, decay=cfg.trainer.ema_decay, foreach=True)
+    decay = cfg.trainer.ema_decay
+    ema = None if decay is None else Average(trainable, decay=decay, foreach=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # Accelerate knows no other name for it
         prepared, prepared_optimizer = device.prepare(network, optimizer)

@@ -5,7 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 # CUDA, HIP, XPU and NCCL have the words, cuBLAS, cuDNN and their kin a status; MPS has words of its own as well.
@@ -157,15 +157,6 @@ def memory_told(kind: type[Exception], message: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise kind(message.format(first_line(error))) from error
-
-
-def encoding_told(advice: str = "") -> AbstractContextManager[None]:
-    """Around encoding, and around moving what encodes: the end of memory becomes a DataError.
-
-    Args:
-        advice: a setting that helps, before the one that always does.
-    """
-    return memory_told(DataError, f"the encoders ran out of memory ({{}}); set {advice}precision=bf16")
 
 
 def is_own_mistake(error: Exception) -> bool:

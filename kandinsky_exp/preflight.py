@@ -111,7 +111,8 @@ def prepare(
         os.environ, cfg.precision.mixed_precision, cfg.trainer.grad_accumulation
     )
     if not space.is_resumed:  # the config of a resumed run stays until it is known to fit
-        space.record.token = records.job_token(space.folder) or uuid.uuid4().hex
+        job = records.job_outcome(space.folder)  # has a token where the sweep has made the MLflow run of a failed start
+        space.record.token = (job and job.token) or uuid.uuid4().hex
         space.record.status = "KILLED"  # true if it never reaches the first step
         space.write_record()  # first: from now on the folder is a run
         files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))

@@ -56,12 +56,6 @@ def job_outcome(folder: Path) -> outcomes.Outcome | None:
     return outcomes.JobFolder(folder.parent).read(folder.name)
 
 
-def job_token(folder: Path) -> str | None:
-    """The token of the MLflow run that a sweep has made for a job that failed before it made one."""
-    job = job_outcome(folder)
-    return None if job is None else job.token
-
-
 def redone_from(space: run_folder.RunFolder) -> int | None:
     """The first step that a killed process may have recorded already; a resumed run does not record it twice.
 
@@ -147,10 +141,9 @@ def describe(
     tracker.set_tags(bookkeeping | tags)
     tracker.log_artifact(space.folder / "config.yaml")
     tracker.log_text(provenance.pip_freeze(), "pip_freeze.txt")
-    if data.skipped:
-        tracker.log_text("\n".join([*data.skipped, ""]), "skipped.txt")
-    if data.cut:
-        tracker.log_text("\n".join([*data.cut, ""]), "cut_captions.txt")
+    for file, lines in (("skipped.txt", data.skipped), ("cut_captions.txt", data.cut)):
+        if lines:
+            tracker.log_text("\n".join([*lines, ""]), file)
     for context, reader in (
         ("training", data.train),
         ("class", data.train.class_images),

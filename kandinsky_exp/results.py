@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import records
 from kandinsky_exp.errors import RunFailure
-from kandinsky_exp.models import adapters, pipelines, read_back
+from kandinsky_exp.models import adapters, pipelines, weight_files
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import hub
 from kandinsky_exp.runs.run_folder import RunFolder
@@ -27,8 +27,8 @@ def save(accelerator: Accelerator, space: RunFolder, training: Training, weights
         bare = stage.snapshot(stage.network, {}).tensors
 
         def write(folder: Path) -> None:
-            stage.save(network, folder)
-            read_back.check(read_back.written(folder), bare, folder)
+            stage.snapshot(network, {}).write(folder)
+            weight_files.refuse_other_names(weight_files.written(folder), bare, folder)
 
         if adapters.has_adapter(network):
             result = space.folder / "adapter"

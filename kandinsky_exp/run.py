@@ -45,15 +45,17 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
     logs.quiet_libraries()
     with open_run(cfg) as opened:
         if is_finished(cfg, opened.accelerator.num_processes, opened.space):
-            return nothing_left(opened)
-        with recorded(opened) as tracker:
-            stage, data = load(opened)
-            with savings.explain_out_of_memory(cfg, opened.accelerator.device, stage):
-                training, callbacks = set_up(opened, tracker, stage, data)
-                train_loss = train(opened, training, callbacks, data)
-            loss = finish(opened, training, callbacks.validator.loss if data.held_out is not None else train_loss)
-        share(opened)
-        return loss
+            nothing_left(opened)
+        else:
+            with recorded(opened) as tracker:
+                stage, data = load(opened)
+                with savings.explain_out_of_memory(cfg, opened.accelerator.device, stage):
+                    training, callbacks = set_up(opened, tracker, stage, data)
+                    train_loss = train(opened, training, callbacks, data)
+                finish(opened, training, callbacks.validator.loss if data.held_out is not None else train_loss)
+        share(opened)  # also of a finished run: an earlier start may have been stopped in the middle of it
+        loss = opened.space.record.validation_loss
+        return float("nan") if loss is None else loss
 
 
 def load(opened: OpenRun) -> tuple[DiffusionStage, Readers]:
@@ -127,11 +129,10 @@ def train(opened: OpenRun, training: loop.Training, callbacks: Callbacks, data: 
         )
 
 
-def finish(opened: OpenRun, training: loop.Training, loss: float | None) -> float:
-    """Write the result; what `run` returns."""
+def finish(opened: OpenRun, training: loop.Training, loss: float | None) -> None:
+    """Write the result, and note the loss that `run` returns."""
     distributed.on_main_process(lambda: results.save(opened.accelerator, opened.space, training, opened.weights))
     opened.space.record.validation_loss = loss
-    return float("nan") if loss is None else loss
 
 
 def share(opened: OpenRun) -> None:
@@ -141,16 +142,13 @@ def share(opened: OpenRun) -> None:
         results.share(opened.cfg, opened.space)
 
 
-def nothing_left(opened: OpenRun) -> float:
+def nothing_left(opened: OpenRun) -> None:
     if opened.accelerator.is_main_process:
         records.deliver_left(opened.cfg, opened.space)
-    share(opened)  # an earlier start may have been stopped in the middle of it
     logger.info(
         "%s is finished: nothing left to do. Raise trainer.max_steps to train on, or choose another name",
         opened.space.folder,
     )
-    loss = opened.space.record.validation_loss
-    return float("nan") if loss is None else loss
 
 
 @contextlib.contextmanager

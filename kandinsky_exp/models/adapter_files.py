@@ -21,8 +21,8 @@ NAMES = (WEIGHTS_NAME, PEFT_NAME, PEFT_CONFIG)
 PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
 METADATA = "lora_adapter_metadata"  # in the header: an adapter's settings, as diffusers writes them
 # Of peft and of diffusers' pipelines; of kohya-ss, which writes all dots of a module's name as `_`.
-PREFIX = re.compile(r"((base_model\.model|unet|prior|transformer)\.)+")
-FLAT_PREFIX = re.compile(r"lora_((unet|prior|transformer)_(?!blocks))?")
+PREFIX = re.compile(r"^((base_model\.model|unet|prior|transformer)\.)+")
+FLAT_PREFIX = re.compile(r"^lora_((unet|prior|transformer)_(?!blocks))?")
 TEXT_ENCODER = re.compile(r"(lora_te\d?_|(base_model\.model\.)?text_encoder)")
 # `.lora_A` of peft, `.lora_down` of kohya-ss, `.lora.down` and `_lora.down` of older versions of diffusers.
 ENDING = re.compile(
@@ -83,7 +83,7 @@ def settings(file: Path) -> dict[str, Any]:
     found = {} if text is None else json.loads(text)
     if not isinstance(found, dict):
         raise ValueError("its settings are no table")
-    return {key[_length(PREFIX, key) :]: value for key, value in found.items()}
+    return {PREFIX.sub("", key): value for key, value in found.items()}
 
 
 def bare(name: str) -> str | None:
@@ -95,13 +95,8 @@ def bare(name: str) -> str | None:
     if found is None or found.end() != len(name):
         return None
     module = name[: found.start()]
-    module = module[_length(PREFIX, module) or _length(FLAT_PREFIX, module) :].replace(".processor.", ".")
+    module = (PREFIX if PREFIX.match(module) else FLAT_PREFIX).sub("", module).replace(".processor.", ".")
     return f"{module}.{KINDS[found['factor'] or found['other']]}"
-
-
-def _length(pattern: re.Pattern[str], text: str) -> int:
-    found = pattern.match(text)
-    return found.end() if found else 0
 
 
 def _settings_problem(found: Mapping[str, Any]) -> str | None:

@@ -5,7 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,7 @@ def attach_lora(
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if init in TAKEN_FROM_WEIGHTS:
+    if init in TAKEN_FROM_WEIGHTS:  # A_0 and B_0: the frozen weights are W - s·B_0·A_0
         network.initial_factors = {key: value.clone() for key, value in _factors(network, network.state_dict()).items()}
 
 
@@ -124,17 +124,9 @@ def has_adapter(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
-def save(network: Any, folder: Path) -> None:
-    """Write the trained weights: a diffusers model, or the adapter as diffusers' own `save_lora_adapter` does."""
-    if has_adapter(network):
-        snapshot(network, {}).write(folder)
-    else:
-        network.save_pretrained(folder)
-
-
 @dataclass(frozen=True)
 class NetworkFiles:
-    """What `save` writes of a network, before it is written.
+    """What is written of a network that trains: a diffusers model, or as `save_lora_adapter` does the adapter alone.
 
     Args:
         tensors: by their names in the file `name`.
@@ -145,17 +137,6 @@ class NetworkFiles:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     config_of: Any
-
-    def on_host(self, copies: dict[int, Tensor]) -> "NetworkFiles":
-        """The same in host memory, out of training's reach; `copies`, by id, so that what files share is copied once.
-
-        The copies are contiguous, as the file needs them: a network may train in another memory format.
-        """
-        for value in self.tensors.values():
-            if id(value) not in copies:
-                form = torch.contiguous_format
-                copies[id(value)] = value.detach().to("cpu", copy=True, memory_format=form)
-        return replace(self, tensors={key: copies[id(value)] for key, value in self.tensors.items()})
 
     def write(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -169,7 +150,7 @@ class NetworkFiles:
 
 
 def snapshot(network: Any, trained: Mapping[str, Tensor]) -> NetworkFiles:
-    """What `save` would write now; `trained` takes the place of the parameters of these names (their averages, say).
+    """What there is to write now; `trained` takes the place of the parameters of these names (their averages, say).
 
     Nothing is copied: the tensors are the network's own.
     """
@@ -181,7 +162,7 @@ def snapshot(network: Any, trained: Mapping[str, Tensor]) -> NetworkFiles:
     tensors = _factors(network, {**network.state_dict(keep_vars=True), **trained})
     config = network.peft_config["default"]
     settings = {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    if initial := _initial_factors(network):
+    if initial := getattr(network, "initial_factors", None):
         tensors = {key: _beside(key, value, initial) for key, value in tensors.items()}
         settings |= {"r": 2 * config.r, "init_lora_weights": True}
         settings["lora_alpha"] = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
@@ -197,11 +178,6 @@ def _factors(network: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _initial_factors(network: nn.Module) -> dict[str, Tensor]:
-    """A_0 and B_0, where the frozen weights are W - s·B_0·A_0; nothing where they are W."""
-    return getattr(network, "initial_factors", {})
-
-
 def _beside(key: str, value: Tensor, initial: Mapping[str, Tensor]) -> Tensor:
     """[A; A_0] and [B, -B_0]: together with W they are what A and B are with W - s·B_0·A_0, at twice the rank."""
     if ".lora_A." in key:
@@ -213,7 +189,7 @@ def _beside(key: str, value: Tensor, initial: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def load(network: Any, folder: Path) -> None:
-    """Put weights that `save` wrote back into the network, in place and exactly.
+    """Put weights of a `snapshot` back into the network, in place and exactly.
 
     Raises:
         ValueError, RuntimeError: they are those of another network or of another kind of adapter.
@@ -223,7 +199,7 @@ def load(network: Any, folder: Path) -> None:
         from safetensors.torch import load_file
 
         stored = load_file(folder / WEIGHTS_NAME)
-        if _initial_factors(network):
+        if hasattr(network, "initial_factors"):
             stored = {key: _first_half(key, value) for key, value in stored.items()}
         result: Any = set_peft_model_state_dict(network, stored)
         lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
@@ -246,7 +222,7 @@ def _first_half(key: str, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
-    """Put adapters that `save` or another trainer wrote onto a network.
+    """Put adapters that this or another trainer wrote onto a network.
 
     Args:
         found: folders, and what each adapter's own scale is multiplied by; with 0 the network is what it was. Of a DoRA

@@ -106,19 +106,15 @@ def _check_part(folder: Path, part: str, variant: str | None) -> str | None:
     if expected is None:
         return weight_files.unreadable(part_folder)
     try:
-        found = _class_name(part_folder / "config.json")
+        config = read_object(part_folder / "config.json")
     except (OSError, ValueError):
         return f"'{part_folder.name}/config.json' cannot be read"
+    found = config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0]
     if found != expected:
         return f"'{part_folder.name}' holds a {found}, not a {expected}"
     if problem := weight_files.lacking(part_folder, variant):
         return f"'{part_folder.name}' {problem}"
     return weight_files.damaged(part_folder, variant)
-
-
-def _class_name(config_file: Path) -> str:
-    config = read_object(config_file)
-    return str(config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0])
 
 
 def read_object(file: Path) -> dict[str, Any]:

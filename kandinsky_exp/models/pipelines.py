@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,30 +50,13 @@ class SampleSettings:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.first + index) % (1 << 63))
 
 
-@cache
-def _without_image_encoder() -> Any:
-    """The prior pipeline without its largest part by far, of which it needs one embedding.
-
-    Made when first used: to import the pipelines is slow, and `quiet_libraries` has to come before.
-    """
-
-    class PriorPipeline(diffusers.KandinskyV22PriorPipeline):  # type: ignore[misc]  # untyped
-        null_embed: Tensor
-
-        def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
-            return self.null_embed.to(device).repeat(batch_size, 1)
-
-    return PriorPipeline
-
-
 def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embed: Tensor | None = None) -> Any:
     """The prior pipeline around a trained network, or around the base one.
 
     Args:
         null_embed: (1, E), what `zero_embed` gives: then no image encoder is loaded.
     """
-    cls = diffusers.KandinskyV22PriorPipeline if null_embed is None else _without_image_encoder()
-    pipeline = cls(
+    pipeline = diffusers.KandinskyV22PriorPipeline(
         prior=weights.load("prior") if network is None else network,
         image_encoder=weights.load("image_encoder") if null_embed is None else None,
         text_encoder=weights.load("text_encoder"),
@@ -82,8 +64,8 @@ def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embe
         scheduler=weights.load("prior_scheduler"),
         image_processor=weights.load("image_processor"),
     )
-    if null_embed is not None:
-        pipeline.null_embed = null_embed
+    if null_embed is not None:  # all that it needs of its largest part by far
+        pipeline.get_zero_embed = lambda batch_size, device: null_embed.to(device).repeat(batch_size, 1)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

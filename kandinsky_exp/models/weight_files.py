@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from kandinsky_exp.errors import ConfigError, DataError, first_line
+from kandinsky_exp.errors import ConfigError, DataError, RunFailure, first_line
 
 PICKLES = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5", ".hdf5", ".npy", ".npz"}
@@ -248,3 +248,29 @@ def unreadable(folder: Path) -> str | None:
         if isinstance(json.loads((folder / name).read_text("utf-8")), dict):
             return None
     return f"'{folder.name}/{name}' cannot be read"
+
+
+# --- what was written
+
+
+def written(folder: Path) -> set[str]:
+    """Names of the tensors in a folder's safetensors files, read back from their headers."""
+    return {name for file in folder.glob("*.safetensors") for name in header(file)}
+
+
+def refuse_other_names(found: Iterable[str], bare: Iterable[str], what: Path | str) -> None:
+    """Refuse names of tensors that are not those of the bare network.
+
+    Raises:
+        RunFailure: something wrapped the network, `torch.compile` for example, and its names with it.
+    """
+    found, bare = set(found), set(bare)
+    if found == bare:
+        return
+    strange, missing = sorted(found - bare), sorted(bare - found)
+    example = f"such as {strange[0]}" if strange else f"of which {missing[0]} is missing"
+    raise RunFailure(
+        f"{what} does not hold the network as it is: {len(strange or missing)} of its tensors have other names, "
+        f"{example}. Nothing could load it or go on from it. Something has wrapped the network: look for ACCELERATE_… "
+        "variables and for a file of `accelerate config` that this runner does not know"
+    )

@@ -152,7 +152,9 @@ class Weights:
             raise ConfigError(f"weights.{side}: {reason}; fetch or copy it again") from error
 
     def _made(self, part: str, folder: Path, dtype: str, bits: str | None) -> Any:
-        return _read_part(part, folder, dtype, self.variant, bits)
+        if part in MODELS:
+            return _read_model(part, folder, dtype, self.variant, bits)
+        return _read_scheduler(folder) if part.endswith("scheduler") else _read_processor(part, folder)
 
     def read_model(self, part: str, folder: Path) -> Any:
         """A frozen model of this kind from any folder, such as a checkpoint's."""
@@ -223,20 +225,16 @@ def fetched(repo: str, key: str, patterns: list[str], revision: str | None = Non
         ) from error
 
 
-def _read_part(part: str, folder: Path, dtype: str, variant: str | None, bits: str | None) -> Any:
-    if part in ("prior_scheduler", "decoder_scheduler"):
-        return _read_scheduler(folder)
-    if part not in MODELS:
-        # The PIL variant needs no torchvision; the plain name falls back to it with a warning.
-        from transformers import CLIPImageProcessorPil, CLIPTokenizer
+def _read_processor(part: str, folder: Path) -> Any:
+    # The PIL variant needs no torchvision; the plain name falls back to it with a warning.
+    from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-        if part == "image_processor":
-            return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)  # nosec B615 # a folder
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615 # a folder
-        if len(tokenizer) < 256 or tokenizer.model_max_length > 1 << 20:  # its files are missing: no error of its own
-            raise ValueError("its vocabulary or its model_max_length is missing")
-        return tokenizer
-    return _read_model(part, folder, dtype, variant, bits)
+    if part == "image_processor":
+        return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)  # nosec B615 # a folder
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615 # a folder
+    if len(tokenizer) < 256 or tokenizer.model_max_length > 1 << 20:  # its files are missing: no error of its own
+        raise ValueError("its vocabulary or its model_max_length is missing")
+    return tokenizer
 
 
 def _read_model(part: str, folder: Path, dtype: str, variant: str | None, bits: str | None = None) -> Any:

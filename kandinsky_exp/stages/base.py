@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -207,23 +206,16 @@ class DiffusionStage(ABC):
         noisy = diffusion.add_noise(clean, noise, timesteps, self.alphas_cumprod)
         output = self.predict(network, noisy, timesteps, features).float()
         target = diffusion.training_target(clean, noise, timesteps, self.alphas_cumprod, self.prediction_type)
-        prediction, variance = output[:, : clean.shape[1]], output[:, clean.shape[1] :]
-        per_sample = (prediction - target).square().flatten(1).mean(1)
+        per_sample = (output[:, : clean.shape[1]] - target).square().flatten(1).mean(1)
         weights = features.get("loss_weight")
         loss = diffusion.weighted_mean(self.weigh(per_sample, timesteps, features), weights)
-        extra = self.variance_term(prediction, variance, clean, noisy, timesteps, weights)
+        extra = self.variance_term(output, clean, noisy, timesteps, weights)
         return StageLoss(loss if extra is None else loss + extra, per_sample.detach(), timesteps)
 
     def variance_term(
-        self,
-        prediction: Tensor,
-        variance: Tensor,
-        clean: Tensor,
-        noisy: Tensor,
-        timesteps: Tensor,
-        weights: Tensor | None,
+        self, output: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, weights: Tensor | None
     ) -> Tensor | None:
-        """A loss for the learned variance, its samples weighted by `weights` (B,); none unless a stage has one."""
+        """A loss for a learned variance in the output, its samples weighted by `weights` (B,); few stages have one."""
         return None
 
     def weigh(self, per_sample: Tensor, timesteps: Tensor, features: Features) -> Tensor:
@@ -269,12 +261,12 @@ class DiffusionStage(ABC):
         if self._null is not None:
             self._null = self._placed(self._null)
 
-    def save(self, network: nn.Module, folder: Path) -> None:
-        """Write the network in diffusers layout, or its adapter alone where that is what trains."""
-        adapters.save(network, folder)
-
     def snapshot(self, network: nn.Module, trained: Mapping[str, Tensor]) -> NetworkFiles:
-        """What `save` would write, with `trained` in place of the parameters of these names, to be written later."""
+        """The network in diffusers layout, or its adapter alone where that is what trains, to be written.
+
+        Args:
+            trained: takes the place of the parameters of these names.
+        """
         return adapters.snapshot(network, trained)
 
 

@@ -46,19 +46,15 @@ class DecoderStage(DiffusionStage):
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
         compatibility.check_resolution(weights, resolution)
-        self.resolution = resolution
         schedule = weights.load("decoder_scheduler")
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = schedule.config.prediction_type
-        self.vlb_weight = self._checked_vlb_weight(vlb_weight, schedule.config.get("variance_type"))
+        self.vlb_weight = vlb_weight
+        if vlb_weight > 0 and (kind := schedule.config.get("variance_type")) != "learned_range":
+            logger.warning("this noise schedule (variance_type=%s) has no learned variance: no VLB term", kind)
+            self.vlb_weight = 0.0
         self.preprocess = Preprocess(weights.load("image_processor"), None, resolution, extra_inputs=self.extra_inputs)
         self._prompt_embeds: dict[tuple[object, ...], pipelines.Embeds] = {}
-
-    def _checked_vlb_weight(self, weight: float, variance_type: str | None) -> float:
-        if weight > 0 and variance_type != "learned_range":
-            logger.warning("this noise schedule (variance_type=%s) has no learned variance: no VLB term", variance_type)
-            return 0.0
-        return weight
 
     @torch.no_grad()
     def encode(self, examples: dict[str, Tensor]) -> Features:
@@ -86,17 +82,12 @@ class DecoderStage(DiffusionStage):
         return output
 
     def variance_term(
-        self,
-        prediction: Tensor,
-        variance: Tensor,
-        clean: Tensor,
-        noisy: Tensor,
-        timesteps: Tensor,
-        weights: Tensor | None,
+        self, output: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, weights: Tensor | None
     ) -> Tensor | None:
         """λ · T · L_t with the mean detached: the hybrid loss of Nichol and Dhariwal 2021, eq. 16."""
-        if self.vlb_weight == 0 or variance.shape[1] != clean.shape[1]:
+        if self.vlb_weight == 0 or output.shape[1] != 2 * clean.shape[1]:
             return None
+        prediction, variance = output.chunk(2, dim=1)
         bound = diffusion.variational_bound(
             prediction.detach(), variance, clean, noisy, timesteps, self.alphas_cumprod, self.prediction_type
         )

@@ -1,7 +1,7 @@
 """The prior: from a caption to the CLIP embedding of an image that it could describe."""
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DDPMScheduler
@@ -40,7 +40,6 @@ class PriorStage(DiffusionStage):
         self, weights: Weights, *, resolution: int = 512, snr_gamma: float | None = None, condition_dropout: float = 0.1
     ) -> None:
         super().__init__(weights, snr_gamma=snr_gamma, condition_dropout=condition_dropout)
-        self.resolution = resolution
         config = weights.load("prior_scheduler").config
         schedule = DDPMScheduler(num_train_timesteps=config.num_train_timesteps, beta_schedule="squaredcos_cap_v2")
         self.alphas_cumprod = schedule.alphas_cumprod
@@ -56,18 +55,14 @@ class PriorStage(DiffusionStage):
 
     def load_network(self) -> nn.Module:
         network = super().load_network()
-        self._freeze_statistics(network)
-        return network
-
-    def _freeze_statistics(self, network: Any) -> None:
-        """No forward uses the parameters `clip_mean` and `clip_std`: trainable, they break distributed training."""
-        network.clip_mean.requires_grad_(False)
-        network.clip_std.requires_grad_(False)
-        exact = {name: getattr(network, name).detach().clone() for name in STATISTICS}
-        if network.clip_std.dtype != torch.float32 or network.clip_std.is_meta:  # rounded, or a network without data
+        # No forward uses these parameters: trainable, they break distributed training.
+        kept = {name: network.get_parameter(name).requires_grad_(False) for name in STATISTICS}
+        exact = {name: value.detach().clone() for name, value in kept.items()}
+        if exact["clip_std"].dtype != torch.float32 or exact["clip_std"].is_meta:  # rounded, or a network without data
             exact = self.weights.tensors(self.part, STATISTICS)
         _refuse_zeros(exact["clip_std"])
         self.mean, self.std = exact["clip_mean"], exact["clip_std"]
+        return network
 
     @torch.no_grad()
     def encode(self, examples: dict[str, Tensor]) -> Features:

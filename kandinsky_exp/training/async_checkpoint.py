@@ -71,24 +71,20 @@ class CheckpointWriter:
 
     def _copy(self, snapshot: checkpoint.Snapshot) -> checkpoint.Snapshot | None:
         """A copy in host memory, None where it does not fit."""
-        if not self._has_room(snapshot):
+        needed, available = snapshot.size(), host_memory.available()
+        if needed > ROOM * available:
+            logger.info(
+                "host memory has no room for a copy of %.1f GB (%.1f GB are available): training waits for the "
+                "checkpoint",
+                needed / 1e9,
+                available / 1e9,
+            )
             return None
         try:
             return snapshot.on_host()
         except (RuntimeError, MemoryError) as error:  # torch has no error of its own for a host that is out of memory
             logger.warning("no copy of the checkpoint in host memory (%s): training waits for it", error)
             return None
-
-    def _has_room(self, snapshot: checkpoint.Snapshot) -> bool:
-        needed, available = snapshot.size(), host_memory.available()
-        if needed <= ROOM * available:
-            return True
-        logger.info(
-            "host memory has no room for a copy of %.1f GB (%.1f GB are available): training waits for the checkpoint",
-            needed / 1e9,
-            available / 1e9,
-        )
-        return False
 
     def _write(self, snapshot: checkpoint.Snapshot) -> None:
         try:

@@ -63,14 +63,10 @@ class Callbacks:
         loss, best = self.validator.loss, self.space.record.best_loss
         if loss is not None:
             self.space.record.best_loss = loss if best is None else min(loss, best)
-            if self.judge is not None and distributed.on_main_process(lambda: self._is_hopeless(step, loss)):
+            judge = self.judge
+            if judge is not None and distributed.on_main_process(lambda: judge(step, loss)):
+                self.tracker.set_tags({"pruned": f"step {step}"})
                 raise Pruned(step, loss)
-
-    def _is_hopeless(self, step: int, loss: float) -> bool:
-        hopeless = self.judge is not None and self.judge(step, loss)
-        if hopeless:
-            self.tracker.set_tags({"pruned": f"step {step}"})
-        return hopeless
 
     def checkpoint(self, step: int) -> None:
         distributed.on_main_process(lambda: self._save(self.validated == step))

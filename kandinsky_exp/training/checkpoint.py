@@ -5,6 +5,7 @@
 A folder is written under another name and renamed when it is whole; older ones are removed only after that.
 """
 
+import contextlib
 import inspect
 import shutil
 from dataclasses import dataclass, replace
@@ -13,18 +14,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from kandinsky_exp.errors import CheckpointError, first_line, is_out_of_memory
-from kandinsky_exp.models import adapters, read_back
+from kandinsky_exp.models import adapters, weight_files
 from kandinsky_exp.models.adapters import NetworkFiles
 from kandinsky_exp.runs.integrity import read_state, seal
 from kandinsky_exp.system.files import replacing_folder
 from kandinsky_exp.training import ema, state_file
 from kandinsky_exp.training.loop import Training
-from kandinsky_exp.training.state_file import mapped
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,27 @@ class Snapshot:
     state: dict[str, Any]
 
     def on_host(self) -> "Snapshot":
-        copies: dict[int, Tensor] = {}
-        networks = {name: files.on_host(copies) for name, files in self.networks.items()}
-        others: dict[int, Tensor] = {}  # in the strides they have: what trains may have others than its file
-        return replace(self, networks=networks, tensors=mapped(self.tensors, lambda value: _on_host(value, others)))
+        copies: dict[int, Tensor] = {}  # by id: what files share is copied once
+
+        def copy(value: Tensor) -> Tensor:
+            # Contiguous, as the files need it. Not pinned: as much memory as a checkpoint takes would be locked for
+            # good, or be locked anew each time, which takes as long as it saves.
+            if id(value) not in copies:
+                copies[id(value)] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            return copies[id(value)]
+
+        networks = {
+            name: replace(files, tensors=recursively_apply(copy, files.tensors))
+            for name, files in self.networks.items()
+        }
+        return replace(self, networks=networks, tensors=recursively_apply(copy, self.tensors))
 
     def size(self) -> int:
         """Bytes that `on_host` asks for."""
-        found = {id(value): value for files in self.networks.values() for value in files.tensors.values()}
-        mapped(self.tensors, lambda value: found.setdefault(id(value), value))
-        return sum(value.nbytes for value in found.values())
+        found: dict[int, int] = {}
+        every = [self.tensors, *(files.tensors for files in self.networks.values())]
+        recursively_apply(lambda value: found.update({id(value): value.nbytes}), every)
+        return sum(found.values())
 
     def write(self, root: Path) -> Path:
         """`root/step-…`, whole or not at all."""
@@ -62,7 +74,7 @@ class Snapshot:
         with replacing_folder(folder) as aside:  # it may be a damaged one that was passed over when the run was resumed
             for name, files in self.networks.items():
                 files.write(aside / name)
-                read_back.check(read_back.written(aside / name), files.tensors, folder / name)
+                weight_files.refuse_other_names(weight_files.written(aside / name), files.tensors, folder / name)
             state_file.write(self.tensors, aside / state_file.NAME)
             seal(aside, self.state)
         return folder
@@ -90,7 +102,7 @@ def snapshot(
     networks = {part: training.stage.snapshot(network, {})}
     if network is not training.stage.network:  # something that nobody unwraps is around it
         bare = training.stage.snapshot(training.stage.network, {})
-        read_back.check(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
+        weight_files.refuse_other_names(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
     state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
     state["optimizer"] = type(ema.bare(training.optimizer)).__name__
     state |= {"total_batch": total_batch, "processes": accelerator.num_processes}
@@ -106,25 +118,13 @@ def snapshot(
     return Snapshot(training.step, networks, tensors, state)
 
 
-def _on_host(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    # Not pinned: as much memory as a checkpoint takes would be locked for good, or be locked anew each time, which
-    # takes as long as it saves.
-    if id(value) not in copies:
-        copies[id(value)] = value.detach().to("cpu", copy=True)
-    return copies[id(value)]
-
-
-def complete(root: Path) -> list[Path]:
-    """The complete checkpoints, oldest first; one whose state cannot be read is none. No other file is read."""
-    return sorted(folder for folder in root.glob("step-*") if _is_complete(folder))
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        read_state(folder)
-    except CheckpointError:
-        return False
-    return True
+def complete(root: Path) -> dict[Path, dict[str, Any]]:
+    """The complete checkpoints with their states, oldest first; one whose state cannot be read is none."""
+    found = {}
+    for folder in sorted(root.glob("step-*")):
+        with contextlib.suppress(CheckpointError):
+            found[folder] = read_state(folder)
+    return found
 
 
 def load(training: Training, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
@@ -218,8 +218,8 @@ def _match_strides(optimizer: Any) -> None:
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the one with the best validation loss."""
     found = complete(root)
-    measured = [(loss, folder) for folder in found if (loss := read_state(folder).get("validation_loss")) is not None]
-    best = min(measured)[1] if measured else None
-    for folder in found[: max(len(found) - keep, 0)]:
+    losses = {folder: loss for folder, state in found.items() if (loss := state.get("validation_loss")) is not None}
+    best = min(losses, key=lambda folder: losses[folder], default=None)
+    for folder in list(found)[: max(len(found) - keep, 0)]:
         if folder != best:
             shutil.rmtree(folder)

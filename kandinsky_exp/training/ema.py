@@ -7,23 +7,24 @@ Less Scheduled", arXiv:2405.15682, equations 3 to 5). From y to x and back round
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from kandinsky_exp.errors import is_out_of_memory
+from kandinsky_exp.training.loop import Training
 
 
-class Trained(Protocol):
-    """What `loop.Training` has of it."""
+class Average(EMAModel):  # type: ignore[misc]  # untyped
+    """An EMA whose step is one pass, without a temporary copy of all parameters."""
 
-    optimizer: Any
-    ema: EMAModel | None
-
-    @property
-    def trainable(self) -> list[nn.Parameter]: ...
+    @torch.no_grad()
+    def step(self, parameters: list[nn.Parameter]) -> None:
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, [*parameters], 1 - self.cur_decay_value)
 
 
 def bare(optimizer: Any) -> Any:
@@ -36,16 +37,8 @@ def is_schedule_free(optimizer: Any) -> bool:
     return all(callable(getattr(bare(optimizer), name, None)) for name in ("train", "eval"))
 
 
-@torch.no_grad()
-def update(ema: EMAModel, parameters: list[nn.Parameter]) -> None:
-    """`ema.step`, in one pass and without its temporary copy of all parameters."""
-    ema.optimization_step += 1
-    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
-    torch._foreach_lerp_(ema.shadow_params, [*parameters], 1 - ema.cur_decay_value)
-
-
 @contextmanager
-def averaged_weights(training: Trained) -> Iterator[None]:
+def averaged_weights(training: Training) -> Iterator[None]:
     """The average in place of the weights that train; nothing where there is none."""
     if training.ema is not None:
         _trade_places(training.ema, training.trainable)
@@ -89,7 +82,7 @@ def _copies(trainable: list[nn.Parameter]) -> list[Tensor]:
     return [parameter.detach().to("cpu", copy=True) for parameter in trainable]
 
 
-def averages(training: Trained) -> list[Tensor] | None:
+def averages(training: Training) -> list[Tensor] | None:
     """The average of each trainable weight, None where there is none.
 
     Of an EMA, its own tensors; of a schedule-free optimizer, copies in host memory: a device may have no room for more.

@@ -26,11 +26,11 @@ from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler, Visit
 from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.tally import Tally, first_few
-from kandinsky_exp.errors import DataError, encoding_told
+from kandinsky_exp.errors import DataError, memory_told
 from kandinsky_exp.stages.base import DiffusionStage, Features
-from kandinsky_exp.stages.null_condition import null_condition
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.logs import Log
+from kandinsky_exp.training.null_condition import null_condition
 from kandinsky_exp.training.seeding import derive_seed
 
 
@@ -254,7 +254,7 @@ class _Opener:
         return FeatureReader(dataset, source, fingerprint, settings, self.accelerator.device, self.stage)
 
     def _place_encoders(self) -> None:
-        with encoding_told("data.cache=true or "):
+        with memory_told(DataError, "the encoders ran out of memory ({}); set data.cache=true or precision=bf16"):
             for part in self.stage.encoders:
                 self.stage.weights.load(part).to(self.accelerator.device)
 

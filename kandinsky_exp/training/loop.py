@@ -21,7 +21,6 @@ from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.system.distributed import Agreement
 from kandinsky_exp.system.signals import Stop
 from kandinsky_exp.tracking.tracker import Tracker
-from kandinsky_exp.training.ema import update
 from kandinsky_exp.training.metrics import Meter, StepResult
 from kandinsky_exp.training.seeding import NoiseSource
 
@@ -120,7 +119,8 @@ def train(
     saver = Saver(training, meter, events, training.step)
     save_alone = saver.save_whole_step if accelerator.num_processes == 1 else None  # other processes would not know
     agreement = Agreement(stop, accelerator.num_processes)
-    bar = progress_bar(training.step, settings)
+    quiet = not settings.progress
+    bar = tqdm(total=settings.max_steps, initial=training.step, unit="step", disable=quiet, dynamic_ncols=True)
     with bar, stop.deferred(), events.settled(), closing(batches), failing(training):
         while training.step < settings.max_steps:
             with saved_on_failure(save_alone):
@@ -174,10 +174,6 @@ class Saver:
         if self.training.is_whole and self.saved != self.training.step:
             self.save()
             self.events.wait()  # a launcher ends all processes as soon as one is gone
-
-
-def progress_bar(step: int, settings: LoopSettings) -> "tqdm[Any]":
-    return tqdm(total=settings.max_steps, initial=step, unit="step", disable=not settings.progress, dynamic_ncols=True)
 
 
 @contextmanager
@@ -246,7 +242,7 @@ def optimizer_step(
     optimizer.zero_grad()
     training.scheduler.step()
     if training.ema is not None:
-        update(training.ema, training.trainable)
+        training.ema.step(training.trainable)
     training.is_whole = True
     return StepResult(torch.stack(losses).mean(), norm, rows, samples, waited)
 

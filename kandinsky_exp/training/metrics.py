@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, recursively_apply
 from torch import Tensor
 
 from kandinsky_exp.errors import NonFiniteLoss, UserError
-from kandinsky_exp.training.state_file import mapped
 
 PARTS = 4  # of the timestep range, each with a loss of its own
 NAMED = 16  # samples of a step that is not finite
@@ -87,7 +86,7 @@ class Meter:
         }
         if self.accelerator.num_processes == 1:
             return {"processes": [mine]}
-        return {"processes": gather_object([mapped(mine, lambda value: value.detach().cpu())])}
+        return {"processes": gather_object([recursively_apply(lambda value: value.detach().cpu(), mine)])}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`, so that the next reading is the one of a run that was never stopped.
@@ -101,7 +100,7 @@ class Meter:
         rank = self.accelerator.process_index
         mine = found[rank] if alike else _shared(found, is_first=rank == 0)
         device = self.accelerator.device
-        mine = mapped(mine, lambda value: value.to(device))
+        mine = recursively_apply(lambda value: value.to(device), mine)
         self._results = [
             StepResult(loss, norm, [], [], 0.0) for loss, norm in zip(mine["losses"], mine["norms"], strict=True)
         ]

@@ -15,17 +15,6 @@ STRUCTURE = "structure"
 PLAIN = (str, int, float, bool, type(None))
 
 
-def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Nested dicts, lists and tuples made anew, with something else in place of each tensor."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: mapped(item, change) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(mapped(item, change) for item in value)
-    return value
-
-
 def write(state: Any, file: Path) -> None:
     """Write dicts, lists and tuples of tensors, numbers, strings and None.
 

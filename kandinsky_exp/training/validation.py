@@ -1,11 +1,10 @@
 """Validation: the fixed-noise loss on held-out rows, images for prompts, reconstructions and a labelled grid."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -20,24 +19,10 @@ from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking.tracker import Tracker
 from kandinsky_exp.training import ema, loop
+from kandinsky_exp.training.feature_loader import FeatureReader
 from kandinsky_exp.training.seeding import derive_seed, validation_generator
 
 logger = logging.getLogger(__name__)
-
-
-class HeldOut(Protocol):
-    """Rows that do not train, and the pictures that they were before they were encoded."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: list[int]) -> Features:
-        """These rows as features on the device."""
-
-    def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
-        """`indices` in batches whose rows have equal shapes."""
-
-    def picture(self, index: int) -> Image.Image:
-        """A row's image, as its file has it."""
 
 
 @dataclass
@@ -53,7 +38,7 @@ class Validator:
     accelerator: Accelerator
     tracker: Tracker
     folder: Path
-    held_out: HeldOut | None
+    held_out: FeatureReader | None
     prompts: Sequence[str]
     settings: SampleSettings
     draws: int
@@ -69,7 +54,16 @@ class Validator:
 
     def __call__(self, step: int) -> None:
         with ema.averaged_weights(self.training), uncompiled(self._network):
-            self._measure()
+            if self.held_out is not None:
+                self.loss = fixed_noise_loss(
+                    self.training.stage,
+                    self._network,
+                    self.held_out,
+                    accelerator=self.accelerator,
+                    seed=self.settings.seed,
+                    draws=self.draws,
+                    batches=self._measured,
+                )
             distributed.on_main_process(lambda: self._show(step))
 
     @property
@@ -77,26 +71,10 @@ class Validator:
         bare: nn.Module = self.accelerator.unwrap_model(self.training.network)
         return bare
 
-    def _measure(self) -> None:
-        if self.held_out is None:
-            return
-        self.loss = fixed_noise_loss(
-            self.training.stage,
-            self._network,
-            self.held_out,
-            accelerator=self.accelerator,
-            seed=self.settings.seed,
-            draws=self.draws,
-            batches=self._measured,
-        )
-
     def _show(self, step: int) -> None:
         if self.held_out is not None and self.loss is not None:
             self.tracker.log_metrics({"validation/loss": self.loss}, step)
             logger.info("step %d: validation loss %.5f", step, self.loss)
-        self._draw(step)
-
-    def _draw(self, step: int) -> None:
         network = self._network.eval()
         drawn: list[Image.Image] = []
         if self.prompts:
@@ -149,7 +127,7 @@ class Validator:
         return labelled_grid(images, labels)
 
 
-def alike_features(held_out: HeldOut, rows: list[int]) -> Features:
+def alike_features(held_out: FeatureReader, rows: list[int]) -> Features:
     """Features of rows of whatever shape: those that differ in shape are left out, embeddings never do."""
     single = [held_out.rows([row]) for row in rows]
     alike = [name for name in single[0] if len({features[name].shape for features in single}) == 1]
@@ -162,25 +140,21 @@ def to_image(image: Image.Image, resolution: int) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-@contextmanager
-def uncompiled(network: nn.Module) -> Iterator[None]:
+def uncompiled(network: nn.Module) -> AbstractContextManager[object]:
     """The network as it is, where `trainer.compile` compiled it for the training step.
 
     Validation asks for other batch sizes, no gradient and evaluation mode: each would cost a compilation of its own,
     minutes long, for a few calls.
     """
-    if getattr(network, "_compiled_call_impl", None) is None:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    is_compiled = getattr(network, "_compiled_call_impl", None) is not None
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 @torch.no_grad()
 def fixed_noise_loss(
     stage: DiffusionStage,
     network: nn.Module,
-    held_out: HeldOut,
+    held_out: FeatureReader,
     *,
     accelerator: Accelerator,
     seed: int,
@@ -192,37 +166,25 @@ def fixed_noise_loss(
     The draws of a row fall into equal parts of the timestep range, so that the estimate falls smoothly. It does not
     depend on batch size or number of processes (beyond rounding), nor on a run's loss weighting or dropped conditions.
     """
-    network.eval()
+    mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))
 
     def summed(size: int) -> Tensor:
-        return _summed(stage, network, held_out, accelerator, seed, draws, size)
+        """(sum of losses, their number) over the rows of this process."""
+        total = torch.zeros(2, device=accelerator.device)
+        for chunk in held_out.batches(mine, size):
+            features = held_out.rows(chunk)
+            for draw in range(draws):
+                generators = [validation_generator(seed, row, draw) for row in chunk]
+                timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)
+                losses = stage.loss(network, features, generators, timesteps).per_sample
+                total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
+        return total
 
+    network.eval()
     total = distributed.on_all_processes(lambda: batches.run(summed))
     network.train()
     everywhere: Tensor = accelerator.reduce(total, reduction="sum")
     return float(everywhere[0] / everywhere[1])
-
-
-def _summed(
-    stage: DiffusionStage,
-    network: nn.Module,
-    held_out: HeldOut,
-    accelerator: Accelerator,
-    seed: int,
-    draws: int,
-    size: int,
-) -> Tensor:
-    """(sum of losses, their number) over the rows of this process."""
-    mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))
-    total = torch.zeros(2, device=accelerator.device)
-    for chunk in held_out.batches(mine, size):
-        features = held_out.rows(chunk)
-        for draw in range(draws):
-            generators = [validation_generator(seed, row, draw) for row in chunk]
-            timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)
-            losses = stage.loss(network, features, generators, timesteps).per_sample
-            total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
-    return total
 
 
 def spread_timesteps(seed: int, rows: list[int], draw: int, draws: int, num_timesteps: int) -> Tensor:

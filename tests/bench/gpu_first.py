@@ -45,6 +45,7 @@ from kandinsky_exp import build
 from kandinsky_exp.models import adapters
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import distributed
+from kandinsky_exp.training.checkpoint import Snapshot
 from kandinsky_exp.verbs.plan import Planner
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
@@ -308,7 +309,7 @@ def stall(work: Work) -> None:
     gpu.wait(work.plan.device)
     for what in ("first copy", "second copy"):
         since = time.perf_counter()
-        adapters.snapshot(made, {}).on_host({})
+        Snapshot(0, {"prior": adapters.snapshot(made, {})}, {}, {}).on_host()
         work.note(f"checkpoint of the prior's weights, {what}", ms=1e3 * (time.perf_counter() - since))
 
 

@@ -160,7 +160,7 @@ def test_every_init_begins_as_the_base_and_is_saved_for_the_base(part, use_dora,
     factors = [value for name, value in trained.named_parameters() if "lora_A" in name]
     assert all(value.std() > 0 for value in factors)
     shake(trained)
-    adapters.save(trained, tmp_path)
+    adapters.snapshot(trained, {}).write(tmp_path)
     network = weights.load_trainable(part)
     network.load_lora_adapter(tmp_path, weight_name=adapters.WEIGHTS_NAME, prefix=None)
     torch.testing.assert_close(answer(part, network), answer(part, trained), rtol=1e-3, atol=1e-4)
@@ -174,7 +174,7 @@ def test_every_init_begins_as_the_base_and_is_saved_for_the_base(part, use_dora,
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_rslora_scales_by_the_root_of_the_rank(init, weights, tmp_path):
     trained = shake(attach(weights.load_trainable("prior"), rank=4, alpha=6.0, use_rslora=True, init=init))
-    adapters.save(trained, tmp_path)
+    adapters.snapshot(trained, {}).write(tmp_path)
     network = weights.load_trainable("prior")
     network.load_lora_adapter(tmp_path, weight_name=adapters.WEIGHTS_NAME, prefix=None)
     layers = [module for module in network.modules() if getattr(module, "scaling", None)]
@@ -185,7 +185,7 @@ def test_rslora_scales_by_the_root_of_the_rank(init, weights, tmp_path):
 @EACH
 @KINDS
 def test_a_merged_network_answers_as_the_base_with_its_adapter(part, use_dora, weights, tmp_path):
-    adapters.save(shake(attach(weights.load_trainable(part), use_dora=use_dora)), tmp_path)
+    adapters.snapshot(shake(attach(weights.load_trainable(part), use_dora=use_dora)), {}).write(tmp_path)
     network = weights.load_trainable(part).eval()
     names = network.state_dict().keys()
     adapters.apply(network, [(tmp_path, 0.5)])
@@ -211,7 +211,7 @@ def plain(tiny_folder, tmp_path_factory):
     weights, made = Weights(str(tiny_folder), str(tiny_folder), cache_folder=tiny_folder.parent), {}
     for part in PARTS:
         folder = tmp_path_factory.mktemp(part)
-        adapters.save(shake(attach(weights.load_trainable(part), rank=4, alpha=12.0)), folder)
+        adapters.snapshot(shake(attach(weights.load_trainable(part), rank=4, alpha=12.0)), {}).write(folder)
         made[part] = folder, merged(weights, part, folder)
     return made
 
@@ -241,7 +241,8 @@ def test_an_adapter_counts_the_same_under_other_trainers_names(form, part, plain
 
 @EACH
 def test_a_dora_of_another_trainer(part, weights, tmp_path):
-    adapters.save(shake(attach(weights.load_trainable(part), rank=4, alpha=12.0, use_dora=True)), tmp_path / "plain")
+    trained = shake(attach(weights.load_trainable(part), rank=4, alpha=12.0, use_dora=True))
+    adapters.snapshot(trained, {}).write(tmp_path / "plain")
     stored = load_file(tmp_path / "plain" / adapters.WEIGHTS_NAME)
     (tmp_path / "kohya.safetensors").write_bytes(save(foreign.kohya("lora_unet", foreign.with_alpha(stored, 12.0))))
     expected, found = (merged(weights, part, tmp_path / name) for name in ("plain", "kohya.safetensors"))
@@ -291,7 +292,7 @@ def test_settings_of_peft_that_cannot_be_followed(settings, message, plain, tmp_
 def test_several_adapters_add_up(weights, tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     for seed, folder in enumerate(folders):
-        adapters.save(shake(attach(weights.load_trainable("prior"), rank=2 + seed), seed), folder)
+        adapters.snapshot(shake(attach(weights.load_trainable("prior"), rank=2 + seed), seed), {}).write(folder)
     network, layer = weights.load_trainable("prior"), "transformer_blocks.0.attn1.to_q"
     adapters.apply(network, [(folders[0], 0.5), (folders[1], -2.0)])
     adapters.merge(network)
@@ -303,7 +304,7 @@ def test_several_adapters_add_up(weights, tmp_path):
 
 def test_the_file_tells_whose_it_is_and_whom_it_fits(weights, tmp_path):
     for part, side in (("prior", "prior"), ("unet", "decoder")):
-        adapters.save(attach(weights.load_trainable(part)), tmp_path / part)
+        adapters.snapshot(attach(weights.load_trainable(part)), {}).write(tmp_path / part)
         shapes = adapter_files.read(tmp_path / part)
         assert adapter_files.stage(shapes) == side
         network = compatibility.expected_shapes(part, weights.folder(part))
@@ -370,7 +371,7 @@ def test_half_frozen_networks_train_their_adapter_under_autocast(part, weights):
 def test_diffusers_loads_what_was_saved(part, use_dora, weights, tmp_path):
     """With bare keys, every tensor, and the scale alpha / rank."""
     trained = shake(attach(weights.load_trainable(part), rank=4, alpha=12.0, use_dora=use_dora))
-    adapters.save(trained, tmp_path)
+    adapters.snapshot(trained, {}).write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [adapters.WEIGHTS_NAME]
     stored = load_file(tmp_path / adapters.WEIGHTS_NAME)
     assert len(stored) == len(adapter_state(trained))
@@ -390,7 +391,7 @@ def test_diffusers_loads_what_was_saved(part, use_dora, weights, tmp_path):
 @EACH
 def test_the_default_prefix_of_diffusers_finds_nothing(part, weights, tmp_path, caplog):
     """Why `generate` and docs/adapters.md pass prefix=None."""
-    adapters.save(attach(weights.load_trainable(part)), tmp_path)
+    adapters.snapshot(attach(weights.load_trainable(part)), {}).write(tmp_path)
     network = weights.load_trainable(part)
     logging.getLogger("diffusers").addHandler(caplog.handler)
     diffusers.utils.logging.set_verbosity_warning()  # a run in the same process leaves it at errors only
@@ -407,7 +408,7 @@ def test_an_adapter_loads_through_a_pipelines_network(weights, tmp_path):
     assert not hasattr(KandinskyV22Pipeline, "load_lora_weights")
     assert not hasattr(KandinskyV22PriorPipeline, "load_lora_weights")
     trained = shake(attach(weights.load_trainable("unet")))
-    adapters.save(trained, tmp_path)
+    adapters.snapshot(trained, {}).write(tmp_path)
     settings = pipelines.SampleSettings(inference_steps=2, height=64, width=64)
     embeds = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0)).unbind()
     (expected,) = pipelines.decode(pipelines.decoder_pipeline(weights, trained.eval()), embeds, settings)
@@ -425,7 +426,7 @@ def test_the_readmes_code_loads_an_adapter_of_either_stage(weights, tiny_folder,
     answers = {"prior": lambda: pipeline.prior_pipe.prior, "unet": lambda: pipeline.decoder_pipe.unet}
     for part, network in (("prior", pipeline.prior_prior), ("unet", pipeline.unet)):
         trained = shake(attach(weights.load_trainable(part)))
-        adapters.save(trained, tmp_path / part)
+        adapters.snapshot(trained, {}).write(tmp_path / part)
         network.load_lora_adapter(tmp_path / part, weight_name=adapters.WEIGHTS_NAME, prefix=None)
         torch.testing.assert_close(answer(part, answers[part]()), answer(part, trained), rtol=1e-4, atol=1e-5)
 
@@ -434,7 +435,7 @@ def test_the_readmes_code_loads_an_adapter_of_either_stage(weights, tiny_folder,
 @KINDS
 def test_an_adapter_reloads_exactly(part, use_dora, weights, tmp_path):
     trained = shake(attach(weights.load_trainable(part), use_dora=use_dora, dtype=torch.bfloat16))
-    adapters.save(trained, tmp_path)
+    adapters.snapshot(trained, {}).write(tmp_path)
     again = attach(weights.load_trainable(part), use_dora=use_dora, dtype=torch.bfloat16)
     before = dict(again.named_parameters())
     adapters.load(again, tmp_path)
@@ -446,7 +447,7 @@ def test_an_adapter_reloads_exactly(part, use_dora, weights, tmp_path):
 @EACH
 def test_a_whole_network_reloads_exactly(part, weights, tmp_path):
     trained = shake(weights.load_trainable(part))
-    adapters.save(trained, tmp_path)
+    adapters.snapshot(trained, {}).write(tmp_path)
     again = weights.load_trainable(part)
     adapters.load(again, tmp_path)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in trained.state_dict().items())
@@ -467,7 +468,7 @@ def test_another_adapter_is_refused(part, settings, turned, weights, tmp_path):
     """In either direction: nothing is left out in silence."""
     networks = attach(weights.load_trainable("unet")), attach(weights.load_trainable(part), **settings)
     saved, loading = networks[::-1] if turned else networks
-    adapters.save(saved, tmp_path)
+    adapters.snapshot(saved, {}).write(tmp_path)
     with pytest.raises((ValueError, RuntimeError), match=r"another adapter|size mismatch"):
         adapters.load(loading, tmp_path)
 
@@ -479,7 +480,7 @@ def test_configuration_types_never_reach_what_is_saved(part, use_dora, weights, 
     cfg = OmegaConf.create({"target_modules": ["to_q", "to_k"], "rank": 2, "alpha": 4})
     network = weights.load_trainable(part)
     attach(network, rank=cfg.rank, alpha=cfg.alpha, target_modules=cfg.target_modules, use_dora=use_dora)
-    adapters.save(network, tmp_path)
+    adapters.snapshot(network, {}).write(tmp_path)
     with safe_open(tmp_path / adapters.WEIGHTS_NAME, "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert sorted(metadata["target_modules"]) == ["to_k", "to_q"]

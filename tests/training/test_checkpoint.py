@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_exp import build, cli
 from kandinsky_exp.errors import CheckpointFailure, RunFailure
-from kandinsky_exp.models import adapters, read_back
+from kandinsky_exp.models import adapters, weight_files
 from kandinsky_exp.runs import integrity  # fmt: skip
 from kandinsky_exp.system import distributed, host_memory
 from kandinsky_exp.training import checkpoint, ema, state_file
@@ -223,13 +223,14 @@ def test_what_the_writer_cannot_hold_is_written_at_once(trained: Any, tmp_path: 
     assert done == [1]
 
 
-def test_no_room_for_the_copy(trained: Any, tmp_path: Path) -> None:
+def test_no_room_for_the_copy(trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "kandinsky_exp")
     training, accelerator = trained("prior")
     view = snapshot(training, accelerator)
     huge = torch.empty(1 << 42, dtype=torch.uint8, device="meta")  # 4 TB, on paper
-    assert not CheckpointWriter(tmp_path, 2, True, lambda *_: None)._has_room(
-        checkpoint.Snapshot(1, view.networks, {"huge": huge}, {})
-    )
+    writer = CheckpointWriter(tmp_path, 2, True, lambda *_: None)
+    assert writer._copy(checkpoint.Snapshot(1, view.networks, {"huge": huge}, {})) is None
+    assert "host memory has no room for a copy of 4398" in caplog.text
 
 
 class TooLarge(checkpoint.Snapshot):
@@ -305,7 +306,7 @@ def test_names_of_a_wrapped_network_end_the_run(extras: list[str], trained: Any,
 def test_every_file_is_read_back(trained: Any, tmp_path: Path) -> None:
     training, accelerator = trained("prior")
     view = snapshot(training, accelerator)
-    assert read_back.written(view.on_host().write(tmp_path) / "prior") == {*training.stage.network.state_dict()}
+    assert weight_files.written(view.on_host().write(tmp_path) / "prior") == {*training.stage.network.state_dict()}
 
     class Misnamed(adapters.NetworkFiles):
         def write(self, folder: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from commands import Forked
-from diffusers.training_utils import EMAModel
 from PIL import Image, ImageChops
 from running import composed, prepare
 
@@ -97,12 +96,12 @@ def test_a_step_and_its_checkpoint_need_no_data(
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, fused=False)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    training = Training(stage, network, optimizer, scheduler, EMAModel(trainable, foreach=True))
+    training = Training(stage, network, optimizer, scheduler, ema.Average(trainable, foreach=True))
     loss = stage.loss(network, batch(stage, META, torch.float16), torch.Generator())
     loss.loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(trainable, 1.0)
     optimizer.step()
-    ema.update(training.ema, trainable)  # type: ignore[arg-type]
+    training.ema.step(trainable)
     found = checkpoint.snapshot(training, accelerator, validated=False, validation_loss=None, total_batch=1)
     assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == META
     assert set(found.networks) == {stage.part, f"{stage.part}_ema"}
@@ -337,7 +336,7 @@ def test_the_network_that_trains_draws_in_mixed_precision_and_frozen_parts_do_no
             module.register_forward_pre_hook(note)
         held_out, how = Redrawn(torch.ones(2, 64)), run_settings.sample_settings(cfg)
         prompts = run_settings.prompts(cfg.validation.prompts)
-        Validator(training, accelerator, NullTracker(), tmp_path, held_out, prompts, how, 1, 2)._draw(0)
+        Validator(training, accelerator, NullTracker(), tmp_path, held_out, prompts, how, 1, 2)._show(0)
     assert seen == {part: {part == training.stage.part} for part in seen}
     assert len(list((tmp_path / "step-00000000").glob("0*.png"))) == 3
     assert len(list((tmp_path / "step-00000000").glob("reconstruction*.png"))) == (2 if name == "decoder" else 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import AutoPipelineForText2Image, PriorTransformer
 from omegaconf import OmegaConf
 from running import composed, network, same, stopped_at, train
@@ -25,7 +26,6 @@ from kandinsky_exp.runs import integrity
 from kandinsky_exp.system import distributed
 from kandinsky_exp.tiny.pipelines import build as build_tiny
 from kandinsky_exp.training import checkpoint, ema, state_file
-from kandinsky_exp.training.state_file import mapped
 
 CONF = Path(__file__).parents[2] / "conf" / "optimizer"
 # A rate for a few steps from nothing; 3e-3 where none is given.
@@ -115,7 +115,7 @@ def content(folder: Path) -> dict[str, Any]:
     """All that the next step depends on: networks, and what optimizer and schedule have learned."""
     networks = {file.parent.name: load_file(file) for file in folder.glob("*/*.safetensors")}
     state = {key: value for key, value in state_file.read(folder / state_file.NAME).items() if key != "unread"}
-    return mapped({**networks, **state}, as_bytes)
+    return recursively_apply(as_bytes, {**networks, **state})
 
 
 def as_bytes(value: Tensor) -> bytes:
@@ -141,7 +141,9 @@ def built(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
 
 def state_of(training: Any, accelerator: Any) -> Any:
     made = checkpoint.snapshot(training, accelerator, validated=False, validation_loss=None, total_batch=1).on_host()
-    return made, mapped([{name: files.tensors for name, files in made.networks.items()}, made.tensors], as_bytes)
+    return made, recursively_apply(
+        as_bytes, [{name: files.tensors for name, files in made.networks.items()}, made.tensors]
+    )
 
 
 @pytest.mark.parametrize("trains", ["model=prior adapter=dora", "model=decoder"])

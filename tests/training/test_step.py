@@ -339,11 +339,11 @@ def test_the_optimizer_is_fused(stage: str, bench: Any) -> None:
 def test_the_average_is_that_of_diffusers() -> None:
     random = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(size, generator=random)) for size in ((3, 4), (5,), ())]
-    ours, theirs = (EMAModel(parameters, decay=0.95, foreach=True) for _ in range(2))
+    ours, theirs = (cls(parameters, decay=0.95, foreach=True) for cls in (ema.Average, EMAModel))
     for _ in range(200):
         for parameter in parameters:
             parameter.data += torch.randn(parameter.shape, generator=random)
-        ema.update(ours, parameters)
+        ours.step(parameters)
         theirs.step(parameters)
     assert ours.optimization_step == theirs.optimization_step
     assert ours.cur_decay_value == theirs.cur_decay_value == 0.95

@@ -16,7 +16,7 @@ from kandinsky_exp.data.encoded.table import FORMAT, FeatureTable
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.tally import SHOWN, first_few
-from kandinsky_exp.errors import DataError, encoding_told
+from kandinsky_exp.errors import DataError, memory_told
 from kandinsky_exp.system.logs import Log
 
 
@@ -89,7 +89,8 @@ def _encode(
     with closing(journal):
         _refuse_gaps(progress.skipped, folder, how)
         size = progress.batch_size
-        with encoding_told(f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""), encoders:
+        smaller = f"data.encode_batch={size // 2} (it is {size}) or " if size > 1 else ""
+        with memory_told(DataError, f"the encoders ran out of memory ({{}}); set {smaller}precision=bf16"), encoders:
             EncodeLoop(source, stage, replace(how, batch_size=size), journal, log).encode_all()
         if not progress.images:
             reasons = first_few(progress.skipped) or "it holds no image"
