@@ -10,7 +10,7 @@ from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, RunFailure, first_line
 from kandinsky_exp.models.components import PARTS, is_combined, read_object, side_parts
 from kandinsky_exp.models.weight_files import PART_FILES
-from kandinsky_exp.runs import run_states
+from kandinsky_exp.runs import lookup
 from kandinsky_exp.runs.model_card import Result, model_card
 from kandinsky_exp.runs.run_folder import read_record
 from kandinsky_exp.system.files import setting
@@ -139,7 +139,7 @@ def read_result(run_folder: Path) -> Result:
         raise ConfigError(f"run: {run_folder} is a sweep; give the folder of one of its jobs")
     is_adapter = (run_folder / "adapter").is_dir()
     if record.status != "FINISHED" or not (is_adapter or (run_folder / "pipeline").is_dir()):
-        raise ConfigError(f"run: {run_states.no_result(run_folder, None, '')}")
+        raise ConfigError(f"run: {lookup.no_result(run_folder, None, '')}")
     return Result(saved_config.flatten_saved(run_folder), record, is_adapter)
 
 

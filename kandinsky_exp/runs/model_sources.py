@@ -15,8 +15,7 @@ from kandinsky_exp.models import adapter_files, adapters, compatibility
 from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
-from kandinsky_exp.runs import run_states
-from kandinsky_exp.runs.lookup import located, recorded_id, run_of, source_of, trained_network
+from kandinsky_exp.runs.lookup import located, names_of, no_adapter, recorded_id, run_of, source_of, trained_network
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +92,6 @@ def find_origins(cfg: DictConfig) -> dict[PipelineHalf, ModelSource]:
     return scaled({side: with_adapters(found[side], loose[side]) for side in NETWORKS}, cfg.adapter_scale)
 
 
-def names_of(value: Any) -> list[str]:
-    """What a setting names: nothing, one thing, or a list."""
-    return [] if value is None else list(value) if isinstance(value, ListConfig) else [value]
-
-
 def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: PipelineHalf) -> ModelSource:
     """What the first run that is known started from on a side, or else the `weights` group's."""
     run_folder = next((folder for folder in runs if folder is not None), None)
@@ -142,11 +136,11 @@ def find_origin(cfg: DictConfig, side: PipelineHalf, source: str, variant: str |
     """
     if source == "tiny" or is_hub_id(source):
         return ModelSource(source)
-    folder, run_id = located(cfg, side, source, side)
+    folder = located(cfg, side, source, side)
     run_folder = run_of(folder)
     if run_folder is None or (folder / "model_index.json").is_file():
         return ModelSource(checked(str(folder), side, variant or cfg.weights.variant))
-    run_id = run_id or recorded_id(run_folder)
+    run_id = recorded_id(run_folder)
     if folder == run_folder and (folder / "pipeline").is_dir() and check_source(str(folder), side) is None:
         return ModelSource(str(folder), None, (), run_id, run_folder)
     variant = saved_config.value(run_folder, "weights.variant")
@@ -165,12 +159,10 @@ def find_adapter(cfg: DictConfig, key: str, source: str, side: PipelineHalf | No
         key: of the setting, for messages.
         side: whose job it is, where the folder is a sweep's; None = that of its only job.
     """
-    run_id = None
     if is_hub_id(source):
         folder = _fetched(source, key)
     else:
-        place, run_id = located(cfg, key, source, side)
-        folder = _with_file(place, key, source)
+        folder = _with_file(located(cfg, key, source, side), key, source)
     trained_for = adapter_files.stage(_shapes(folder, key))
     if trained_for is None:
         raise ConfigError(
@@ -178,7 +170,7 @@ def find_adapter(cfg: DictConfig, key: str, source: str, side: PipelineHalf | No
             "of one of them"
         )
     run_folder = run_of(folder)
-    return Adapter(folder, trained_for, run_folder, run_id or recorded_id(run_folder))
+    return Adapter(folder, trained_for, run_folder, recorded_id(run_folder))
 
 
 def _shapes(folder: Path, key: str) -> adapter_files.Shapes:
@@ -194,7 +186,7 @@ def _with_file(place: Path, key: str, source: str) -> Path:
     folder = next((one for one in (place, *(place / name for name in names)) if adapter_files.is_adapter(one)), None)
     if folder is None:
         if run_of(place) == place:
-            raise ConfigError(f"{key}: {run_states.no_adapter(place, key)}")
+            raise ConfigError(f"{key}: {no_adapter(place, key)}")
         hint = "there is no such file" if place.is_dir() else "there is no such run or folder"
         if run_of(place) is not None:
             hint = "it is of a run that trained all weights"

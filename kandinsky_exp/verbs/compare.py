@@ -8,13 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import ConfigError, cut
 from kandinsky_exp.reports import report, run_data
 from kandinsky_exp.runs import run_folder
-from kandinsky_exp.runs.lookup import RUN_ID
+from kandinsky_exp.runs.lookup import RUN_ID, names_of
 from kandinsky_exp.system import files, logs, redaction
 from kandinsky_exp.tracking import store, store_probe
 
@@ -36,7 +36,7 @@ def compare(cfg: DictConfig) -> float:
     check_choice(cfg)
     root = files.output_root(cfg.output_root)
     key = "runs" if cfg.sweep.source is None else "sweep"
-    named = find_ids(root, key, _names(cfg.runs if key == "runs" else [cfg.sweep.source]))
+    named = find_ids(root, key, names_of(cfg.runs if key == "runs" else cfg.sweep.source))
     if cfg.tracker.uri is None and not (root / "mlflow.db").is_file():  # it would be made, empty
         raise ConfigError(f"output_root: there is no MLflow store in {root}; give that of the runs, or tracker.uri")
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
@@ -138,7 +138,3 @@ def folder_name(client: "MlflowClient", sweep: str, parent: str) -> str:
     """What a sweep is called: its folder's name, or its run's, made fit for a folder."""
     name = client.get_run(parent).info.run_name if RUN_ID.fullmatch(sweep) else Path(sweep).expanduser().absolute().name
     return re.sub(r'[/\\:*?"<>|\s]+', "_", str(name)).strip("._ ") or parent
-
-
-def _names(value: str | list[str] | ListConfig) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)

@@ -12,6 +12,7 @@ from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
 from kandinsky_exp.models.components import NETWORKS, RESULTS, PipelineHalf
+from kandinsky_exp.runs.lookup import names_of
 from kandinsky_exp.runs.model_sources import (
     Adapter,
     ModelSource,
@@ -19,7 +20,6 @@ from kandinsky_exp.runs.model_sources import (
     find_adapter,
     find_origin,
     load_network,
-    names_of,
     scaled,
     started_from,
     use,
