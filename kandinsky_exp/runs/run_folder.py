@@ -129,12 +129,8 @@ def claim(output_root: Path, name: str | None, stage: str, resume: str, held: Ex
     workspace.start = integrity.newest_good(workspace.checkpoints, workspace.notes.append)
     if resume not in ("auto", "never") and workspace.start is None:
         # Also where this very run was stopped before its first checkpoint: it began there.
-        try:
+        with given_back(workspace):
             _fork(workspace, Path(resume).expanduser())
-        except CheckpointError:
-            if record is None:
-                _give_up(folder)
-            raise
     return workspace
 
 
@@ -171,15 +167,10 @@ def given_back(space: RunFolder) -> Iterator[None]:
         yield
     except UserError:
         if not space.is_resumed:
-            _give_up(space.folder)
+            (space.folder / LOG).unlink()
+            with suppress(OSError):
+                space.folder.rmdir()
         raise
-
-
-def _give_up(folder: Path) -> None:
-    """Take back a folder that was made for nothing."""
-    (folder / LOG).unlink()
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _is_beginning(path: Path) -> bool:
