@@ -89,7 +89,8 @@ def find_origins(cfg: DictConfig) -> dict[PipelineHalf, ModelSource]:
     for side in NETWORKS:
         if side not in found:
             found[side] = started_from(cfg, [*homes[side], *partners], side)
-    return scaled({side: with_adapters(found[side], loose[side]) for side in NETWORKS}, cfg.adapter_scale)
+    both = {side: replace(found[side], adapters=(*found[side].adapters, *loose[side])) for side in NETWORKS}
+    return scaled(both, cfg.adapter_scale)
 
 
 def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: PipelineHalf) -> ModelSource:
@@ -100,10 +101,6 @@ def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: PipelineHal
     variant = saved_config.value(run_folder, "weights.variant")
     found = find_origin(cfg, side, source_of(run_folder, side), cfg.weights.variant or variant)
     return replace(found, revision=saved_config.value(run_folder, f"weights.{side}_revision"), variant=variant)
-
-
-def with_adapters(origin: ModelSource, found: Iterable[Adapter]) -> ModelSource:
-    return replace(origin, adapters=(*origin.adapters, *found))
 
 
 def scaled(origins: Mapping[PipelineHalf, ModelSource], scale: Any) -> dict[PipelineHalf, ModelSource]:
@@ -216,8 +213,8 @@ def checked(source: str, side: PipelineHalf, variant: str | None) -> str:
     return source
 
 
-def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str = "{side}") -> None:
-    """Both sides before the first of them works.
+def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str = "{side}") -> None:
+    """Let the weights be those of the origins' bases, and check both sides before the first of them works.
 
     Args:
         keys: what the settings of the sides are called, for messages.
@@ -225,6 +222,10 @@ def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]
     Raises:
         ConfigError: a part cannot be fetched, a file is damaged, or what should work together does not fit.
     """
+    weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
+    weights.prior_revision = origins["prior"].revision or weights.prior_revision
+    weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
+    weights.variant = weights.variant or origins["prior"].variant or origins["decoder"].variant
     trained = {NETWORKS[side]: origin.network for side, origin in origins.items() if origin.network is not None}
     folders = [one.folder for origin in origins.values() for one in origin.adapters]
     for note in compatibility.check(weights, set(PARTS), trained, keys=keys) + passed_over(
@@ -239,14 +240,6 @@ def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]
             key = keys.format(side=side)
             if (problem := adapter_files.base_problem(_shapes(one.folder, key), shapes)) is not None:
                 raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
-
-
-def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]) -> None:
-    """Let the weights be those of the origins' bases."""
-    weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
-    weights.prior_revision = origins["prior"].revision or weights.prior_revision
-    weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
-    weights.variant = weights.variant or origins["prior"].variant or origins["decoder"].variant
 
 
 def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> Any:
