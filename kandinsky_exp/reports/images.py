@@ -136,13 +136,6 @@ def _fetched(client: "MlflowClient", run_id: str, path: str, folder: Path) -> by
     return data
 
 
-def spread(steps: Sequence[int], count: int) -> list[int]:
-    """`count` of the steps, evenly, the last one and (if there are two) the first among them."""
-    if count == 1:
-        return [steps[-1]]
-    return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
-
-
 def _fill(
     client: "MlflowClient", runs: Sequence[Run], stored: list[Stored], grid: ImageGrid, folder: Path, max_bytes: int
 ) -> None:
@@ -196,8 +189,9 @@ def by_importance(images: Iterable[Stored]) -> list[Stored]:
 
 def _halved(steps: Sequence[int]) -> list[int]:
     """First, last, the middle, the quarters, …"""
-    levels = math.ceil(math.log2(max(2, len(steps)))) + 1
-    return list(dict.fromkeys(step for level in range(levels) for step in spread(steps, 2**level + 1)))
+    levels, last = math.ceil(math.log2(max(2, len(steps)))) + 1, len(steps) - 1
+    parts = [part / 2**level for level in range(levels) for part in range(2**level + 1)]
+    return list(dict.fromkeys(steps[round(part * last)] for part in parts))
 
 
 def reduced(data: bytes, side: int) -> bytes:

@@ -106,15 +106,14 @@ def source_of(run_folder: Path, side: PipelineHalf) -> str:
 
 def folder_of_run(cfg: DictConfig, run_id: str, key: str) -> str:
     """The folder of an MLflow run, which its tags name."""
-    from mlflow.exceptions import MlflowException
-
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
     store_probe.probe(uri)
     client, _ = store.connect(uri)
-    try:
-        folder = client.get_run(run_id).data.tags.get("run_folder")
-    except MlflowException as error:
-        raise ConfigError(f"{key}: the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri") from error
+    with store.explained(uri):
+        run = store.find_run(client, run_id)
+    if run is None:
+        raise ConfigError(f"{key}: the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri")
+    folder = run.data.tags.get("run_folder")
     place = None if folder is None else _here(files.output_root(cfg.output_root), Path(folder), run_id)
     if place is None:
         raise ConfigError(f"{key}: the folder of run {run_id} ({folder}) is not on this machine; give a folder")

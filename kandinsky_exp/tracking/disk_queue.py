@@ -89,8 +89,8 @@ class DiskQueue:
             return sorted(path for path in self.folder.glob("*.jsonl") if path.stem.isdecimal())
         return []
 
-    def segments(self) -> Iterator[Segment]:
-        return (Segment(path, read(path)) for path in self.paths())
+    def on_disk(self) -> Iterator[Record]:
+        return (record for path in self.paths() for record in read(path))
 
     def newest(self) -> int:
         return self._number
@@ -121,7 +121,7 @@ class DiskQueue:
 
     def waiting(self) -> int:
         """How many records wait on the disk."""
-        return sum(len(segment.records) for segment in self.segments())
+        return sum(1 for _ in self.on_disk())
 
     def held(self) -> int:
         """How many wait in memory, and go with the process."""
@@ -154,7 +154,7 @@ class DiskQueue:
 
     def remove_orphans(self) -> None:
         """Files whose record was never written: their process was killed in between."""
-        known = {record.get("files") for segment in self.segments() for record in segment.records}
+        known = {record.get("files") for record in self.on_disk()}
         for folder in (self.folder / "files").glob("*"):
             if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -207,16 +207,15 @@ def read(path: Path) -> list[Record]:
     """The records of a file. A last line without its end was never handed over: its writer was killed meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         lines = path.read_bytes().split(b"\n")[:-1]
-        return [record for line in lines for record in _parsed(line)]
+        return [_parsed(line) for line in lines]
     return []
 
 
-def _parsed(line: bytes) -> Iterator[Record]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    yield record if isinstance(record, dict) else {"kind": "damaged", "text": line.decode("utf-8", "replace")}
+def _parsed(line: bytes) -> Record:
+    with contextlib.suppress(ValueError):
+        if isinstance(record := json.loads(line), dict):
+            return record
+    return {"kind": "damaged", "text": line.decode("utf-8", "replace")}
 
 
 def inside(folder: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from kandinsky_exp.errors import Interrupted, Pruned
 from kandinsky_exp.tracking import mlflow_run
 from kandinsky_exp.tracking.delivery import Delivery, settle
 from kandinsky_exp.tracking.disk_queue import Record
-from kandinsky_exp.tracking.mlflow_names import legal_name, param_text, reason, run_tags, tag_texts
+from kandinsky_exp.tracking.mlflow_names import dataset_source, legal_name, param_text, reason, run_tags, tag_texts
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.sender import name_of
 from kandinsky_exp.tracking.store import artifact_location, connect, explained, impatient
@@ -201,7 +201,8 @@ class MlflowTracker:
         self._attach({"what": f"the artifact {file}", "to": to or None}, lambda place: (place / name).write_bytes(data))
 
     def log_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
-        self._record(mlflow_run.dataset_record(name, digest, source, rows, context))
+        fields = {"name": name, "digest": digest, "source": dataset_source(source), "rows": rows, "context": context}
+        self._record({"kind": "dataset", "what": f"the data set {name[:100]}", **fields})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._record({"kind": "tags", "what": "the tags", "texts": tag_texts(tags)})

@@ -51,11 +51,15 @@ def compare(cfg: DictConfig) -> float:
         run_ids, parent, name = named, None, f"compare-{datetime.now():%Y%m%d-%H%M%S}"
         if cfg.sweep.source is not None:
             parent = named[0]
-            run_ids, name = jobs_of(client, cfg.sweep.source, parent), folder_name(client, cfg.sweep.source, parent)
+            run_ids, name = run_data.children(client, parent), folder_name(client, cfg.sweep.source, parent)
+            if not run_ids:
+                shown = cut(cfg.sweep.source)
+                raise ConfigError(f"sweep: '{shown}' has no jobs in MLflow; give another, or runs=<run>,<run>")
         files.make_root(root)
-        folder = root / "compare" / (cfg.name or name)
+        name = cfg.name or name
+        folder = root / "compare" / name
         with logs.logging_to(None, is_main=True):
-            report.write_report(client, run_ids, folder, cfg.name or name, parent)
+            report.write_report(client, run_ids, folder, name, parent)
     print(*report.files(folder), sep="\n")
     return float(len(run_ids))
 
@@ -112,26 +116,12 @@ def find_id(root: Path, text: str, is_sweep: bool) -> str:
 
 def missing(client: "MlflowClient", uri: str, run_ids: Iterable[str]) -> list[str]:
     """The runs that the store does not have, or has deleted, as problems."""
-    from mlflow.exceptions import MlflowException
-
-    found = []
-    for run_id in run_ids:
-        try:
-            is_there = client.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            is_there = False
-        if not is_there:
-            found.append(f"the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri, or leave it out")
-    return found
-
-
-def jobs_of(client: "MlflowClient", sweep: str, parent: str) -> list[str]:
-    run_ids = run_data.children(client, parent)
-    if not run_ids:
-        raise ConfigError(f"sweep: '{cut(sweep)}' has no jobs in MLflow; give another, or runs=<run>,<run>")
-    return run_ids
+    runs = {run_id: store.find_run(client, run_id) for run_id in run_ids}
+    return [
+        f"the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri, or leave it out"
+        for run_id, run in runs.items()
+        if run is None or run.info.lifecycle_stage != "active"
+    ]
 
 
 def folder_name(client: "MlflowClient", sweep: str, parent: str) -> str:

@@ -30,7 +30,7 @@ def point(step: int) -> Record:
 
 
 def waiting(queue: DiskQueue) -> list[int]:
-    return [record["step"] for segment in queue.segments() for record in segment.records]
+    return [record["step"] for record in queue.on_disk()]
 
 
 def delivered(sender: Sender, seconds: float) -> bool:
