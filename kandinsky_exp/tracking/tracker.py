@@ -9,9 +9,7 @@ import json
 import logging
 import posixpath
 import shutil
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -105,14 +103,13 @@ class MlflowTracker:
         delivery: Delivery,
         logged: Collection[tuple[str, int]],
         redone_from: int | None,
-        is_kept: bool,
         held: contextlib.ExitStack,
     ) -> None:
         self.uri = uri
         self.run_id: str | None = run_id
         self._delivery, self._outbox = delivery, delivery.outbox
         self._logged, self._redone_from = logged, redone_from
-        self._is_kept, self._held = is_kept, held
+        self._held = held
         self._prompts: dict[str, str] = {}
         self._prompts_file = ""
         self._has_images = self._finished = False
@@ -124,7 +121,7 @@ class MlflowTracker:
         experiment: str,
         run_name: str,
         artifact_root: Path,
-        outbox: Path | None = None,
+        outbox: Path,
         run_id: str | None = None,
         token: str | None = None,
         tags: Mapping[str, str] = {},
@@ -138,7 +135,7 @@ class MlflowTracker:
             experiment: made where it does not exist.
             run_name: of a new run.
             artifact_root: local folder for the artifacts of a new experiment; a server decides for itself.
-            outbox: folder for what waits; None = what the store has not taken when the run is finished is lost.
+            outbox: folder for what the store has not taken yet.
             run_id: the run to go on with; None makes a new one.
             token: becomes a tag of a new run. Where there is a run with it already, that one is gone on with: its
                 process was killed before it could remember the id.
@@ -151,7 +148,7 @@ class MlflowTracker:
         with contextlib.ExitStack() as held:
             held.enter_context(impatient())
             client, uri = connect(uri)
-            box = Outbox(_temporary_folder(held) if outbox is None else outbox)
+            box = Outbox(outbox)
             with explained(uri):
                 artifacts = artifact_location(uri, artifact_root)
                 every = run_tags(tags, parent_run_id)
@@ -160,9 +157,7 @@ class MlflowTracker:
                 logged = mlflow_run.steps_logged(client, run_id, box, redone_from)
             box.open()
             box.remove_status()  # of an earlier process: this one's will come
-            return cls(
-                uri, run_id, Delivery(client, run_id, box), logged, redone_from, outbox is not None, held.pop_all()
-            )
+            return cls(uri, run_id, Delivery(client, run_id, box), logged, redone_from, held.pop_all())
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         texts = {legal_name(key): param_text(value) for key, value in params.items()}
@@ -219,7 +214,7 @@ class MlflowTracker:
         if self._finished:
             return
         self._end(status)
-        settle(self._delivery, KILLED_PATIENCE if status == "KILLED" else PATIENCE, self._is_kept)
+        settle(self._delivery, KILLED_PATIENCE if status == "KILLED" else PATIENCE)
         self._held.close()
 
     def abandon(self, status: Status) -> None:
@@ -259,12 +254,6 @@ class MlflowTracker:
         self._prompts[key] = prompt
         # Not in `images/`: one file there that is not named like an image, and the UI shows no image of the run at all.
         self.log_text(json.dumps(self._prompts, indent=2, ensure_ascii=False), self._prompts_file)
-
-
-def _temporary_folder(held: contextlib.ExitStack) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"kandinsky_exp-{uuid.uuid4().hex}"
-    held.callback(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ class Sweep:
         return MlflowClient(default_uri(self.root))
 
     def track(self, name: str, **options: Any) -> MlflowTracker:
-        made = MlflowTracker.open(default_uri(self.root), "tests", name, self.root / "mlartifacts", **options)
+        outbox = self.root / f"outbox-{len(self.ids)}"
+        made = MlflowTracker.open(default_uri(self.root), "tests", name, self.root / "mlartifacts", outbox, **options)
         self.ids[name] = str(made.run_id)
         return made
 
@@ -499,7 +500,7 @@ def test_an_artifact_store_that_is_gone_costs_the_images_only(
     sweep: Sweep, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The parent's artifacts cannot be written, those of a run not be read."""
-    one = MlflowTracker.open(default_uri(sweep.root), "elsewhere", "one", tmp_path / "gone")
+    one = MlflowTracker.open(default_uri(sweep.root), "elsewhere", "one", tmp_path / "gone", tmp_path / "outbox")
     one.log_metrics({"train/loss": 1.0}, 1)
     one.finish("FINISHED")
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)
