@@ -182,14 +182,10 @@ def scores(runs: Sequence[Run]) -> list[Figure]:
         return []
     indices, values = [index for index, _ in found], [value for _, value in found]
     title = "best validation loss" if has_validated(runs) else "last training loss"
-    axes = [axis for column in _columns(runs) if (axis := _axis(column, indices)) is not None]
+    columns = [Column("stage", "stage", tuple(run.stage or None for run in runs)), *varied(runs)]
+    axes = [axis for column in columns if (axis := _axis(column, indices)) is not None]
     scatters = [_scatter(runs, indices, values, axis, title, number) for number, axis in enumerate(axes)]
     return [_parallel(indices, values, axes, title), *scatters] if len(axes) > 1 else scatters
-
-
-def _columns(runs: Sequence[Run]) -> list[Column]:
-    stages = tuple(run.stage or None for run in runs)
-    return [Column("stage", "stage", stages), *varied(runs)] if len(set(stages)) > 1 else varied(runs)
 
 
 def _axis(column: Column, indices: Sequence[int]) -> Axis | None:

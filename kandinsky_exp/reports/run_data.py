@@ -157,10 +157,6 @@ def has_validated(runs: Sequence[Run]) -> bool:
     return any(run.scores.best is not None for run in runs)
 
 
-def score(run: Run, by_validation: bool) -> float | None:
-    return run.scores.best if by_validation else run.scores.train
-
-
 def rank(runs: Sequence[Run], one: Run) -> float:
     """How many runs of its own stage are better: losses of different stages do not compare."""
     if one.scores.best is None:
@@ -173,7 +169,7 @@ def completed(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:
     """(index, score) of the runs that are finished and have one; the last training loss where none ever validated."""
     by_validation = has_validated(runs)
     for index, run in enumerate(runs):
-        value = score(run, by_validation)
+        value = run.scores.best if by_validation else run.scores.train
         if run.status == "FINISHED" and value is not None:
             yield index, value
 

@@ -29,8 +29,11 @@ def located(cfg: DictConfig, key: str, source: str, side: PipelineHalf | None) -
     if RUN_ID.fullmatch(source) and not Path(source).exists():
         source = folder_of_run(cfg, source, key)
     folder = Path(source).expanduser()
-    record = read_record(folder)
-    return _job(folder, key, side) if record is not None and record.stage == "sweep" else folder
+    return _job(folder, key, side) if is_sweep(folder) else folder
+
+
+def is_sweep(folder: Path) -> bool:
+    return (read_record(folder) or Record()).stage == "sweep"
 
 
 def _job(sweep: Path, key: str, side: PipelineHalf | None) -> Path:
@@ -55,8 +58,7 @@ def run_of(folder: Path) -> Path | None:
 
 def recorded_id(run_folder: Path | None) -> str | None:
     """The MLflow run of a run's folder."""
-    record = None if run_folder is None else read_record(run_folder)
-    return None if record is None else record.run_id
+    return None if run_folder is None else (read_record(run_folder) or Record()).run_id
 
 
 def trained_network(folder: Path, side: PipelineHalf) -> Path:
@@ -91,8 +93,7 @@ def source_of(run_folder: Path, side: PipelineHalf) -> str:
         raise ConfigError(f"{run_folder / 'config.yaml'} has no weights.{side}; mend it, or give other sources")
     if source == "tiny" or (Path(source).is_absolute() and files.exists(source)):
         return source
-    is_job = (record := read_record(run_folder.parent)) is not None and record.stage == "sweep"
-    root = run_folder.absolute().parents[1 if is_job else 0]
+    root = run_folder.absolute().parents[1 if is_sweep(run_folder.parent) else 0]
     place = Move.between(saved_config.value(run_folder, "output_root") or "", root)(source)
     if place is not None and files.exists(place):
         return str(place)

@@ -200,6 +200,5 @@ def _fork(workspace: RunFolder, source: Path) -> None:
         workspace.start = source
     if workspace.start is None:
         raise CheckpointError(f"checkpoint.resume: there is no checkpoint in {source}; give a run or a step-… folder")
-    record = read_record(run_folder)
     workspace.is_fork = True
-    workspace.parent_run_id = record.run_id if record is not None else None
+    workspace.parent_run_id = (read_record(run_folder) or Record()).run_id

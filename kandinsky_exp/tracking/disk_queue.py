@@ -59,7 +59,7 @@ class DiskQueue:
         self._size = 0
         self._held: list[bytes] = []  # lines that the disk did not take
         self._unsynced: set[Path] = set()
-        self._number = max((int(path.stem) for path in self.paths()), default=0)
+        self.newest = max((int(path.stem) for path in self.paths()), default=0)
         self._retry = 0.0
         self._warned = False
 
@@ -92,9 +92,6 @@ class DiskQueue:
     def on_disk(self) -> Iterator[Record]:
         return (record for path in self.paths() for record in read(path))
 
-    def newest(self) -> int:
-        return self._number
-
     def first(self, newest: int) -> Segment | None:
         """The oldest records up to file number `newest`; nothing is added to them any more. None where none wait."""
         with self._lock:
@@ -103,7 +100,7 @@ class DiskQueue:
                 return Segment(None, [json.loads(line) for line in self._held], self._held)
             if path is None or int(path.stem) > newest:
                 return None
-            if int(path.stem) == self._number:
+            if int(path.stem) == self.newest:
                 self._close()
         return Segment(path, read(path))
 
@@ -170,11 +167,11 @@ class DiskQueue:
     def _write(self, data: bytes) -> None:
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._number += 1
-            path = self.folder / f"{self._number:08d}.jsonl"
+            self.newest += 1
+            path = self.folder / f"{self.newest:08d}.jsonl"
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
             self._size = 0
-        self._unsynced.update([self.folder / f"{self._number:08d}.jsonl", self.folder, self.folder.parent])
+        self._unsynced.update([self.folder / f"{self.newest:08d}.jsonl", self.folder, self.folder.parent])
         written = os.write(self._file, data)
         if written < len(data):
             os.ftruncate(self._file, self._size)

@@ -69,24 +69,20 @@ class Planner:
         return Estimate(cfg, dry_run, *counts, encodes, self.draws_class, self.python, self.capacity)
 
     def lines(self) -> Iterator[str]:
-        yield self._title()
-        yield self._parameters()
+        yield from self._run()
         yield from table(self.phases)
         yield self._memory()
         yield from self._disk()
         yield self._steps()
         yield from self._warnings()
 
-    def _title(self) -> str:
-        cfg = self.cfg
+    def _run(self) -> Iterator[str]:
+        cfg, sizes = self.cfg, self.dry_run.sizes()
         what = "all weights" if cfg.adapter.name == "none" else f"{cfg.adapter.name} of rank {cfg.adapter.rank}"
         how = f"batches of {run_settings.shown(cfg)} at {cfg.data.resolution} px, {cfg.precision.name}"
-        return f"{self.dry_run.stage.name}, {what}, {how}"
-
-    def _parameters(self) -> str:
-        sizes = self.dry_run.sizes()
+        yield f"{self.dry_run.stage.name}, {what}, {how}"
         encoders = sum(self.dry_run.part(part)[0] for part in self.dry_run.stage.encoders)
-        return (
+        yield (
             f"parameters  {sizes.trained:,} train, {sizes.frozen:,} of the network are frozen, {encoders:,} in encoders"
         )
 
