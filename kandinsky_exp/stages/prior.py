@@ -63,7 +63,9 @@ class PriorStage(DiffusionStage):
         """No forward uses the parameters `clip_mean` and `clip_std`: trainable, they break distributed training."""
         network.clip_mean.requires_grad_(False)
         network.clip_std.requires_grad_(False)
-        exact = self.weights.tensors(self.part, STATISTICS)
+        exact = {name: getattr(network, name).detach().clone() for name in STATISTICS}
+        if network.clip_std.dtype != torch.float32 or network.clip_std.is_meta:  # rounded, or a network without data
+            exact = self.weights.tensors(self.part, STATISTICS)
         _refuse_zeros(exact["clip_std"])
         self.mean, self.std = exact["clip_mean"], exact["clip_std"]
 

@@ -1,15 +1,14 @@
 """A grid of pictures, with a label under each and headings around them."""
 
+import functools
 import math
 import textwrap
 from collections.abc import Sequence
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 MIN_SIDE = 160  # pixels: below, a caption under the picture would be a few letters wide
 MAX_SIDE = 512  # pixels: above, a grid of many would be too large to open
-FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf"  # Pillow's own has no é and no Cyrillic
 FONT_SIZE = 11
 LETTER = 7  # pixels, the width of each
 LINE_HEIGHT = 16
@@ -47,7 +46,7 @@ def labelled_grid(
         raise ValueError(f"labelled_grid: columns must be at least 1, not {columns}")
     cells = _scaled([_on_white(image) for image in images])
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    font = ImageFont.truetype(FONT, FONT_SIZE)
+    font = label_font()
     texts = [_wrapped(label, width) for label in labels]
     lefts = [GAP + column * (width + GAP) + (MIN_SIDE + GAP if sides else 0) for column in range(columns + 1)]
     head_lefts = [GAP, *lefts] if sides else lefts
@@ -73,6 +72,16 @@ def labelled_grid(
             sheet.paste(cells[i], (left + (width - cells[i].width) // 2, top + (height - cells[i].height) // 2))
             write(texts[i], left, top + height + GAP // 2)
     return sheet
+
+
+@functools.cache
+def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's where only what training needs is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return ImageFont.load_default(FONT_SIZE)
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -252,7 +252,6 @@ def test_a_part_that_is_over_its_time_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.soak
 def test_the_first_minutes_need_no_more_than_the_package_trains_with(tmp_path: Path) -> None:
     program = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); import gpu_first; gpu_first.main()"
     command = [sys.executable, "-c", program, str(tmp_path), "--quick", "--parts", "1,4"]

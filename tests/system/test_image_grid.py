@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from kandinsky_exp.system import image_grid
 from kandinsky_exp.system.image_grid import labelled_grid
@@ -59,7 +59,7 @@ def test_labels_are_drawn_below() -> None:
 
 
 def test_labels_wrap_and_end_in_an_ellipsis() -> None:
-    font = ImageFont.truetype(image_grid.FONT, image_grid.FONT_SIZE)
+    font = image_grid.label_font()
     lines = image_grid._wrapped("a very long caption about nothing at all " * 9, 192)
     assert len(lines) == image_grid.LINES
     assert lines[-1].endswith("…")
@@ -96,6 +96,6 @@ def test_headings_stand_above_the_columns_and_left_of_the_rows() -> None:
 
 
 def test_letters_with_accents_are_in_the_font() -> None:
-    font = ImageFont.truetype(image_grid.FONT, image_grid.FONT_SIZE)
+    font = image_grid.label_font()
     missing = bytes(font.getmask("\uffff"))
     assert all(bytes(font.getmask(letter)) != missing for letter in "éäк–…")
