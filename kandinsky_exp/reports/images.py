@@ -94,23 +94,22 @@ def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BY
 
 def _listed(client: "MlflowClient", run_id: str, index: int, folder: Path) -> list[Stored]:
     """A run's images, of each key and step the newest: a reduced copy where the picture is large."""
-    newest: dict[tuple[str, int], dict[str, tuple[int, Any]]] = {}
-    for file in client.list_artifacts(run_id, "images"):
-        match = IMAGE.fullmatch(file.path)
-        if match and WANTED.fullmatch(key := match["key"].replace("~", "/")):
-            kinds = newest.setdefault((key, int(match["step"])), {})
-            before = kinds.get(match["kind"], (0, None))
-            kinds[match["kind"]] = max(before, (int(match["time"]), file), key=lambda item: item[0])
+    newest: dict[tuple[str, int], dict[str, Any]] = {}
+    listed = [
+        (file, match) for file in client.list_artifacts(run_id, "images") if (match := IMAGE.fullmatch(file.path))
+    ]
+    for file, match in sorted(listed, key=lambda item: int(item[1]["time"])):
+        if WANTED.fullmatch(key := match["key"].replace("~", "/")):
+            newest.setdefault((key, int(match["step"])), {})[match["kind"]] = file
     prompts = read_prompts(client, run_id, folder) if newest else []
     return [Stored(index, Row(key, prompt_at(prompts, key, step)), step, _choice(kinds))
             for (key, step), kinds in newest.items()]  # fmt: skip
 
 
-def _choice(kinds: dict[str, tuple[int, Any]]) -> str:
+def _choice(kinds: dict[str, Any]) -> str:
     picture, copy = kinds.get(".png"), kinds.get("+compressed.webp")
-    if copy is None or (picture is not None and 0 < (picture[1].file_size or 0) <= SMALL_FILE):
-        return str(kinds[".png"][1].path)
-    return str(copy[1].path)
+    is_small = picture is not None and 0 < (picture.file_size or 0) <= SMALL_FILE
+    return str(kinds[".png" if copy is None or is_small else "+compressed.webp"].path)
 
 
 def read_prompts(client: "MlflowClient", run_id: str, folder: Path) -> Prompts:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kandinsky_exp.tracking.mlflow_names import JOB, short_names
@@ -73,15 +74,12 @@ def children(client: "MlflowClient", parent_run_id: str) -> list[str]:
     """The ids of a parent's runs in the order of its jobs, or else of their start, without those that were deleted."""
     experiment = client.get_run(parent_run_id).info.experiment_id
     wanted = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
-    found: list[tuple[str, str]] = []
-    token: str | None = None
-    while True:
-        order = ["attributes.start_time ASC"]
-        page = client.search_runs([experiment], wanted, max_results=PAGE, order_by=order, page_token=token)
-        found += [(run.data.tags.get(JOB, ""), run.info.run_id) for run in page]
-        token = page.token
-        if not token:
-            return [run_id for _, run_id in sorted(found, key=lambda job: job[0])]
+    by_start = ["attributes.start_time ASC"]
+    search = partial(client.search_runs, [experiment], wanted, max_results=PAGE, order_by=by_start)
+    found = [*(page := search())]
+    while page.token:
+        found += (page := search(page_token=page.token))
+    return [run.info.run_id for run in sorted(found, key=lambda run: run.data.tags.get(JOB, ""))]
 
 
 def read(client: "MlflowClient", run_ids: Sequence[str]) -> list[Run]:

@@ -28,10 +28,9 @@ class Outbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        lock = threading.Lock()
-        self._lock = lock
-        self.records = DiskQueue(folder / "records", lock)
-        self.artifacts = DiskQueue(folder / "artifacts", lock, limit=0)
+        self._lock = threading.Lock()
+        self.records = DiskQueue(folder / "records", self._lock)
+        self.artifacts = DiskQueue(folder / "artifacts", self._lock, limit=0)
         self._status: Record | None = None
 
     def open(self) -> None:
