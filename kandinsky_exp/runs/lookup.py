@@ -1,5 +1,6 @@
 """Find what a user names: a run's folder, a checkpoint, a job of a sweep, an MLflow run id; or say what is there."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,9 @@ def is_running(run_folder: Path) -> bool:
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The last one whose state can be read; its other files nobody has looked at."""
     for step in sorted((run_folder / "checkpoints").glob("step-*"), reverse=True):
-        try:
+        with contextlib.suppress(CheckpointError):
             integrity.read_state(step)
-        except CheckpointError:
-            continue
-        return step
+            return step
     return None
 
 

@@ -157,7 +157,9 @@ def find_adapter(cfg: DictConfig, key: str, source: str, side: PipelineHalf | No
         side: whose job it is, where the folder is a sweep's; None = that of its only job.
     """
     if is_hub_id(source):
-        folder = _fetched(source, key)
+        folder = fetched(source, key, list(adapter_files.NAMES))
+        if not adapter_files.is_adapter(folder):
+            raise ConfigError(f"{key}: '{source}' on the hub has no {adapter_files.WEIGHTS_NAME}; check the id")
     else:
         folder = _with_file(located(cfg, key, source, side), key, source)
     trained_for = adapter_files.stage(_shapes(folder, key))
@@ -196,13 +198,6 @@ def _with_file(place: Path, key: str, source: str) -> Path:
         )
     if problem := untrusted(folder):
         raise ConfigError(f"{key}: {folder}: {problem}")
-    return folder
-
-
-def _fetched(repo: str, key: str) -> Path:
-    folder = fetched(repo, key, list(adapter_files.NAMES))
-    if not adapter_files.is_adapter(folder):
-        raise ConfigError(f"{key}: '{repo}' on the hub has no {adapter_files.WEIGHTS_NAME}; check the id")
     return folder
 
 

@@ -55,15 +55,12 @@ class Delivery:
         over = [tried.wait(max(0.0, end - time.monotonic())) for tried in tries]
         return all(over) and not self.is_failing
 
-    def close(self) -> None:
-        self.records.close()
-        self.artifacts.close()
-
 
 def settle(delivery: Delivery, patience: float) -> None:
     """Give the store some seconds for what waits, end the threads, and say what is left and what becomes of it."""
     done = delivery.flush(patience)
-    delivery.close()
+    delivery.records.close()
+    delivery.artifacts.close()
     outbox, refusals = delivery.outbox, delivery.records.refusals + delivery.artifacts.refusals
     if not done:
         log.warning(

@@ -11,6 +11,7 @@ import posixpath
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -88,6 +89,7 @@ class NullTracker:
     flush = sync = finish = abandon = _ignore
 
 
+@dataclass(eq=False)
 class MlflowTracker:
     """A run in an MLflow store.
 
@@ -96,23 +98,16 @@ class MlflowTracker:
     the store; what an earlier process left in the outbox goes before it.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        run_id: str,
-        delivery: Delivery,
-        logged: Collection[tuple[str, int]],
-        redone_from: int | None,
-        held: contextlib.ExitStack,
-    ) -> None:
-        self.uri = uri
-        self.run_id: str | None = run_id
-        self._delivery, self._outbox = delivery, delivery.outbox
-        self._logged, self._redone_from = logged, redone_from
-        self._held = held
-        self._prompts: dict[str, str] = {}
-        self._prompts_file = ""
-        self._has_images = self._finished = False
+    uri: str
+    run_id: str | None
+    _delivery: Delivery
+    _logged: Collection[tuple[str, int]]
+    _redone_from: int | None
+    _held: contextlib.ExitStack
+    _prompts: dict[str, str] = field(default_factory=dict)
+    _prompts_file: str = ""
+    _has_images: bool = False
+    _finished: bool = False
 
     @classmethod
     def open(
@@ -203,7 +198,7 @@ class MlflowTracker:
         self._record({"kind": "tags", "what": "the tags", "texts": tag_texts(tags)})
 
     def sync(self) -> None:
-        self._outbox.sync()
+        self._delivery.outbox.sync()
 
     def flush(self) -> None:
         self.sync()
@@ -222,21 +217,21 @@ class MlflowTracker:
             self._end(status)
 
     def _end(self, status: Status) -> None:
-        self._outbox.set_status({"status": status, "time": time.time_ns() // 1_000_000})
+        self._delivery.outbox.set_status({"status": status, "time": time.time_ns() // 1_000_000})
         self._finished = True
         self._delivery.records.notify()
 
     def _record(self, record: Record, points: int = 1, seal: bool = False) -> None:
         if self._is_late(record):
             return
-        self._outbox.records.append(record, seal)
+        self._delivery.outbox.records.append(record, seal)
         self._delivery.records.notify(points)
 
     def _attach(self, record: Record, fill: Callable[[Path], object]) -> None:
         if self._is_late(record):
             return
         try:
-            self._outbox.artifacts.attach({"kind": "files", **record}, fill)
+            self._delivery.outbox.artifacts.attach({"kind": "files", **record}, fill)
             self._delivery.artifacts.notify()
         except Exception as error:
             log.warning("MLflow: %s was not recorded (%s)", record["what"], reason(error))

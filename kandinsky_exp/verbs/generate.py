@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -57,7 +56,8 @@ def generate(cfg: DictConfig) -> float:
         files.write_atomically(folder / "prompts.txt", "\n".join(lines) + "\n")
         files.write_atomically(folder / "config.yaml", saved_config.to_yaml(cfg))
         if run_to_log is not None:
-            log_to_run(cfg, run_to_log, folder)
+            client, _ = store.connect(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
+            client.log_artifacts(run_to_log, str(folder), f"generate/{folder.name}")
         print(folder)
     return float(len(images))
 
@@ -116,8 +116,3 @@ def find_run_to_log(cfg: DictConfig, origins: dict[PipelineHalf, ModelSource]) -
         raise ConfigError("log_to_run: neither the prior nor the decoder comes from an MLflow run; leave it off")
     store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
     return run_id
-
-
-def log_to_run(cfg: DictConfig, run_id: str, folder: Path) -> None:
-    client, _ = store.connect(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
-    client.log_artifacts(run_id, str(folder), f"generate/{folder.name}")
