@@ -144,7 +144,7 @@ def _look(folder: Path, stage: str, resume: str) -> Record | None:
     if record is None:
         # A start that was killed at once leaves these two.
         strangers = [path for path in folder.iterdir() if not _is_beginning(path)] if folder.is_dir() else []
-        if strangers or (folder / RECORD).exists():
+        if strangers:
             why = f"its {RECORD} cannot be read" if (folder / RECORD).exists() else "is not a run"
             raise ConfigError(f"name: {folder} exists and {why}; choose another name or move it away")
         return None

@@ -22,7 +22,7 @@ from kandinsky_exp.tracking.mlflow_names import (
 )
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.sender import Refused
-from kandinsky_exp.tracking.store import check_active, find_experiment, find_run, restore_command
+from kandinsky_exp.tracking.store import check_active, find_run, restore_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,18 +37,9 @@ TRIES = 5  # of a parameter, tag or data set, over a minute, that breaks a store
 
 
 def find_or_make(
-    client: "MlflowClient",
-    experiment: tuple[str, str | None],
-    run_name: str,
-    token: str | None,
-    tags: Mapping[str, str],
+    client: "MlflowClient", experiment_id: str, run_name: str, token: str | None, tags: Mapping[str, str]
 ) -> str:
-    """The id of the run with this token, or of a new one with these tags.
-
-    Args:
-        experiment: its name, and the folder of its artifacts where it has to be made.
-    """
-    experiment_id = find_experiment(client, *experiment)
+    """The id of the run with this token, or of a new one with these tags."""
     if token is not None:
         wanted = f"tags.`{TOKEN}` = '{token}'"
         found = client.search_runs([experiment_id], wanted, max_results=1, order_by=["attributes.start_time ASC"])
@@ -58,7 +49,7 @@ def find_or_make(
     return str(client.create_run(experiment_id, tags=dict(tags), run_name=run_name).info.run_id)
 
 
-def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str], artifacts: str | None) -> None:
+def reopen(client: "MlflowClient", run_id: str, tags: Mapping[str, str], artifacts: str | None) -> None:
     """Go on with a run, however its last process ended.
 
     Args:
@@ -70,8 +61,8 @@ def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str
     found = find_run(client, run_id)
     if found is None:
         raise TrackingError(
-            f"tracker.uri: {masked(uri)} has no run {run_id} to go on with; set tracker.uri to the store the run began "
-            "in, or give a new name."
+            f"tracker.uri: {masked(client.tracking_uri)} has no run {run_id} to go on with; set tracker.uri to the "
+            "store the run began in, or give a new name."
         )
     check_active(client, client.get_experiment(found.info.experiment_id))
     if found.info.lifecycle_stage != "active":

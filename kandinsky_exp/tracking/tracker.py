@@ -22,7 +22,7 @@ from kandinsky_exp.tracking.disk_queue import Record
 from kandinsky_exp.tracking.mlflow_names import dataset_source, legal_name, param_text, reason, run_tags, tag_texts
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.sender import name_of
-from kandinsky_exp.tracking.store import artifact_location, connect, explained, impatient
+from kandinsky_exp.tracking.store import artifact_location, connect, explained, find_experiment, impatient
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -146,9 +146,10 @@ class MlflowTracker:
             box = Outbox(outbox)
             with explained(uri):
                 artifacts = artifact_location(uri, artifact_root)
-                every = run_tags(tags, parent_run_id)
-                run_id = run_id or mlflow_run.find_or_make(client, (experiment, artifacts), run_name, token, every)
-                mlflow_run.reopen(client, uri, run_id, tags, artifacts)
+                if run_id is None:
+                    place, every = find_experiment(client, experiment, artifacts), run_tags(tags, parent_run_id)
+                    run_id = mlflow_run.find_or_make(client, place, run_name, token, every)
+                mlflow_run.reopen(client, run_id, tags, artifacts)
                 logged = mlflow_run.steps_logged(client, run_id, box, redone_from)
             box.open()
             box.remove_status()  # of an earlier process: this one's will come
