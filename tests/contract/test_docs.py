@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import commands  # noqa: F401 - the server that forks the jobs of sweeps
+import mlflow
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -271,7 +272,10 @@ def test_a_mistake_is_told_as_it_is_shown(folder: Path, capfd: pytest.CaptureFix
 def execute(snippet: str) -> None:
     for real, small in TINY_SNIPPETS.items():
         snippet = re.sub(real, small, snippet)
-    exec(compile(snippet.replace("/home/me", str(Path.cwd())), "docs", "exec"), {})
+    try:
+        exec(compile(snippet.replace("/home/me", str(Path.cwd())), "docs", "exec"), {})
+    finally:
+        mlflow.set_tracking_uri("")  # a snippet may have set it, for the whole process
 
 
 def test_commands_within_a_text_run(folder: Path) -> None:
