@@ -1,3 +1,5 @@
+"""Fine-tune Kandinsky 2.2: `run.py` is a run, `cli.py` the command, each folder one purpose (docs/architecture.md)."""
+
 import os
 
 # What libraries tell their makers of their use is off, unless the user has said otherwise; they read it when they are

@@ -18,9 +18,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from kandinsky_exp import run_settings
 from kandinsky_exp.config import allowlist, targets
 from kandinsky_exp.config.verb_schemas import Train
-from kandinsky_exp.data import source_facts, sources
+from kandinsky_exp.data import checks, source_facts, sources
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
+from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import ConfigError, UserError, first_line
 from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.models.components import PARTS, result_parts, side_parts
@@ -110,7 +111,7 @@ def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in settings.items()}
 
 
-def data(cfg: DictConfig) -> sources.Splits:
+def data(cfg: DictConfig) -> Splits:
     """The configured source, cut down to `max_samples`.
 
     Raises:
@@ -128,14 +129,14 @@ def data(cfg: DictConfig) -> sources.Splits:
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
 
 
-def check_data(cfg: DictConfig, splits: sources.Splits) -> sources.DataSummary:
+def check_data(cfg: DictConfig, splits: Splits) -> checks.DataSummary:
     """Read every row that costs little to read; images are looked at when they are encoded.
 
     Raises:
         DataError: with the first rows that cannot be used, unless these are to be skipped.
     """
     cls = stage_class(cfg)
-    summary = sources.check(splits, cls.reads_captions(), skip=cfg.data.on_error == "skip")
+    summary = checks.check(splits, cls.reads_captions(), skip=cfg.data.on_error == "skip")
     note = note_on_sizes(cfg.data.resolution) if cfg.data.buckets and cls.reads_pixels() else ""
     return replace(summary, notes=(*summary.notes, note)) if note else summary
 

@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.kandinsky_optuna.sweeper import OptunaSweeper
 from kandinsky_exp import hydra_adapter
-from kandinsky_exp.config import command_line, hydra_errors, validation
-from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, reason_of
+from kandinsky_exp.config import command_line, hydra_errors, suggestions, validation
+from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
 from kandinsky_exp.sweeps import job_process, launch, supervise
 from kandinsky_exp.system import launch_environment, redaction, terminal
 
@@ -153,7 +153,10 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
         print(" ".join(verb for verb in VERBS if verb.startswith(line)))
     elif arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
         if arguments[0] not in VERBS:
-            raise ConfigError(command_line.unknown_verb(arguments[0], VERBS))
+            raise ConfigError(
+                f"{cut(arguments[0])}: no such verb, the verbs are {', '.join(VERBS)}; a setting is written key=value, "
+                f"without spaces around the = sign{suggestions.did_you_mean(arguments[0], VERBS, 0.5)}"
+            )
         return arguments[0], arguments[1:]
     return "train", arguments
 
@@ -213,8 +216,10 @@ def _report(error: BaseException, verbose: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if known and _tells(error):
-        rank = os.environ.get("RANK", "0")
-        print(f"process {rank}: " * (rank != "0") + redaction.masked(_message(error)), file=sys.stderr)
+        message, rank = f"error: {error}", os.environ.get("RANK", "0")
+        if isinstance(error, ConfigError) and len(error.problems) > 1:
+            message = "\n  ".join([f"error: {len(error.problems)} settings are wrong", *error.problems])
+        print(f"process {rank}: " * (rank != "0") + redaction.masked(message), file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
 
 
@@ -222,9 +227,3 @@ def _tells(error: BaseException) -> bool:
     """Whether this process prints an error: it is its `teller`; or there is none yet, and it is a machine's first."""
     teller, rank = getattr(error, "teller", None), os.environ.get("RANK", "0")
     return os.environ.get("LOCAL_RANK", rank) in ("0", "-1") if teller is None else str(teller) == rank
-
-
-def _message(error: BaseException) -> str:
-    if not isinstance(error, ConfigError) or len(error.problems) == 1:
-        return f"error: {error}"
-    return "\n".join([f"error: {len(error.problems)} settings are wrong", *(f"  {text}" for text in error.problems)])

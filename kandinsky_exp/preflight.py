@@ -17,7 +17,9 @@ from kandinsky_exp import build, records, run_settings
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.encoded.layout import PICTURE_RULES
+from kandinsky_exp.data.examples import Indexed
 from kandinsky_exp.data.file_hashes import FileDigests
+from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import forking, hub, resuming, run_folder
@@ -37,7 +39,7 @@ class OpenRun:
     accelerator: Accelerator
     stop: signals.Stop
     weights: Weights
-    splits: sources.Splits
+    splits: Splits
     space: run_folder.RunFolder
 
 
@@ -66,7 +68,7 @@ def open_run(cfg: DictConfig) -> Iterator[OpenRun]:
 
 
 def prepare(
-    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, optimizer: str, held: contextlib.ExitStack
+    cfg: DictConfig, weights: Weights, splits: Splits, count: int, optimizer: str, held: contextlib.ExitStack
 ) -> run_folder.RunFolder:
     """All that can be found wrong before weights load: store, files, data, the run's folder. Main process only.
 
@@ -84,7 +86,7 @@ def prepare(
     splits = replace(splits, class_images=class_images.placed(splits.class_images, weights, how))
     class_images.refuse_others(splits.class_images, weights, how, lambda: has_trained_on(cfg, splits))
     report = build.check_data(cfg, splits)
-    if splits.is_divided and isinstance(splits.train, sources.Indexed):
+    if splits.is_divided and isinstance(splits.train, Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # raises where there are too few images
     root, name = location(cfg)
     cls = build.stage_class(cfg)
@@ -117,7 +119,7 @@ def prepare(
     return space
 
 
-def has_trained_on(cfg: DictConfig, splits: sources.Splits) -> bool:
+def has_trained_on(cfg: DictConfig, splits: Splits) -> bool:
     """Whether an earlier start of this very run had this data set, as far as all of it is there."""
     root, name = location(cfg)
     record = run_folder.read_record(root / name) if name is not None else None
@@ -126,9 +128,7 @@ def has_trained_on(cfg: DictConfig, splits: sources.Splits) -> bool:
     return splits.fingerprint(FileDigests(build.cache_folder(cfg))) in (None, record.source)
 
 
-def check_resume(
-    cfg: DictConfig, weights: Weights, splits: sources.Splits, count: int, space: run_folder.RunFolder
-) -> None:
+def check_resume(cfg: DictConfig, weights: Weights, splits: Splits, count: int, space: run_folder.RunFolder) -> None:
     """Refuse to go on as another run; `space` learns what is different."""
     encoders = weights.content(build.stage_class(cfg).encoders)
     reads = space.is_resumed and not is_finished(cfg, count, space)

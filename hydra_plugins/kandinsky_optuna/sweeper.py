@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -63,7 +62,6 @@ class OptunaSweeper(Sweeper):
         self.direction: Any = direction
         self.storage, self.study_name, self.seed = storage, study_name, seed
         self.sampler, self.params = sampler, params or {}
-        self.launcher: Launcher | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -169,9 +167,7 @@ class OptunaSweeper(Sweeper):
 
 def count_asked(study: "optuna.Study") -> int:
     """Trials that were asked for, in this start or an earlier one."""
-    from optuna.trial import TrialState
-
-    return sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+    return sum(trial.state.name != "WAITING" for trial in study.get_trials(deepcopy=False))
 
 
 def drawn(trial: "optuna.trial.FrozenTrial") -> tuple[str, ...]:
@@ -192,10 +188,8 @@ def tell_repeats(study: "optuna.Study", batch: "Sequence[optuna.trial.FrozenTria
 
 def left_over(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":
     """Trials that an earlier start has asked for and was stopped in."""
-    from optuna.trial import TrialState
-
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [trial for trial in running if STARTED in trial.user_attrs]
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if trial.state.name == "RUNNING" and STARTED in trial.user_attrs]
 
 
 def tell(
@@ -208,13 +202,10 @@ def tell(
     """Tell how a trial ended. One that was stopped with the sweep, or before it started, waits for the next start."""
     from optuna.trial import TrialState
 
-    if is_stopped and (outcome is None or outcome.status not in ("FINISHED", "PRUNED")):
+    status = "FAILED" if outcome is None else outcome.status
+    if is_stopped and status not in ("FINISHED", "PRUNED"):
         return
-    if outcome is None:
-        outcome = Outcome(0, "", "", status="FAILED")
-    if outcome.status == "PRUNED":
-        study.tell(trial.number, state=TrialState.PRUNED)
-    elif outcome.status == "FINISHED" and value is not None and math.isfinite(value):
+    if status == "FINISHED" and value is not None and math.isfinite(value):
         study.tell(trial.number, value)
     else:
-        study.tell(trial.number, state=TrialState.FAIL)
+        study.tell(trial.number, state=TrialState.PRUNED if status == "PRUNED" else TrialState.FAIL)

@@ -1,1 +1,1 @@
-"""What was typed, and a run's config.yaml, as one checked config. Imports no torch."""
+"""What was typed → a checked config: validation asks schema and types, allowlist, targets, consistency. No torch."""

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, flag_override
 
 from kandinsky_exp.config import saved_config
-from kandinsky_exp.errors import Problem
+from kandinsky_exp.errors import ConfigError, Problem
 
 KEY = "trusted_modules"
 MODULES = (
@@ -120,10 +120,6 @@ def covers(modules: Collection[str], name: str | None) -> bool:
     return name is not None and any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def is_allowed_module(name: str, added: Collection[str]) -> bool:
-    return covers((*MODULES, *added), name)
-
-
 # --- what was found under a name
 
 
@@ -165,12 +161,15 @@ def _has_role(found: Any, module: str | None, role: str) -> bool:
 # --- Hydra's own section, which Hydra acts on before our code runs
 
 
-def hydra_problems(section: Any, typed: Collection[str], keys: Collection[str]) -> list[Problem]:
-    """What is wrong with a composed `hydra` section.
+def check_hydra(typed: Collection[str], keys: Collection[str], section: Any) -> None:
+    """Check a composed `hydra` section.
 
     Args:
         typed: modules that the user trusts.
         keys: that were typed.
+
+    Raises:
+        ConfigError: all that is wrong with it.
     """
     allowed = (*OF_HYDRA, *typed)
     found = [
@@ -186,7 +185,8 @@ def hydra_problems(section: Any, typed: Collection[str], keys: Collection[str]) 
     for name in settings:
         if not TUNING.fullmatch(str(name)) and f"hydra.job.env_set.{name}" not in keys:
             found.append(Problem(f"hydra.job.env_set.{name}", "is not for a file to set; export it, or type it"))
-    return found
+    if found:
+        raise ConfigError(found)
 
 
 def _is_strange(name: str, value: Any, typed: Collection[str]) -> bool:

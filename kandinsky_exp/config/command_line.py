@@ -4,7 +4,7 @@ import argparse
 import functools
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,11 +86,6 @@ class CommandLine:
         hydra_adapter.start(flags, self.root, self.sweeps, job, self.check)
 
 
-def _check_section(trusted: Collection[str], typed: Collection[str], section: Any) -> None:
-    if found := allowlist.hydra_problems(section, trusted, typed):
-        raise ConfigError(found)
-
-
 def parse(verb: str, arguments: list[str], verbs: Iterable[str]) -> CommandLine:
     """Check the flags with Hydra's own parser; raise ConfigError where that would print its usage."""
 
@@ -108,7 +103,7 @@ def parse(verb: str, arguments: list[str], verbs: Iterable[str]) -> CommandLine:
         raise ConfigError(problems)
     words = [text for text in arguments if text not in flags.overrides]
     trusted = tuple(dict.fromkeys(grammar.names(overrides, allowlist.KEY)))
-    check = functools.partial(_check_section, trusted, grammar.keys(overrides))
+    check = functools.partial(allowlist.check_hydra, trusted, grammar.keys(overrides))
     return CommandLine(verb, flags, [*words, *overrides], overrides, flags.multirun, trusted, check)
 
 
@@ -198,15 +193,6 @@ def group_options(loader: ConfigLoader, group: str, root: str, search_path: Iter
         return loader.get_group_options(group, config_name=root, overrides=list(search_path))
     except (OSError, ValueError, YAMLError):  # no name of a folder: too long, say; or the root config is no yaml
         return []
-
-
-def unknown_verb(word: str, verbs: Iterable[str]) -> str:
-    """The message for a first word that is neither a verb nor a setting."""
-    names = list(verbs)
-    return (
-        f"{cut(word)}: no such verb, the verbs are {', '.join(names)}; a setting is written key=value, without spaces "
-        f"around the = sign{suggestions.did_you_mean(word, names)}"
-    )
 
 
 def job_naming(overrides: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,11 +72,10 @@ def _resume(good: Values, stage: Stage) -> Found:
 
 
 def _has_state(step: Path) -> bool:
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         int(json.loads((step / "state.json").read_text("utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _output(good: Values) -> Found:
@@ -91,13 +91,10 @@ def _output(good: Values) -> Found:
         yield "name", f"is too long for a folder; give a shorter one, of {MAX_NAME} bytes at most"
     elif not name.isprintable():
         yield "name", f"{name!r} has characters that cannot be seen; give another name"
-    elif name.casefold() in TAKEN and "model._target_" in good and not _is_run(expanded(root) / name):
-        yield "name", f"'{name}' is what all runs share in output_root; give another name"
-
-
-def _is_run(folder: Path) -> bool:
-    """Of a run or a sweep that has such a name already, from before it was refused."""
-    return (folder / "run.json").is_file() or (folder / ".jobs").is_dir()
+    elif name.casefold() in TAKEN and "model._target_" in good:
+        folder = expanded(root) / name  # of a run or a sweep that has such a name already, from before it was refused?
+        if not ((folder / "run.json").is_file() or (folder / ".jobs").is_dir()):
+            yield "name", f"'{name}' is what all runs share in output_root; give another name"
 
 
 def _data(good: Values, source: SourceFacts) -> Found:
@@ -106,14 +103,10 @@ def _data(good: Values, source: SourceFacts) -> Found:
         path = good.get(f"data.{name}")
         kind, is_there = ("file", is_file) if name in source.files else ("folder", is_folder)
         if isinstance(path, str) and not is_there(path) and (name != source.hub_id or looks_local(path)):
-            where = f"check the path ({_here()} is the working directory)"
+            where = f"check the path ({Path.cwd()} is the working directory)"
             yield f"data.{name}", f"there is no {kind} '{cut(path)}' here; {where}"
     if (path := good.get("data.class_path")) and exists(path) and not is_folder(path):
         yield "data.class_path", f"'{cut(path)}' is a file; give a folder"
-
-
-def _here() -> str:
-    return str(expanded(".").absolute())
 
 
 def _prompts(key: str, prompts: Any) -> str | None:
@@ -160,7 +153,6 @@ def together(good: Values, stage: Stage, source: SourceFacts) -> Found:
     yield from _training(good, stage)
     yield from _optimizer(good)
     yield from _reading(good, source)
-    yield from _preserving(good)
     yield from _tracking(good)
 
 
@@ -250,9 +242,6 @@ def _reading(good: Values, source: SourceFacts) -> Found:
             yield "data.buckets", "the sizes of all images are known once they are encoded; set data.cache=true"
         if good.get("data.resolution", 64) % 64:
             yield "data.buckets", f"data.resolution has to be a multiple of 64 with it, not {good['data.resolution']}"
-
-
-def _preserving(good: Values) -> Found:
     if good.get("data.class_prompt") is None:
         if good.get("data.class_path") is not None:
             lacking = "without data.class_prompt no class is preserved; give one, or remove it"

@@ -134,7 +134,7 @@ def _wrong_option(override: Override, options: list[str]) -> Problem | None:
     wrong = next(choice for choice in chosen if choice not in options)
     if wrong in (extras := EXTRAS.get(group, {})):
         return Problem(group, f'{wrong} is not installed; pip install "kandinsky-exp[{extras[wrong]}]"')
-    meant = suggestions.did_you_mean(wrong, options)
+    meant = suggestions.did_you_mean(wrong, options, 0.5)
     return Problem(group, f"there is no {group}={cut(wrong)}; the choices are {', '.join(options)}{meant}")
 
 
@@ -145,22 +145,21 @@ def _with_groups(groups: list[Override], line: CommandLine) -> tuple[DictConfig,
     """
     swept = [override for override in groups if override.is_sweep_override()]
     fixed = [override for override in groups if not override.is_sweep_override()]
-    wrong = [problem for override in swept if (problem := _wrong_group(override, _first(override), line))]
+    wrong = [problem for override in swept if (problem := _wrong_group(override, line))]
     chosen = [*line.search_path, *map(_text, fixed)]
     try:
         return compose(line.root, chosen), chosen, wrong
     except HydraException:  # one by one: each compose takes a tenth of a second
-        found = {_text(override): _wrong_group(override, _text(override), line) for override in fixed}
+        found = {_text(override): _wrong_group(override, line) for override in fixed}
         chosen = [*line.search_path, *(text for text, problem in found.items() if problem is None)]
         return compose(line.root, chosen), chosen, [*wrong, *filter(None, found.values())]
 
 
-def _first(override: Override) -> str:
-    return f"{override.get_key_element()}={grammar.values(override, 1)[0]}"
-
-
-def _wrong_group(override: Override, text: str, line: CommandLine) -> Problem | None:
-    """What is wrong with choosing a group's file by `text`, which is the override or one value of it."""
+def _wrong_group(override: Override, line: CommandLine) -> Problem | None:
+    """What is wrong with choosing a group's file by an override; of a sweep the first value is tried."""
+    text = _text(override)
+    if override.is_sweep_override():
+        text = f"{override.get_key_element()}={grammar.values(override, 1)[0]}"
     error = _refused(text, line)
     if error is None:
         return None

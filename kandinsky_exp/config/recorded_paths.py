@@ -1,7 +1,6 @@
 """Paths in the configs of runs: recorded as absolute ones, and compared after a project was moved."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +32,26 @@ def _whole(path: str) -> Path:
     return found.resolve() if ".." in found.parts else found
 
 
-@dataclass(frozen=True)
-class Move:
-    """From where to where a project has moved, as far as an output folder tells: by what the two places do not share.
+def moved(path: str, old_root: str, new_root: Path) -> Path | None:
+    """Where what was at a path is now, whether it was taken along or not; None for what lay elsewhere.
 
     Args:
-        old: relative where its run recorded no absolute paths.
+        old_root: an output folder, which tells from where to where its project has moved, by what the two places do
+            not share; relative where its run recorded no absolute paths.
+        new_root: where that folder is now.
     """
-
-    old: Path
-    new: Path
-
-    @classmethod
-    def between(cls, old_root: str, new_root: Path) -> "Move":
-        old, new = files.expanded(old_root), new_root.absolute()
-        while old.name and old.name == new.name:
-            old, new = old.parent, new.parent
-        return cls(old, new)
-
-    def __call__(self, path: str) -> Path | None:
-        """Where what was at a path is now, whether it was taken along or not; None for what lay elsewhere."""
-        place = files.expanded(path)
-        if not place.is_relative_to(self.old):
-            return None
-        return _whole(str(self.new / place.relative_to(self.old)))
+    old, new, place = files.expanded(old_root), new_root.absolute(), files.expanded(path)
+    while old.name and old.name == new.name:
+        old, new = old.parent, new.parent
+    return _whole(str(new / place.relative_to(old))) if place.is_relative_to(old) else None
 
 
 def as_before(now: Values, before: Values) -> dict[str, Any]:
     """Flat settings, the same paths written as they were: relative, or at the place from which all has moved."""
-    move = Move.between(str(before.get("output_root", "")), Path(str(now.get("output_root", ""))))
+    roots = str(before.get("output_root", "")), Path(str(now.get("output_root", "")))
     known = (PATHS | WHERE_THERE) & before.keys()
     return {
-        key: before[key] if key in known and _alike(before[key], value, move) else value for key, value in now.items()
+        key: before[key] if key in known and _alike(before[key], value, roots) else value for key, value in now.items()
     }
 
 
@@ -75,9 +62,9 @@ def news(now: Values, before: Values) -> dict[str, Any]:
     return {key: value for key, value in now.items() if key not in known or same[key] != before[key]}
 
 
-def _alike(was: Any, now: Any, move: Move) -> bool:
+def _alike(was: Any, now: Any, roots: tuple[str, Path]) -> bool:
     if isinstance(was, list) and isinstance(now, list):
-        return len(was) == len(now) and all(_alike(*pair, move) for pair in zip(was, now, strict=True))
+        return len(was) == len(now) and all(_alike(*pair, roots) for pair in zip(was, now, strict=True))
     if was == now or not (isinstance(was, str) and isinstance(now, str)) or now in WORDS or "://" in now:
         return bool(was == now)
-    return _whole(now) in (_whole(was), move(was))
+    return _whole(now) in (_whole(was), moved(was, *roots))

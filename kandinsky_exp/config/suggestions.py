@@ -29,7 +29,7 @@ ALIASES = {  # what the diffusers scripts and other trainers call these
 
 def suggest(key: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` for a key that does not exist, or nothing; a right last part counts most."""
-    choices = list(dict.fromkeys(known))
+    choices = [choice for choice in dict.fromkeys(known) if choice != key]  # another verb may have it
     last = key.rpartition(".")[2]
     close = [ALIASES[last]] if ALIASES.get(last) in choices else []
     close = close or [choice for choice in choices if choice.rpartition(".")[2] == last]
@@ -39,9 +39,9 @@ def suggest(key: str, known: Iterable[str]) -> str:
     return _question(close[:3])
 
 
-def did_you_mean(word: object, choices: Iterable[str]) -> str:
+def did_you_mean(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """`; did you mean ...?` for a word that is none of the choices, or nothing."""
-    return _question(get_close_matches(str(word), list(choices), n=1))
+    return _question(get_close_matches(str(word), list(choices), n=1, cutoff=cutoff))
 
 
 def _question(close: list[str]) -> str:

@@ -111,6 +111,8 @@ def check_name(key: str, node: dict[str, Any], added: Collection[str] = ()) -> l
     if is_installed(package):
         return []
     missing = f"{target} is in '{package}', which is not installed; {how_to_install(package)}"
+    if allowlist.covers(added, target):  # a file of the user's, whose name may be that of a stranger's package
+        missing = f"Python does not find {package}; if {package}.py is yours, set PYTHONPATH to its folder"
     return [Problem(f"{key}._target_", missing)]
 
 
@@ -133,6 +135,12 @@ def check(
         return [Problem(f"{key}._target_", f"{name} cannot be called; give a class or a function")]
     if problem := allowlist.object_problem(name, target, schema.role, added):
         return [Problem(f"{key}._target_", problem)]
+    if lacking := sorted(getattr(target, "__abstractmethods__", ())):
+        return [
+            Problem(f"{key}._target_", f"{name} lacks {', '.join(lacking)}; define what its base class leaves open")
+        ]
+    if schema.given_later and node.get("_partial_") is not True:
+        return [Problem(f"{key}._partial_", "has to be true, for the run hands over the other arguments")]
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):  # it is made in C and does not tell
@@ -203,7 +211,7 @@ def _locate(path: str, added: Collection[str]) -> Any:
     found: Any = None
     for index, part in enumerate(parts):
         name = ".".join(parts[: index + 1])
-        if isinstance(found, ModuleType) and not allowlist.is_allowed_module(found.__name__, added):
+        if isinstance(found, ModuleType) and not allowlist.covers((*allowlist.MODULES, *added), found.__name__):
             raise _NotThereError(
                 f"{path:.200} leads out of {parts[0]}, to {found.__name__}; name what is the package's own"
             )

@@ -16,8 +16,6 @@ from typing import Annotated, Any, Literal, Union
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 SEQUENCES = (list, tuple, set, frozenset, Sequence, Iterable)
 UNIONS = (Union, types.UnionType)
-
-
 LARGEST = sys.float_info.max  # whole numbers have no end in Python
 
 
@@ -60,7 +58,11 @@ def fits(value: Any, annotation: Any) -> bool:
     if kind is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if kind in SEQUENCES:
-        return isinstance(value, list) and _items_fit(value, annotation, arguments)
+        if not isinstance(value, list):
+            return False
+        if _has_fixed_length(annotation):
+            return len(value) == len(arguments) and all(map(fits, value, arguments))
+        return not arguments or all(fits(item, arguments[0]) for item in value)
     if kind in (dict, Mapping):
         return isinstance(value, dict)
     return _fits_plain(value, annotation)
@@ -68,12 +70,6 @@ def fits(value: Any, annotation: Any) -> bool:
 
 def _rules(arguments: tuple[Any, ...]) -> list[Rule]:
     return [rule for rule in arguments[1:] if isinstance(rule, Rule)]
-
-
-def _items_fit(value: list[Any], annotation: Any, arguments: tuple[Any, ...]) -> bool:
-    if _has_fixed_length(annotation):
-        return len(value) == len(arguments) and all(map(fits, value, arguments))
-    return not arguments or all(fits(item, arguments[0]) for item in value)
 
 
 def _has_fixed_length(annotation: Any) -> bool:
@@ -126,14 +122,12 @@ def words(annotation: Any) -> str:
     if kind in SEQUENCES:
         if _has_fixed_length(annotation):
             return f"a list of {len(arguments)} ({', '.join(map(words, arguments))})"
-        return f"a list of {_plural(words(arguments[0]))}" if arguments else "a list"
+        item = words(arguments[0]) if arguments else ""
+        items = f"{item.removeprefix('a ')}s" if item in ("text", "a number", "a whole number") else item
+        return f"a list of {items}" if items else "a list"
     if kind in (dict, Mapping):
         return "a mapping"
     return PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _plural(kind: str) -> str:
-    return f"{kind.removeprefix('a ')}s" if kind in ("text", "a number", "a whole number") else kind
 
 
 def _written(value: Any) -> str:

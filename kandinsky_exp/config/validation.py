@@ -66,14 +66,12 @@ def problems(cfg: DictConfig, verb: str, trusted: Collection[str] = (), *, quick
     stage = partial(targets.stage_of, values.get("model"), modules)
     source = targets.source_facts(good.get("data._target_"), modules)
     beyond = [*consistency.files(good, stage, source), *consistency.together(good, stage, source)]
-    found += [Problem(key, text) for key, text in [*beyond, *_untrusted(cfg, trusted)] if key not in wrong]
-    return found + targets.problems(values, schema, modules, quick=quick or bool(found))
-
-
-def _untrusted(cfg: DictConfig, trusted: Collection[str]) -> Iterator[tuple[str, str]]:
     if names := allowlist.refused(cfg, trusted):
         type_it = f"type trusted_modules=[{','.join(names)}], or hand it to the function from Python"
-        yield allowlist.KEY, f"a config file may not add {', '.join(names)}; if you trust that code, {type_it}"
+        untrusted = f"a config file may not add {', '.join(names)}; if you trust that code, {type_it}"
+        beyond.append((allowlist.KEY, untrusted))
+    found += [Problem(key, text) for key, text in beyond if key not in wrong]
+    return found + targets.problems(values, schema, modules, quick=quick or bool(found))
 
 
 # --- the schema

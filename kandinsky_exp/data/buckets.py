@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of equal area, so that pictures need not be cut to squares."""
+"""Aspect-ratio buckets: sizes of about equal area, so that pictures need not be cut to squares."""
 
 import math
 from itertools import count

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
@@ -91,20 +90,19 @@ def find_bad(source: Indexed, requires_captions: bool, noted: Tally | None = Non
     Args:
         noted: gets what of the others' files was not used.
     """
+
+    def decode(row: int) -> tuple[str | None, str]:
+        example = source[row]
+        try:
+            note = example.image().info.get(NOTE, "")
+        except DataError as error:
+            return str(error), ""
+        return problem_of(example, requires_captions), note
+
     bad = []
-    decode = partial(_decoding_problem, source, requires_captions)
     for row, (problem, note) in enumerate(in_threads(decode, len(source))):
         if problem:
             bad.append((row, problem))
         elif note and noted is not None:
             tally.count(noted, note, source[row].id)
     return bad
-
-
-def _decoding_problem(source: Indexed, requires_captions: bool, row: int) -> tuple[str | None, str]:
-    example = source[row]
-    try:
-        note = example.image().info.get(NOTE, "")
-    except DataError as error:
-        return str(error), ""
-    return problem_of(example, requires_captions), note

@@ -34,17 +34,17 @@ class ClassImages:
 
     def missing(self) -> list[int]:
         """Numbers of the pictures that have to be drawn."""
-        own, drawn = self._found()
+        own, drawn = self._found({})
         return [number for number in range(self.count - len(own)) if drawn_name(number) not in drawn]
 
     def drawn(self) -> list[str]:
         """Names of the pictures that were drawn, whatever for."""
-        return self._found()[1]
+        return self._found({})[1]
 
     def source(self) -> FileRows:
         """The pictures that are there."""
         assert self.folder is not None  # nosec B101 # narrows the type
-        own, drawn = self._found()
+        own, drawn = self._found({})
         rows = captioned(self.folder, [*own, *drawn][: self.count], self.prompt)
         return replace(rows, unused=self.left_out())
 
@@ -56,9 +56,9 @@ class ClassImages:
             tally.count(unused, f"not used, class images beyond data.num_class_images={self.count}", name)
         return unused
 
-    def _found(self, unused: Tally | None = None) -> tuple[list[str], list[str]]:
-        is_there = self.folder is not None and self.folder.is_dir()
-        names = list(pictures(self.folder, (), unused)) if is_there and self.folder is not None else []
+    def _found(self, unused: Tally) -> tuple[list[str], list[str]]:
+        folder = self.folder
+        names = list(pictures(folder, (), unused)) if folder is not None and folder.is_dir() else []
         own = [name for name in names if not DRAWN.fullmatch(name)]
         return own, sorted(set(names) - set(own), key=lambda name: (len(name), name))
 
@@ -97,9 +97,8 @@ def refuse(key: str, prompt: str) -> None:
         raise DataError(f"{key}: {problem}")
 
 
-def pictures(folder: Path, skip: Collection[Path] = (), unused: Tally | None = None) -> Iterator[str]:
+def pictures(folder: Path, skip: Collection[Path], unused: Tally) -> Iterator[str]:
     """Names of pictures, relative to the folder; the others are counted in `unused`."""
-    unused = {} if unused is None else unused
     for inner, inside, files in walk(folder, skip, unused):
         for name in files:
             if is_picture(inner / name):

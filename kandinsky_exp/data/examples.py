@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kandinsky_exp.data.file_hashes import FileDigests, of_content
+from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.pictures import open_rgb
 from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.tally import Tally
@@ -64,12 +64,8 @@ class Example:
 
 def read_file(path: str, limit: int = MAX_BYTES) -> bytes:
     """Content of a file; one of more than `limit` bytes, or a device or pipe that might never end, is refused."""
-    file = Path(path)
-    try:
-        mode = file.stat().st_mode
-    except FileNotFoundError:
-        file = Path(on_disk(path))
-        mode = file.stat().st_mode
+    file = Path(on_disk(path))
+    mode = file.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(0, "not a regular file")
     with file.open("rb") as content:
@@ -193,23 +189,6 @@ class Subset(Indexed):
         total = hashlib.sha256(f"subset {self.parent.fingerprint(digests)}".encode())
         total.update(self.indices.astype(np.int64).tobytes())
         return total.hexdigest()
-
-
-def picture_digests(source: Indexed, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What tells the content of these rows' image files from others, (n, 2); all of them are read.
-
-    Raises:
-        DataError: one cannot be read.
-    """
-
-    def digest(index: int) -> NDArray[np.int64]:
-        example = source[int(rows[index])]
-        try:
-            return of_content(example.read())
-        except OSError as error:
-            raise DataError(f"{example.where}: image {example.id}: {cause_of(error)}") from error
-
-    return np.array(list(in_threads(digest, len(rows))), np.int64).reshape(-1, 2)
 
 
 def in_threads(function: Callable[[int], Any], rows: int) -> Iterator[Any]:

@@ -8,15 +8,16 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import ImageOps
 from torch.utils.data import Dataset
 
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import Features
-from kandinsky_exp.data.encoded.workers import collate as collate
-from kandinsky_exp.data.examples import Indexed, Source, picture_digests
+from kandinsky_exp.data.examples import Indexed, Source, in_threads
+from kandinsky_exp.data.file_hashes import of_content
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import Visit, choose_caption, choose_mirror
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, cause_of
 
 Rows = NDArray[np.int64]
 
@@ -66,19 +67,28 @@ class VisitedRows(Dataset[Features], ABC):
 
     def pictures(self, source: Source) -> Rows | None:
         """(n, 2), equal where rows show the same picture; None where only reading the whole source would tell."""
-        rows = np.array([self.source_row(index) for index in range(len(self))])
-        return picture_digests(source, rows) if isinstance(source, Indexed) else None
+        if not isinstance(source, Indexed):
+            return None
+
+        def digest(index: int) -> Rows:
+            example = source[self.source_row(index)]
+            try:
+                return of_content(example.read())
+            except OSError as error:
+                raise DataError(f"{example.where}: image {example.id}: {cause_of(error)}") from error
+
+        return np.array(list(in_threads(digest, len(self))), np.int64).reshape(-1, 2)
 
 
 class CachedFeatures(VisitedRows):
     """Features of a table, see `FeatureTable.row`; of some of its rows, or all."""
 
-    def __init__(self, table: FeatureTable, seed: int, rows: Rows | None = None) -> None:
-        super().__init__(seed, np.arange(len(table)) if rows is None else rows, table.views > 1)
+    def __init__(self, table: FeatureTable, seed: int) -> None:
+        super().__init__(seed, np.arange(len(table)), table.views > 1)
         self.table = table
 
     def _read(self, index: int, epoch: int, mirror: bool) -> Features:
-        return self.table.visit(int(self.rows[index]), partial(choose_caption, self.seed, epoch, index), int(mirror))
+        return self.table.row(int(self.rows[index]), partial(choose_caption, self.seed, epoch, index), int(mirror))
 
     def id(self, index: int) -> str:
         return self.table.id(int(self.rows[index]))
@@ -88,8 +98,7 @@ class CachedFeatures(VisitedRows):
 
     def shapes(self) -> Rows:
         """Of the latents of each row, (n, 3); of use where they differ."""
-        shapes: Rows = self.table.shapes()[self.rows]
-        return shapes
+        return np.asarray(self.table.shapes()[self.rows])
 
     def groups(self) -> Rows | None:
         if not self.table.meta["buckets"]:
@@ -121,7 +130,7 @@ class OnlineExamples(VisitedRows):
                 raise DataError(f"{example.where}: {example.caption_problem}")
             caption = example.captions[choose_caption(self.seed, epoch, index, len(example.captions))]
         image = example.image()
-        return self.preprocess(self.preprocess.mirror(image) if mirror else image, caption, example.extra)
+        return self.preprocess(ImageOps.mirror(image) if mirror else image, caption, example.extra)
 
     def id(self, index: int) -> str:
         return self.source[self.source_row(index)].id

@@ -89,16 +89,17 @@ class FileDigests:
             paths = pa.array(paths, pa.large_string())
         now = time.time_ns()
         sizes, times = _stat(paths)
-        memory = _Memory.read(self._file(name))
-        digests, fresh = memory.recall(paths, sizes, times)
+        memory = _remembered(self._file(name))
+        digests, fresh = _recall(memory, paths, sizes, times)
         settled = (sizes >= 0) & (np.abs(now - times) > SETTLED)
 
         def remember() -> None:
-            _Memory.of(paths, sizes, times, digests).filtered(settled & digests.any(axis=1)).write(self._file(name))
+            keep = pa.array(settled & digests.any(axis=1))
+            _write(_columns(paths, sizes, times, digests).filter(keep), self._file(name))
 
         self._read(paths, np.flatnonzero(fresh), digests, remember)
         keep = settled & digests.any(axis=1)
-        if (fresh & keep).any() or keep.sum() != len(memory):
+        if (fresh & keep).any() or keep.sum() != memory.num_rows:
             remember()
         return _binary(digests)
 
@@ -107,7 +108,9 @@ class FileDigests:
         reported = time.monotonic()
         for start in range(0, len(rows), FEW):
             some = rows[start : start + FEW]
-            digests[some] = _hash_files(paths.take(pa.array(some)).to_pylist())
+            with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter lock
+                hashes = pool.map(_hash_file, paths.take(pa.array(some)).to_pylist())
+            digests[some] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
                 remember()
@@ -130,67 +133,61 @@ class FileDigests:
         return self.folder / f"files-{hashlib.sha256(name.encode()).hexdigest()[:16]}.arrow" if self.folder else None
 
 
-class _Memory:
-    """The remembered columns path, size, mtime_ns and digest."""
+def _columns(paths: pa.Array, sizes: Integers, times: Integers, digests: Bytes) -> pa.RecordBatch:
+    arrays = [paths, pa.array(sizes), pa.array(times), _binary(digests)]
+    return pa.record_batch(arrays, names=["path", "size", "mtime_ns", "digest"])
 
-    def __init__(self, columns: pa.RecordBatch) -> None:
-        self.columns = columns
 
-    def __len__(self) -> int:
-        return int(self.columns.num_rows)
+def _remembered(file: Path | None) -> pa.RecordBatch:
+    nothing = np.zeros(0, np.int64)
+    empty = _columns(pa.array([], pa.large_string()), nothing, nothing, np.zeros((0, 32), np.uint8))
+    try:
+        with pa.memory_map(str(file)) as source:
+            reader = pa.ipc.open_file(source)
+            columns = reader.get_batch(0)
+            same = columns.schema.equals(empty.schema)
+            intact = same and reader.schema.metadata == {b"sum": _sum(columns)}
+            return columns if intact else empty
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return empty
 
-    @classmethod
-    def of(cls, paths: pa.Array, sizes: Integers, times: Integers, digests: Bytes) -> "_Memory":
-        arrays = [paths, pa.array(sizes), pa.array(times), _binary(digests)]
-        return cls(pa.record_batch(arrays, names=["path", "size", "mtime_ns", "digest"]))
 
-    @classmethod
-    def read(cls, file: Path | None) -> "_Memory":
-        nothing = np.zeros(0, np.int64)
-        empty = cls.of(pa.array([], pa.large_string()), nothing, nothing, np.zeros((0, 32), np.uint8))
-        try:
-            with pa.memory_map(str(file)) as source:
-                reader = pa.ipc.open_file(source)
-                columns = reader.get_batch(0)
-                same = columns.schema.equals(empty.columns.schema)
-                intact = same and reader.schema.metadata == {b"sum": cls(columns)._sum()}
-                return cls(columns) if intact else empty
-        except (OSError, ValueError, KeyError, pa.ArrowException):
-            return empty
+def _write(columns: pa.RecordBatch, file: Path | None) -> None:
+    """Atomically, and in silence where the disk is full or read-only."""
+    if file is None:
+        return
+    columns = columns.replace_schema_metadata({b"sum": _sum(columns)})
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file, f".{uuid.uuid4().hex}") as aside, pa.ipc.new_file(str(aside), columns.schema) as writer:
+            writer.write_batch(columns)
 
-    def write(self, file: Path | None) -> None:
-        """Atomically, and in silence where the disk is full or read-only."""
-        if file is None:
-            return
-        schema = self.columns.schema.with_metadata({b"sum": self._sum()})
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file, f".{uuid.uuid4().hex}") as aside, pa.ipc.new_file(str(aside), schema) as writer:
-                writer.write_batch(self.columns.replace_schema_metadata(schema.metadata))
 
-    def filtered(self, keep: NDArray[np.bool_]) -> "_Memory":
-        return self if keep.all() else _Memory(self.columns.filter(pa.array(keep)))
+def _recall(
+    memory: pa.RecordBatch, paths: pa.Array, sizes: Integers, times: Integers
+) -> tuple[Bytes, NDArray[np.bool_]]:
+    """Digests (n, 32), zero where nothing fits, and which of the files (n,) have to be read."""
+    digests, fresh = np.zeros((len(paths), 32), np.uint8), sizes >= 0
+    if not memory.num_rows or not len(paths):
+        return digests, fresh
+    known = memory.column("path")
+    rows = np.arange(len(paths))
+    if not known.equals(paths):
+        rows = pc.index_in(paths, value_set=known).fill_null(-1).to_numpy().astype(np.int64)
+    same = rows >= 0
+    for column, values in (("size", sizes), ("mtime_ns", times)):
+        same &= memory.column(column).to_numpy()[rows] == values
+    stored = memory.column("digest")
+    matrix = np.frombuffer(stored.buffers()[1], np.uint8)[stored.offset * 32 :][: len(stored) * 32].reshape(-1, 32)
+    digests[same] = matrix[rows[same]]
+    return digests, fresh & ~same
 
-    def recall(self, paths: pa.Array, sizes: Integers, times: Integers) -> tuple[Bytes, NDArray[np.bool_]]:
-        """Digests (n, 32), zero where nothing fits, and which of the files (n,) have to be read."""
-        digests, fresh = np.zeros((len(paths), 32), np.uint8), sizes >= 0
-        if not len(self) or not len(paths):
-            return digests, fresh
-        known = self.columns.column("path")
-        rows = np.arange(len(paths))
-        if not known.equals(paths):
-            rows = pc.index_in(paths, value_set=known).fill_null(-1).to_numpy().astype(np.int64)
-        same = rows >= 0
-        for column, values in (("size", sizes), ("mtime_ns", times)):
-            same &= self.columns.column(column).to_numpy()[rows] == values
-        digests[same] = _matrix(self.columns.column("digest"))[rows[same]]
-        return digests, fresh & ~same
 
-    def _sum(self) -> bytes:
-        total = hashlib.sha256()
-        for column in self.columns.columns:
-            update(total, column)
-        return total.hexdigest().encode()
+def _sum(columns: pa.RecordBatch) -> bytes:
+    total = hashlib.sha256()
+    for column in columns.columns:
+        update(total, column)
+    return total.hexdigest().encode()
 
 
 def _stat(paths: pa.Array) -> tuple[Integers, Integers]:
@@ -215,11 +212,6 @@ def _strings(values: pa.Array) -> Iterator[str]:
         yield from values.slice(start, CHUNK).to_pylist()
 
 
-def _hash_files(paths: list[str]) -> Bytes:
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter lock
-        return np.frombuffer(b"".join(pool.map(_hash_file, paths)), np.uint8).reshape(-1, 32)
-
-
 def _hash_file(path: str) -> bytes:
     try:
         with Path(path if exists(path) else on_disk(path)).open("rb") as file:
@@ -230,7 +222,3 @@ def _hash_file(path: str) -> bytes:
 
 def _binary(digests: Bytes) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(digests), [None, pa.py_buffer(digests)])
-
-
-def _matrix(digests: pa.Array) -> Bytes:
-    return np.frombuffer(digests.buffers()[1], np.uint8)[digests.offset * 32 :][: len(digests) * 32].reshape(-1, 32)

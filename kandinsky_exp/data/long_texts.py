@@ -21,11 +21,11 @@ def cut_caption(name: str, beginning: str) -> str:
     return f"{name}: read up to '{ending(beginning)}'"
 
 
-def cut_captions(source: Indexed, rows: NDArray[np.int64] | None, preprocess: Preprocess) -> list[str]:
-    """All that are, of some rows; None = of every row."""
+def cut_captions(source: Indexed, rows: NDArray[np.int64], preprocess: Preprocess) -> list[str]:
+    """All that are, of some rows."""
     if preprocess.tokenizer is None:
         return []
-    examples = source.examples() if rows is None else (source[int(row)] for row in rows)
+    examples = (source[int(row)] for row in rows)
     return [
         cut_caption(example.id, beginning)
         for example in examples

@@ -8,7 +8,6 @@ from functools import cache, lru_cache
 from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from kandinsky_exp.errors import first_line
@@ -191,13 +190,10 @@ def _as_pixels_of(image: Image.Image, space: str) -> Image.Image | None:
     wanted = SPACES.get(space)
     if wanted == "RGB" and mode == "L":
         return pixels.convert("RGB")
-    if wanted == "L" and mode == "RGB" and _is_grey(np.asarray(pixels)):  # 16-bit grey with alpha is opened as RGBA
-        return pixels.getchannel("R")
+    if wanted == "L" and mode == "RGB":  # 16-bit grey with alpha is opened as RGBA
+        channels = np.asarray(pixels)
+        return pixels.getchannel("R") if (channels[..., :1] == channels[..., 1:]).all() else None
     return pixels if wanted == mode else None
-
-
-def _is_grey(pixels: NDArray[np.uint8]) -> bool:
-    return bool((pixels[..., :1] == pixels[..., 1:]).all())
 
 
 @cache

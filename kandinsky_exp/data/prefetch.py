@@ -3,7 +3,6 @@
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any
 
@@ -13,14 +12,7 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 ON_HOST = "index"  # row numbers, for messages: no step reads them on the device
 GRACE = 10.0  # seconds that a reader gets to finish the batch it is at, once nobody wants it any more
-
-
-@dataclass
-class _Ready:
-    """A batch on its way; `arrived` is the CUDA event of its copy."""
-
-    batch: Batch
-    arrived: Any
+Ready = tuple[Batch, Any]  # a batch on its way, and the CUDA event of its copy
 
 
 def prefetch(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> Generator[Batch]:
@@ -33,16 +25,17 @@ def prefetch(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> 
     Raises:
         whatever `batches` raises, as it is.
     """
-    ready: Queue[_Ready | BaseException | None] = Queue(depth)
+    ready: Queue[Ready | BaseException | None] = Queue(depth)
     stop = threading.Event()
-    begun = _mark_on(device)
+    # After what was asked of the device so far, such as the copies of frozen encoders.
+    begun = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
     reader = threading.Thread(target=_read, args=(batches, device, ready, stop, begun), name="prefetch", daemon=True)
     reader.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield _received(item)
+            yield _received(*item)
             del item  # a batch that was used up is free, also while the next one is waited for
     finally:
         stop.set()
@@ -62,7 +55,7 @@ def changed(batches: Generator[Batch], change: Callable[[Batch], Batch]) -> Gene
 def _read(
     batches: Iterator[Batch],
     device: torch.device,
-    ready: "Queue[_Ready | BaseException | None]",
+    ready: "Queue[Ready | BaseException | None]",
     stop: threading.Event,
     begun: Any,
 ) -> None:
@@ -84,11 +77,6 @@ def _read(
         ready.put(last)
 
 
-def _mark_on(device: torch.device) -> Any:
-    """What the consumer has asked of the device so far, such as the copies of frozen encoders; None without streams."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
 @contextlib.contextmanager
 def _own_stream(device: torch.device, begun: Any) -> Iterator[None]:
     """A stream for all that this thread does, which begins when the device has passed the event `begun`."""
@@ -100,7 +88,7 @@ def _own_stream(device: torch.device, begun: Any) -> Iterator[None]:
         yield
 
 
-def _sent(batch: Batch, device: torch.device) -> _Ready:
+def _sent(batch: Batch, device: torch.device) -> Ready:
     on_cuda = device.type == "cuda"
     moved = {}
     for key, value in batch.items():
@@ -110,14 +98,14 @@ def _sent(batch: Batch, device: torch.device) -> _Ready:
         if on_cuda and value.device.type == "cpu" and not value.is_pinned():
             value = value.pin_memory()
         moved[key] = value.to(device, non_blocking=on_cuda)
-    return _Ready(moved, torch.cuda.current_stream(device).record_event() if on_cuda else None)
+    return moved, torch.cuda.current_stream(device).record_event() if on_cuda else None
 
 
-def _received(item: _Ready) -> Batch:
-    if item.arrived is not None:
-        moved = [value for key, value in item.batch.items() if key != ON_HOST]
+def _received(batch: Batch, arrived: Any) -> Batch:
+    if arrived is not None:
+        moved = [value for key, value in batch.items() if key != ON_HOST]
         stream = torch.cuda.current_stream(moved[0].device)
-        stream.wait_event(item.arrived)
+        stream.wait_event(arrived)
         for value in moved:
             value.record_stream(stream)  # its memory is not given away before this stream has used it
-    return item.batch
+    return batch

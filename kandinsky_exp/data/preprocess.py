@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from kandinsky_exp.data.buckets import Size, nearest_bucket
@@ -96,10 +96,6 @@ class Preprocess:
         assert self.resolution is not None  # nosec B101 # narrows the type
         return nearest_bucket(*image.size, self.buckets) if self.buckets else (self.resolution, self.resolution)
 
-    @staticmethod
-    def mirror(image: Image.Image) -> Image.Image:
-        return ImageOps.mirror(image)
-
     def tokenize(self, captions: Sequence[str]) -> list[tuple[dict[str, Tensor], str | None]]:
         """The tensors of each caption, and the beginning of it that they stand for, None where that is all of it."""
         assert self.tokenizer is not None  # nosec B101 # narrows the type
@@ -113,12 +109,9 @@ class Preprocess:
             for caption, ids, mask, text in rows
         ]
 
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for two objects that make equal tensors of equal examples."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         processor = self.image_processor.to_dict() if self.image_processor is not None else None
         tokenizer = None
         if self.tokenizer is not None:

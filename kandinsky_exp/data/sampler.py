@@ -32,19 +32,10 @@ def choose_mirror(seed: int, epoch: int, index: int) -> int:
     return digest[0] & 1
 
 
-def positions(
-    step: int, micro: int, rank: int, *, batch_size: int, grad_accumulation: int, num_processes: int
-) -> range:
-    """Stream positions of one process's batch: micro-batch `micro` of optimizer step `step`, both counted from 0.
-
-    One optimizer step takes the same rows whatever way its global batch is divided into micro-batches and processes.
-    """
-    before = step * grad_accumulation * num_processes + micro * num_processes + rank
-    return range(before * batch_size, (before + 1) * batch_size)
-
-
 class StreamBatchSampler:
     """Batches of visits of one process, for `DataLoader(batch_sampler=…)`, from `start_step` on to `total_steps`.
+
+    An optimizer step takes the same rows whatever way its global batch is divided into micro-batches and processes.
 
     Args:
         rows: number of rows in the data set, N.
@@ -71,24 +62,18 @@ class StreamBatchSampler:
             raise ValueError(f"{rows=}, {batch_size=}, {grad_accumulation=}, {rank=} of {num_processes=}")
         self.rows, self.seed, self.rank = rows, seed, rank
         self.steps = range(start_step, total_steps)
-        self.grad_accumulation = grad_accumulation
+        self.batch_size, self.grad_accumulation, self.num_processes = batch_size, grad_accumulation, num_processes
         self.groups = np.zeros(rows, np.int64) if groups is None else groups
-        self._shape = {
-            "batch_size": batch_size,
-            "grad_accumulation": grad_accumulation,
-            "num_processes": num_processes,
-        }
 
     def __len__(self) -> int:
         """Number of micro-batches."""
         return len(self.steps) * self.grad_accumulation
 
     def __iter__(self) -> Iterator[list[Visit]]:
-        per_step = self._shape["batch_size"] * self._shape["grad_accumulation"] * self._shape["num_processes"]
-        for step in self._steps(per_step):
-            for micro in range(self.grad_accumulation):
-                mine = positions(0, micro, self.rank, **self._shape)
-                yield step[mine.start : mine.stop]
+        per_micro = self.batch_size * self.num_processes
+        for visits in self._steps(per_micro * self.grad_accumulation):
+            for start in range(self.rank * self.batch_size, len(visits), per_micro):
+                yield visits[start : start + self.batch_size]
 
     def _steps(self, per_step: int) -> Iterator[list[Visit]]:
         """The visits of each optimizer step over all processes."""

@@ -8,45 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kandinsky_exp.data import tally
-from kandinsky_exp.data.checks import DataSummary, check, find_bad, problem_of
 from kandinsky_exp.data.dreambooth import ClassImages, refuse, subject
-from kandinsky_exp.data.examples import Example, Indexed, Source
+from kandinsky_exp.data.examples import Indexed
 from kandinsky_exp.data.formats import metadata
 from kandinsky_exp.data.formats.download import shown
 from kandinsky_exp.data.formats.file_rows import FileRows, image_columns, read_listed
 from kandinsky_exp.data.formats.folders import outside, unlisted
-from kandinsky_exp.data.formats.hub_info import announced
-from kandinsky_exp.data.formats.hub_rows import hub_rows, load, parquet_rows
+from kandinsky_exp.data.formats.hub_rows import announced, hub_rows, load, parquet_rows
 from kandinsky_exp.data.formats.shard_names import expand, files_beside
 from kandinsky_exp.data.formats.shards import Shards
 from kandinsky_exp.data.formats.sidecar import read_beside
 from kandinsky_exp.data.sampler import order
-from kandinsky_exp.data.source_facts import AnnouncedSplits, SourceFacts, declares
+from kandinsky_exp.data.source_facts import declares
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.files import expanded, is_file, is_folder
-
-__all__ = [
-    "AnnouncedSplits",
-    "DataSummary",
-    "Example",
-    "Indexed",
-    "Source",
-    "SourceFacts",
-    "Splits",
-    "check",
-    "declares",
-    "dreambooth",
-    "emoji",
-    "find_bad",
-    "folder",
-    "held_out",
-    "hub",
-    "listing",
-    "problem_of",
-    "subset",
-    "webdataset",
-]
 
 EMOJI = Path(__file__).parents[1] / "tiny" / "assets" / "emoji"
 IMAGE_KEYS = "jpg;png;webp;jpeg"

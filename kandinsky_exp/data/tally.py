@@ -9,10 +9,7 @@ Tally = dict[str, list[Any]]  # reason: [how often, name, name, …], as JSON ke
 
 
 def count(tally: Tally, reason: str, name: str) -> None:
-    entry = tally.setdefault(reason, [0])
-    entry[0] += 1
-    if len(entry) <= SHOWN:
-        entry.append(name)
+    add(tally, {reason: [1, name]})
 
 
 def add(tally: Tally, other: Tally) -> None:

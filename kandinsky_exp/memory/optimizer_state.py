@@ -9,6 +9,7 @@ from itertools import combinations
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from kandinsky_exp import build
 from kandinsky_exp.memory.tensor_tracker import TensorTracker
@@ -74,7 +75,7 @@ def _extra(make: Make, weights: list[nn.Parameter]) -> float:
     _step(optimizer, weights)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    state = (value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor))
+    state = (value for value in tree_iter(dict(optimizer.state)) if isinstance(value, Tensor))
     with TensorTracker([*weights, *(weight.grad for weight in weights if weight.grad is not None), *state]) as live:
         optimizer.step()
     return float(live.peak / weights[0].nbytes)

@@ -138,15 +138,13 @@ def explain_out_of_memory(cfg: DictConfig, device: torch.device, stage: Diffusio
     Raises:
         OutOfMemory: in place of torch's error, or Python's.
     """
-    trained = [value for value in stage.network.parameters() if value.requires_grad]
-    state = optimizer_state.measure(cfg, trained, device).state  # now, while there is memory for it
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         validating = not stage.network.training
-        listed = "; ".join(advice(cfg, use_of(cfg, device, stage, state, error), device, validating))
+        listed = "; ".join(advice(cfg, use_of(cfg, device, stage, error), device, validating))
         where = "the machine" if is_of_host(error) else "the device"
         raise OutOfMemory(
             f"{where} has no memory left{' for validation' if validating else ''} ({first_line(error)}). What lowers "
@@ -154,8 +152,11 @@ def explain_out_of_memory(cfg: DictConfig, device: torch.device, stage: Diffusio
         ) from error
 
 
-def use_of(cfg: DictConfig, device: torch.device, stage: DiffusionStage, state: int, error: BaseException) -> Use:
-    trainable = sum(value.nbytes for value in stage.network.parameters() if value.requires_grad)
+def use_of(cfg: DictConfig, device: torch.device, stage: DiffusionStage, error: BaseException) -> Use:
+    trained = [value for value in stage.network.parameters() if value.requires_grad]
+    trainable, state = sum(value.nbytes for value in trained), 0
+    with contextlib.suppress(Exception):  # there may be no memory for the small weights that it is measured on
+        state = optimizer_state.measure(cfg, trained, device).state
     frozen = sum(value.nbytes for value in stage.network.parameters()) - trainable
     encoders = 0 if cfg.data.cache else stage.weights.bytes_loaded(stage.encoders)
     average = trainable if cfg.trainer.ema_decay is not None else 0

@@ -7,8 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from kandinsky_exp.config import saved_config
-from kandinsky_exp.config.recorded_paths import Move
+from kandinsky_exp.config import recorded_paths, saved_config
 from kandinsky_exp.errors import CheckpointError, ConfigError, cut
 from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
 from kandinsky_exp.models.weight_files import alone, untrusted
@@ -95,7 +94,7 @@ def source_of(run_folder: Path, side: PipelineHalf) -> str:
     if source == "tiny" or (Path(source).is_absolute() and files.exists(source)):
         return source
     root = run_folder.absolute().parents[1 if is_sweep(run_folder.parent) else 0]
-    place = Move.between(saved_config.value(run_folder, "output_root") or "", root)(source)
+    place = recorded_paths.moved(source, saved_config.value(run_folder, "output_root") or "", root)
     if place is not None and files.exists(place):
         return str(place)
     if not is_hub_id(source) and not files.exists(source):

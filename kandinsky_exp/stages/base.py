@@ -5,7 +5,9 @@ come from a cache or from `encode` on the fly, and the loss cannot tell. What ot
 declares, so that a further one is one subclass and one yaml.
 """
 
+import contextlib
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,11 +140,14 @@ class DiffusionStage(ABC):
         """Frozen encoders over preprocessed examples, no gradient; pictures and captions may come apart."""
 
     def encoding_fingerprint(self) -> str:
-        """Follows what `encode` computes: the encoders' files, and whose method it is, if not the package's."""
+        """Follows what `encode` computes: the encoders' files, and the method's source, if it is not the package's."""
         weights, encode = self.weights.fingerprint(self.encoders), type(self).encode
         if encode.__module__.startswith("kandinsky_exp."):
             return weights
-        return hashlib.sha256(f"{weights} {encode.__module__}.{encode.__qualname__}".encode()).hexdigest()
+        text = f"{weights} {encode.__module__}.{encode.__qualname__}"
+        with contextlib.suppress(OSError):  # of a notebook's cell, say, there is no source
+            text += inspect.getsource(encode)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def encode_batch(self, device: torch.device) -> int:
         """Pictures per call of `encode`: as many as fill an accelerator; on the CPU as many as still gain."""

@@ -61,11 +61,11 @@ class Varied:
     jobs: int
 
 
-def composed(line: command_line.CommandLine) -> DictConfig:
-    """The config that a sweep's jobs start from, with Hydra's own section.
+def checked(line: command_line.CommandLine) -> tuple[DictConfig, Varied]:
+    """(the config that a sweep's jobs start from, with Hydra's own section; what the sweep varies).
 
     Raises:
-        ConfigError: it cannot be composed.
+        ConfigError: all that is wrong with these, and with each single value.
     """
     with line.composing() as loader:
         try:
@@ -74,7 +74,19 @@ def composed(line: command_line.CommandLine) -> DictConfig:
             raise hydra_errors.explain(error, line) from error
     if found := [*_wrong_settings(cfg)]:
         raise ConfigError(found)
-    return cfg
+    texts = sweeper_texts(cfg)
+    if texts and (found := hydra_errors.find_problems(replace(line, overrides=[*line.overrides, *texts]))):
+        raise ConfigError(found)
+    with line.composing() as loader:
+        several = varied(cfg, line.overrides, loader)
+        if found := [*problems(cfg, several)]:
+            raise ConfigError(found)
+        fixed = [text for text in line.overrides if not grammar.read(text).is_sweep_override()]
+        jobs = (replace(line, overrides=[*fixed, *single]) for single in single_values(several, MOST_VALUES))
+        wrong = list(dict.fromkeys(problem for job in jobs for problem in _of_job(job)))
+    if wrong:
+        raise ConfigError(wrong)
+    return cfg, several
 
 
 def _wrong_settings(cfg: DictConfig) -> Iterator[Problem]:
@@ -85,31 +97,6 @@ def _wrong_settings(cfg: DictConfig) -> Iterator[Problem]:
                 continue  # what is taken from a setting of the run is judged there
             if problem := type_problem(_listed(node[name]), annotation):
                 yield Problem(f"hydra.{plugin}.{name}", problem)
-
-
-def checked(line: command_line.CommandLine, cfg: DictConfig) -> Varied:
-    """What a sweep varies.
-
-    Args:
-        cfg: from `composed`.
-
-    Raises:
-        ConfigError: all that is wrong with it, and with each single value.
-    """
-    texts = sweeper_texts(cfg)
-    if texts and (found := hydra_errors.find_problems(replace(line, overrides=[*line.overrides, *texts]))):
-        raise ConfigError(found)
-    with line.composing() as loader:
-        several = varied(cfg, line.overrides, loader)
-        if found := [*problems(cfg, several)]:
-            raise ConfigError(found)
-        fixed = [text for text in line.overrides if not grammar.read(text).is_sweep_override()]
-        wrong: dict[str, None] = {}
-        for single in single_values(several, MOST_VALUES):
-            wrong.update(dict.fromkeys(_of_job(replace(line, overrides=[*fixed, *single]))))
-    if wrong:
-        raise ConfigError(list(wrong))
-    return several
 
 
 def _of_job(job: command_line.CommandLine) -> list[str]:
@@ -150,8 +137,8 @@ def problems(cfg: DictConfig, found: Varied) -> Iterator[Problem]:
         yield Problem("--multirun", f"nothing varies; {several}")
     optimizes = "n_trials" in cfg.hydra.sweeper
     for key, override in found.overrides.items():
-        if (reason := _shared(override.key_or_group)) is not None:
-            yield Problem(key, reason)
+        plain = override.key_or_group.replace("/", ".")
+        yield from (Problem(key, reason) for part, reason in SHARED.items() if f"{plain}.".startswith(f"{part}."))
         if grammar.count(override) is None and not optimizes:
             yield Problem(key, "an interval has no end of values; take hydra/sweeper=optuna, or list some")
         single = grammar.values(override, MOST_LISTED)
@@ -170,11 +157,6 @@ def problems(cfg: DictConfig, found: Varied) -> Iterator[Problem]:
 
 def _listed(node: Any) -> Any:
     return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-
-
-def _shared(key: str) -> str | None:
-    plain = key.replace("/", ".")
-    return next((why for part, why in SHARED.items() if plain == part or plain.startswith(f"{part}.")), None)
 
 
 def single_values(found: Varied, limit: int) -> Iterator[list[str]]:

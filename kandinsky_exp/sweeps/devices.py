@@ -7,10 +7,11 @@ import subprocess  # nosec B404 # nvidia-smi, found on PATH, without a shell
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from kandinsky_exp.system import files
 
 POLL = 0.5  # seconds
 # Whoever set these has shared out the devices already.
@@ -19,67 +20,52 @@ SHARED_OUT = ("RANK", "SLURM_JOB_ID")
 SIGNS = ("nvidia[0-9]*", "kfd", "nvhost-gpu", "dxg")
 
 
-@dataclass(frozen=True)
-class Share:
-    """What a job gets.
-
-    Args:
-        environment: variables for its process.
-        threads: of each operation on the CPU; None = as torch has it.
-    """
-
-    environment: dict[str, str] = field(default_factory=dict)
-    threads: int | None = None
-
-
 @contextlib.contextmanager
 def held(
     devices: str | Sequence[int | str] | None, parallel: int, slots: Path, is_cancelled: Callable[[], bool]
-) -> Iterator[Share | None]:
-    """Take a device, waiting while all are in use; None where that wait was cancelled.
+) -> Iterator[dict[str, str] | None]:
+    """Take a device, waiting while all are in use: variables for a job's process; None where that wait was cancelled.
+
+    What a killed process held is free at once.
 
     Args:
         devices: `auto` for all that are visible; their numbers or UUIDs; None to leave them alone.
         parallel: jobs at a time.
         slots: folder for what jobs on the same machine know of each other.
     """
-    if devices is None or any(name in os.environ for name in SHARED_OUT):
-        yield Share()
+    shares = _shares(devices, parallel, slots)
+    if not shares:
+        yield {}
         return
-    gpus = visible_gpus() if devices == "auto" else [str(device) for device in devices]
-    if gpus:
-        # Another sweep on this machine must not take the same one.
-        locks = Path(tempfile.gettempdir()) / f"kandinsky_exp-{os.getuid()}"
-        with _one_of(locks, [f"gpu-{gpu}" for gpu in gpus], is_cancelled) as taken:
-            yield None if taken is None else Share({"CUDA_VISIBLE_DEVICES": gpus[taken]})
-        return
-    count = min(parallel, cores := usable_cores())
-    if count <= 1:
-        yield Share()
-        return
-    with _one_of(slots, [f"cores-{number}" for number in range(count)], is_cancelled) as taken:
-        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count)))
-        yield None if taken is None else Share({"OMP_NUM_THREADS": str(threads)}, threads)
-
-
-@contextlib.contextmanager
-def _one_of(folder: Path, names: Sequence[str], is_cancelled: Callable[[], bool]) -> Iterator[int | None]:
-    """Hold the first name that nobody holds: its number in `names`. What a killed process held is free at once."""
-    folder.mkdir(parents=True, exist_ok=True)
     while not is_cancelled():
-        for number, name in enumerate(names):
-            lock = FileLock(folder / f"{name}.lock")
+        for file, variables in shares.items():
+            lock = files.locked(file)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
             try:
-                yield number
+                yield variables
             finally:
                 lock.release()
             return
         time.sleep(POLL)
     yield None
+
+
+def _shares(devices: str | Sequence[int | str] | None, parallel: int, slots: Path) -> dict[Path, dict[str, str]]:
+    """{lock: variables for the job that holds it}; empty where there is nothing to share out."""
+    if devices is None or any(name in os.environ for name in SHARED_OUT):
+        return {}
+    if gpus := visible_gpus() if devices == "auto" else [str(device) for device in devices]:
+        # Another sweep on this machine must not take the same one.
+        locks = Path(tempfile.gettempdir()) / f"kandinsky_exp-{os.getuid()}"
+        return {locks / f"gpu-{gpu}.lock": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus}
+    count = min(parallel, cores := usable_cores())
+    if count <= 1:
+        return {}
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count)))
+    return {slots / f"cores-{number}.lock": {"OMP_NUM_THREADS": str(threads)} for number in range(count)}
 
 
 def visible_gpus() -> list[str]:
@@ -111,11 +97,11 @@ def problem(devices: str | Sequence[int | str] | None) -> str | None:
         return "names no GPU; give their numbers, auto, or null to leave the choice to the launcher"
     if twice := sorted({name for name in named if named.count(name) > 1}):
         return f"{', '.join(twice)} is there more than once; each parallel job has a GPU of its own"
-    there = visible_gpus()
-    if not there and "CUDA_VISIBLE_DEVICES" not in os.environ and any(_is_there(sign) for sign in SIGNS):
-        return None  # which, only CUDA knows
-    numbers = [] if "CUDA_VISIBLE_DEVICES" in os.environ else [str(number) for number in range(len(there))]
-    known = [*there, *numbers]
+    known = there = visible_gpus()
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        if not there and any(any(Path("/dev").glob(sign)) for sign in SIGNS):
+            return None  # which, only CUDA knows
+        known = [*there, *map(str, range(len(there)))]
     # CUDA takes the beginning of a UUID for the whole; nvidia-smi does not list the parts of a GPU.
     strange = [
         name
@@ -130,12 +116,5 @@ def problem(devices: str | Sequence[int | str] | None) -> str | None:
     return f"{', '.join(strange)} is not there, {has} (nvidia-smi, CUDA_VISIBLE_DEVICES); name others, or leave it out"
 
 
-def _is_there(pattern: str) -> bool:
-    return any(Path("/dev").glob(pattern))
-
-
 def usable_cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS

@@ -18,12 +18,9 @@ from multiprocessing import connection, forkserver
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from kandinsky_exp.sweeps.devices import Share
 from kandinsky_exp.sweeps.outcomes import JobFolder, Status
 
 POLL = 0.2  # seconds
-# Whether CUDA is there is asked without starting it: it cannot be used in a fork of a process that has.
-SERVER_ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 # Beside the function's own module: what a run imports when it needs it, which takes seconds.
 PRELOADED = (
     "transformers.models.clip.modeling_clip",
@@ -41,12 +38,16 @@ _starting = threading.Lock()
 
 @dataclass(frozen=True)
 class Task:
-    """What the process of a job gets, pickled."""
+    """What the process of a job gets, pickled.
+
+    Args:
+        variables: of its environment: its share of the devices.
+    """
 
     call: "Call"
     cfg: DictConfig
     hydra: DictConfig
-    share: Share
+    variables: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def warm_up(function: str) -> None:
     """Start the server that jobs are forked from, without waiting for its imports."""
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("fork", force=True)  # joblib's workers have one that a job would not know
-    os.environ.update({name: os.environ.get(name, value) for name, value in SERVER_ENVIRONMENT.items()})
+    # Whether CUDA is there is asked without starting it: it cannot be used in a fork of a process that has.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     multiprocessing.set_forkserver_preload([function.partition(":")[0], __name__, *PRELOADED])
     forkserver.ensure_running()
 
@@ -136,24 +138,20 @@ def _work(task: Task, sending: connection.Connection, output: list[connection.Co
     for number, copied in zip((1, 2), output, strict=True):
         os.dup2(copied.fileno(), number)
     os.setpgid(0, 0)  # Ctrl-C reaches the sweep, which hands it on: twice would mean `at once`
-    os.environ.update({**task.share.environment, **_own_rendezvous(int(task.hydra.hydra.job.num))})
+    os.environ.update(task.variables)
+    if "MASTER_PORT" in os.environ:  # several processes a job; the launcher's store is full of an earlier job's keys
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1 + int(task.hydra.hydra.job.num))
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     _end_with_parent()
     HydraConfig.instance().cfg = task.hydra  # type: ignore[assignment]  # a part of it
-    if task.share.threads is not None:
+    if threads := task.variables.get("OMP_NUM_THREADS"):
         import torch
 
-        torch.set_num_threads(task.share.threads)
+        torch.set_num_threads(int(threads))
     answer = task.call.answer(task.call, task.cfg)
     sys.stdout.flush()
     sending.send(answer)
     sending.close()
-
-
-def _own_rendezvous(number: int) -> dict[str, str]:
-    """Of several processes a job: a port of its own, for the launcher's store is full of an earlier job's keys."""
-    if "MASTER_PORT" not in os.environ:
-        return {}
-    return {"MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + 1 + number), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def _end_with_parent() -> None:

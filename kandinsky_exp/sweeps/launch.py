@@ -14,6 +14,7 @@ from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import description
 from kandinsky_exp.sweeps import check, job_process, optuna_study, session, supervise
 from kandinsky_exp.sweeps.outcomes import JobFolder
+from kandinsky_exp.system import files
 from kandinsky_exp.tracking import store, store_probe
 
 
@@ -27,8 +28,7 @@ def launch(line: command_line.CommandLine, call: job_process.Call) -> int:
         UserError: nothing was started.
         Interrupted: a signal came.
     """
-    cfg = check.composed(line)
-    varied = check.checked(line, cfg)
+    cfg, varied = check.checked(line)
     _try_plugins(line, cfg, varied)
     parallel = supervise.parallel_jobs(cfg.hydra.launcher, varied.jobs)
     if os.environ.get("RANK", "0") != "0":  # the first process of each job records it
@@ -39,11 +39,12 @@ def launch(line: command_line.CommandLine, call: job_process.Call) -> int:
     if cfg.tracker.name != "none":
         store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))  # before there is a folder
     folder = session.sweep_folder(cfg)
+    (folder / ".jobs").mkdir(parents=True, exist_ok=True)
     named = line.arguments if cfg.name is not None else [*line.arguments, f"name={folder.name}"]
     verb = [] if line.verb == "train" else [line.verb]
     command = shlex.join(["kandinsky-exp", *verb, *map(description.redacted_override, named)])
     with (
-        session.occupied(folder),
+        files.occupied(folder, ".jobs/lock", "runs a sweep in"),
         job_process.job_server(call.function) as server,  # it imports while this process asks the store
         session.session(cfg, folder, varied.jobs, command) as started,
     ):

@@ -9,7 +9,6 @@ Whoever launches jobs, here or on another machine, sees this folder; more than t
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -82,11 +81,14 @@ class JobFolder:
 
     def read(self, folder: str) -> Outcome | None:
         """The outcome of the job in a folder, None where there is none that can be read."""
-        return _read(self._file(folder))
+        try:
+            return Outcome(**json.loads(self._file(folder).read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
 
     def outcomes(self, session: str | None = None) -> list[Outcome]:
         """Those of one start, or all that there ever were, in the order of the jobs."""
-        found = [_read(path) for path in self.folder.glob("*.json")]
+        found = [self.read(path.stem) for path in self.folder.glob("*.json")]
         chosen = [outcome for outcome in found if outcome is not None and session in (None, outcome.session)]
         return sorted(chosen, key=lambda outcome: outcome.number)
 
@@ -104,18 +106,10 @@ class JobFolder:
             return []
 
     def forget_signals(self) -> None:
-        with suppress(FileNotFoundError):
-            self._stop.unlink()
+        self._stop.unlink(missing_ok=True)
 
     def _file(self, folder: str) -> Path:
         return self.folder / f"{folder}.json"
-
-
-def _read(path: Path) -> Outcome | None:
-    try:
-        return Outcome(**json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def job_name(values: Mapping[str, Any]) -> str:

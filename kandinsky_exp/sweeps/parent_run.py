@@ -13,7 +13,6 @@ from kandinsky_exp.runs import description, run_folder
 from kandinsky_exp.sweeps.outcomes import Outcome
 from kandinsky_exp.tracking import store
 from kandinsky_exp.tracking.mlflow_names import JOB
-from kandinsky_exp.tracking.store import artifact_root
 from kandinsky_exp.tracking.tracker import MlflowTracker, Status, Tracker
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def open_tracker(
         store.chosen_uri(cfg.tracker.uri, cfg.output_root),
         cfg.tracker.experiment,
         name,
-        artifact_root(cfg.output_root),
+        store.artifact_root(cfg.output_root),
         outbox=folder / "outbox",
         run_id=record.run_id,
         token=record.token,

@@ -26,7 +26,6 @@ from kandinsky_exp.tracking.mlflow_names import reason, short_names
 from kandinsky_exp.tracking.tracker import NullTracker, Status, Tracker, tracked
 
 logger = logging.getLogger(__name__)
-LOCK = ".jobs/lock"
 LOSSES = {False: "best loss", True: "last training loss"}  # by whether nothing was held out
 
 
@@ -77,16 +76,6 @@ def sweep_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-def occupied(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep other sweeps out of the folder.
-
-    Raises:
-        ConfigError: one is busy there.
-    """
-    (folder / ".jobs").mkdir(parents=True, exist_ok=True)
-    return files.occupied(folder, LOCK, "runs a sweep in")
-
-
 @contextlib.contextmanager
 def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[Session]:
     """Open the parent run and handle signals; at the end print and record the table and the report.
@@ -109,7 +98,8 @@ def session(cfg: DictConfig, folder: Path, jobs: int, command: str) -> Iterator[
         finally:
             tell(started)
             report(cfg, started)
-            forget_pickles(folder)
+            for file in (folder / ".submitit").glob("*/*.pkl"):  # they hold the whole config, passwords and all
+                file.unlink(missing_ok=True)
         if numbers := job_folder.signals():
             raise Interrupted(numbers[0])
 
@@ -145,13 +135,10 @@ def tell(started: Session) -> None:
     text = table(outcomes, len(outcomes) if started.is_study else started.jobs)
     print(f"\n{text}\n{started.folder}", flush=True)
     started.tracker.log_text(text, "jobs.txt")
-    started.tracker.log_text(as_csv(outcomes), "jobs.csv")
-
-
-def forget_pickles(folder: Path) -> None:
-    """Remove what Submitit handed to its jobs: the whole config, passwords and all. Its logs stay."""
-    for file in (folder / ".submitit").glob("*/*.pkl"):
-        file.unlink(missing_ok=True)
+    names, lines = rows(outcomes)
+    file = io.StringIO()
+    csv.writer(file).writerows([names, *lines])
+    started.tracker.log_text(file.getvalue(), "jobs.csv")
 
 
 def report(cfg: DictConfig, started: Session) -> None:
@@ -220,13 +207,6 @@ def best_jobs(outcomes: list[Outcome]) -> list[str]:
             of = f" {stage}" if len(stages) > 1 and stage else ""
             lines.append(f"{'lowest last training loss' if is_training else 'best'}{of}: {job.name} ({score:.5g})")
     return lines
-
-
-def as_csv(outcomes: list[Outcome]) -> str:
-    names, lines = rows(outcomes)
-    file = io.StringIO()
-    csv.writer(file).writerows([names, *lines])
-    return file.getvalue()
 
 
 def exit_code(started: Session) -> int:

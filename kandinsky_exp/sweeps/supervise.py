@@ -1,4 +1,4 @@
-"""A job of a sweep, run in a process of its own, so that whatever ends it ends nothing else."""
+"""What a launcher calls for each job of a sweep: note its begin and its end; `job_process` starts the process."""
 
 import math
 import os
@@ -51,12 +51,12 @@ class SweptJob:
         if (loss := finished(cfg, folder)) is not None:
             answer = Answer("FINISHED", loss)
         else:
-            with devices.held(cfg.sweep.devices, self.parallel, jobs.folder, lambda: bool(jobs.signals())) as share:
-                if share is None or jobs.signals():
+            with devices.held(cfg.sweep.devices, self.parallel, jobs.folder, lambda: bool(jobs.signals())) as variables:
+                if variables is None or jobs.signals():
                     return math.nan
                 jobs.write(outcome)
                 began = time.monotonic()
-                answer = run_job(Task(self.call, cfg, settings, share), jobs, self.server)
+                answer = run_job(Task(self.call, cfg, settings, variables), jobs, self.server)
                 outcome.seconds += time.monotonic() - began
         complete(outcome, answer, cfg, folder)
         jobs.write(outcome)
@@ -87,7 +87,9 @@ def begun(jobs: JobFolder, cfg: DictConfig, settings: DictConfig, session: str) 
     folder = str(settings.sweep.subdir)
     before = jobs.read(folder)
     changes = varied(settings)
-    name = job_name({key: _chosen(cfg, key, text) for key, text in changes.items()})
+    # The values themselves, so that 1e-5 and 0.00001 are called the same; of a group the option's name.
+    values = {key: OmegaConf.select(cfg, key) for key in changes}
+    name = job_name({key: changes[key] if OmegaConf.is_config(value) else value for key, value in values.items()})
     seconds, token = (0.0, None) if before is None else (before.seconds, before.token)
     number = settings.job.num
     if cfg.sweep.trial is not None:  # a trial that draws what an earlier one has is that job again
@@ -105,12 +107,6 @@ def varied(settings: DictConfig) -> dict[str, str]:
         for override in grammar.readable(settings.overrides.task)
         if override.key_or_group not in fixed and not override.is_delete()
     }
-
-
-def _chosen(cfg: DictConfig, key: str, text: str) -> Any:
-    """The value itself, so that 1e-5 and 0.00001 are called the same; of a group the option's name."""
-    value = OmegaConf.select(cfg, key)
-    return text if OmegaConf.is_config(value) else value
 
 
 def finished(cfg: DictConfig, folder: Path) -> float | None:

@@ -35,6 +35,8 @@ def make(mixed_precision: str, grad_accumulation: int, tf32: bool) -> Accelerato
     on_cuda = torch.cuda.is_available() and not launch.on_cpu
     if on_cuda and (problem := launch_environment.unlike(launch, launch.processes, torch.cuda.device_count())):
         raise ConfigError(problem)
+    # What processes agree on in Python goes over the CPUs, so that it waits for no GPU.
+    backend: Any = {"backend": "cpu:gloo,cuda:nccl"} if on_cuda and launch.is_told else {}
     store = _met(launch) if launch.processes > 1 else None
     try:
         made = Accelerator(
@@ -42,7 +44,11 @@ def make(mixed_precision: str, grad_accumulation: int, tf32: bool) -> Accelerato
             mixed_precision=mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accumulation),
             dynamo_backend="no",  # trainer.compile leaves the keys of checkpoints as they are
-            kwargs_handlers=_handlers(launch, on_cuda),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT, **backend),
+                # Gradients lie in the buckets that are reduced, once. Buffers are constants of the architectures.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            ],
         )
     except ValueError as error:
         raise ConfigError(f"precision: {first_line(error)}; set precision=fp32 or bf16") from error
@@ -52,18 +58,6 @@ def make(mixed_precision: str, grad_accumulation: int, tf32: bool) -> Accelerato
     if (problem := launch_environment.unlike(launch, made.num_processes, None)) is not None:
         raise ConfigError(problem)
     return made
-
-
-def _handlers(launch: Launch, on_cuda: bool) -> list[Any]:
-    """What processes agree on in Python goes over the CPUs, so that it waits for no GPU.
-
-    Gradients lie in the buckets that are reduced, once. Buffers are constants of the architectures: nothing to share.
-    """
-    backend = {"backend": "cpu:gloo,cuda:nccl"} if on_cuda and launch.is_told else {}
-    return [
-        InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT, **backend),
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-    ]
 
 
 def _met(launch: Launch) -> Any:

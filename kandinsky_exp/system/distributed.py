@@ -140,17 +140,14 @@ class Agreement:
             return self._stop.signal_number
         answer = self._answer()
         if answer is None:
-            self._ask()
+            flag = torch.tensor([self._stop.signal_number or 0])
+            self._asked = flag, torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, async_op=True)
         return answer
 
     def now(self) -> int | None:
         """The answer as of now, once all processes are here."""
         answer = self.ahead()
         return self._answer() if answer is None and self._processes > 1 else answer
-
-    def _ask(self) -> None:
-        flag = torch.tensor([self._stop.signal_number or 0])
-        self._asked = flag, torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, async_op=True)
 
     def _answer(self) -> int | None:
         if self._asked is None:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -62,22 +62,18 @@ def on_disk(path: str) -> str:
         return path
     found = "/" if path.startswith("/") else ""
     for part in path.strip("/").split("/"):
-        there = os.path.join(found, part)  # noqa: PTH118
-        if not os.path.lexists(there):
-            same = _same_name(found or ".", part)
-            if same is None:
-                return path
-            there = os.path.join(found, same)  # noqa: PTH118
-        found = there
+        same = part if os.path.lexists(os.path.join(found, part)) else _same_name(found or ".", part)  # noqa: PTH118
+        if same is None:
+            return path
+        found = os.path.join(found, same)  # noqa: PTH118
     return found
 
 
 def _same_name(folder: str, name: str) -> str | None:
     wanted = unicodedata.normalize("NFC", name)
-    try:
+    with suppress(OSError, ValueError):
         return next((other for other in os.listdir(folder) if unicodedata.normalize("NFC", other) == wanted), None)  # noqa: PTH208
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 LOG = "train.log"
@@ -123,11 +119,9 @@ def fresh_folder(root: Path, name: str) -> Path:
     """A new folder of that name, with a suffix where it is taken."""
     for suffix in ("", *(f"-{count}" for count in range(2, 1000))):
         folder = root / f"{name}{suffix}"
-        try:
+        with suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
+            return folder
     raise ConfigError(f"name: a thousand folders are called {name}; choose another")
 
 

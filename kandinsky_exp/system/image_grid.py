@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MIN_SIDE = 160  # pixels: below, a caption under the picture would be a few letters wide
 MAX_SIDE = 512  # pixels: above, a grid of many would be too large to open
@@ -76,12 +76,13 @@ def labelled_grid(
 
 @functools.cache
 def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's where only what training needs is installed."""
+    """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's where that is not to be had."""
     try:
         import matplotlib
-    except ImportError:
+
+        return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
+    except Exception:  # not installed, or not usable: its import reads MPLBACKEND, a matplotlibrc and the home folder
         return ImageFont.load_default(FONT_SIZE)
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -95,10 +96,7 @@ def _scaled(images: list[Image.Image]) -> list[Image.Image]:
     """All images by one factor, so that they stay comparable."""
     side = max(max(image.size) for image in images)
     if side < MIN_SIDE:
-        factor = math.ceil(MIN_SIDE / side)
-        return [
-            image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images
-        ]
+        return [ImageOps.scale(image, math.ceil(MIN_SIDE / side), Image.Resampling.NEAREST) for image in images]
     if side <= MAX_SIDE:
         return images
     sizes = [(max(1, image.width * MAX_SIDE // side), max(1, image.height * MAX_SIDE // side)) for image in images]

@@ -88,8 +88,12 @@ def adopted(environment: Environment) -> dict[str, str]:
     """
     if "WORLD_SIZE" in environment:
         return {}
-    told = {name: _first(environment, (name, *others)) for name, others in NAMES.items()}
-    found = {name: value for name, value in told.items() if value is not None}
+    found = {
+        name: environment[given]
+        for name, others in NAMES.items()
+        for given in (*reversed(others), name)  # the last one counts
+        if given in environment
+    }
     if found.get("WORLD_SIZE", "1") == "1":
         return {}
     if found.get("LOCAL_WORLD_SIZE") == found["WORLD_SIZE"]:
@@ -154,7 +158,8 @@ def _problems(environment: Environment, tf32: bool) -> Iterator[str]:
         if environment.get(name, "false").lower() not in (*TRUE, *FALSE):
             yield f"{name}: {environment[name]!r} is neither true nor false; correct it, or unset it"
     for name, what in SHARDING.items():
-        if _is_true(environment, name) and not _is_plain_sagemaker(environment, name):
+        is_plain = "SAGEMAKER" in name and environment.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") == "NO"
+        if _is_true(environment, name) and not is_plain:
             yield f"{name}={environment[name]}: {what} {UNSHARDED}"
     if environment.get("ACCELERATE_FP8_BACKEND", "NO") != "NO":
         yield (
@@ -190,10 +195,8 @@ def _launcher_problems(environment: Environment) -> Iterator[str]:
             yield f"{told}={environment[told]}, and {', '.join(missing)} not set: {BY_HAND}"
         elif int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
             yield f"RANK={environment['RANK']}: of WORLD_SIZE={environment['WORLD_SIZE']} processes; {BY_HAND}"
-    elif (
-        "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
-    ):  # `accelerate launch` has set both
-        yield (
+    elif "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
+        yield (  # `accelerate launch` has set both
             "accelerate launch: asked for several processes, it has started one, as it does on the CPU whatever its "
             "--num_processes; for two: python -m torch.distributed.run --nproc_per_node=2 -m kandinsky_exp …"
         )
@@ -201,11 +204,3 @@ def _launcher_problems(environment: Environment) -> Iterator[str]:
 
 def _is_true(environment: Environment, name: str) -> bool:
     return environment.get(name, "false").lower() not in FALSE
-
-
-def _is_plain_sagemaker(environment: Environment, name: str) -> bool:
-    return name.endswith("SAGEMAKER") and environment.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") == "NO"
-
-
-def _first(environment: Environment, names: tuple[str, ...]) -> str | None:
-    return next((environment[name] for name in names if name in environment), None)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -97,7 +97,7 @@ def _basic(match: re.Match[str]) -> str:
 
 def _without_values(text: str) -> str:
     """Without what environment variables hold whose names speak of secrets: also where a library's error quotes it."""
-    for value in sorted(set(_secret_values(_environment())), key=len, reverse=True):
+    for value in sorted(set(_secret_values()), key=len, reverse=True):
         if value.isalpha() and value.islower():  # a word: only where it stands alone
             text = re.sub(rf"(?<![A-Za-z0-9]){value}(?![A-Za-z0-9])", HIDDEN, text)
         else:
@@ -105,15 +105,9 @@ def _without_values(text: str) -> str:
     return text
 
 
-def _environment() -> Iterator[tuple[str, str]]:
-    """(name, value) of all variables, whatever a library's thread sets and removes meanwhile; `items` would raise."""
-    for name in list(os.environ):
-        if (value := os.environ.get(name)) is not None:
-            yield name, value
-
-
-def _secret_values(variables: Iterable[tuple[str, str]]) -> Iterator[str]:
-    for name, value in variables:
+def _secret_values() -> Iterator[str]:
+    for name in list(os.environ):  # a library's thread may set and remove some meanwhile: `items` would raise
+        value = os.environ.get(name, "")
         if _says_secret(name):
             yield from _forms(value)
         elif "://" in value and "@" in value:  # drivers quote the password alone

@@ -74,7 +74,8 @@ class Stop:
             self.signal_number = signal.SIGTERM
 
     def handle(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None and not _is_notebook():
+        # In a notebook leaving would end what the user has in memory: there a second signal interrupts once more.
+        if self.signal_number is not None and not (hasattr(sys, "ps1") or "ipykernel" in sys.modules):
             self._leave(signal_number)
         self.signal_number = signal_number
         if not self._deferred:
@@ -88,11 +89,6 @@ class Stop:
             sys.stderr.write("\nended at once; the same command goes on from the last checkpoint\n")
             sys.stderr.flush()
         os._exit(128 + signal_number)
-
-
-def _is_notebook() -> bool:
-    """Where leaving would end what the user has in memory: there a second signal interrupts once more."""
-    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
 
 
 @contextlib.contextmanager

@@ -32,8 +32,7 @@ class Lasting:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
+        self.write("".join(lines))
 
     def flush(self) -> None:
         self._bear(lambda: self._stream.flush())

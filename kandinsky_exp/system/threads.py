@@ -15,7 +15,7 @@ def started(call: Callable[[], Result], name: str) -> "futures.Future[Result]":
     def run() -> None:
         try:
             future.set_result(call())
-        except Exception as error:
+        except BaseException as error:  # whoever waits must hear of it
             future.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

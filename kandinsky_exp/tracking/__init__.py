@@ -1,1 +1,1 @@
-"""MLflow, and the queue on disk before it."""
+"""MLflow. A record goes tracker → outbox (disk_queue) → sender → delivery → mlflow_run, which writes to the store."""

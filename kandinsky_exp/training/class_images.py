@@ -4,8 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,8 @@ def complete(
     Picture i starts from the noise of (seed, i): one that was killed is gone on with.
 
     Raises:
-        DataError: the folder cannot be written, or holds pictures that were drawn for something else.
+        DataError: the folder cannot be written, or holds pictures that were drawn for something else, or memory ran
+            out. What was drawn stays.
         ConfigError: the parts cannot be loaded, or cannot draw at this resolution.
     """
     wanted = placed(wanted, weights, how)
@@ -163,11 +163,17 @@ def complete(
     if wanted is None or wanted.folder is None or not wanted.missing():
         return wanted
     compatibility.check_resolution(weights, how.height)  # the verb `encode` draws for the prior, too
-    with writing(wanted.folder), files.locked(wanted.folder / ".lock"):
-        refuse_others(wanted, weights, how, lambda: True)  # another process may have drawn meanwhile
-        if missing := wanted.missing():
-            _note_origin(wanted, weights, how)
-            draw(wanted.prompt, missing, wanted.folder, weights, how, device)
+    try:
+        with memory_told(DataError, OUT_OF_MEMORY), files.locked(wanted.folder / ".lock"):
+            refuse_others(wanted, weights, how, lambda: True)  # another process may have drawn meanwhile
+            if missing := wanted.missing():
+                _note_origin(wanted, weights, how)
+                draw(wanted.prompt, missing, wanted.folder, weights, how, device)
+    except OSError as error:
+        raise DataError(
+            f"data.class_path: class images cannot be written to {wanted.folder} ({cause_of(error)}); make room, or "
+            "give a folder that can"
+        ) from error
     return wanted
 
 
@@ -195,20 +201,3 @@ def draw(
             if time.monotonic() - said > EVERY_SECONDS:
                 said = time.monotonic()
                 logger.info("drew %d of %d class images", done, len(numbers))
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Around drawing: what goes wrong with the disk or the device is the user's to mend.
-
-    Raises:
-        DataError: the folder cannot be written, or memory ran out. What was drawn stays.
-    """
-    try:
-        with memory_told(DataError, OUT_OF_MEMORY):
-            yield
-    except OSError as error:
-        raise DataError(
-            f"data.class_path: class images cannot be written to {folder} ({cause_of(error)}); make room, or "
-            "give a folder that can"
-        ) from error

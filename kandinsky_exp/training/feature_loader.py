@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,39 +10,28 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from kandinsky_exp.data import sources, tally
 from kandinsky_exp.data.checks import find_bad
 from kandinsky_exp.data.encoded.cache import cache_key, encode_table
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.layout import command
-from kandinsky_exp.data.encoded.workers import from_workers, leave_signals
+from kandinsky_exp.data.encoded.table import FeatureTable
+from kandinsky_exp.data.encoded.workers import collate, from_workers
 from kandinsky_exp.data.examples import Indexed, Source
-from kandinsky_exp.data.features import (
-    CachedFeatures,
-    OnlineExamples,
-    Paired,
-    Rows,
-    VisitedRows,
-    collate,
-    shared_pictures,
-)
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, VisitedRows, shared_pictures
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.prefetch import changed, prefetch
-from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler
+from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler, Visit
 from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.tally import Tally, first_few
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, encoding_told
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.null_condition import null_condition
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.logs import Log
-from kandinsky_exp.training.encoded_tables import opened_by_all, stay_on_device
 from kandinsky_exp.training.seeding import derive_seed
-
-Batches = StreamBatchSampler | PairedBatchSampler
 
 
 @dataclass(frozen=True)
@@ -130,7 +119,7 @@ class FeatureReader:
             "total_steps": steps,
         }
         own = StreamBatchSampler(len(self), self.settings.seed, **shape, groups=self.dataset.groups())
-        sampler: Batches = own
+        sampler: Iterable[list[Visit]] = own
         if self.class_images is not None:
             seed = derive_seed("class images", self.settings.seed)
             sampler = PairedBatchSampler(own, StreamBatchSampler(len(self.class_images), seed, **shape))
@@ -141,20 +130,13 @@ class FeatureReader:
         with contextlib.closing(prefetch(batches, self.device)) as ahead:
             yield from map(self._encoded, ahead) if with_step else ahead
 
-    def _read(self, sampler: Batches) -> Generator[Features]:
-        dataset, workers = self._visited(), self.settings.workers
+    def _read(self, sampler: Iterable[list[Visit]]) -> Generator[Features]:
+        dataset = self._visited()
         if self.encode is None:  # a thread is enough: nothing has to be decoded
             for visits in sampler:
                 yield collate([dataset[visit] for visit in visits])
             return
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=leave_signals if workers else None,
-        )
-        yield from from_workers(loader, "data.num_workers")
+        yield from from_workers(dataset, sampler, collate, self.settings.workers, "data.num_workers")
 
     def _encoded(self, batch: Features) -> Features:
         if self.encode is None:
@@ -201,15 +183,21 @@ def open_readers(
         beside = opener.open(splits.class_images.source())
         content = together(train.fingerprint, beside.fingerprint)
         train = replace(train, class_images=beside, class_weight=splits.class_images.weight, fingerprint=content)
-    about = (train.fingerprint, opener.notes, opener.skipped, opener.cut)
+    content = train.fingerprint
+    held_out = None
     if splits.validation is not None:
         held_out = opener.open(splits.validation)
         opener.notes += shared_pictures(train.dataset, held_out.dataset)
-        return Readers(train, held_out if len(held_out) else None, *about)
-    if not splits.dividable or settings.fraction == 0:
-        return Readers(train, None, *about)
-    rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
-    return Readers(opener.part(train, rest, "rest"), opener.part(train, held, "held out"), *about)
+    elif splits.dividable and settings.fraction != 0:
+        rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
+        train, held_out = _part(train, rest, "rest"), _part(train, held, "held out")
+    return Readers(train, held_out or None, content, opener.notes, opener.skipped, opener.cut)
+
+
+def _part(whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
+    """Some rows of a source that was opened."""
+    digest = hashlib.sha256(f"{whole.fingerprint} {name} ".encode() + rows.tobytes()).hexdigest()
+    return replace(whole, dataset=whole.dataset.part(rows), fingerprint=digest)
 
 
 class _Opener:
@@ -231,9 +219,9 @@ class _Opener:
             return self._online(source)
         fingerprint, folder = distributed.on_main_process(lambda: self._encode(source))
         table = opened_by_all(folder)
-        meta = table.meta
-        self._tell(source, table.noted, table.skipped, meta["truncated"], meta.get("cut", []), meta["text_length"])
-        return self._reader(CachedFeatures(table, self.settings.seed), source, fingerprint)
+        self._tell(source, table.noted, table.skipped, table.meta["truncated"], table.meta.get("cut", []))
+        dataset = CachedFeatures(table, self.settings.seed)
+        return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, None)
 
     def _encode(self, source: Source) -> tuple[str, Path]:
         """The source's fingerprint and the folder of its table, which is encoded if it is not there yet."""
@@ -251,18 +239,24 @@ class _Opener:
                 f"data.cache: {source.name} is read in one sweep, and training visits images in random order; set "
                 "data.cache=true"
             )
-        distributed.on_all_processes(lambda: stay_on_device(self.stage, self.accelerator.device))
+        distributed.on_all_processes(self._place_encoders)
         reads_captions = self.stage.preprocess.tokenizer is not None
         noted: Tally = {}
         bad, noted = distributed.on_main_process(lambda: (dict(find_bad(source, reads_captions, noted)), noted))
         if bad and not self.settings.how.skip_bad:
             raise DataError(first_few(list(bad.values())))
-        rows = np.setdiff1d(np.arange(len(source)), list(bad)) if bad else None
+        rows = np.setdiff1d(np.arange(len(source)), list(bad))
         cut = distributed.on_main_process(lambda: cut_captions(source, rows, self.stage.preprocess))
-        self._tell(source, noted, list(bad.values()), len(cut), cut, self.stage.preprocess.text_length)
+        self._tell(source, noted, list(bad.values()), len(cut), cut)
         settings = self.settings
         dataset = OnlineExamples(source, self.stage.preprocess, settings.seed, rows, settings.how.mirrored)
-        return self._reader(dataset, source, distributed.on_main_process(lambda: source.fingerprint(self.digests)))
+        fingerprint = distributed.on_main_process(lambda: source.fingerprint(self.digests))
+        return FeatureReader(dataset, source, fingerprint, settings, self.accelerator.device, self.stage)
+
+    def _place_encoders(self) -> None:
+        with encoding_told("data.cache=true or "):
+            for part in self.stage.encoders:
+                self.stage.weights.load(part).to(self.accelerator.device)
 
     def pictures(self, whole: FeatureReader) -> Rows | None:
         """Which rows show the same picture: held out are pictures, not rows."""
@@ -278,18 +272,7 @@ class _Opener:
             )
         return found
 
-    def part(self, whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
-        """Some rows of a source that was opened."""
-        digest = hashlib.sha256(f"{whole.fingerprint} {name} ".encode() + rows.tobytes()).hexdigest()
-        return replace(whole, dataset=whole.dataset.part(rows), fingerprint=digest)
-
-    def _reader(self, dataset: VisitedRows, source: Source, fingerprint: str) -> FeatureReader:
-        encode = None if self.settings.cached else self.stage
-        return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, encode)
-
-    def _tell(
-        self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str], length: int
-    ) -> None:
+    def _tell(self, source: Source, noted: Tally, skipped: list[str], truncated: int, cut: list[str]) -> None:
         self.notes += tally.lines(noted)
         self.skipped += [*tally.lines(source.left_out()), *tally.lines(noted), *skipped]
         if skipped:
@@ -297,4 +280,21 @@ class _Opener:
         if truncated:
             self.cut += cut
             named = f":\n{first_few(cut, truncated)}" if cut else ""
+            length = self.stage.preprocess.text_length
             self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut{named}")
+
+
+def opened_by_all(folder: Path) -> FeatureTable:
+    """A table that the main process has just opened.
+
+    Raises:
+        DataError: another process does not see it; on all of them, so that none waits for one that is gone.
+    """
+    table = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        table = FeatureTable(folder)
+    if distributed.on_any_process(table is None) or table is None:
+        raise DataError(
+            f"output_root: not every process can read {folder}; output_root has to be on a disk that all machines share"
+        )
+    return table

@@ -48,10 +48,9 @@ def generate(cfg: DictConfig) -> float:
             images = draw(cfg, weights, origins, prompts, accelerator.device)
         root = files.output_root(cfg.output_root) / "generate"
         folder = files.fresh_folder(root, cfg.name or f"{datetime.now():%Y%m%d-%H%M%S}")
-        grid = labelled_grid(images, prompts)
         for index, image in enumerate(images):
             image.save(folder / f"{index:02d}.png")
-        grid.save(folder / "grid.png")
+        labelled_grid(images, prompts).save(folder / "grid.png")
         lines = [f"{index:02d}.png\t{prompt}" for index, prompt in enumerate(prompts)]
         files.write_atomically(folder / "prompts.txt", "\n".join(lines) + "\n")
         files.write_atomically(folder / "config.yaml", saved_config.to_yaml(cfg))

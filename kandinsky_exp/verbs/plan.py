@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.config import allowlist, targets, validation
 from kandinsky_exp.data import source_facts, sources
+from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.memory import device_limits, disk, savings
 from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.memory.estimate import MAPPED, Estimate, Phase
@@ -158,7 +159,7 @@ def capacity(cfg: DictConfig, device: torch.device, processes: int) -> int:
     return host_memory.available() // processes + here
 
 
-def known(cfg: DictConfig) -> sources.Splits | sources.AnnouncedSplits:
+def known(cfg: DictConfig) -> Splits | source_facts.AnnouncedSplits:
     """The data set, without fetching one from the hub."""
     settings = build.target_settings(cfg, "data")
     source = targets.source_facts(settings["_target_"], allowlist.user_modules(cfg))
@@ -167,7 +168,7 @@ def known(cfg: DictConfig) -> sources.Splits | sources.AnnouncedSplits:
     return source.announced(**source_facts.arguments(source.announced, settings), limit=cfg.data.max_samples)
 
 
-def rows(cfg: DictConfig, splits: sources.Splits | sources.AnnouncedSplits) -> tuple[int | None, int | None]:
+def rows(cfg: DictConfig, splits: Splits | source_facts.AnnouncedSplits) -> tuple[int | None, int | None]:
     """How many images train and are held out; None where that is known once they are read."""
     count = splits.train.count
     if not splits.is_divided:

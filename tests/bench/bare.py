@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kandinsky_exp.data import sources
-from kandinsky_exp.data.features import collate
+from kandinsky_exp.data.encoded.workers import collate
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.decoder import DecoderStage

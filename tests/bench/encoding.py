@@ -19,7 +19,7 @@ def throughput(
     from doors import encode_table
 
     from kandinsky_exp.data import sources
-    from kandinsky_exp.data.features import collate
+    from kandinsky_exp.data.encoded.workers import collate
 
     made, source = make_stage(stage, pipelines, resolution), sources.folder(pictures).train
     rows = examples(made, pictures, len(source))

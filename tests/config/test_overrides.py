@@ -61,7 +61,7 @@ def problems(*words: str) -> list[str]:
         line, found = command_line.settled(command_line.parse("train", [*TINY, *words], cli.VERBS))
         found += hydra_errors.find_problems(line)
         if line.sweeps and not found:
-            check.checked(line, check.composed(line))
+            check.checked(line)
     except ConfigError as error:
         return error.problems
     return [str(problem) for problem in found]
@@ -228,9 +228,9 @@ def test_a_mode_that_there_is_not(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_settings_of_plugins_are_tried_before_there_is_a_folder() -> None:
     line = command_line.parse("train", [*TINY, "-m", "seed=1,2", "+hydra.launcher.foo=1"], cli.VERBS)
-    cfg = check.composed(line)
+    cfg, varied = check.checked(line)
     with pytest.raises(ConfigError, match=r"hydra.launcher: .*unexpected keyword argument 'foo'"):
-        launch._try_plugins(line, cfg, check.checked(line, cfg))
+        launch._try_plugins(line, cfg, varied)
 
 
 def test_a_home_folder_in_a_list() -> None:

@@ -11,7 +11,6 @@ from PIL import Image
 from running import client, composed, problems_of, runs, train
 
 from kandinsky_exp.config import recorded_paths
-from kandinsky_exp.config.recorded_paths import Move
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import hub
 from kandinsky_exp.runs.model_sources import find_origins
@@ -174,5 +173,5 @@ def test_only_what_is_a_path_becomes_absolute(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_where_things_are_after_a_move(old_root: str, new_root: str, path: str, expected: str | None) -> None:
-    found = Move.between(old_root, Path(new_root))(path)
+    found = recorded_paths.moved(path, old_root, Path(new_root))
     assert (None if found is None else str(found)) == expected

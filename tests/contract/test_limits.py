@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from kandinsky_exp.data import examples, pictures, sources
+from kandinsky_exp.data import checks, examples, pictures, sources
 from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.formats import metadata, shards, sidecar
 from kandinsky_exp.errors import DataError
@@ -129,7 +129,7 @@ def test_a_file_of_absurd_size_is_not_read(tmp_path: Path) -> None:
 
 def problems(folder: Path) -> str:
     with pytest.raises(DataError) as caught:
-        sources.check(sources.folder(folder), True)
+        checks.check(sources.folder(folder), True)
     return str(caught.value)
 
 
@@ -143,7 +143,7 @@ def test_a_giant_text_beside_an_image(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("x" * (metadata.MAX_CAPTION + 1))
     assert "b.txt: a caption of 65,537 characters, more than 65,536; cut it" in problems(tmp_path)
     (tmp_path / "b.txt").write_text("x" * metadata.MAX_CAPTION)
-    assert sources.check(sources.folder(tmp_path), True).captions == 2
+    assert checks.check(sources.folder(tmp_path), True).captions == 2
     assert sidecar.MAX_TEXT >= metadata.MAX_CAPTION * 4
 
 

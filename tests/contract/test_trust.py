@@ -264,6 +264,37 @@ def test_trust_covers_what_the_users_module_makes(target: str, taken: bool, my_p
     assert (found == []) is taken, found
 
 
+HALF = """
+from kandinsky_exp.stages.base import DiffusionStage
+from kandinsky_exp.stages.prior import PriorStage
+
+class Half(DiffusionStage):
+    part = "prior"
+
+class Whole(PriorStage):
+    name = "whole"
+"""
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"_target_": "half_parts.Half", "_partial_": True}, "model._target_: half_parts.Half lacks clean, enable_gra"),
+        ({"_target_": "half_parts.Whole"}, "model._partial_: has to be true"),
+        ({"_target_": "nowhere_parts.A"}, "model._target_: Python does not find nowhere_parts; if nowhere_parts.py is"),
+    ],
+)
+def test_what_a_module_of_ones_own_lacks_is_told(
+    node: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_parts.py").write_text(HALF)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("half_parts", None)
+    (found,) = problems_of(with_node("model", node, tmp_path), trusted=["half_parts", "nowhere_parts"])
+    assert found.startswith(told)
+    assert "pip install" not in found  # a stranger's package may be called so
+
+
 def test_a_nested_target_of_the_users(my_parts: None, tmp_path: Path) -> None:
     import torch
 

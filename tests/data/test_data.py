@@ -16,10 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky_exp.data import sources
+from kandinsky_exp.data import checks, sources
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.data.formats.hub_info import announced
-from kandinsky_exp.data.formats.hub_rows import hub_rows
+from kandinsky_exp.data.formats.hub_rows import announced, hub_rows
 from kandinsky_exp.data.pictures import to_rgb
 from kandinsky_exp.data.preprocess import Preprocess, center_crop_resize
 from kandinsky_exp.data.tally import first_few
@@ -54,8 +53,8 @@ def fingerprint(source):
 
 def look_at_all(splits):
     """As a run does that encodes on the fly: rows first, then every image."""
-    sources.check(splits, requires_captions=True)
-    problems = [problem for source in splits.both for _, problem in sources.find_bad(source, requires_captions=True)]
+    checks.check(splits, requires_captions=True)
+    problems = [problem for source in splits.both for _, problem in checks.find_bad(source, requires_captions=True)]
     if problems:
         raise DataError(first_few(problems))
 
@@ -74,7 +73,7 @@ def test_folder_reads_rows_in_order(tmp_path, kind):
     assert ids(splits.train) == ["a.png", "b.png"]
     assert splits.train[1].captions == ("a blue square",)
     assert splits.train[1].image().getpixel((0, 0)) == (40, 100, 200)
-    assert str(sources.check(splits, requires_captions=True)) == "2 images, 2 captions"
+    assert str(checks.check(splits, requires_captions=True)) == "2 images, 2 captions"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -83,7 +82,7 @@ def test_folder_with_train_and_validation_inside(tmp_path, kind):
     write_folder(tmp_path / "validation", ROWS, kind)
     splits = sources.folder(str(tmp_path))
     assert (len(splits.train), len(splits.validation)) == (5, 2)
-    assert str(sources.check(splits, True)) == "5 images + 2 held out, 7 captions"
+    assert str(checks.check(splits, True)) == "5 images + 2 held out, 7 captions"
 
 
 def test_folder_with_metadata_above_the_pictures(tmp_path):
@@ -93,7 +92,7 @@ def test_folder_with_metadata_above_the_pictures(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     splits = sources.folder(tmp_path)
     assert ids(splits.train) == ["train/a.png", "train/b.png"]
-    assert sources.check(splits, True).images == 2
+    assert checks.check(splits, True).images == 2
 
 
 def test_columns_by_name(tmp_path):
@@ -109,7 +108,7 @@ def test_the_default_image_column_is_accepted_for_file_name(tmp_path):
 def test_a_list_of_captions(tmp_path):
     splits = sources.folder(write_folder(tmp_path, [{"file_name": "a.png", "text": ["one", "two"]}]))
     assert splits.train[0].captions == ("one", "two")
-    assert sources.check(splits, True).captions == 2
+    assert checks.check(splits, True).captions == 2
 
 
 def test_blank_lines_byte_order_mark_and_other_scripts(tmp_path):
@@ -129,8 +128,8 @@ def test_csv_captions_with_commas_quotes_and_line_ends(tmp_path):
 
 def test_emoji_ship_with_captions_and_a_validation_split():
     splits = sources.emoji()
-    assert str(sources.check(splits, True)) == "64 images + 16 held out, 80 captions"
-    assert sources.find_bad(splits.validation, True) == []
+    assert str(checks.check(splits, True)) == "64 images + 16 held out, 80 captions"
+    assert checks.find_bad(splits.validation, True) == []
     assert splits.train[0].image().size == (64, 64)
 
 
@@ -329,7 +328,7 @@ def test_an_image_column_that_was_asked_for_counts_alone(tmp_path):
 def test_only_the_first_problems_are_listed(tmp_path):
     write_folder(tmp_path, many(3) + [{"file_name": f"{number}.png", "text": number} for number in range(17)])
     with pytest.raises(DataError) as caught:
-        sources.check(sources.folder(tmp_path), True)
+        checks.check(sources.folder(tmp_path), True)
     reported = str(caught.value).splitlines()
     assert len(reported) == 6
     assert "line 4: 'text' holds 0; a caption" in reported[0]
@@ -357,28 +356,28 @@ def test_problems_of_the_validation_split_are_found(tmp_path):
         '{"file_name": "a.png"}\n{"file_name": "b.png", "text": "x"}'
     )
     with pytest.raises(DataError, match=r"validation.metadata\.jsonl, line 1: no column 'text'"):
-        sources.check(sources.folder(tmp_path), True)
+        checks.check(sources.folder(tmp_path), True)
 
 
 def test_captions_may_be_missing_where_none_are_needed(tmp_path):
     splits = sources.folder(write_folder(tmp_path, [{"file_name": "a.png"}, {"file_name": "b.png"}]))
-    assert sources.check(splits, requires_captions=False).captions == 0
+    assert checks.check(splits, requires_captions=False).captions == 0
 
 
 def test_bad_rows_can_pass_unless_all_are_bad(tmp_path):
     write_folder(tmp_path, [*ROWS, {"file_name": "c.png", "text": 3}])
     splits = sources.folder(tmp_path)
-    assert str(sources.check(splits, True, skip=True)) == "3 images, 2 captions"
+    assert str(checks.check(splits, True, skip=True)) == "3 images, 2 captions"
     (tmp_path / "b.png").unlink()
-    assert [row for row, _ in sources.find_bad(splits.train, True)] == [1, 2]
-    assert [row for row, _ in sources.find_bad(splits.train, False)] == [1]
-    assert sources.problem_of(splits.train[2], True).endswith(
+    assert [row for row, _ in checks.find_bad(splits.train, True)] == [1, 2]
+    assert [row for row, _ in checks.find_bad(splits.train, False)] == [1]
+    assert checks.problem_of(splits.train[2], True).endswith(
         "line 3: 'text' holds 3; a caption is a string or a list of strings"
     )
-    assert sources.problem_of(splits.train[2], False) is None
+    assert checks.problem_of(splits.train[2], False) is None
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
     with pytest.raises(DataError, match="no column 'text'"):
-        sources.check(sources.folder(tmp_path), True, skip=True)
+        checks.check(sources.folder(tmp_path), True, skip=True)
 
 
 # ---- hub
@@ -407,7 +406,7 @@ def test_hub_reads_parquet(rows, tmp_path):
     rows.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
     splits = sources.hub(str(tmp_path / "set"))
     assert splits.validation is None
-    assert str(sources.check(splits, True)) == "6 images, 12 captions"
+    assert str(checks.check(splits, True)) == "6 images, 12 captions"
     example = splits.train[3]
     assert (example.id, example.captions) == ("row 3", ("picture 3", "again"))
     assert example.image().getpixel((0, 0)) == (120, 100, 200)
@@ -451,7 +450,7 @@ def test_pictures_in_a_column_are_read_as_hub_and_as_list(datasets, tmp_path, ki
         assert [example.read() for example in source.examples()] == some
         assert source[1].captions == ("picture 1",)
         assert source[1].image().size == (20, 12)
-        assert sources.find_bad(source, True) == []
+        assert checks.find_bad(source, True) == []
     assert len(splits.validation) == 3
     before = fingerprint(splits.train)
     pq.write_table(table.set_column(0, "image", images.take(pa.array([1, 0]))), tmp_path / "set" / "train-1.parquet")
@@ -484,7 +483,7 @@ def test_a_picture_beside_its_table(datasets, tmp_path):
             4: "the row has no image",
             5: "not an image that Pillow can read",
         }
-        bad = dict(sources.find_bad(source, True))
+        bad = dict(checks.find_bad(source, True))
         assert set(bad) == {row for row, reason in expected.items() if reason}
         assert all(named[row] + expected[row] in problem for row, problem in bad.items())
         before = fingerprint(source)
@@ -557,7 +556,7 @@ def test_the_fingerprint_of_a_hub_data_set_follows_the_files_that_it_names(datas
     second = fingerprint(in_memory)
     (tmp_path / "pictures" / "003.png").unlink()
     assert len({first, second, fingerprint(in_memory)}) == 3
-    assert [row for row, _ in sources.find_bad(in_memory, True)] == [3]
+    assert [row for row, _ in checks.find_bad(in_memory, True)] == [3]
 
 
 def test_hub_names_what_is_wrong(datasets, rows, tmp_path):
@@ -573,9 +572,9 @@ def test_hub_names_what_is_wrong(datasets, rows, tmp_path):
         with pytest.raises(DataError, match=message):
             sources.hub(name, **arguments)
     with pytest.raises(DataError, match="row 0 and every other row: no column 'caption' among image; set"):
-        sources.check(sources.hub(name, caption_column="caption"), True)
+        checks.check(sources.hub(name, caption_column="caption"), True)
     with pytest.raises(DataError, match="row 0: 'other' holds 0; a caption is"):
-        sources.check(sources.hub(name, caption_column="other"), True)
+        checks.check(sources.hub(name, caption_column="other"), True)
 
 
 def test_hub_rows_without_an_image_are_found(datasets, tmp_path):
@@ -595,7 +594,8 @@ def test_a_data_set_that_cannot_be_loaded(datasets, tmp_path):
 
 def test_reading_a_folder_imports_neither_datasets_nor_transformers():
     code = (
-        "import sys; from kandinsky_exp.data import sources; sources.check(sources.emoji(), True); print(*sys.modules)"
+        "import sys; from kandinsky_exp.data import checks, sources; "
+        "checks.check(sources.emoji(), True); print(*sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"datasets", "transformers", "diffusers", "accelerate", "mlflow", "hydra", "omegaconf"} & set(loaded)
@@ -652,10 +652,10 @@ def test_the_fingerprint_of_preprocessing_follows_its_parts():
         Preprocess(processor, None, 32),
         Preprocess(type(processor)(size={"shortest_edge": 32}, crop_size=32), None, 32),
     ]
-    assert len({preprocess.fingerprint() for preprocess in made}) == len(made)
+    assert len({preprocess.fingerprint for preprocess in made}) == len(made)
     again = Preprocess(architecture.image_processor(), architecture.tokenizer(), None)
-    assert again.fingerprint() == made[0].fingerprint()
-    assert pickle.loads(pickle.dumps(made[0])).fingerprint() == made[0].fingerprint()
+    assert again.fingerprint == made[0].fingerprint
+    assert pickle.loads(pickle.dumps(made[0])).fingerprint == made[0].fingerprint
 
 
 def colour(path, xy=(0, 0)):

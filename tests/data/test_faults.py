@@ -18,7 +18,7 @@ from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import CheckpointError, ConfigError, DataError, RunFailure
 from kandinsky_exp.run import run
-from kandinsky_exp.training import encoded_tables, state_file
+from kandinsky_exp.training import feature_loader, state_file
 from kandinsky_exp.verbs.generate import generate
 
 QUICK = ["tracker=none", "trainer.max_steps=2"]
@@ -285,7 +285,7 @@ def damage(folder: Path) -> None:
 
 def test_a_table_that_only_some_processes_see(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="output_root has to be on a disk that all machines share"):
-        encoded_tables.opened_by_all(tmp_path / "nothing")
+        feature_loader.opened_by_all(tmp_path / "nothing")
 
 
 # --- weights that are none

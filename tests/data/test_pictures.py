@@ -16,9 +16,10 @@ from PIL import Image, ImageCms
 from running import composed, train
 
 from kandinsky_exp import build
-from kandinsky_exp.data import sources
+from kandinsky_exp.data import checks, sources
 from kandinsky_exp.data.buckets import notes_on_rare
 from kandinsky_exp.data.encoded import catalog
+from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.pictures import NOTE, open_rgb
 from kandinsky_exp.data.preprocess import Preprocess
@@ -313,7 +314,7 @@ def ids(source: object) -> list[str]:
 
 
 def left_out(splits: sources.Splits) -> list[str]:
-    return list(sources.check(splits, requires_captions=False).notes)
+    return list(checks.check(splits, requires_captions=False).notes)
 
 
 def jpeg2000() -> bytes:
@@ -338,7 +339,7 @@ def test_what_can_be_decoded_is_used_whatever_its_name(tmp_path: Path) -> None:
     write(tmp_path, **named, **CLUTTER, **{"h.jp2": jpeg2000(), "notes.md": "no picture"})
     splits = sources.dreambooth(tmp_path, "a thing")
     assert ids(splits.train) == sorted([*named, "h.jp2"])
-    assert sources.find_bad(splits.train, True) == []  # type: ignore[arg-type]
+    assert checks.find_bad(splits.train, True) == []  # type: ignore[arg-type]
     assert left_out(splits) == ["not used, files that are no pictures: 1 (notes.md)"]
 
 
@@ -347,7 +348,7 @@ def test_what_claims_to_be_a_picture_and_is_none_is_an_error(tmp_path: Path, nam
     broken = b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(16) if "." not in name or "unknown" in name else b"none"
     write(tmp_path, **{name: broken, "b.png": None, "b.txt": "x", f"{Path(name).stem}.txt": "x"})
     for splits in (sources.dreambooth(tmp_path, "a thing"), sources.folder(tmp_path)):
-        ((_, problem),) = sources.find_bad(splits.train, True)  # type: ignore[arg-type]
+        ((_, problem),) = checks.find_bad(splits.train, True)  # type: ignore[arg-type]
         assert f"image {name}: not an image that Pillow can read" in problem
 
 
@@ -411,7 +412,7 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path: Path) -> None:
     names = ["a.png", "linked/b.png", "linked/in/c.png", "real/d.png"]
     for splits in (sources.folder(home), sources.dreambooth(home, "a thing")):
         assert ids(splits.train) == names
-        assert sources.find_bad(splits.train, True) == []  # type: ignore[arg-type]
+        assert checks.find_bad(splits.train, True) == []  # type: ignore[arg-type]
         assert any(
             line == "not used, links to folders that are read anyway: 4 (again, twice, up, linked/back)"
             for line in left_out(splits)
@@ -451,7 +452,7 @@ def test_a_text_is_named_with_its_folder(tmp_path: Path) -> None:
     bad = {"in/b.txt": "", "in/c.txt": b"caf\xe9", "in/d.txt": "x" * 70_000}
     write(tmp_path, **{"a.png": None, "a.txt": "x", **{name.replace("txt", "png"): None for name in bad}, **bad})
     with pytest.raises(DataError) as caught:
-        sources.check(sources.folder(tmp_path), True)
+        checks.check(sources.folder(tmp_path), True)
     assert all(f": {name}" in str(caught.value) for name in bad)
 
 
@@ -469,7 +470,7 @@ def tar(path: Path, *members: str) -> Path:
     return path
 
 
-def read(path: Path, **options: str) -> tuple[list[str], list[tuple[str, ...]], sources.Source]:
+def read(path: Path, **options: str) -> tuple[list[str], list[tuple[str, ...]], Source]:
     train = sources.webdataset(path, **options).train
     examples = list(train.examples())
     assert train.count == len(examples)
@@ -569,7 +570,7 @@ def forget(file: Path, *keys: str) -> None:
 def test_the_fingerprint_of_preprocessing_has_the_version_of_the_rules() -> None:
     """That of the rules before, for these settings: tables that were made by them must not be found."""
     old = hashlib.sha256(json.dumps([None, None, 64, []]).encode()).hexdigest()
-    assert Preprocess(None, None, 64).fingerprint() != old
+    assert Preprocess(None, None, 64).fingerprint != old
 
 
 def test_shapes_that_are_rarer_than_a_batch_are_told(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from kandinsky_exp.data.sampler import StreamBatchSampler, choose_caption, order, positions
+from kandinsky_exp.data.sampler import StreamBatchSampler, choose_caption, order
 
 
 def flat(sampler):
@@ -25,11 +25,14 @@ def test_order_does_not_drift_with_library_versions():
 
 
 def test_positions_follow_the_published_formula():
-    shape = {"batch_size": 2, "grad_accumulation": 2, "num_processes": 3}
-    assert list(positions(0, 0, 0, **shape)) == [0, 1]
-    assert list(positions(0, 0, 2, **shape)) == [4, 5]
-    assert list(positions(0, 1, 0, **shape)) == [6, 7]
-    assert list(positions(5, 1, 2, **shape)) == [5 * 12 + 5 * 2, 5 * 12 + 5 * 2 + 1]
+    shape = {"batch_size": 2, "grad_accumulation": 2, "num_processes": 3, "total_steps": 6}
+    place = {(int(row), 0): position for position, row in enumerate(order(0, 0, 100))}
+    ranks = [
+        [[place[visit] for visit in batch] for batch in StreamBatchSampler(100, 0, rank=rank, **shape)]
+        for rank in range(3)
+    ]
+    assert (ranks[0][0], ranks[2][0], ranks[0][1]) == ([0, 1], [4, 5], [6, 7])
+    assert ranks[2][5 * 2 + 1] == [5 * 12 + 5 * 2, 5 * 12 + 5 * 2 + 1]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 7, 12, 100])

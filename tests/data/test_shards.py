@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from kandinsky_exp.data import sources
+from kandinsky_exp.data import checks, sources
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.formats import shards
 from kandinsky_exp.errors import DataError
@@ -215,9 +215,9 @@ def test_members_that_lie_apart_are_told_how_to_be_packed(tmp_path):
     members = [("a.png", png(1)), ("b.txt", b"b"), ("b.png", png(2)), ("a.txt", b"a")]
     splits = sources.webdataset(write_tar(tmp_path / "a.tar", members))
     apart, whole, rest = splits.train.examples()
-    assert sources.problem_of(whole, requires_captions=True) is None
+    assert checks.problem_of(whole, requires_captions=True) is None
     for example in (apart, rest):
-        assert "or pack them side by side (tar --sort=name)" in sources.problem_of(example, requires_captions=True)
+        assert "or pack them side by side (tar --sort=name)" in checks.problem_of(example, requires_captions=True)
 
 
 @pytest.mark.parametrize("case", BAD_MEMBERS)
@@ -227,13 +227,13 @@ def test_bad_members_are_rows_with_a_problem(tmp_path, case):
     splits = sources.webdataset(write_tar(tmp_path / "a.tar", [*members, ("2.png", png(2)), caption]), **options)
     bad, good = splits.train.examples()
     assert splits.train.count == 2
-    problem = sources.problem_of(bad, requires_captions=True)
+    problem = checks.problem_of(bad, requires_captions=True)
     assert problem.startswith(f"{tmp_path / 'a.tar'}, ")
     assert message in problem
-    assert sources.problem_of(good, requires_captions=True) is None
+    assert checks.problem_of(good, requires_captions=True) is None
     with pytest.raises(DataError, match=re.escape(message)):
-        sources.check(splits, True)
-    assert str(sources.check(splits, True, skip=True)) == "images in shards, read as a stream"
+        checks.check(splits, True)
+    assert str(checks.check(splits, True, skip=True)) == "images in shards, read as a stream"
     if members[0][0] != "1.png":
         with pytest.raises(DataError, match=re.escape(message)):
             bad.image()
@@ -252,7 +252,7 @@ def test_a_member_of_absurd_size_is_not_read(tmp_path):
     (example,) = sources.webdataset(path).train.examples()
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
-    assert "1.png has 256 MB; the limit is 256 MB" in sources.problem_of(example, False)
+    assert "1.png has 256 MB; the limit is 256 MB" in checks.problem_of(example, False)
 
 
 def test_memory_does_not_grow_with_the_members(tmp_path):
@@ -420,7 +420,7 @@ def test_shards_by_url_are_streamed(server):
     assert captions(train, 4) == ALL[4:]
     assert train[1].image().getpixel((0, 0)) == (1, 100, 200)
     assert train[1].where == f"http://{server.address}/set/00.tar, 001"
-    assert str(sources.check(sources.Splits(train, None), True)) == "images in shards, read as a stream"
+    assert str(checks.check(sources.Splits(train, None), True)) == "images in shards, read as a stream"
     assert captions(sources.subset(sources.Splits(train, None), 2, 0).train) == ALL[:2]
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from kandinsky_exp import run_settings
-from kandinsky_exp.data import sources
+from kandinsky_exp.data import checks, sources
 from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.file_hashes import MISSING, FileDigests
 from kandinsky_exp.data.preprocess import center_crop_resize, crop_resize
@@ -71,8 +71,8 @@ def test_a_list_names_files_anywhere(tmp_path, kind):
     assert ids(splits.train) == ids(splits.validation) == ["../pictures/a.png", str(far)]
     assert [example.captions for example in splits.train.examples()] == [("near",), ("far",)]
     assert splits.train[1].image().getpixel((0, 0)) == (1, 2, 3)
-    assert str(sources.check(splits, True)) == "2 images + 2 held out, 4 captions"
-    assert sources.find_bad(splits.train, True) == []
+    assert str(checks.check(splits, True)) == "2 images + 2 held out, 4 captions"
+    assert checks.find_bad(splits.train, True) == []
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "pictures.parquet"])
@@ -98,7 +98,7 @@ def test_a_folder_with_parquet(tmp_path):
     assert [example.captions for example in splits.train.examples()] == [("one", "two"), ("three",)]
     assert splits.train[1].where.endswith("metadata.parquet, row 1")
     with pytest.raises(DataError, match=r"row 0 and every other row: no column 'x' among file_name, text, n; set"):
-        sources.check(sources.folder(tmp_path, caption_column="x"), True)
+        checks.check(sources.folder(tmp_path, caption_column="x"), True)
 
 
 def test_the_quick_way_to_read_gives_what_the_slow_one_does(tmp_path):
@@ -116,8 +116,8 @@ def test_the_quick_way_to_read_gives_what_the_slow_one_does(tmp_path):
 def look_at_all(file):
     splits = sources.listing(file)
     fingerprint(splits.train)
-    sources.check(splits, True)
-    for _, problem in sources.find_bad(splits.train, True):
+    checks.check(splits, True)
+    for _, problem in checks.find_bad(splits.train, True):
         raise DataError(problem)
 
 
@@ -225,8 +225,8 @@ def test_a_folder_does_not_lead_out_of_itself(tmp_path, name):
     with pytest.raises(OSError, match="no image"):
         train[1].read()
     with pytest.raises(DataError, match="leads out"):
-        sources.check(sources.Splits(train, None), False)
-    assert sources.check(sources.Splits(train, None), False, skip=True).images == 2
+        checks.check(sources.Splits(train, None), False)
+    assert checks.check(sources.Splits(train, None), False, skip=True).images == 2
 
 
 # ---- texts beside images
@@ -251,7 +251,7 @@ def test_a_text_beside_each_image(tmp_path):
     assert splits.validation is None
     assert ids(splits.train) == ["a.png", "b.png", "more/c.png", "more/d.JPG"]
     assert [example.captions[0] for example in splits.train.examples()] == ["one", "two\nlines", "three", "four"]
-    assert sources.find_bad(splits.train, True) == []
+    assert checks.find_bad(splits.train, True) == []
 
 
 def test_texts_beside_images_in_train_and_validation(tmp_path):
@@ -270,7 +270,7 @@ def test_a_file_name_that_is_not_unicode_is_listed(tmp_path):
     beside(tmp_path, a="one")
     (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
     with pytest.raises(DataError, match=r"'caf\\udce9\.png' is not UTF-8; give it another name"):
-        sources.check(sources.folder(tmp_path), False)
+        checks.check(sources.folder(tmp_path), False)
 
 
 def test_lonely_images_and_texts_are_listed(tmp_path):
@@ -279,7 +279,7 @@ def test_lonely_images_and_texts_are_listed(tmp_path):
     (tmp_path / "e.txt").write_bytes(b"caf\xe9")
     picture(tmp_path / "e.png")
     with pytest.raises(DataError) as caught:
-        sources.check(sources.folder(tmp_path), True)
+        checks.check(sources.folder(tmp_path), True)
     reported = str(caught.value).splitlines()
     expected = [
         "b.png has no .txt of its name beside it",
@@ -289,7 +289,7 @@ def test_lonely_images_and_texts_are_listed(tmp_path):
     ]
     assert all(text in line for text, line in zip(expected, reported, strict=True))
     with pytest.raises(DataError) as caught:
-        sources.check(sources.folder(tmp_path), False)
+        checks.check(sources.folder(tmp_path), False)
     assert "d.txt has no image" in str(caught.value)
 
 

@@ -21,7 +21,8 @@ from running import SMALL, composed, prepare, train
 from safetensors.torch import load_file
 
 from kandinsky_exp import build
-from kandinsky_exp.data.formats import hub_info
+from kandinsky_exp.config import allowlist
+from kandinsky_exp.data.formats import hub_rows
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.memory import optimizer_state, savings
@@ -235,6 +236,18 @@ def test_the_state_of_an_optimizer_is_known_without_making_it(
     assert need.state == pytest.approx(sum(value.nbytes for value in kept), abs=32)
 
 
+def test_a_state_that_is_not_of_the_weights_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some optimizers count their steps in `state["step"]`."""
+    (tmp_path / "counting.py").write_text(
+        "import torch\nclass Counting(torch.optim.SGD):\n    def step(self, closure=None):\n"
+        "        self.state['step'] = 1\n        return super().step(closure)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = settings(tmp_path, "optimizer=sgd", "optimizer._target_=counting.Counting")
+    allowlist.remember(cfg, ["counting"])
+    assert optimizer_state.measure(cfg, [torch.nn.Parameter(torch.ones(8, 8))], torch.device("cpu")).state >= 0
+
+
 def test_activations_follow_batch_checkpointing_and_resolution(tmp_path: Path, accelerator: Accelerator) -> None:
     def activations(*overrides: str) -> int:
         passes = DryRun(settings(tmp_path, *overrides), accelerator).passes()
@@ -384,8 +397,8 @@ def test_of_a_set_on_the_hub_the_page_is_enough(tmp_path: Path) -> None:
     sizes = "  - name: train\n    num_examples: 1221\n  - name: test\n    num_examples: 12\n"
     (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features: []\n  splits:\n{sizes}---\n")
     (tmp_path / "data.csv").write_text("a\n1\n")
-    found = hub_info.announced(str(tmp_path), "train", "test", None, limit=500)
+    found = hub_rows.announced(str(tmp_path), "train", "test", None, limit=500)
     assert found.train.count == 500
     assert found.validation is not None
     assert found.validation.count == 12
-    assert hub_info.announced(str(tmp_path), "train", "validation", None).validation is None
+    assert hub_rows.announced(str(tmp_path), "train", "validation", None).validation is None

@@ -51,3 +51,10 @@ class DecoderEncoders:
 
 def encode(source, stage, folder, dtype="fp32", batch_size=4, log=lambda text: None, **how):
     return encode_table(source, stage, folder, EncodeSettings(dtype, batch_size, **how), log)
+
+
+def captions(table, index):
+    """How many encoded captions an image has."""
+    counts = [0]  # a table without text is not asked to choose
+    table.row(index, lambda count: counts.append(count) or 0)
+    return counts[-1]

@@ -395,13 +395,13 @@ def test_each_parallel_job_has_a_gpu_of_its_own(tmp_path: Path) -> None:
     ):
         assert first is not None
         assert second is not None
-        taken = [share.environment["CUDA_VISIBLE_DEVICES"] for share in (first, second)]
+        taken = [share["CUDA_VISIBLE_DEVICES"] for share in (first, second)]
         assert taken == ["GPU-aaaa-test", "GPU-bbbb-test"]
         assert third is None  # it would wait
     with devices.held([5], 4, tmp_path, lambda: False) as chosen:
-        assert chosen == devices.Share({"CUDA_VISIBLE_DEVICES": "5"})
+        assert chosen == {"CUDA_VISIBLE_DEVICES": "5"}
     with devices.held(None, 4, tmp_path, lambda: False) as left_alone:
-        assert left_alone == devices.Share()
+        assert left_alone == {}
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -413,7 +413,7 @@ def test_a_job_waits_for_a_gpu(tmp_path: Path) -> None:
     timer.start()
     with devices.held("auto", 4, tmp_path, lambda: False) as share:
         timer.join()
-        assert share == devices.Share({"CUDA_VISIBLE_DEVICES": "GPU-aaaa-test"})
+        assert share == {"CUDA_VISIBLE_DEVICES": "GPU-aaaa-test"}
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -453,9 +453,9 @@ def test_without_gpus_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = devices.usable_cores()
     with devices.held("auto", cores, tmp_path, lambda: False) as share:
-        assert share == (devices.Share({"OMP_NUM_THREADS": "1"}, 1) if cores > 1 else devices.Share())
+        assert share == ({"OMP_NUM_THREADS": "1"} if cores > 1 else {})
     with devices.held("auto", 1, tmp_path, lambda: False) as alone:
-        assert alone == devices.Share()
+        assert alone == {}
 
 
 # --- Slurm, as far as its script

@@ -1,5 +1,9 @@
 """Grids of labelled pictures."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -99,3 +103,11 @@ def test_letters_with_accents_are_in_the_font() -> None:
     font = image_grid.label_font()
     missing = bytes(font.getmask("\uffff"))
     assert all(bytes(font.getmask(letter)) != missing for letter in "éäк–…")
+
+
+def test_a_matplotlib_that_cannot_be_used_costs_no_grid() -> None:
+    """A notebook names its own backend in the environment, which another Python need not have."""
+    code = "from kandinsky_exp.system.image_grid import label_font; print(type(label_font()).__name__)"
+    environment = os.environ | {"MPLBACKEND": "module://not_there"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "Font" in done.stdout, done.stderr

@@ -1,6 +1,7 @@
 """Calls in threads, signal handlers, and the folder that `output_root` means."""
 
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,11 @@ def test_a_call_with_a_limit_returns_and_raises_what_it_calls() -> None:
     assert threads.within(10, lambda: 3, "test") == 3
     with pytest.raises(KeyError):
         threads.within(10, lambda: {}["x"], "test")
+
+
+def test_whatever_ends_a_call_is_heard_of() -> None:
+    with pytest.raises(SystemExit):
+        threads.within(10, sys.exit, "test")
 
 
 def test_a_call_that_takes_too_long_is_left_behind() -> None:

@@ -22,7 +22,7 @@ from kandinsky_exp.system.logs import Log
 
 def cache_key(source_fingerprint: str, encoder_fingerprint: str, preprocess: Preprocess, how: EncodeSettings) -> str:
     """Name of the folder of a table: all that its content depends on. It begins with a letter that no number has."""
-    parts = [FORMAT, source_fingerprint, encoder_fingerprint, preprocess.fingerprint(), how.dtype, how.mirrored]
+    parts = [FORMAT, source_fingerprint, encoder_fingerprint, preprocess.fingerprint, how.dtype, how.mirrored]
     return "t" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:31]
 
 
@@ -50,23 +50,18 @@ def encode_table(
         DataError: for an unreadable image or a missing caption, unless these are skipped; for features that the dtype
             cannot hold; for a disk that is full or cannot be written; for want of memory.
     """
+    is_new = False
     table = catalog.open_table(folder, log)
-    if table is not None:
-        return _accepted(table, how, log, found=True)
-    with catalog.locked(folder, log):
-        table = catalog.open_table(folder, log, mend=True)  # another process may have made it meanwhile
-        if table is not None:
-            return _accepted(table, how, log, found=True)
-        _encode(source, stage, folder, how, log, nullcontext() if encoders is None else encoders, about or {})
-        table = catalog.open_table(folder, log)
-        assert table is not None  # made just now, and the lock is held  # nosec B101
-        return _accepted(table, how, log)
-
-
-def _accepted(table: FeatureTable, how: EncodeSettings, log: Log, *, found: bool = False) -> FeatureTable:
-    if found:
-        log(f"encoded features of {len(table):,} images found in {table.folder}")
-    _refuse_gaps(table.skipped, table.folder, how)
+    if table is None:
+        with catalog.locked(folder, log):
+            table = catalog.open_table(folder, log, mend=True)  # another process may have made it meanwhile
+            if table is None:
+                _encode(source, stage, folder, how, log, encoders or nullcontext(), about or {})
+                table, is_new = catalog.open_table(folder, log), True
+    assert table is not None  # made just now, and the lock was held  # nosec B101
+    if not is_new:
+        log(f"encoded features of {len(table):,} images found in {folder}")
+    _refuse_gaps(table.skipped, folder, how)
     if len(table.skipped) > SHOWN:  # whoever opens the table names the first few of them
         log("all examples that were left out:\n" + "\n".join(table.skipped))
     return table

@@ -99,19 +99,15 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(_about_disk(folder, error)) from error
-
-
-def _about_disk(folder: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"output_root: the disk of {folder.parent} is full. What was encoded so far stays: make room and give the "
-            f"same command again, or set output_root to another disk, or remove tables ({command(folder)})"
-        )
-    return (
-        f"output_root: encoded features cannot be written to {folder.parent} ({cause_of(error)}); set output_root to a "
-        "folder that can, or data.cache=false to train without them"
-    )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"output_root: the disk of {folder.parent} is full. What was encoded so far stays: make room and give "
+                f"the same command again, or set output_root to another disk, or remove tables ({command(folder)})"
+            ) from error
+        raise DataError(
+            f"output_root: encoded features cannot be written to {folder.parent} ({cause_of(error)}); set output_root "
+            "to a folder that can, or data.cache=false to train without them"
+        ) from error
 
 
 def refuse_if_no_room(folder: Path, needed: int) -> None:
@@ -198,7 +194,10 @@ def remove(cache: Path, names: list[str]) -> tuple[list[Entry], int]:
     try:
         with contextlib.ExitStack() as held:
             for table in sorted(tables):
-                _hold(held, cache / f"{table}.lock")
+                try:
+                    held.enter_context(FileLock(cache / f"{table}.lock").acquire(timeout=0))
+                except Timeout:
+                    raise ConfigError(f"remove: another process is encoding into {table}; wait for it") from None
             # One in the making may have become complete, or have gone, before its lock was free.
             chosen = [entry for entry in entries(cache) if entry.table in tables]
             for entry in chosen:
@@ -221,13 +220,6 @@ def _named(name: str, found: list[Entry], cache: Path) -> set[str]:
         raise ConfigError(f"remove: {name} fits {len(meant)} of the tables in {cache}; name one of\n  {fitting}")
     known = ", ".join(entry.name[:8] for entry in found) or "none"
     raise ConfigError(f"remove: no encoded features are named {name} in {cache}; there are {known}")
-
-
-def _hold(held: contextlib.ExitStack, lock: Path) -> None:
-    try:
-        held.enter_context(FileLock(lock).acquire(timeout=0))
-    except Timeout:
-        raise ConfigError(f"remove: another process is encoding into {lock.stem}; wait for it") from None
 
 
 def _sweep(cache: Path) -> int:

@@ -94,12 +94,8 @@ class Chunk:
         return {
             "id": [row.example.id for row in self.images for _ in range(views)],
             **{name: np.repeat(column, views, axis=0) for name, column in facts.items()},
-            **_columns(self.images, ragged),
+            **columns(self.images, ragged),
         }
-
-    def caption_columns(self, ragged: Collection[str]) -> dict[str, Any]:
-        """A row per caption."""
-        return _columns(self.captions, ragged)
 
 
 def _mean_size(rows: Sequence[Row]) -> float:
@@ -108,9 +104,10 @@ def _mean_size(rows: Sequence[Row]) -> float:
     return size / max(1, len(encoded))
 
 
-def _columns(rows: Sequence[Row], ragged: Collection[str]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
+def columns(rows: Sequence[Row], ragged: Collection[str]) -> dict[str, Any]:
+    """A row per view of each."""
+    made: dict[str, Any] = {}
     for name in rows[0].views[0]:
         cells = [view[name] for row in rows for view in row.views]
-        columns[name] = cells if name in ragged else np.stack(cells)
-    return columns
+        made[name] = cells if name in ragged else np.stack(cells)
+    return made

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.encoded import catalog
-from kandinsky_exp.data.encoded.chunk import BatchFiller, Chunk, Row
+from kandinsky_exp.data.encoded.chunk import BatchFiller, Chunk, Row, columns
 from kandinsky_exp.data.encoded.columns import DTYPES, Array
 from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK
 from kandinsky_exp.data.encoded.progress import ProgressBar
-from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, is_of_workers, workers_failed
+from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, workers_failed
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.tally import first_few
@@ -96,7 +96,7 @@ class EncodeLoop:
             with closing(self.bar):
                 self._walk()
         except RuntimeError as error:  # torch hears of a worker's death by a signal, whatever it is doing then
-            if not is_of_workers(error):
+            if "DataLoader worker" not in str(error):
                 raise
             failed = workers_failed(error)
         if failed is not None:  # here, where no traceback keeps the workers and what lies on the device
@@ -202,7 +202,7 @@ class EncodeLoop:
             ragged = self.stage.ragged_features if self.stage.preprocess.buckets else ()
             self.journal.append(IMAGES, chunk.image_columns(progress.captions, ragged))
         if chunk.captions:
-            self.journal.append(CAPTIONS, chunk.caption_columns(self.stage.ragged_features))
+            self.journal.append(CAPTIONS, columns(chunk.captions, self.stage.ragged_features))
         progress.source_rows += chunk.seen
         progress.images += len(chunk.images)
         progress.captions += len(chunk.captions)

@@ -67,7 +67,11 @@ class Journal:
 
     def __init__(self, folder: Path, batch_size: int, log: Log, *, fixed_batch: bool = True) -> None:
         self.folder = folder
-        self.progress = _begun(folder, batch_size, log, fixed_batch)
+        found = _committed(folder)
+        if found is not None and fixed_batch and found.batch_size != batch_size:
+            log(f"{folder} was begun with batches of {found.batch_size}: encoding again")
+            found = None
+        self.progress = found or Progress(batch_size, len(NO_FEATURES))
         with writing(folder):
             if self.progress.source_rows == 0:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -85,7 +89,7 @@ class Journal:
             for name, file in self._files.items():
                 file.flush()
                 self.progress.bytes[name] = file.size
-            _write(self.folder / PROGRESS, asdict(self.progress))
+            write_atomically(self.folder / PROGRESS, json.dumps(asdict(self.progress), indent=1))
 
     def finish(self, about: dict[str, object], target: Path) -> None:
         """Turn the folder into the complete table `target`.
@@ -100,7 +104,8 @@ class Journal:
                 (self.folder / CAPTIONS).unlink()
                 del facts["bytes"][CAPTIONS]
             heads = {name: head_checksum(self.folder / name) for name in facts["bytes"]}
-            _write(self.folder / META, {"format": FORMAT, **facts, "heads": heads, **about})
+            facts = {"format": FORMAT, **facts, "heads": heads, **about}
+            write_atomically(self.folder / META, json.dumps(facts, indent=1))
             (self.folder / PROGRESS).unlink()
             self.folder.replace(target)
 
@@ -110,15 +115,7 @@ class Journal:
                 file.close()
 
 
-def _begun(folder: Path, batch_size: int, log: Log, fixed_batch: bool) -> Progress:
-    found = _read(folder)
-    if found is not None and fixed_batch and found.batch_size != batch_size:
-        log(f"{folder} was begun with batches of {found.batch_size}: encoding again")
-        found = None
-    return found or Progress(batch_size, len(NO_FEATURES))
-
-
-def _read(folder: Path) -> Progress | None:
+def _committed(folder: Path) -> Progress | None:
     """What an earlier process committed; None, if it cannot be gone on with."""
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text("utf-8")))
@@ -127,7 +124,3 @@ def _read(folder: Path) -> Progress | None:
         return progress if whole and same and progress.batch_size >= 1 else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-
-
-def _write(file: Path, content: dict[str, object]) -> None:
-    write_atomically(file, json.dumps(content, indent=1))

@@ -63,21 +63,12 @@ class FeatureTable:
         """What else was not used; tables of before did not count it."""
         return dict(self.meta.get("noted", {}))
 
-    @property
-    def ids(self) -> list[str]:
-        """The examples' ids, read from disk at each call."""
-        return [self.id(index) for index in range(len(self))]
-
     def id(self, index: int) -> str:
         return str(self._image(index)["id"])
 
     def source_row(self, index: int) -> int:
         """The row of the source that was encoded; it differs from `index` where examples were left out."""
         return int(self._image(index)["source_row"])
-
-    def captions(self, index: int) -> int:
-        """How many encoded captions an image has; 0 in a table without text."""
-        return int(self._image(index)["caption_count"])
 
     def shapes(self) -> Array:
         """Shape of what differs in shape of each image, (n, 3): of the latents."""
@@ -87,22 +78,19 @@ class FeatureTable:
         """(n, 2), equal where two images are the same file; None in a table from before that was stored."""
         return self._images.column("picture")[:: self.views] if self._images.has("picture") else None
 
-    def row(self, index: int, caption: int = 0, view: int = 0) -> dict[str, Tensor]:
+    def row(self, index: int, choose: Callable[[int], int] = lambda count: 0, view: int = 0) -> dict[str, Tensor]:
         """Features of an image and of one of its captions, without a batch axis.
 
         What the stage's encoders gave, of varying length zero after the caption's mask, `text_mask` (L,) bool.
 
         Args:
+            choose: draws one of so many captions.
             view: 1 for the mirrored image, where it was encoded.
 
         Raises:
             IndexError: there is no such row, caption or view.
             DataError: what is stored does not agree with its checksum.
         """
-        return self.visit(index, lambda count: caption, view)
-
-    def visit(self, index: int, choose: Callable[[int], int], view: int = 0) -> dict[str, Tensor]:
-        """`row` with the caption that `choose(number of captions)` draws; the image is looked up once."""
         cells = self._image(index, view)
         start, count = int(cells["caption_start"]), int(cells["caption_count"])
         features = {name: _tensor(cell) for name, cell in cells.items() if name not in NO_FEATURES}
@@ -110,18 +98,17 @@ class FeatureTable:
             return features
         if not 0 <= (caption := choose(count)) < count:
             raise IndexError(f"caption {caption} of {count} of {cells['id']}")
-        return features | self._text(self._captions.row(start + caption), self._captions.ragged)
+        text = self._captions.row(start + caption)
+        length, ragged = self.meta["text_length"], self._captions.ragged
+        features |= {name: _tensor(cell, length if name in ragged else None) for name, cell in text.items()}
+        if ragged:
+            features[MASK] = torch.arange(length) < len(text[ragged[0]])
+        return features
 
     def _image(self, index: int, view: int = 0) -> dict[str, Any]:
         if not (0 <= index < len(self) and 0 <= view < self.views):
             raise IndexError(f"row {index} of {len(self)}, view {view} of {self.views}")
         return self._images.row(index * self.views + view)
-
-    def _text(self, cells: dict[str, Any], ragged: list[str]) -> dict[str, Tensor]:
-        length = self.meta["text_length"]
-        features = {name: _tensor(cell, length if name in ragged else None) for name, cell in cells.items()}
-        masks = [torch.arange(length) < len(cells[name]) for name in ragged]
-        return features | ({MASK: masks[0]} if masks else {})
 
 
 def _tensor(view: Array, length: int | None = None) -> Tensor:

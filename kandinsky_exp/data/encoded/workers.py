@@ -2,7 +2,7 @@
 
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -102,7 +103,7 @@ class Loader(Dataset[Loaded]):
         if wants_captions and example.caption_problem:
             raise DataError(f"{example.where}: {example.caption_problem}")
         image = example.image()
-        views = [image, self.preprocess.mirror(image)] if self.mirrored else [image]
+        views = [image, ImageOps.mirror(image)] if self.mirrored else [image]
         captions = self.preprocess.tokenize(example.captions) if wants_captions else []
         return Loaded(
             example.id,
@@ -119,14 +120,7 @@ class Loader(Dataset[Loaded]):
         Raises:
             DataError: the source cannot be read any further, or worker processes cannot be started, or one died.
         """
-        loader: DataLoader[Loaded] = DataLoader(
-            self,
-            batch_sampler=_lists(examples, batch_size),
-            num_workers=workers,
-            collate_fn=_batch,
-            worker_init_fn=leave_signals if workers else None,
-        )
-        return from_workers(loader, "data.encode_workers")
+        return from_workers(self, _lists(examples, batch_size), _batch, workers, "data.encode_workers")
 
 
 def _lists(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
@@ -137,33 +131,34 @@ def _lists(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
         raise DataError(f"data: the examples cannot be read any further ({error})") from error
 
 
-def from_workers(loader: "DataLoader[Any]", key: str) -> Iterator[Any]:
-    """The batches of a loader.
+def from_workers(
+    dataset: Dataset[Any], indices: Iterable[list[Any]], batch: Callable[[list[Any]], Any], workers: int, key: str
+) -> Iterator[Any]:
+    """The batches of a data set, read by so many processes, or here where these are none.
 
     Args:
-        key: the setting that says how many worker processes it has.
+        batch: makes a batch of its rows.
+        key: the setting that says how many processes.
 
     Raises:
         DataError: what a worker found wrong with the data, or that one died or cannot be started.
     """
     failed = None
     try:
-        yield from loader
+        yield from DataLoader(
+            dataset, batch_sampler=indices, num_workers=workers, collate_fn=batch, worker_init_fn=_leave_signals
+        )
     except DataError as error:  # a worker's comes with its traceback in front
         traceback.clear_frames(error.__traceback__)
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except (EOFError, OSError, RuntimeError) as error:  # a worker that dies may leave half a message, too
-        if not loader.num_workers:
+        if not workers:
             raise
         # What torch raises refers to itself and to the loader's iterator, which then waits 5 s for its workers' end.
         traceback.clear_frames(error.__traceback__)
         failed = workers_failed(error, key)
     if failed is not None:  # here, where no traceback keeps the workers: torch would go on to raise their death
         raise failed
-
-
-def is_of_workers(error: RuntimeError) -> bool:
-    return "DataLoader worker" in str(error)
 
 
 def workers_failed(error: Exception, key: str = "data.encode_workers") -> DataError:
@@ -179,7 +174,7 @@ def workers_failed(error: Exception, key: str = "data.encode_workers") -> DataEr
     )
 
 
-def leave_signals(worker: int) -> None:
+def _leave_signals(worker: int) -> None:
     """To the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

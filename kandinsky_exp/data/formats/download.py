@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 4
 PAUSE = 0.25  # seconds before the second try; twice as long before each further one
-FOR_GOOD = range(400, 500)  # HTTP codes that another try does not change, but for the next two
-FOR_NOW = (408, 429)
+FOR_GOOD = {*range(400, 500)} - {408, 429}  # HTTP codes that another try does not change
 BLOCK = 1 << 20
 
 Result = TypeVar("Result")
@@ -50,10 +49,7 @@ def identity(url: str) -> str:
         parts = [shown(url), tag, headers.get("Content-Length", "")]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
     with open_url(url) as file:
-        total = hashlib.sha256()
-        while block := file.read(BLOCK):
-            total.update(block)
-    return total.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_url(url: str) -> io.BufferedReader:
@@ -91,12 +87,12 @@ class _Stream(io.RawIOBase):
 
     def _go_on(self) -> None:
         self.response.close()
-        if self.offset and not self.tag:
-            raise DataError(f"{shown(self.url)}: the connection broke and the server cannot go on; start again")
-        wanted = {"Range": f"bytes={self.offset}-", "If-Range": self.tag or ""} if self.offset else {}
-        self.response = _open(self.url, "GET", wanted)
-        if self.offset and self.response.status != http.client.PARTIAL_CONTENT:
-            raise DataError(f"{shown(self.url)}: the connection broke and the server cannot go on; start again")
+        if self.tag or not self.offset:
+            wanted = {"Range": f"bytes={self.offset}-", "If-Range": self.tag} if self.offset else {}
+            self.response = _open(self.url, "GET", wanted)
+            if not self.offset or self.response.status == http.client.PARTIAL_CONTENT:
+                return
+        raise DataError(f"{shown(self.url)}: the connection broke and the server cannot go on; start again")
 
     def close(self) -> None:
         if not self.closed and hasattr(self, "response"):
@@ -138,7 +134,7 @@ def _retried(url: str, action: Callable[[], Result], mend: Callable[[], None] = 
             return action()
         except urllib.error.HTTPError as error:
             reason = f"the server answers {error.code} {error.reason}"
-            if error.code in FOR_GOOD and error.code not in FOR_NOW:
+            if error.code in FOR_GOOD:
                 break
         except (ValueError, http.client.InvalidURL):  # their text may hold the query
             reason = "not a valid address"

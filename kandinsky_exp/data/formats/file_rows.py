@@ -94,8 +94,7 @@ class FileRows(Indexed):
         return self.unused
 
     def caption_counts(self) -> NDArray[np.int64]:
-        counts: NDArray[np.int64] = pc.list_value_length(self.columns.column("captions")).to_numpy()
-        return counts
+        return np.asarray(pc.list_value_length(self.columns.column("captions")))
 
     def suspects(self, captions: bool) -> NDArray[np.int64]:
         bad = np.array([bool(problem or (captions and wordless)) for problem, wordless in self.problems])
@@ -160,7 +159,7 @@ def read_listed(file: Path, image_column: str, caption_column: str, *, inside: b
     title = str(home if inside else file)
     plain = metadata.read_plain(file, names, caption_column)
     release()
-    if plain and not (inside and pc.any(_leads_out(plain[0])).as_py()):
+    if plain and not (inside and pc.any(pc.match_substring_regex(plain[0], LEADS_OUT.pattern)).as_py()):
         return FileRows(title, str(home), str(origin), unit, _all_good(*plain, unit == "line"), (("", ""),))
     rows = (
         FileRow(number, None, (), (row, ""))
@@ -173,10 +172,6 @@ def read_listed(file: Path, image_column: str, caption_column: str, *, inside: b
         some = (f"{source[row].where}: {source[row].problem}" for row in range(min(len(source), SHOWN)))
         raise DataError(first_few(some, len(source)))
     return source
-
-
-def _leads_out(files: pa.Array) -> pa.Array:
-    return pc.match_substring_regex(files, LEADS_OUT.pattern)
 
 
 def _all_good(files: pa.Array, captions: pa.Array, from_one: bool) -> pa.RecordBatch:
@@ -193,7 +188,7 @@ def _file_row(number: int, row: Row, names: list[str], caption_column: str, insi
     captions, wordless = parse_captions(row, caption_column)
     file = next((row[column] for column in names if column in row), None)
     problem = ""
-    if isinstance(file, dict) or (isinstance(file, str) and metadata.is_no_name(file)):
+    if isinstance(file, dict) or (isinstance(file, str) and metadata.NO_NAME.search(file)):
         problem = "its image is no file name but the picture as text; write files, or Parquet with the pictures' bytes"
     elif not isinstance(file, str) or not file:
         wanted, columns = names[0], ", ".join(row) or "none"

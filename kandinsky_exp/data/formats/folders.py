@@ -41,7 +41,7 @@ def is_systems(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def walk(home: Path, skip: Collection[Path] = (), unused: Tally | None = None) -> Iterator[tuple[Path, str, list[str]]]:
+def walk(home: Path, skip: Collection[Path], unused: Tally) -> Iterator[tuple[Path, str, list[str]]]:
     """A folder and those in it, in alphabetical order: (folder, what precedes its files' names, their names).
 
     Links to folders are followed, but nothing is entered twice. What is the system's is left out.
@@ -51,7 +51,6 @@ def walk(home: Path, skip: Collection[Path] = (), unused: Tally | None = None) -
         unused: gets the folders that cannot be entered.
     """
     entered = [home.resolve(), *(folder.resolve() for folder in skip)]
-    unused = {} if unused is None else unused
 
     def unreadable(error: OSError) -> None:
         tally.count(unused, "not used, folders that cannot be read", str(error.filename))

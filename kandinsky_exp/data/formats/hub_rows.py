@@ -1,5 +1,6 @@
 """Rows of a `datasets` data set: from the hub, or a local copy."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -19,6 +20,7 @@ from kandinsky_exp.data.examples import MAX_BYTES, Example, Indexed, no_columns,
 from kandinsky_exp.data.file_hashes import CHUNK, FileDigests, Hash, update
 from kandinsky_exp.data.formats.file_rows import LEADS_OUT, parse_captions
 from kandinsky_exp.data.formats.metadata import holds_pictures
+from kandinsky_exp.data.source_facts import Announced, AnnouncedSplits
 from kandinsky_exp.errors import DataError, first_line
 
 FEW = 64  # rows of a Parquet file that are in memory at once, where each is a picture
@@ -162,6 +164,35 @@ def load(name: str, split: str, revision: str | None, subset: str | None = None)
         raise not_there(name, revision, subset, error) from error
 
 
+def announced(
+    name: str,
+    split: str,
+    validation_split: str | None,
+    revision: str | None,
+    subset: str | None = None,
+    limit: int | None = None,
+) -> AnnouncedSplits:
+    """The splits and how many images they have, before anything of them is fetched.
+
+    Args:
+        subset: the configuration, where there are several.
+        limit: of the images of each split.
+
+    Raises:
+        DataError: if it cannot be asked.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(name, subset, revision=revision).info.splits or {}
+    except Exception as error:  # as above
+        raise not_there(name, revision, subset, error) from error
+    title = name if subset is None else f"{name}/{subset}"
+    sizes = {key: min(filter(None, (value.num_examples, limit)), default=None) for key, value in found.items()}
+    train, validation = (Announced(f"{title}/{key}", sizes.get(key or "")) for key in (split, validation_split))
+    return AnnouncedSplits(train, validation if validation_split in sizes else None)
+
+
 def parquet_rows(file: Path, image_column: str, caption_column: str) -> HubRows:
     """A source of a Parquet file in which the pictures are.
 
@@ -212,19 +243,14 @@ def _kind(feature: Any) -> str:
 
 def not_there(name: str, revision: str | None, subset: str | None, error: Exception) -> DataError:
     """Why a data set cannot be loaded, and what to do."""
-    known = _subsets(name, revision) if isinstance(error, ValueError) else []  # what a wrong configuration is
+    import datasets
+
+    known: list[str] = []
+    if isinstance(error, ValueError):  # what a wrong configuration is
+        with contextlib.suppress(Exception):  # as above: then the first error says more
+            known = datasets.get_dataset_config_names(name, revision=revision)
     if known and (subset not in known if subset else len(known) > 1):
         wrong = f"{name} has no configuration '{subset}'" if subset else f"{name} has several configurations"
         return DataError(f"data.subset: {wrong}; give one of {', '.join(known)}")
     check = "check the id, your access (hf auth login) and the network, or give a local copy"
     return DataError(f"data.name: {name} cannot be loaded: {first_line(error)}; {check}")
-
-
-def _subsets(name: str, revision: str | None) -> list[str]:
-    """The configurations of a data set; none where nobody can say."""
-    import datasets
-
-    try:
-        return [str(subset) for subset in datasets.get_dataset_config_names(name, revision=revision)]
-    except Exception:  # as above: then the first error says more
-        return []

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, Any, AnyStr
 
@@ -19,7 +19,8 @@ from kandinsky_exp.system import text_files
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CHUNK = 4096
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}  # of a CSV file's columns
-NO_NAME = re.compile(r"^(data:|iVBORw0KGgo|/9j/4)|[^/]{256}")  # as base64; of a file, a name has 255 bytes at most
+# A picture written as text, in base64, where the name of a file should be: that has 255 bytes at most.
+NO_NAME = re.compile(r"^(data:|iVBORw0KGgo|/9j/4)|[^/]{256}")
 MAX_LINE = 16 << 20  # bytes of JSON, characters of CSV
 MAX_CAPTION = 1 << 16  # characters; CLIP reads the first 77 tokens
 MAX_CAPTIONS = 1000  # of one image
@@ -80,11 +81,6 @@ def _lines(content: IO[AnyStr], file: Path) -> Iterator[AnyStr]:
             raise DataError(f"{file}, line {number}: longer than {MAX_LINE >> 20} MB; write one row per image")
         yield line
         number += 1
-
-
-def is_no_name(text: str) -> bool:
-    """Whether a text where the name of a file should be is a picture written as text."""
-    return NO_NAME.search(text) is not None
 
 
 def caption_problem(texts: Sequence[str]) -> str:
@@ -209,12 +205,9 @@ def _parquet(path: Path, columns: Sequence[str]) -> Numbered:
             wanted = [name for name in schema.names if name in columns]
             _refuse_pictures(path, schema, wanted)
             others = dict.fromkeys(schema.names)
-            batches = file.iter_batches(CHUNK, columns=wanted) if wanted else _blanks(file.metadata.num_rows)
-            number = 0
-            for batch in batches:
-                for row in batch.to_pylist():
-                    yield number, others | row
-                    number += 1
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(CHUNK, columns=wanted))
+            for number, row in enumerate(rows if wanted else repeat({}, file.metadata.num_rows)):
+                yield number, others | row
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {first_line(error)}; write it again") from None
 
@@ -247,10 +240,6 @@ def _refuse_too_many(path: Path, content: pq.ParquetFile) -> None:
     rows, size = content.metadata.num_rows, path.stat().st_size
     if rows > 1_000_000 + 16 * size:
         raise DataError(f"{path}: {rows:,} rows in {size:,} bytes cannot be a list of images; write it again")
-
-
-def _blanks(rows: int) -> Iterator[pa.RecordBatch]:
-    yield pa.RecordBatch.from_pylist([{}] * rows)
 
 
 def _refuse_pictures(path: Path, schema: pa.Schema, columns: Sequence[str]) -> None:

@@ -67,13 +67,9 @@ def _choices(inside: str, path: str, key: str) -> list[str]:
     first, last = numbers.groups()
     count = int(last) - int(first) + 1
     if not 1 <= count <= MANY:
-        raise DataError(f"{key}: {{{inside}}} in {_plain(path)} counts {max(count, 0):,} shards; write {{first..last}}")
+        raise DataError(f"{key}: {{{inside}}} in {shown(path)} counts {max(count, 0):,} shards; write {{first..last}}")
     width = len(first) if first.startswith("0") else 0
     return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
-
-
-def _plain(path: str) -> str:
-    return shown(path) if is_url(path) else path
 
 
 def _found(name: str, key: str) -> list[str]:

@@ -24,7 +24,6 @@ from kandinsky_exp.data.examples import MAX_BYTES, Example, Source, nothing
 from kandinsky_exp.data.file_hashes import FileDigests, update
 from kandinsky_exp.data.formats import download
 from kandinsky_exp.data.formats.file_rows import Captions, parse_captions
-from kandinsky_exp.data.formats.folders import HEAD
 from kandinsky_exp.data.formats.tar_members import BESIDE, MANY, Group, Grouping, Member
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError, cause_of
@@ -151,7 +150,7 @@ class Shards(Source):
             _refuse_bomb(member, end)
             limit = MAX_TEXT if member.name.lower().endswith(f".{self._text_key}") else MAX_BYTES
             is_needed = number + MANY >= start  # it is known later which row it belongs to
-            for group in grouping.take(_Content(archive, member, _problem(member, limit), is_needed)):
+            for group in grouping.take(Member(archive, member, _problem(member, limit), is_needed)):
                 yield group
                 number += 1
         yield from grouping.finish()
@@ -243,27 +242,5 @@ def _problem(member: tarfile.TarInfo, limit: int) -> str:
     return ""
 
 
-class _Content(Member):
-    """A member's bytes, read in order, as a stream gives them."""
-
-    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo, refused: str, is_needed: bool) -> None:
-        super().__init__(member.name, refused)
-        self.archive, self.member, self.is_needed = archive, member, is_needed
-        self.begun: bytes | None = None
-
-    def head(self) -> bytes:
-        self.file = self.archive.extractfile(self.member)
-        assert self.file is not None  # a regular file  # nosec B101
-        self.begun = self.file.read(HEAD)
-        return self.begun
-
-    def content(self) -> bytes:
-        if not self.is_needed:
-            return b""
-        begun = self.head() if self.begun is None else self.begun
-        assert self.file is not None  # nosec B101
-        return begun + self.file.read()
-
-
 def _file_name(shard: str) -> str:
-    return posixpath.basename(download.shown(shard) if download.is_url(shard) else shard)
+    return posixpath.basename(download.shown(shard))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import read_file
-from kandinsky_exp.data.formats.file_rows import FileRow, FileRows, gather
+from kandinsky_exp.data.formats.file_rows import Captions, FileRow, FileRows, gather
 from kandinsky_exp.data.formats.folders import NO_PICTURES, is_picture, is_unicode, suffix, walk
 from kandinsky_exp.data.formats.metadata import caption_problem
 from kandinsky_exp.data.tally import Tally
@@ -30,17 +30,14 @@ def read_beside(home: Path, skip: Path) -> FileRows:
         DataError: if no image has a text.
     """
     unused: Tally = {}
-    source = gather(str(home), home, home, "", _rows(home, skip, unused)) if _holds_text(home, skip) else None
+    holds_text = any(suffix(name) == TEXT for _, _, files in walk(home, [skip], {}) for name in files)
+    source = gather(str(home), home, home, "", _rows(home, skip, unused)) if holds_text else None
     if source is None or not source.caption_counts().any():
         raise DataError(
             f"data.path: {home} holds neither metadata.jsonl nor .csv nor .parquet, and no image with a .txt beside "
             'it; write one row per image, such as {"file_name": "1.png", "text": "a caption"}'
         )
     return replace(source, unused=unused)
-
-
-def _holds_text(home: Path, skip: Path) -> bool:
-    return any(suffix(name) == TEXT for _, _, files in walk(home, [skip]) for name in files)
 
 
 def _rows(home: Path, skip: Path, unused: Tally) -> Iterator[FileRow]:
@@ -53,7 +50,9 @@ def _rows(home: Path, skip: Path, unused: Tally) -> Iterator[FileRow]:
             if not is_unicode(inside + name):
                 yield FileRow(number, None, (), (f"{inside + name!a} is not UTF-8; give it another name", ""))
             elif name in pictures:
-                yield _picture(number, home, inside + name, inside + texts.get(_stem(name), ""))
+                text = texts.get(_stem(name))
+                captions, wordless = _captions(home, inside + name, inside + text if text else None)
+                yield FileRow(number, inside + name, captions, ("", wordless))
             elif suffix(name) == TEXT and _stem(name) not in pictured:
                 problem = f"{inside}{name} has no image beside it; add one or remove it"
                 yield FileRow(number, None, (), (problem, ""))
@@ -69,21 +68,16 @@ def _stem(name: str) -> str:
     return unicodedata.normalize("NFC", Path(name).stem)
 
 
-def _picture(number: int, home: Path, name: str, text: str) -> FileRow:
-    """
-    Args:
-        name, text: with the folders inside `home`; a text that ends with one is none.
-    """
-    if not text or text.endswith("/"):
-        return FileRow(number, name, (), ("", f"{name} has no {TEXT} of its name beside it; write one"))
+def _captions(home: Path, name: str, text: str | None) -> Captions:
+    if text is None:
+        return (), f"{name} has no {TEXT} of its name beside it; write one"
     try:
         caption = decode(read_file(str(home / text), MAX_TEXT)).strip()
     except UnicodeDecodeError:
-        return FileRow(number, name, (), ("", f"{text}: not UTF-8 text; save it as UTF-8"))
+        return (), f"{text}: not UTF-8 text; save it as UTF-8"
     except OSError as error:
-        return FileRow(number, name, (), ("", f"{text} cannot be read: {error.strerror}"))
+        return (), f"{text} cannot be read: {error.strerror}"
     if not caption:
-        return FileRow(number, name, (), ("", f"{text} is empty; write a caption or take the image out"))
-    if problem := caption_problem([caption]):
-        return FileRow(number, name, (), ("", f"{text}: {problem}"))
-    return FileRow(number, name, (caption,))
+        return (), f"{text} is empty; write a caption or take the image out"
+    problem = caption_problem([caption])
+    return ((), f"{text}: {problem}") if problem else ((caption,), "")

@@ -5,12 +5,14 @@ Then the name goes up to the last dot.
 """
 
 import posixpath
-from abc import ABC, abstractmethod
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import IO
 
 from kandinsky_exp.data import tally
-from kandinsky_exp.data.formats.folders import OTHERS, PICTURES, SYSTEM, begins_as_picture, is_systems
+from kandinsky_exp.data.formats.folders import HEAD, OTHERS, PICTURES, SYSTEM, begins_as_picture, is_systems
 from kandinsky_exp.data.tally import Tally
 
 MANY = 16  # pictures with names that share their beginning up to the first dot: no example has so many
@@ -36,19 +38,33 @@ class Group:
 
 
 @dataclass
-class Member(ABC):
-    """One file of an archive, and why it cannot be taken."""
+class Member:
+    """One file of an archive, whose bytes are read in order, as a stream gives them.
 
-    name: str
+    Args:
+        refused: why it cannot be taken.
+    """
+
+    archive: tarfile.TarFile
+    header: tarfile.TarInfo
     refused: str
+    is_needed: bool
+    begun: bytes = b""
 
-    @abstractmethod
+    @cached_property
+    def file(self) -> IO[bytes]:
+        file = self.archive.extractfile(self.header)
+        assert file is not None  # a regular file  # nosec B101
+        return file
+
     def head(self) -> bytes:
         """How it begins."""
+        self.begun = self.file.read(HEAD)
+        return self.begun
 
-    @abstractmethod
     def content(self) -> bytes:
         """All of it, or nothing where that is not needed."""
+        return self.begun + self.file.read() if self.is_needed else b""
 
 
 class Grouping:
@@ -69,7 +85,7 @@ class Grouping:
         self.dots_are_names = False
 
     def take(self, member: Member) -> Iterator[Group]:
-        folder, file = posixpath.split(member.name.encode(errors="surrogateescape").decode(errors="replace"))
+        folder, file = posixpath.split(member.header.name.encode(errors="surrogateescape").decode(errors="replace"))
         base, _, key = file.partition(".")
         if not base or is_systems(file) or any(part.lower() in SYSTEM for part in folder.split("/")):
             return
@@ -77,13 +93,15 @@ class Grouping:
         ending = key.rpartition(".")[2]
         if self._is_wanted(key) or (key == ending and self._claims(member, key)):
             yield from self._begin(base)
-            yield from self._take_plain(member, key)
+            if key in self.plain:  # the next example of that name
+                yield from self.finish()
+            self._put(self.plain, member, key)
         elif key != ending and self._is_wanted(ending):
             yield from self._begin(base)
             yield from self._take_dotted(member, key, ending)
         elif not member.refused:  # a folder, for one
             self.other = base if key and key == ending else self.other
-            tally.count(self.unused, OTHER, member.name)
+            tally.count(self.unused, OTHER, member.header.name)
 
     def finish(self) -> Iterator[Group]:
         """What still waits."""
@@ -116,14 +134,9 @@ class Grouping:
             yield from self.finish()
             self.plain, self.base, self.dots_are_names = Group(base), base, False
 
-    def _take_plain(self, member: Member, key: str) -> Iterator[Group]:
-        if key in self.plain:  # the next example of that name
-            yield from self.finish()
-        self._put(self.plain, member, key)
-
     def _take_dotted(self, member: Member, key: str, ending: str) -> Iterator[Group]:
         if self._has_picture(self.plain) and not self.dots_are_names:
-            self._pass_over(BESIDE, [member.name])
+            self._pass_over(BESIDE, [member.header.name])
             return
         name = f"{self.base}.{key.removesuffix(f'.{ending}')}"
         if ending in self.dotted.get(name, Group("")):
