@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.memory import optimizer_state
-from kandinsky_exp.memory.meta_weights import MetaWeights
 from kandinsky_exp.memory.optimizer_state import StepNeed
 from kandinsky_exp.memory.tensor_tracker import TensorTracker
-from kandinsky_exp.models import adapters, pipelines, weight_files
+from kandinsky_exp.models import adapters, compatibility, pipelines, weight_files
+from kandinsky_exp.models.components import MODELS
+from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, Features
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -66,6 +68,24 @@ class Passes:
 
     gradients: int
     peak: int
+
+
+class MetaWeights(Weights):
+    """Networks as their configs describe them, on the meta device: shapes and types, no data; no tensor is fetched."""
+
+    def _tensors(self, name: str) -> list[str]:
+        return []
+
+    def _made(self, part: str, folder: Path, dtype: str, bits: str | None) -> Any:
+        if part not in MODELS:
+            return super()._made(part, folder, dtype, bits)
+        network = compatibility.without_data(part, folder)
+        return nn.Module.to(network, getattr(torch, dtype))  # diffusers' own warns of modules to keep in float32
+
+    def tensors(self, part: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Ones: a stage looks at them, and refuses what cannot be."""
+        shapes = compatibility.expected_shapes(part, self.folder(part))
+        return {name: torch.ones(shapes[name]) for name in names}
 
 
 class DryRun:

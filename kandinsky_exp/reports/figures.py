@@ -21,6 +21,7 @@ from kandinsky_exp.reports.run_data import (
     number,
     varied,
 )
+from kandinsky_exp.tracking.mlflow_names import shortened
 
 # Told apart by colour-blind eyes, on white and on black (Okabe and Ito 2008, without black and yellow).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
@@ -66,8 +67,7 @@ def dash(index: int) -> str:
 
 def safe(text: str) -> str:
     """A text that plotly shows as it is: it knows some tags, and templates."""
-    short = text if len(text) <= LABEL else text[: LABEL - 1] + "…"
-    return html.escape(short, quote=False).replace("%{", "%\u200b{")
+    return html.escape(shortened(text, LABEL), quote=False).replace("%{", "%\u200b{")
 
 
 def smoothed(curve: Curve) -> Curve:
@@ -170,11 +170,9 @@ class Axis:
 
     def marks(self) -> dict[str, list[Any]]:
         """The ticks as plotly takes them."""
-        return (
-            {"tickvals": [at for at, _ in self.ticks], "ticktext": [text for _, text in self.ticks]}
-            if self.ticks
-            else {}
-        )
+        if not self.ticks:
+            return {}
+        return {"tickvals": [at for at, _ in self.ticks], "ticktext": [text for _, text in self.ticks]}
 
 
 def scores(runs: Sequence[Run]) -> list[Figure]:
@@ -184,14 +182,10 @@ def scores(runs: Sequence[Run]) -> list[Figure]:
         return []
     indices, values = [index for index, _ in found], [value for _, value in found]
     title = "best validation loss" if has_validated(runs) else "last training loss"
-    axes = [axis for column in _columns(runs) if (axis := _axis(column, indices)) is not None]
+    columns = [Column("stage", "stage", tuple(run.stage or None for run in runs)), *varied(runs)]
+    axes = [axis for column in columns if (axis := _axis(column, indices)) is not None]
     scatters = [_scatter(runs, indices, values, axis, title, number) for number, axis in enumerate(axes)]
     return [_parallel(indices, values, axes, title), *scatters] if len(axes) > 1 else scatters
-
-
-def _columns(runs: Sequence[Run]) -> list[Column]:
-    stages = tuple(run.stage or None for run in runs)
-    return [Column("stage", "stage", stages), *varied(runs)] if len(set(stages)) > 1 else varied(runs)
 
 
 def _axis(column: Column, indices: Sequence[int]) -> Axis | None:

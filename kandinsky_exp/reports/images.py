@@ -94,23 +94,22 @@ def collect(client: "MlflowClient", runs: Sequence[Run], max_bytes: int = MAX_BY
 
 def _listed(client: "MlflowClient", run_id: str, index: int, folder: Path) -> list[Stored]:
     """A run's images, of each key and step the newest: a reduced copy where the picture is large."""
-    newest: dict[tuple[str, int], dict[str, tuple[int, Any]]] = {}
-    for file in client.list_artifacts(run_id, "images"):
-        match = IMAGE.fullmatch(file.path)
-        if match and WANTED.fullmatch(key := match["key"].replace("~", "/")):
-            kinds = newest.setdefault((key, int(match["step"])), {})
-            before = kinds.get(match["kind"], (0, None))
-            kinds[match["kind"]] = max(before, (int(match["time"]), file), key=lambda item: item[0])
+    newest: dict[tuple[str, int], dict[str, Any]] = {}
+    listed = [
+        (file, match) for file in client.list_artifacts(run_id, "images") if (match := IMAGE.fullmatch(file.path))
+    ]
+    for file, match in sorted(listed, key=lambda item: int(item[1]["time"])):
+        if WANTED.fullmatch(key := match["key"].replace("~", "/")):
+            newest.setdefault((key, int(match["step"])), {})[match["kind"]] = file
     prompts = read_prompts(client, run_id, folder) if newest else []
     return [Stored(index, Row(key, prompt_at(prompts, key, step)), step, _choice(kinds))
             for (key, step), kinds in newest.items()]  # fmt: skip
 
 
-def _choice(kinds: dict[str, tuple[int, Any]]) -> str:
+def _choice(kinds: dict[str, Any]) -> str:
     picture, copy = kinds.get(".png"), kinds.get("+compressed.webp")
-    if copy is None or (picture is not None and 0 < (picture[1].file_size or 0) <= SMALL_FILE):
-        return str(kinds[".png"][1].path)
-    return str(copy[1].path)
+    is_small = picture is not None and 0 < (picture.file_size or 0) <= SMALL_FILE
+    return str(kinds[".png" if copy is None or is_small else "+compressed.webp"].path)
 
 
 def read_prompts(client: "MlflowClient", run_id: str, folder: Path) -> Prompts:
@@ -134,13 +133,6 @@ def _fetched(client: "MlflowClient", run_id: str, path: str, folder: Path) -> by
     if file.is_relative_to(folder):
         file.unlink()
     return data
-
-
-def spread(steps: Sequence[int], count: int) -> list[int]:
-    """`count` of the steps, evenly, the last one and (if there are two) the first among them."""
-    if count == 1:
-        return [steps[-1]]
-    return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
 
 
 def _fill(
@@ -196,8 +188,9 @@ def by_importance(images: Iterable[Stored]) -> list[Stored]:
 
 def _halved(steps: Sequence[int]) -> list[int]:
     """First, last, the middle, the quarters, …"""
-    levels = math.ceil(math.log2(max(2, len(steps)))) + 1
-    return list(dict.fromkeys(step for level in range(levels) for step in spread(steps, 2**level + 1)))
+    levels, last = math.ceil(math.log2(max(2, len(steps)))) + 1, len(steps) - 1
+    parts = [part / 2**level for level in range(levels) for part in range(2**level + 1)]
+    return list(dict.fromkeys(steps[round(part * last)] for part in parts))
 
 
 def reduced(data: bytes, side: int) -> bytes:

@@ -16,6 +16,7 @@ from kandinsky_exp.reports.images import ImageGrid
 from kandinsky_exp.reports.run_data import TRAIN, VALIDATION, Run, finite, rank
 from kandinsky_exp.system.files import replacing
 from kandinsky_exp.system.image_grid import labelled_grid
+from kandinsky_exp.tracking.mlflow_names import shortened
 
 LINES: dict[str, Literal["-", "--", ":", "-."]] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 MOST_NAMES = 24  # in the legend
@@ -56,7 +57,7 @@ def _draw(axes: Axes, runs: Sequence[Run], key: str, title: str) -> None:
 def _legend(figure: Figure, runs: Sequence[Run]) -> None:
     """Beside the panels; texts are set afterwards, for a label would be left out if it began with an underscore."""
     shown = list(enumerate(runs))[:MOST_NAMES]
-    names = [run.label if len(run.label) <= NAME else run.label[: NAME - 1] + "…" for _, run in shown]
+    names = [shortened(run.label, NAME) for _, run in shown]
     handles = [Line2D([], [], color=colour(index), linestyle=LINES[dash(index)]) for index, _ in shown]
     if len(runs) > len(shown):
         handles.append(Line2D([], [], linestyle=""))

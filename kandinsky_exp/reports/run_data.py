@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kandinsky_exp.tracking.mlflow_names import JOB, short_names
@@ -73,15 +74,12 @@ def children(client: "MlflowClient", parent_run_id: str) -> list[str]:
     """The ids of a parent's runs in the order of its jobs, or else of their start, without those that were deleted."""
     experiment = client.get_run(parent_run_id).info.experiment_id
     wanted = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
-    found: list[tuple[str, str]] = []
-    token: str | None = None
-    while True:
-        order = ["attributes.start_time ASC"]
-        page = client.search_runs([experiment], wanted, max_results=PAGE, order_by=order, page_token=token)
-        found += [(run.data.tags.get(JOB, ""), run.info.run_id) for run in page]
-        token = page.token
-        if not token:
-            return [run_id for _, run_id in sorted(found, key=lambda job: job[0])]
+    by_start = ["attributes.start_time ASC"]
+    search = partial(client.search_runs, [experiment], wanted, max_results=PAGE, order_by=by_start)
+    found = [*(page := search())]
+    while page.token:
+        found += (page := search(page_token=page.token))
+    return [run.info.run_id for run in sorted(found, key=lambda run: run.data.tags.get(JOB, ""))]
 
 
 def read(client: "MlflowClient", run_ids: Sequence[str]) -> list[Run]:
@@ -157,10 +155,6 @@ def has_validated(runs: Sequence[Run]) -> bool:
     return any(run.scores.best is not None for run in runs)
 
 
-def score(run: Run, by_validation: bool) -> float | None:
-    return run.scores.best if by_validation else run.scores.train
-
-
 def rank(runs: Sequence[Run], one: Run) -> float:
     """How many runs of its own stage are better: losses of different stages do not compare."""
     if one.scores.best is None:
@@ -173,7 +167,7 @@ def completed(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:
     """(index, score) of the runs that are finished and have one; the last training loss where none ever validated."""
     by_validation = has_validated(runs)
     for index, run in enumerate(runs):
-        value = score(run, by_validation)
+        value = run.scores.best if by_validation else run.scores.train
         if run.status == "FINISHED" and value is not None:
             yield index, value
 

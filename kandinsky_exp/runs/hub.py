@@ -10,7 +10,7 @@ from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, RunFailure, first_line
 from kandinsky_exp.models.components import PARTS, is_combined, read_object, side_parts
 from kandinsky_exp.models.weight_files import PART_FILES
-from kandinsky_exp.runs import run_states
+from kandinsky_exp.runs import lookup
 from kandinsky_exp.runs.model_card import Result, model_card
 from kandinsky_exp.runs.run_folder import read_record
 from kandinsky_exp.system.files import setting
@@ -40,15 +40,12 @@ def check_access(repo: str, private: bool) -> str | None:
         name = _full_name(repo, user)
         within(PATIENCE, lambda: _check_repository(api, name, private), "hub")
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            raise ConfigError(
-                "hub.push: the hub does not take this token; run `hf auth login`, or renew HF_TOKEN"
-            ) from error
-        if status == 403:
-            raise ConfigError(
-                f"hub.repo_id: you may not write to '{repo}'; choose another, or a token that may"
-            ) from error
+        refusals = {
+            401: "hub.push: the hub does not take this token; run `hf auth login`, or renew HF_TOKEN",
+            403: f"hub.repo_id: you may not write to '{repo}'; choose another, or a token that may",
+        }
+        if (refusal := refusals.get(error.response.status_code)) is not None:
+            raise ConfigError(refusal) from error
         return first_line(error)
     except HFValidationError as error:
         raise ConfigError(f"hub.repo_id: {first_line(error)}; choose another") from error
@@ -111,8 +108,10 @@ def push(run_folder: Path, repo: str, private: bool) -> None:
         api.create_commit(name, operations, commit_message="Result of kandinsky-exp")
     except BaseException as error:
         cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
-        message = f"hub.push: {run_folder} was not uploaded to {repo}: {first_line(error)}{cause}. Nothing is lost; "
-        message += f"what has arrived is not sent again by: {command(run_folder, repo, private)}"
+        message = (
+            f"hub.push: {run_folder} was not uploaded to {repo}: {first_line(error)}{cause}. Nothing is lost; "
+            f"what has arrived is not sent again by: {command(run_folder, repo, private)}"
+        )
         if isinstance(error, Exception):  # whatever it is, the local result stands
             raise RunFailure(message) from error
         logger.error("%s", message)
@@ -139,7 +138,7 @@ def read_result(run_folder: Path) -> Result:
         raise ConfigError(f"run: {run_folder} is a sweep; give the folder of one of its jobs")
     is_adapter = (run_folder / "adapter").is_dir()
     if record.status != "FINISHED" or not (is_adapter or (run_folder / "pipeline").is_dir()):
-        raise ConfigError(f"run: {run_states.no_result(run_folder, None, '')}")
+        raise ConfigError(f"run: {lookup.no_result(run_folder, None, '')}")
     return Result(saved_config.flatten_saved(run_folder), record, is_adapter)
 
 

@@ -68,7 +68,8 @@ def model_card(repo: str, result: Result, images: Sequence[tuple[str, str]]) -> 
         images: (path in the repository, prompt); an empty prompt for a grid.
     """
     images = [(path, redaction.masked(prompt)) for path, prompt in images]
-    kind = f"{_name(result)} for the {result.stage}" if result.is_adapter else f"The {result.stage}"
+    adapter = {"lora": "A LoRA", "dora": "A DoRA"}.get(str(result.params.get("adapter.name")), "An adapter")
+    kind = f"{adapter} for the {result.stage}" if result.is_adapter else f"The {result.stage}"
     paragraphs = [
         f"---\n{_metadata(result, images).to_yaml()}\n---\n# {repo.rpartition('/')[2]}",
         f"{kind} of Kandinsky 2.2, fine-tuned with kandinsky-exp.",
@@ -83,10 +84,6 @@ def model_card(repo: str, result: Result, images: Sequence[tuple[str, str]]) -> 
         "Apache-2.0, as Kandinsky 2.2. What the pictures that it was trained on may be used for is not changed by it.",
     ]
     return "\n\n".join(paragraphs) + "\n"
-
-
-def _name(result: Result) -> str:
-    return {"lora": "A LoRA", "dora": "A DoRA"}.get(str(result.params.get("adapter.name")), "An adapter")
 
 
 def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> ModelCardData:

@@ -15,8 +15,7 @@ from kandinsky_exp.models import adapter_files, adapters, compatibility
 from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
-from kandinsky_exp.runs import run_states
-from kandinsky_exp.runs.lookup import located, recorded_id, run_of, source_of, trained_network
+from kandinsky_exp.runs.lookup import located, names_of, no_adapter, recorded_id, run_of, source_of, trained_network
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +89,8 @@ def find_origins(cfg: DictConfig) -> dict[PipelineHalf, ModelSource]:
     for side in NETWORKS:
         if side not in found:
             found[side] = started_from(cfg, [*homes[side], *partners], side)
-    return scaled({side: with_adapters(found[side], loose[side]) for side in NETWORKS}, cfg.adapter_scale)
-
-
-def names_of(value: Any) -> list[str]:
-    """What a setting names: nothing, one thing, or a list."""
-    return [] if value is None else list(value) if isinstance(value, ListConfig) else [value]
+    both = {side: replace(found[side], adapters=(*found[side].adapters, *loose[side])) for side in NETWORKS}
+    return scaled(both, cfg.adapter_scale)
 
 
 def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: PipelineHalf) -> ModelSource:
@@ -106,10 +101,6 @@ def started_from(cfg: DictConfig, runs: Iterable[Path | None], side: PipelineHal
     variant = saved_config.value(run_folder, "weights.variant")
     found = find_origin(cfg, side, source_of(run_folder, side), cfg.weights.variant or variant)
     return replace(found, revision=saved_config.value(run_folder, f"weights.{side}_revision"), variant=variant)
-
-
-def with_adapters(origin: ModelSource, found: Iterable[Adapter]) -> ModelSource:
-    return replace(origin, adapters=(*origin.adapters, *found))
 
 
 def scaled(origins: Mapping[PipelineHalf, ModelSource], scale: Any) -> dict[PipelineHalf, ModelSource]:
@@ -142,11 +133,11 @@ def find_origin(cfg: DictConfig, side: PipelineHalf, source: str, variant: str |
     """
     if source == "tiny" or is_hub_id(source):
         return ModelSource(source)
-    folder, run_id = located(cfg, side, source, side)
+    folder = located(cfg, side, source, side)
     run_folder = run_of(folder)
     if run_folder is None or (folder / "model_index.json").is_file():
         return ModelSource(checked(str(folder), side, variant or cfg.weights.variant))
-    run_id = run_id or recorded_id(run_folder)
+    run_id = recorded_id(run_folder)
     if folder == run_folder and (folder / "pipeline").is_dir() and check_source(str(folder), side) is None:
         return ModelSource(str(folder), None, (), run_id, run_folder)
     variant = saved_config.value(run_folder, "weights.variant")
@@ -165,12 +156,12 @@ def find_adapter(cfg: DictConfig, key: str, source: str, side: PipelineHalf | No
         key: of the setting, for messages.
         side: whose job it is, where the folder is a sweep's; None = that of its only job.
     """
-    run_id = None
     if is_hub_id(source):
-        folder = _fetched(source, key)
+        folder = fetched(source, key, list(adapter_files.NAMES))
+        if not adapter_files.is_adapter(folder):
+            raise ConfigError(f"{key}: '{source}' on the hub has no {adapter_files.WEIGHTS_NAME}; check the id")
     else:
-        place, run_id = located(cfg, key, source, side)
-        folder = _with_file(place, key, source)
+        folder = _with_file(located(cfg, key, source, side), key, source)
     trained_for = adapter_files.stage(_shapes(folder, key))
     if trained_for is None:
         raise ConfigError(
@@ -178,7 +169,7 @@ def find_adapter(cfg: DictConfig, key: str, source: str, side: PipelineHalf | No
             "of one of them"
         )
     run_folder = run_of(folder)
-    return Adapter(folder, trained_for, run_folder, run_id or recorded_id(run_folder))
+    return Adapter(folder, trained_for, run_folder, recorded_id(run_folder))
 
 
 def _shapes(folder: Path, key: str) -> adapter_files.Shapes:
@@ -194,7 +185,7 @@ def _with_file(place: Path, key: str, source: str) -> Path:
     folder = next((one for one in (place, *(place / name for name in names)) if adapter_files.is_adapter(one)), None)
     if folder is None:
         if run_of(place) == place:
-            raise ConfigError(f"{key}: {run_states.no_adapter(place, key)}")
+            raise ConfigError(f"{key}: {no_adapter(place, key)}")
         hint = "there is no such file" if place.is_dir() else "there is no such run or folder"
         if run_of(place) is not None:
             hint = "it is of a run that trained all weights"
@@ -210,13 +201,6 @@ def _with_file(place: Path, key: str, source: str) -> Path:
     return folder
 
 
-def _fetched(repo: str, key: str) -> Path:
-    folder = fetched(repo, key, list(adapter_files.NAMES))
-    if not adapter_files.is_adapter(folder):
-        raise ConfigError(f"{key}: '{repo}' on the hub has no {adapter_files.WEIGHTS_NAME}; check the id")
-    return folder
-
-
 def checked(source: str, side: PipelineHalf, variant: str | None) -> str:
     problem = check_source(source, side, variant)
     if problem is not None:
@@ -224,8 +208,8 @@ def checked(source: str, side: PipelineHalf, variant: str | None) -> str:
     return source
 
 
-def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str = "{side}") -> None:
-    """Both sides before the first of them works.
+def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str = "{side}") -> None:
+    """Let the weights be those of the origins' bases, and check both sides before the first of them works.
 
     Args:
         keys: what the settings of the sides are called, for messages.
@@ -233,6 +217,10 @@ def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]
     Raises:
         ConfigError: a part cannot be fetched, a file is damaged, or what should work together does not fit.
     """
+    weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
+    weights.prior_revision = origins["prior"].revision or weights.prior_revision
+    weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
+    weights.variant = weights.variant or origins["prior"].variant or origins["decoder"].variant
     trained = {NETWORKS[side]: origin.network for side, origin in origins.items() if origin.network is not None}
     folders = [one.folder for origin in origins.values() for one in origin.adapters]
     for note in compatibility.check(weights, set(PARTS), trained, keys=keys) + passed_over(
@@ -247,14 +235,6 @@ def check_networks(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]
             key = keys.format(side=side)
             if (problem := adapter_files.base_problem(_shapes(one.folder, key), shapes)) is not None:
                 raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
-
-
-def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource]) -> None:
-    """Let the weights be those of the origins' bases."""
-    weights.prior, weights.decoder = origins["prior"].base, origins["decoder"].base
-    weights.prior_revision = origins["prior"].revision or weights.prior_revision
-    weights.decoder_revision = origins["decoder"].revision or weights.decoder_revision
-    weights.variant = weights.variant or origins["prior"].variant or origins["decoder"].variant
 
 
 def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> Any:

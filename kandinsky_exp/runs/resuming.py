@@ -95,14 +95,13 @@ def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
     state = integrity.read_state(space.start)
     fixed = (*FIXED, "validation.fraction") if facts.holds_out else FIXED
     problems = [f"{key}: was {was}, is {now}" for key, (was, now) in different.items() if _is_in(key, fixed)]
-    for found, recorded, what in (
-        (facts.source, space.record.source, "data: not the images and captions that it trains on"),
+    more = MORE_IS_READ if is_of_old_rules(space, facts.rules) else ""
+    for found, recorded, problem in (
+        (facts.source, space.record.source, f"data: not the images and captions that it trains on{more}"),
         (facts.encoders, space.record.encoders, "weights: not the encoders that it trains with"),
     ):
         if None not in (found, recorded) and found != recorded:
-            problems.append(
-                what + (MORE_IS_READ if what.startswith("data") and is_of_old_rules(space, facts.rules) else "")
-            )
+            problems.append(problem)
     if state["total_batch"] != facts.total_batch:
         problems.append(
             f"trainer.batch_size × trainer.grad_accumulation × processes: was {state['total_batch']}, is "

@@ -129,12 +129,8 @@ def claim(output_root: Path, name: str | None, stage: str, resume: str, held: Ex
     workspace.start = integrity.newest_good(workspace.checkpoints, workspace.notes.append)
     if resume not in ("auto", "never") and workspace.start is None:
         # Also where this very run was stopped before its first checkpoint: it began there.
-        try:
+        with given_back(workspace):
             _fork(workspace, Path(resume).expanduser())
-        except CheckpointError:
-            if record is None:
-                _give_up(folder)
-            raise
     return workspace
 
 
@@ -148,7 +144,7 @@ def _look(folder: Path, stage: str, resume: str) -> Record | None:
     if record is None:
         # A start that was killed at once leaves these two.
         strangers = [path for path in folder.iterdir() if not _is_beginning(path)] if folder.is_dir() else []
-        if strangers or (folder / RECORD).exists():
+        if strangers:
             why = f"its {RECORD} cannot be read" if (folder / RECORD).exists() else "is not a run"
             raise ConfigError(f"name: {folder} exists and {why}; choose another name or move it away")
         return None
@@ -171,15 +167,10 @@ def given_back(space: RunFolder) -> Iterator[None]:
         yield
     except UserError:
         if not space.is_resumed:
-            _give_up(space.folder)
+            (space.folder / LOG).unlink()
+            with suppress(OSError):
+                space.folder.rmdir()
         raise
-
-
-def _give_up(folder: Path) -> None:
-    """Take back a folder that was made for nothing."""
-    (folder / LOG).unlink()
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _is_beginning(path: Path) -> bool:
@@ -209,6 +200,5 @@ def _fork(workspace: RunFolder, source: Path) -> None:
         workspace.start = source
     if workspace.start is None:
         raise CheckpointError(f"checkpoint.resume: there is no checkpoint in {source}; give a run or a step-… folder")
-    record = read_record(run_folder)
     workspace.is_fork = True
-    workspace.parent_run_id = record.run_id if record is not None else None
+    workspace.parent_run_id = (read_record(run_folder) or Record()).run_id

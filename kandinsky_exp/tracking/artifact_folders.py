@@ -52,15 +52,14 @@ def correct_sqlite(file: Path) -> None:
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone():
             return  # an empty file: MLflow makes its tables
         query = "SELECT run_uuid, artifact_uri FROM runs WHERE substr(artifact_uri, 1, ?) != ?"
-        strangers = [row for row in connection.execute(query, (len(prefix), prefix)) if _belongs_to(here, *row)]
-        moved = [(_of_run(here.as_uri(), run_id), run_id) for run_id, _ in strangers]
+        moved = [
+            (_of_run(here.as_uri(), run_id), run_id)
+            for run_id, uri in connection.execute(query, (len(prefix), prefix)).fetchall()
+            if uri is not None and local_folder(uri) is not None and (here / run_id / "artifacts").is_dir()
+        ]
         connection.executemany("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", moved)
     if moved:
         log.info("MLflow: %s was moved: %d runs have their images and files in %s again", file, len(moved), here)
-
-
-def _belongs_to(here: Path, run_id: str, uri: str | None) -> bool:
-    return uri is not None and local_folder(uri) is not None and (here / run_id / "artifacts").is_dir()
 
 
 def correct_experiment(client: "MlflowClient", experiment_id: str, wanted: str | None) -> None:

@@ -48,10 +48,6 @@ class Delivery:
     def is_failing(self) -> bool:
         return bool(self.records.failures or self.artifacts.failures)
 
-    @property
-    def refusals(self) -> int:
-        return self.records.refusals + self.artifacts.refusals
-
     def flush(self, timeout: float) -> bool:
         """Wait until nothing waits, a try of each queue is over, or `timeout` seconds are; True if nothing waits."""
         end = time.monotonic() + timeout
@@ -59,32 +55,24 @@ class Delivery:
         over = [tried.wait(max(0.0, end - time.monotonic())) for tried in tries]
         return all(over) and not self.is_failing
 
-    def close(self) -> None:
-        self.records.close()
-        self.artifacts.close()
 
-
-def settle(delivery: Delivery, patience: float, is_kept: bool = True) -> None:
-    """Give the store some seconds for what waits, end the threads, and say what is left and what becomes of it.
-
-    Args:
-        is_kept: the outbox is in a run's folder, and stays.
-    """
+def settle(delivery: Delivery, patience: float) -> None:
+    """Give the store some seconds for what waits, end the threads, and say what is left and what becomes of it."""
     done = delivery.flush(patience)
-    delivery.close()
-    outbox = delivery.outbox
-    lost = outbox.held() + (0 if is_kept else outbox.waiting())
-    if not done and is_kept:
+    delivery.records.close()
+    delivery.artifacts.close()
+    outbox, refusals = delivery.outbox, delivery.records.refusals + delivery.artifacts.refusals
+    if not done:
         log.warning(
             "MLflow: %d records wait in %s; the same command, with name=%s, delivers them once the store is there",
             outbox.waiting(),
             outbox.folder,
             outbox.folder.parent.name,
         )
-    if not done and lost:
-        log.warning("MLflow: the store did not take %d records, and they are lost", lost)
-    if delivery.refusals:
-        log.warning("MLflow: %d records were refused; they are in %s", delivery.refusals, outbox.folder)
+    if not done and outbox.held():
+        log.warning("MLflow: the store did not take %d records, and they are lost", outbox.held())
+    if refusals:
+        log.warning("MLflow: %d records were refused; they are in %s", refusals, outbox.folder)
 
 
 def deliver_left(uri: str, outbox: Path, run_id: str) -> bool:

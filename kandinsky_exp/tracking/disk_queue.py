@@ -59,7 +59,7 @@ class DiskQueue:
         self._size = 0
         self._held: list[bytes] = []  # lines that the disk did not take
         self._unsynced: set[Path] = set()
-        self._number = max((int(path.stem) for path in self.paths()), default=0)
+        self.newest = max((int(path.stem) for path in self.paths()), default=0)
         self._retry = 0.0
         self._warned = False
 
@@ -89,11 +89,8 @@ class DiskQueue:
             return sorted(path for path in self.folder.glob("*.jsonl") if path.stem.isdecimal())
         return []
 
-    def segments(self) -> Iterator[Segment]:
-        return (Segment(path, read(path)) for path in self.paths())
-
-    def newest(self) -> int:
-        return self._number
+    def on_disk(self) -> Iterator[Record]:
+        return (record for path in self.paths() for record in read(path))
 
     def first(self, newest: int) -> Segment | None:
         """The oldest records up to file number `newest`; nothing is added to them any more. None where none wait."""
@@ -103,7 +100,7 @@ class DiskQueue:
                 return Segment(None, [json.loads(line) for line in self._held], self._held)
             if path is None or int(path.stem) > newest:
                 return None
-            if int(path.stem) == self._number:
+            if int(path.stem) == self.newest:
                 self._close()
         return Segment(path, read(path))
 
@@ -121,7 +118,7 @@ class DiskQueue:
 
     def waiting(self) -> int:
         """How many records wait on the disk."""
-        return sum(len(segment.records) for segment in self.segments())
+        return sum(1 for _ in self.on_disk())
 
     def held(self) -> int:
         """How many wait in memory, and go with the process."""
@@ -154,7 +151,7 @@ class DiskQueue:
 
     def remove_orphans(self) -> None:
         """Files whose record was never written: their process was killed in between."""
-        known = {record.get("files") for segment in self.segments() for record in segment.records}
+        known = {record.get("files") for record in self.on_disk()}
         for folder in (self.folder / "files").glob("*"):
             if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -170,11 +167,11 @@ class DiskQueue:
     def _write(self, data: bytes) -> None:
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._number += 1
-            path = self.folder / f"{self._number:08d}.jsonl"
+            self.newest += 1
+            path = self.folder / f"{self.newest:08d}.jsonl"
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
             self._size = 0
-        self._unsynced.update([self.folder / f"{self._number:08d}.jsonl", self.folder, self.folder.parent])
+        self._unsynced.update([self.folder / f"{self.newest:08d}.jsonl", self.folder, self.folder.parent])
         written = os.write(self._file, data)
         if written < len(data):
             os.ftruncate(self._file, self._size)
@@ -207,16 +204,15 @@ def read(path: Path) -> list[Record]:
     """The records of a file. A last line without its end was never handed over: its writer was killed meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         lines = path.read_bytes().split(b"\n")[:-1]
-        return [record for line in lines for record in _parsed(line)]
+        return [_parsed(line) for line in lines]
     return []
 
 
-def _parsed(line: bytes) -> Iterator[Record]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    yield record if isinstance(record, dict) else {"kind": "damaged", "text": line.decode("utf-8", "replace")}
+def _parsed(line: bytes) -> Record:
+    with contextlib.suppress(ValueError):
+        if isinstance(record := json.loads(line), dict):
+            return record
+    return {"kind": "damaged", "text": line.decode("utf-8", "replace")}
 
 
 def inside(folder: Path) -> Iterator[Path]:

@@ -91,13 +91,17 @@ def run_tags(tags: Mapping[str, str], parent_run_id: str | None) -> dict[str, st
 def dataset_source(source: str) -> tuple[str, str]:
     """Type and JSON of a data set's source, as MLflow's own classes write them: a path, a URL or a hub id."""
     if source.lower().startswith(("http://", "https://")):
-        parts = urlsplit(source)
-        bare = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))  # a query may hold keys
-        return "http", json.dumps({"url": bare})
+        return "http", json.dumps({"url": bare_address(source)})
     path = Path(source).expanduser()
     if path.is_absolute() or path.exists():
         return "local", json.dumps({"uri": path.resolve().as_uri()})
     return "hugging_face", json.dumps({"path": source})
+
+
+def bare_address(url: str) -> str:
+    """An address of the web without user and password, and without its query, which may hold keys."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kandinsky_exp.errors import TrackingError
 from kandinsky_exp.system.redaction import masked
@@ -16,14 +16,13 @@ from kandinsky_exp.tracking.mlflow_names import (
     IMAGE,
     MAX_DATASET_NAME,
     MAX_DIGEST,
-    dataset_source,
     same_param,
     shortened,
     tag_texts,
 )
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.sender import Refused
-from kandinsky_exp.tracking.store import check_active, find_experiment, restore_command
+from kandinsky_exp.tracking.store import check_active, find_run, restore_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,18 +37,9 @@ TRIES = 5  # of a parameter, tag or data set, over a minute, that breaks a store
 
 
 def find_or_make(
-    client: "MlflowClient",
-    experiment: tuple[str, str | None],
-    run_name: str,
-    token: str | None,
-    tags: Mapping[str, str],
+    client: "MlflowClient", experiment_id: str, run_name: str, token: str | None, tags: Mapping[str, str]
 ) -> str:
-    """The id of the run with this token, or of a new one with these tags.
-
-    Args:
-        experiment: its name, and the folder of its artifacts where it has to be made.
-    """
-    experiment_id = find_experiment(client, *experiment)
+    """The id of the run with this token, or of a new one with these tags."""
     if token is not None:
         wanted = f"tags.`{TOKEN}` = '{token}'"
         found = client.search_runs([experiment_id], wanted, max_results=1, order_by=["attributes.start_time ASC"])
@@ -59,7 +49,7 @@ def find_or_make(
     return str(client.create_run(experiment_id, tags=dict(tags), run_name=run_name).info.run_id)
 
 
-def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str], artifacts: str | None) -> None:
+def reopen(client: "MlflowClient", run_id: str, tags: Mapping[str, str], artifacts: str | None) -> None:
     """Go on with a run, however its last process ended.
 
     Args:
@@ -68,18 +58,11 @@ def reopen(client: "MlflowClient", uri: str, run_id: str, tags: Mapping[str, str
     Raises:
         TrackingError: it, or its experiment, is not there.
     """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        found = None
+    found = find_run(client, run_id)
     if found is None:
         raise TrackingError(
-            f"tracker.uri: {masked(uri)} has no run {run_id} to go on with; set tracker.uri to the store the run began "
-            "in, or give a new name."
+            f"tracker.uri: {masked(client.tracking_uri)} has no run {run_id} to go on with; set tracker.uri to the "
+            "store the run began in, or give a new name."
         )
     check_active(client, client.get_experiment(found.info.experiment_id))
     if found.info.lifecycle_stage != "active":
@@ -104,15 +87,17 @@ class MlflowRun:
 
     def send(self, batch: list[Record]) -> None:
         """Metrics, or one record of another kind."""
-        kind = batch[0].get("kind")
-        senders = {"params": self._send_params, "tags": self._send_tags, "dataset": self._send_dataset}
-        if kind != "metrics" and kind not in senders:
+        kind = str(batch[0].get("kind"))
+        senders: dict[str, Callable[..., None]] = {
+            "metrics": self._send_metrics,
+            "params": self._send_params,
+            "tags": lambda record: self.set_tags(record["texts"]),
+            "dataset": self._send_dataset,
+        }
+        if kind not in senders:
             raise Refused("it cannot be read")
         try:
-            if kind == "metrics":
-                self._send_metrics(batch)
-            else:
-                senders[str(kind)](batch[0])
+            senders[kind](*batch)
         except Exception as error:
             if self._is_refusal(error) or (kind != "metrics" and self._breaks_the_store(batch[0], error)):
                 raise Refused(str(error)) from error
@@ -138,7 +123,7 @@ class MlflowRun:
     def end(self, status: Record) -> None:
         self._client.set_terminated(self._run, status["status"], status["time"])
 
-    def _send_metrics(self, batch: list[Record]) -> None:
+    def _send_metrics(self, *batch: Record) -> None:
         from mlflow.entities import Metric
 
         metrics = [
@@ -163,9 +148,6 @@ class MlflowRun:
                 changed[key] = [*history, text]
         if changed != before:
             self.set_tags({CHANGED_PARAMS: json.dumps(changed, ensure_ascii=False)})
-
-    def _send_tags(self, record: Record) -> None:
-        self.set_tags(record["texts"])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -256,16 +238,10 @@ def steps_logged(client: "MlflowClient", run_id: str, outbox: Outbox, since: int
         return set()
     found = {
         (key, record["step"])
-        for segment in outbox.records.segments()
-        for record in segment.records
+        for record in outbox.records.on_disk()
         if record.get("kind") == "metrics" and record["step"] >= since
         for key in record["values"]
     }
     for key in client.get_run(run_id).data.metrics:
         found.update((key, point.step) for point in client.get_metric_history(run_id, key) if point.step >= since)
     return found
-
-
-def dataset_record(name: str, digest: str, source: str, rows: int, context: str) -> Record:
-    fields: dict[str, Any] = {"name": name, "digest": digest, "source": dataset_source(source)}
-    return {"kind": "dataset", "what": f"the data set {name[:100]}", **fields, "rows": rows, "context": context}

@@ -12,7 +12,6 @@ The folder is there only while something waits.
 
 import contextlib
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -29,10 +28,9 @@ class Outbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        lock = threading.Lock()
-        self._lock = lock
-        self.records = DiskQueue(folder / "records", lock)
-        self.artifacts = DiskQueue(folder / "artifacts", lock, limit=0)
+        self._lock = threading.Lock()
+        self.records = DiskQueue(folder / "records", self._lock)
+        self.artifacts = DiskQueue(folder / "artifacts", self._lock, limit=0)
         self._status: Record | None = None
 
     def open(self) -> None:
@@ -44,7 +42,11 @@ class Outbox:
         """Note how the run ended. It takes no lock: a signal's handler may call it amid `append`."""
         self._status = record
         with contextlib.suppress(OSError):  # then it is in memory only
-            self._write_status(json.dumps(record).encode())
+            for _ in range(3):  # the thread that delivers may remove the empty folder just now
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / "status.json").write_text(json.dumps(record), "utf-8")
+                    return
 
     def status(self) -> Record | None:
         if self._status is None:
@@ -88,14 +90,3 @@ class Outbox:
             for folder in (self.records.folder, self.artifacts.folder / "files", self.artifacts.folder, self.folder):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
-
-    def _write_status(self, text: bytes) -> None:
-        for _ in range(3):  # the thread that delivers may remove the empty folder just now
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                file = os.open(self.folder / "status.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            except FileNotFoundError:
-                continue
-            os.write(file, text)
-            os.close(file)
-            return

@@ -86,7 +86,9 @@ class Sender:
             except Exception as error:
                 self._failed(error)
             else:
-                self._succeeded()
+                if self.failures and not self._closed:
+                    log.warning("MLflow: the store is back; %s are written again", self._what)
+                    self.failures = 0
             for over in waiting:
                 over.set()
 
@@ -109,7 +111,7 @@ class Sender:
 
     def _deliver(self) -> None:
         """All that waits by now; what comes meanwhile has time to gather."""
-        newest = self._records.newest()
+        newest = self._records.newest
         while not self._closed and self._advance(newest):
             pass
         if not self._closed:
@@ -154,11 +156,6 @@ class Sender:
                 self._records.folder.parent,
             )
         self.failures += 1
-
-    def _succeeded(self) -> None:
-        if self.failures and not self._closed:
-            log.warning("MLflow: the store is back; %s are written again", self._what)
-            self.failures = 0
 
 
 def first_batch(records: "deque[Record]") -> list[Record]:

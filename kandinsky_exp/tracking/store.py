@@ -17,7 +17,7 @@ from kandinsky_exp.tracking.mlflow_names import reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, Run
 
 DATABASES = ("postgresql", "mysql", "mssql")
 IMPATIENT = {
@@ -57,8 +57,7 @@ def artifact_root(output_root: str | Path) -> Path:
 
 def artifact_location(uri: str, root: Path) -> str | None:
     """The artifact folder for a new experiment, None where a server decides."""
-    server = uri.startswith(("http://", "https://", "databricks"))
-    return None if server else Path(root).expanduser().resolve().as_uri()
+    return None if kind_of(uri) in ("http", "databricks") else root.expanduser().resolve().as_uri()
 
 
 def connect(uri: str) -> "tuple[MlflowClient, str]":
@@ -123,6 +122,18 @@ def impatient() -> Iterator[None]:
             _impatient.pop()
             while _set_by_us and not _impatient:
                 os.environ.pop(_set_by_us.pop(), None)
+
+
+def find_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """A run, a deleted one too; None where the store has none of this id."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
 
 
 def find_experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:

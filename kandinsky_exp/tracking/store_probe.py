@@ -3,8 +3,6 @@
 import contextlib
 import socket
 import tempfile
-from collections.abc import Callable
-from typing import TypeVar
 
 from kandinsky_exp.errors import TrackingError
 from kandinsky_exp.system.redaction import masked
@@ -14,8 +12,6 @@ from kandinsky_exp.tracking.store import explained, kind_of, sqlite_path
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 UNREAD = "?"  # in place of a schema's revision that could not be read
-
-Result = TypeVar("Result")
 
 
 def probe(uri: str, timeout: float = 5.0) -> bool:
@@ -34,32 +30,25 @@ def probe(uri: str, timeout: float = 5.0) -> bool:
         TrackingError: the store does not answer, cannot be written, is of a kind MLflow refuses, or of another MLflow.
     """
     kind = kind_of(uri)
+    if kind == "databricks":
+        return True
     if kind == "http":
         from mlflow.utils import rest_utils  # noqa: F401  (imported here, so that the clock runs on the server alone)
 
-        _within(timeout, uri, lambda: _probe_server(uri, timeout))
-    elif kind in PROBES:
-        revision = _within(timeout, uri, lambda: PROBES[kind](uri, timeout))
-        if revision != UNREAD and (problem := store_schema.problem(revision, masked(uri))) is not None:
-            raise TrackingError(f"tracker.uri: {masked(uri)} {problem}.")
-        return revision is not None
-    return True
-
-
-def _within(timeout: float, uri: str, check: Callable[[], Result]) -> Result:
-    """What `check` gives, in no longer than `timeout`."""
-
-    def run() -> Result:
+    def ask() -> str | None:
         with explained(uri):
-            return check()
+            return PROBES[kind](uri, timeout)
 
     try:
-        return within(timeout + 0.5, run, "probe")
+        revision = within(timeout + 0.5, ask, "probe")
     except TimeoutError as error:
         raise TrackingError(
             f"tracker.uri: {masked(uri)} did not answer within {timeout:g} s. Correct tracker.uri, start the server, "
             "or set tracker=none."
         ) from error
+    if revision != UNREAD and (problem := store_schema.problem(revision, masked(uri))) is not None:
+        raise TrackingError(f"tracker.uri: {masked(uri)} {problem}.")
+    return revision is not None
 
 
 def _probe_sqlite(uri: str, timeout: float) -> str | None:
@@ -83,7 +72,7 @@ def _probe_sqlite(uri: str, timeout: float) -> str | None:
     return None if found is None else str(found[0])
 
 
-def _probe_server(uri: str, timeout: float) -> None:
+def _probe_server(uri: str, timeout: float) -> str:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
@@ -98,6 +87,7 @@ def _probe_server(uri: str, timeout: float) -> None:
         )
     if answer.status_code != 200 or not answer.text.lstrip().startswith("{"):
         raise ValueError(f"something answers there, but not as an MLflow server does (status {answer.status_code})")
+    return UNREAD
 
 
 def _probe_database(uri: str, timeout: float) -> str | None:
@@ -110,4 +100,4 @@ def _probe_database(uri: str, timeout: float) -> str | None:
     return store_schema.read_revision(sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool))
 
 
-PROBES = {"sqlite": _probe_sqlite, **dict.fromkeys(DATABASE_PORTS, _probe_database)}
+PROBES = {"http": _probe_server, "sqlite": _probe_sqlite, **dict.fromkeys(DATABASE_PORTS, _probe_database)}

@@ -9,10 +9,9 @@ import json
 import logging
 import posixpath
 import shutil
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,10 +19,10 @@ from kandinsky_exp.errors import Interrupted, Pruned
 from kandinsky_exp.tracking import mlflow_run
 from kandinsky_exp.tracking.delivery import Delivery, settle
 from kandinsky_exp.tracking.disk_queue import Record
-from kandinsky_exp.tracking.mlflow_names import legal_name, param_text, reason, run_tags, tag_texts
+from kandinsky_exp.tracking.mlflow_names import dataset_source, legal_name, param_text, reason, run_tags, tag_texts
 from kandinsky_exp.tracking.outbox import Outbox
 from kandinsky_exp.tracking.sender import name_of
-from kandinsky_exp.tracking.store import artifact_location, connect, explained, impatient
+from kandinsky_exp.tracking.store import artifact_location, connect, explained, find_experiment, impatient
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,6 +89,7 @@ class NullTracker:
     flush = sync = finish = abandon = _ignore
 
 
+@dataclass(eq=False)
 class MlflowTracker:
     """A run in an MLflow store.
 
@@ -98,24 +98,16 @@ class MlflowTracker:
     the store; what an earlier process left in the outbox goes before it.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        run_id: str,
-        delivery: Delivery,
-        logged: Collection[tuple[str, int]],
-        redone_from: int | None,
-        is_kept: bool,
-        held: contextlib.ExitStack,
-    ) -> None:
-        self.uri = uri
-        self.run_id: str | None = run_id
-        self._delivery, self._outbox = delivery, delivery.outbox
-        self._logged, self._redone_from = logged, redone_from
-        self._is_kept, self._held = is_kept, held
-        self._prompts: dict[str, str] = {}
-        self._prompts_file = ""
-        self._has_images = self._finished = False
+    uri: str
+    run_id: str | None
+    _delivery: Delivery
+    _logged: Collection[tuple[str, int]]
+    _redone_from: int | None
+    _held: contextlib.ExitStack
+    _prompts: dict[str, str] = field(default_factory=dict)
+    _prompts_file: str = ""
+    _has_images: bool = False
+    _finished: bool = False
 
     @classmethod
     def open(
@@ -124,7 +116,7 @@ class MlflowTracker:
         experiment: str,
         run_name: str,
         artifact_root: Path,
-        outbox: Path | None = None,
+        outbox: Path,
         run_id: str | None = None,
         token: str | None = None,
         tags: Mapping[str, str] = {},
@@ -138,7 +130,7 @@ class MlflowTracker:
             experiment: made where it does not exist.
             run_name: of a new run.
             artifact_root: local folder for the artifacts of a new experiment; a server decides for itself.
-            outbox: folder for what waits; None = what the store has not taken when the run is finished is lost.
+            outbox: folder for what the store has not taken yet.
             run_id: the run to go on with; None makes a new one.
             token: becomes a tag of a new run. Where there is a run with it already, that one is gone on with: its
                 process was killed before it could remember the id.
@@ -151,18 +143,17 @@ class MlflowTracker:
         with contextlib.ExitStack() as held:
             held.enter_context(impatient())
             client, uri = connect(uri)
-            box = Outbox(_temporary_folder(held) if outbox is None else outbox)
+            box = Outbox(outbox)
             with explained(uri):
                 artifacts = artifact_location(uri, artifact_root)
-                every = run_tags(tags, parent_run_id)
-                run_id = run_id or mlflow_run.find_or_make(client, (experiment, artifacts), run_name, token, every)
-                mlflow_run.reopen(client, uri, run_id, tags, artifacts)
+                if run_id is None:
+                    place, every = find_experiment(client, experiment, artifacts), run_tags(tags, parent_run_id)
+                    run_id = mlflow_run.find_or_make(client, place, run_name, token, every)
+                mlflow_run.reopen(client, run_id, tags, artifacts)
                 logged = mlflow_run.steps_logged(client, run_id, box, redone_from)
             box.open()
             box.remove_status()  # of an earlier process: this one's will come
-            return cls(
-                uri, run_id, Delivery(client, run_id, box), logged, redone_from, outbox is not None, held.pop_all()
-            )
+            return cls(uri, run_id, Delivery(client, run_id, box), logged, redone_from, held.pop_all())
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         texts = {legal_name(key): param_text(value) for key, value in params.items()}
@@ -201,13 +192,14 @@ class MlflowTracker:
         self._attach({"what": f"the artifact {file}", "to": to or None}, lambda place: (place / name).write_bytes(data))
 
     def log_dataset(self, name: str, digest: str, source: str, rows: int, context: str) -> None:
-        self._record(mlflow_run.dataset_record(name, digest, source, rows, context))
+        fields = {"name": name, "digest": digest, "source": dataset_source(source), "rows": rows, "context": context}
+        self._record({"kind": "dataset", "what": f"the data set {name[:100]}", **fields})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._record({"kind": "tags", "what": "the tags", "texts": tag_texts(tags)})
 
     def sync(self) -> None:
-        self._outbox.sync()
+        self._delivery.outbox.sync()
 
     def flush(self) -> None:
         self.sync()
@@ -218,7 +210,7 @@ class MlflowTracker:
         if self._finished:
             return
         self._end(status)
-        settle(self._delivery, KILLED_PATIENCE if status == "KILLED" else PATIENCE, self._is_kept)
+        settle(self._delivery, KILLED_PATIENCE if status == "KILLED" else PATIENCE)
         self._held.close()
 
     def abandon(self, status: Status) -> None:
@@ -226,21 +218,21 @@ class MlflowTracker:
             self._end(status)
 
     def _end(self, status: Status) -> None:
-        self._outbox.set_status({"status": status, "time": time.time_ns() // 1_000_000})
+        self._delivery.outbox.set_status({"status": status, "time": time.time_ns() // 1_000_000})
         self._finished = True
         self._delivery.records.notify()
 
     def _record(self, record: Record, points: int = 1, seal: bool = False) -> None:
         if self._is_late(record):
             return
-        self._outbox.records.append(record, seal)
+        self._delivery.outbox.records.append(record, seal)
         self._delivery.records.notify(points)
 
     def _attach(self, record: Record, fill: Callable[[Path], object]) -> None:
         if self._is_late(record):
             return
         try:
-            self._outbox.artifacts.attach({"kind": "files", **record}, fill)
+            self._delivery.outbox.artifacts.attach({"kind": "files", **record}, fill)
             self._delivery.artifacts.notify()
         except Exception as error:
             log.warning("MLflow: %s was not recorded (%s)", record["what"], reason(error))
@@ -258,12 +250,6 @@ class MlflowTracker:
         self._prompts[key] = prompt
         # Not in `images/`: one file there that is not named like an image, and the UI shows no image of the run at all.
         self.log_text(json.dumps(self._prompts, indent=2, ensure_ascii=False), self._prompts_file)
-
-
-def _temporary_folder(held: contextlib.ExitStack) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"kandinsky_exp-{uuid.uuid4().hex}"
-    held.callback(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 @contextlib.contextmanager

@@ -8,13 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import ConfigError, cut
 from kandinsky_exp.reports import report, run_data
 from kandinsky_exp.runs import run_folder
-from kandinsky_exp.runs.lookup import RUN_ID
+from kandinsky_exp.runs.lookup import RUN_ID, names_of
 from kandinsky_exp.system import files, logs, redaction
 from kandinsky_exp.tracking import store, store_probe
 
@@ -36,7 +36,7 @@ def compare(cfg: DictConfig) -> float:
     check_choice(cfg)
     root = files.output_root(cfg.output_root)
     key = "runs" if cfg.sweep.source is None else "sweep"
-    named = find_ids(root, key, _names(cfg.runs if key == "runs" else [cfg.sweep.source]))
+    named = find_ids(root, key, names_of(cfg.runs if key == "runs" else cfg.sweep.source))
     if cfg.tracker.uri is None and not (root / "mlflow.db").is_file():  # it would be made, empty
         raise ConfigError(f"output_root: there is no MLflow store in {root}; give that of the runs, or tracker.uri")
     uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
@@ -51,11 +51,15 @@ def compare(cfg: DictConfig) -> float:
         run_ids, parent, name = named, None, f"compare-{datetime.now():%Y%m%d-%H%M%S}"
         if cfg.sweep.source is not None:
             parent = named[0]
-            run_ids, name = jobs_of(client, cfg.sweep.source, parent), folder_name(client, cfg.sweep.source, parent)
+            run_ids, name = run_data.children(client, parent), folder_name(client, cfg.sweep.source, parent)
+            if not run_ids:
+                shown = cut(cfg.sweep.source)
+                raise ConfigError(f"sweep: '{shown}' has no jobs in MLflow; give another, or runs=<run>,<run>")
         files.make_root(root)
-        folder = root / "compare" / (cfg.name or name)
+        name = cfg.name or name
+        folder = root / "compare" / name
         with logs.logging_to(None, is_main=True):
-            report.write_report(client, run_ids, folder, cfg.name or name, parent)
+            report.write_report(client, run_ids, folder, name, parent)
     print(*report.files(folder), sep="\n")
     return float(len(run_ids))
 
@@ -112,33 +116,15 @@ def find_id(root: Path, text: str, is_sweep: bool) -> str:
 
 def missing(client: "MlflowClient", uri: str, run_ids: Iterable[str]) -> list[str]:
     """The runs that the store does not have, or has deleted, as problems."""
-    from mlflow.exceptions import MlflowException
-
-    found = []
-    for run_id in run_ids:
-        try:
-            is_there = client.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            is_there = False
-        if not is_there:
-            found.append(f"the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri, or leave it out")
-    return found
-
-
-def jobs_of(client: "MlflowClient", sweep: str, parent: str) -> list[str]:
-    run_ids = run_data.children(client, parent)
-    if not run_ids:
-        raise ConfigError(f"sweep: '{cut(sweep)}' has no jobs in MLflow; give another, or runs=<run>,<run>")
-    return run_ids
+    runs = {run_id: store.find_run(client, run_id) for run_id in run_ids}
+    return [
+        f"the store {redaction.masked(uri)} has no run {run_id}; set tracker.uri, or leave it out"
+        for run_id, run in runs.items()
+        if run is None or run.info.lifecycle_stage != "active"
+    ]
 
 
 def folder_name(client: "MlflowClient", sweep: str, parent: str) -> str:
     """What a sweep is called: its folder's name, or its run's, made fit for a folder."""
     name = client.get_run(parent).info.run_name if RUN_ID.fullmatch(sweep) else Path(sweep).expanduser().absolute().name
     return re.sub(r'[/\\:*?"<>|\s]+', "_", str(name)).strip("._ ") or parent
-
-
-def _names(value: str | list[str] | ListConfig) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)

@@ -1,6 +1,7 @@
 """`kandinsky-exp export`: an adapter and its base as one pipeline; or the adapter of a checkpoint alone."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,18 +13,16 @@ from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
 from kandinsky_exp.models.components import NETWORKS, RESULTS, PipelineHalf
+from kandinsky_exp.runs.lookup import names_of
 from kandinsky_exp.runs.model_sources import (
     Adapter,
     ModelSource,
-    check_networks,
     find_adapter,
     find_origin,
     load_network,
-    names_of,
     scaled,
     started_from,
     use,
-    with_adapters,
 )
 from kandinsky_exp.system import files, logs, signals
 
@@ -69,8 +68,7 @@ def alone(cfg: DictConfig, adapter: Adapter, root: Path, name: str) -> None:
     source, tensors = adapter_files.weights_file(adapter.folder), None
     if not adapter_tensors.is_plain(adapter.folder):
         weights, origins = build.weights(cfg), find_sides(cfg, [adapter])
-        use(weights, origins)
-        check_networks(weights, origins, keys="adapter")
+        use(weights, origins, keys="adapter")
         part = NETWORKS[adapter.side]
         network = compatibility.without_data(part, origins[adapter.side].network or weights.folder(part))
         tensors, _ = adapter_tensors.read(adapter.folder, adapter_tensors.layers(network))
@@ -89,8 +87,7 @@ def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None
     if all(one.scale == 0 for one in origins[side].adapters):
         raise ConfigError("adapter_scale: at 0 the merged network would be the base itself; give another number")
     weights = build.weights(cfg)
-    use(weights, origins)
-    check_networks(weights, origins, keys="adapter")
+    use(weights, origins, keys="adapter")
     dtype, weights.frozen_dtype = getattr(torch, weights.frozen_dtype), "float32"
     network = load_network(weights, side, origins[side])
     adapters.merge(network)
@@ -111,5 +108,5 @@ def find_sides(cfg: DictConfig, found: list[Adapter]) -> dict[PipelineHalf, Mode
     side = found[0].side
     if cfg.base is not None:
         origins[side] = find_origin(cfg, side, cfg.base)
-    origins[side] = with_adapters(origins[side], found)
-    return origins | scaled({side: origins[side]}, cfg.adapter_scale)
+    with_adapters = replace(origins[side], adapters=(*origins[side].adapters, *found))
+    return origins | scaled({side: with_adapters}, cfg.adapter_scale)

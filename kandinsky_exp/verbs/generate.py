@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -17,7 +16,7 @@ from kandinsky_exp.memory import device_limits
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.components import PipelineHalf
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs.model_sources import ModelSource, check_networks, find_origins, load_network, use
+from kandinsky_exp.runs.model_sources import ModelSource, find_origins, load_network, use
 from kandinsky_exp.system import distributed, files, logs, signals
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
@@ -41,11 +40,10 @@ def generate(cfg: DictConfig) -> float:
         device_limits.check_precision(cfg, accelerator.device)
         prompts = [prompt for prompt in run_settings.prompts(cfg.prompts) for _ in range(cfg.num_images)]
         origins = find_origins(cfg)
-        weights = build.weights(cfg)
-        use(weights, origins)
         files.make_root(files.output_root(cfg.output_root))
         run_to_log = find_run_to_log(cfg, origins) if cfg.log_to_run else None
-        check_networks(weights, origins)
+        weights = build.weights(cfg)
+        use(weights, origins)
         with memory_told(OutOfMemory, OUT_OF_MEMORY):
             images = draw(cfg, weights, origins, prompts, accelerator.device)
         root = files.output_root(cfg.output_root) / "generate"
@@ -57,7 +55,8 @@ def generate(cfg: DictConfig) -> float:
         files.write_atomically(folder / "prompts.txt", "\n".join(lines) + "\n")
         files.write_atomically(folder / "config.yaml", saved_config.to_yaml(cfg))
         if run_to_log is not None:
-            log_to_run(cfg, run_to_log, folder)
+            client, _ = store.connect(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
+            client.log_artifacts(run_to_log, str(folder), f"generate/{folder.name}")
         print(folder)
     return float(len(images))
 
@@ -95,7 +94,7 @@ def draw(
     network.to("cpu")
     network = load_network(weights, "decoder", origins["decoder"]).to(device)
     with weights.lent(("movq",), device):
-        side = network.config.sample_size * 2 ** (len(weights.load("movq").config.block_out_channels) - 1)
+        side = network.config.sample_size * weights.latent_scale()
         settings = pipelines.SampleSettings(
             inference_steps=cfg.inference_steps,
             guidance_scale=cfg.guidance_scale,
@@ -116,8 +115,3 @@ def find_run_to_log(cfg: DictConfig, origins: dict[PipelineHalf, ModelSource]) -
         raise ConfigError("log_to_run: neither the prior nor the decoder comes from an MLflow run; leave it off")
     store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
     return run_id
-
-
-def log_to_run(cfg: DictConfig, run_id: str, folder: Path) -> None:
-    client, _ = store.connect(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
-    client.log_artifacts(run_id, str(folder), f"generate/{folder.name}")

@@ -60,6 +60,7 @@ class Planner:
         self.caches = list(disk.of_caches(cfg, self.dry_run, splits)) if cfg.data.cache else []
         self.draws_class = splits.class_images is not None and bool(splits.class_images.missing())
         self.estimate = self._estimate(cfg, self.dry_run)
+        self.steps = run_settings.total_steps(cfg, self.train, accelerator.num_processes)
         self.phases = list(self.estimate.phases())
         self.peak = max(self.phases, key=lambda phase: phase.total)
 
@@ -69,24 +70,20 @@ class Planner:
         return Estimate(cfg, dry_run, *counts, encodes, self.draws_class, self.python, self.capacity)
 
     def lines(self) -> Iterator[str]:
-        yield self._title()
-        yield self._parameters()
+        yield from self._run()
         yield from table(self.phases)
         yield self._memory()
         yield from self._disk()
         yield self._steps()
         yield from self._warnings()
 
-    def _title(self) -> str:
-        cfg = self.cfg
+    def _run(self) -> Iterator[str]:
+        cfg, sizes = self.cfg, self.dry_run.sizes()
         what = "all weights" if cfg.adapter.name == "none" else f"{cfg.adapter.name} of rank {cfg.adapter.rank}"
         how = f"batches of {run_settings.shown(cfg)} at {cfg.data.resolution} px, {cfg.precision.name}"
-        return f"{self.dry_run.stage.name}, {what}, {how}"
-
-    def _parameters(self) -> str:
-        sizes = self.dry_run.sizes()
+        yield f"{self.dry_run.stage.name}, {what}, {how}"
         encoders = sum(self.dry_run.part(part)[0] for part in self.dry_run.stage.encoders)
-        return (
+        yield (
             f"parameters  {sizes.trained:,} train, {sizes.frozen:,} of the network are frozen, {encoders:,} in encoders"
         )
 
@@ -100,7 +97,8 @@ class Planner:
         return f"memory      {peak}; {name}, {limit} {gb(self.capacity)}"
 
     def _disk(self) -> Iterator[str]:
-        checkpoint, count = self.estimate.checkpoint_bytes(), self._checkpoints()
+        checkpoint, kept = self.estimate.checkpoint_bytes(), self.cfg.checkpoint
+        count = min(math.ceil(self.steps / kept.every), kept.keep + 2)  # with the best, and one that is being written
         result = self.dry_run.sizes().saved
         written = sum(found.bytes for found in self.caches)
         free = disk.free(files.output_root(self.cfg.output_root))
@@ -110,11 +108,6 @@ class Planner:
         if free is not None and free < total:
             yield f"warning: the disk of output_root has {gb(free)} left; set output_root, or checkpoint.keep"
 
-    def _checkpoints(self) -> int:
-        """At most at one time: those that are kept, the best one, and one that is being written."""
-        steps = run_settings.total_steps(self.cfg, self.train, self.accelerator.num_processes)
-        return min(-(-steps // int(self.cfg.checkpoint.every)), int(self.cfg.checkpoint.keep) + 2)
-
     def _features(self, written: int) -> str:
         if not self.caches:
             return "no encoded features"
@@ -123,9 +116,7 @@ class Planner:
         return f"{gb(written)} encoded features" if written else "encoded features are there already"
 
     def _steps(self) -> str:
-        count = self.accelerator.num_processes
-        per_step = run_settings.total_batch(self.cfg, count)
-        steps = run_settings.total_steps(self.cfg, self.train, count)
+        steps, per_step = self.steps, run_settings.total_batch(self.cfg, self.accelerator.num_processes)
         if self.train is None:
             return f"steps       {steps:,} of {per_step} images; how many images there are is known once they are read"
         epochs = steps * per_step / self.train

@@ -1,8 +1,5 @@
 """`kandinsky-exp push`: the result of a finished run to the hub, now or once more."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from omegaconf import DictConfig
 
 from kandinsky_exp.config import consistency, validation
@@ -24,20 +21,14 @@ def push(cfg: DictConfig) -> float:
     validation.validate(cfg, "push")
     folder = files.expanded(cfg.run).absolute()
     params = hub.read_result(folder).params
-    repo, private = find_repository(cfg, params)
+    repo = str(cfg.hub.repo_id or params.get("hub.repo_id") or "")
+    if not repo:
+        raise ConfigError("hub.repo_id: the run was given none; give hub.repo_id=<user>/<name>")
+    if not consistency.REPO_ID.fullmatch(repo):
+        raise ConfigError(f"hub.repo_id: the run's own, '{cut(repo)}', is no <user>/<name>; give another")
+    private = params.get("hub.private") is not False if cfg.hub.private is None else bool(cfg.hub.private)
     with files.occupied(folder), logs.logging_to(folder / files.LOG, is_main=True):
         if (why := hub.check_access(repo, private)) is not None:
             raise ConfigError(f"hub: it could not be asked ({why}); try again when it answers")
         hub.push(folder, repo, private)
     return 1.0
-
-
-def find_repository(cfg: DictConfig, params: Mapping[str, Any]) -> tuple[str, bool]:
-    """(repository, whether it is private): what is typed, or else what the run was given."""
-    repo = cfg.hub.repo_id or params.get("hub.repo_id")
-    if repo is None:
-        raise ConfigError("hub.repo_id: the run was given none; give hub.repo_id=<user>/<name>")
-    if not consistency.REPO_ID.fullmatch(str(repo)):
-        raise ConfigError(f"hub.repo_id: the run's own, '{cut(str(repo))}', is no <user>/<name>; give another")
-    private = params.get("hub.private") is not False if cfg.hub.private is None else bool(cfg.hub.private)
-    return str(repo), private

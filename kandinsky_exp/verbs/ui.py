@@ -12,14 +12,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from typing import IO
-from urllib.parse import quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import quote, urlencode
 
 from omegaconf import DictConfig
 
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import ConfigError, Interrupted, RunFailure
 from kandinsky_exp.system import redaction, signals
-from kandinsky_exp.tracking import store, store_probe
+from kandinsky_exp.tracking import mlflow_names, store, store_probe
 
 PATIENCE = 180.0  # seconds until MLflow has to answer; it may take thirty
 GRACE = 5.0  # seconds for it to end
@@ -56,7 +56,7 @@ def ui(cfg: DictConfig) -> float:
     with signals.handling(lambda number, _: came.append(number), STOPS):
         uri, experiment_id = find_experiment(uri, cfg.tracker.experiment)
         if is_server:
-            print(page(without_user(uri), experiment_id))
+            print(page(mlflow_names.bare_address(uri).rstrip("/"), experiment_id))
             return 1.0
         serve(cfg, uri, experiment_id, came)
     raise Interrupted(came[0])
@@ -91,12 +91,6 @@ def page(base: str, experiment_id: str) -> str:
     """
     query = urlencode({"compareRunsMode": "CHART", "workflowType": "machine_learning", **BEST_FIRST}, quote_via=quote)
     return f"{base}/#/experiments/{experiment_id}/runs?{query}"
-
-
-def without_user(uri: str) -> str:
-    """A server's address without user and password."""
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
 
 def check_address(host: str, port: int) -> None:

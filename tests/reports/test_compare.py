@@ -20,7 +20,7 @@ from PIL import Image
 from running import PROMPTS, SMALL, first_run, prepare, runs
 
 from kandinsky_exp import cli
-from kandinsky_exp.reports import figures, html, images, png, report, run_data
+from kandinsky_exp.reports import figures, images, png, report, run_data
 from kandinsky_exp.reports.images import ImageGrid, Row, Stored
 from kandinsky_exp.reports.run_data import Run, Scores
 from kandinsky_exp.tracking import mlflow_names
@@ -45,7 +45,8 @@ class Sweep:
         return MlflowClient(default_uri(self.root))
 
     def track(self, name: str, **options: Any) -> MlflowTracker:
-        made = MlflowTracker.open(default_uri(self.root), "tests", name, self.root / "mlartifacts", **options)
+        outbox = self.root / f"outbox-{len(self.ids)}"
+        made = MlflowTracker.open(default_uri(self.root), "tests", name, self.root / "mlartifacts", outbox, **options)
         self.ids[name] = str(made.run_id)
         return made
 
@@ -146,7 +147,7 @@ def page(sweep: Sweep) -> Page:
 
 def test_the_table_says_what_differed_and_how_it_went(page: Page, sweep: Sweep) -> None:
     heads = [text for text, _ in page.rows[0]]
-    assert heads == ["run", "status", "stage", "lr", "snr", *html.SCORES, "MLflow run id"]
+    assert heads == ["run", "status", "stage", "lr", "snr", *report.SCORES, "MLflow run id"]
     assert list(page.column("run")) == ["good", EVIL, "killed", "failed", "no validation"]
     statuses = [text for text, _ in page.column("status").values()]
     assert statuses == ["FINISHED", "FINISHED", "KILLED", "FAILED", "FINISHED"]
@@ -162,7 +163,7 @@ def test_the_table_says_what_differed_and_how_it_went(page: Page, sweep: Sweep) 
 
 
 def test_what_a_run_does_not_have_is_left_open(page: Page) -> None:
-    for head in ("stage", "lr", *[*html.SCORES][:4], "samples/s"):
+    for head in ("stage", "lr", *[*report.SCORES][:4], "samples/s"):
         assert page.column(head)["failed"] == ("–", None), head
     assert page.column("best val. loss")["no validation"] == ("–", None)
     assert page.column("last train loss")["no validation"][0] == "0.25"
@@ -256,7 +257,7 @@ def test_scores_pass_over_what_is_not_finite() -> None:
     curves = {"validation/loss": [(0, math.nan), (5, 2.0), (9, math.inf)], "train/loss": [(1, math.nan)]}
     assert run_data.scores(curves, None) == Scores(best=2.0, best_step=5, last=2.0)
     assert figures.smoothed([(0, math.nan), (1, 3.0), (2, 3.0)]) == [(1, 3.0), (2, pytest.approx(3.0))]
-    page = Page(html.page("t", [Run("0" * 32, "one", "FINISHED", curves=curves)], ImageGrid()))
+    page = Page(report.page("t", [Run("0" * 32, "one", "FINISHED", curves=curves)], ImageGrid()))
     assert page.traces("validation")[0]["y"] == [None, 2.0, None]
 
 
@@ -359,7 +360,7 @@ def made(count: int, points: int, **params: Any) -> list[Run]:
 
 def test_hundreds_of_long_runs_make_a_file_that_opens(tmp_path: Path) -> None:
     every = made(300, 2000)
-    text = html.page("many", every, ImageGrid())
+    text = report.page("many", every, ImageGrid())
     assert len(text.encode()) + images.MAX_BYTES * 4 / 3 < 30_000_000
     page = Page(text)
     assert len(page.column("run")) == 300
@@ -375,14 +376,14 @@ def test_one_parameter_is_a_scatter_and_none_is_said() -> None:
     assert kinds == ["scatter"]
     same = made(2, 2)
     same[1].params = same[0].params
-    assert "no two finished runs that differ" in html.page("t", same, ImageGrid())
+    assert "no two finished runs that differ" in report.page("t", same, ImageGrid())
 
 
 def test_the_best_of_each_stage_are_marked() -> None:
     every = made(5, 2)
     for run, (stage, best) in zip(every, [("a", 2.0), ("a", 1.0), ("b", 9.0), ("a", 1.0), ("b", None)], strict=True):
         run.stage, run.scores = stage, Scores(best=best)
-    text = html.page("t", every, ImageGrid())
+    text = report.page("t", every, ImageGrid())
     marked = [index for index, row in enumerate(text.split("<tr>")[2:7]) if 'class="number best"' in row]
     assert marked == [1, 2, 3]
 
@@ -402,7 +403,7 @@ def test_a_single_point_is_seen() -> None:
 def test_stages_are_said_not_to_compare() -> None:
     both = made(2, 2)
     both[0].stage = "prior"
-    page = Page(html.page("t", both, ImageGrid()))
+    page = Page(report.page("t", both, ImageGrid()))
     assert "Losses of different stages (decoder, prior) do not compare with each other." in page.notes
     assert page.column("stage")["run 0"][0] == "prior"
     (parallel,) = page.traces("parallel")
@@ -414,7 +415,7 @@ def test_runs_that_never_validated_are_compared_by_their_training(sweep: Sweep) 
     for run, train in zip(two, (0.5, 0.25), strict=True):
         run.curves = {"train/loss": [(1, train)]}
         run.scores = Scores(train=train)
-    page = Page(html.page("t", two, ImageGrid()))
+    page = Page(report.page("t", two, ImageGrid()))
     assert page.notes[0] == "No run has validated: what counts as the score is the last training loss."
     assert [trace["y"] for trace in page.traces("scatter-0")] == [[0.5], [0.25]]
 
@@ -499,7 +500,7 @@ def test_an_artifact_store_that_is_gone_costs_the_images_only(
     sweep: Sweep, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The parent's artifacts cannot be written, those of a run not be read."""
-    one = MlflowTracker.open(default_uri(sweep.root), "elsewhere", "one", tmp_path / "gone")
+    one = MlflowTracker.open(default_uri(sweep.root), "elsewhere", "one", tmp_path / "gone", tmp_path / "outbox")
     one.log_metrics({"train/loss": 1.0}, 1)
     one.finish("FINISHED")
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)

@@ -9,7 +9,7 @@ import pytest
 from browsing import By, Chrome, Keys, WebElement, errors, head, names, open_report, shown, started, wait
 from PIL import Image
 
-from kandinsky_exp.reports import html
+from kandinsky_exp.reports import report
 from kandinsky_exp.reports.images import ImageGrid, Row
 from kandinsky_exp.reports.run_data import Run, Scores
 
@@ -50,7 +50,7 @@ ALBUM = ImageGrid(
 
 def opened(folder: Path, *flags: str) -> Chrome:
     file = folder / "report.html"
-    file.write_text(html.page(EVIL, RUNS, ALBUM), "utf-8")
+    file.write_text(report.page(EVIL, RUNS, ALBUM), "utf-8")
     browser = started(folder / "profile", *flags)
     try:
         open_report(browser, file.as_uri())

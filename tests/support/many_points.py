@@ -25,7 +25,7 @@ def record(uri: str, root: Path, number: int, together: Barrier) -> None:
     Path(tempfile.tempdir).mkdir()
     probe(uri, 60)  # loads MLflow
     together.wait()
-    tracker = MlflowTracker.open(uri, EXPERIMENT, str(number), root / "mlartifacts")
+    tracker = MlflowTracker.open(uri, EXPERIMENT, str(number), root / "mlartifacts", root / f"outbox-{number}")
     with tracked(tracker):
         for step in range(STEPS):
             tracker.log_metrics({key: value(key, number, step) for key in ("train/loss", "train/lr")}, step)

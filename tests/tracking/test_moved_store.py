@@ -107,7 +107,7 @@ def test_a_store_without_its_artifacts_says_what_it_lacks(
 
 
 def test_a_run_without_images_lacks_nothing(root: Path) -> None:
-    tracker = MlflowTracker.open(default_uri(root), "tests", "bare", root / "mlartifacts")
+    tracker = MlflowTracker.open(default_uri(root), "tests", "bare", root / "mlartifacts", root / "outbox")
     tracker.finish("FINISHED")
     assert not collected(root, str(tracker.run_id)).notes
 

@@ -30,7 +30,7 @@ def point(step: int) -> Record:
 
 
 def waiting(queue: DiskQueue) -> list[int]:
-    return [record["step"] for segment in queue.segments() for record in segment.records]
+    return [record["step"] for record in queue.on_disk()]
 
 
 def delivered(sender: Sender, seconds: float) -> bool:
@@ -39,7 +39,7 @@ def delivered(sender: Sender, seconds: float) -> bool:
 
 
 def taken(queue: DiskQueue) -> Segment:
-    segment = queue.first(queue.newest())
+    segment = queue.first(queue.newest)
     assert segment is not None
     return segment
 
@@ -67,7 +67,7 @@ def test_what_is_taken_grows_no_more_and_is_forgotten_once_delivered(queue: Disk
 
 def test_what_came_after_the_beginning_of_a_try_is_left_to_the_next(queue: DiskQueue) -> None:
     queue.append(point(0))
-    newest = queue.newest()
+    newest = queue.newest
     queue.remove(taken(queue))
     queue.append(point(1))
     assert queue.first(newest) is None
@@ -133,7 +133,7 @@ def fill(steps):
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 fill(range(100))
 segments = []
-while segment := queue.first(queue.newest()):
+while segment := queue.first(queue.newest):
     segments += [record["step"] for record in segment.records]
     queue.remove(segment)
 assert segments == list(range(100)), segments

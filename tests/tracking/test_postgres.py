@@ -84,14 +84,14 @@ def test_looking_makes_no_store(uri: str, tmp_path: Path) -> None:
 
 
 def test_a_data_base_of_a_newer_mlflow_is_explained(uri: str, tmp_path: Path) -> None:
-    MlflowTracker.open(uri, "tests", "a", tmp_path).finish("FINISHED")
+    MlflowTracker.open(uri, "tests", "a", tmp_path, tmp_path / "outbox").finish("FINISHED")
     assert probe(uri)
     engine = sqlalchemy.create_engine(uri)
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE alembic_version SET version_num = '0123456789ab'"))
     engine.dispose()
     anew = f"{uri}?application_name=another"  # MLflow keeps what it has opened
-    for use in (lambda: probe(uri), lambda: MlflowTracker.open(anew, "tests", "b", tmp_path)):
+    for use in (lambda: probe(uri), lambda: MlflowTracker.open(anew, "tests", "b", tmp_path, tmp_path / "outbox")):
         with pytest.raises(TrackingError, match=r"was made by a newer MLflow than .*; upgrade mlflow") as caught:
             use()
         assert "a-password" not in str(caught.value)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -64,8 +65,9 @@ def tracker(output_root: Path) -> Iterator[MlflowTracker]:
     made.finish("FINISHED")
 
 
-def track(output_root: Path, **options: Any) -> MlflowTracker:
-    return MlflowTracker.open(default_uri(output_root), "tests", "a run", output_root / "mlartifacts", **options)
+def track(output_root: Path, outbox: Path | None = None, **options: Any) -> MlflowTracker:
+    box = outbox or output_root.with_name(f"outbox-{uuid.uuid4().hex}")
+    return MlflowTracker.open(default_uri(output_root), "tests", "a run", output_root / "mlartifacts", box, **options)
 
 
 def red(size: int = 64) -> Image.Image:
@@ -199,7 +201,7 @@ def test_store_and_artifacts_are_where_they_should_be(output_root: Path, tracker
     "uri", ["mlruns", "./mlruns", "file:///tmp/mlruns", "", "sqlite://", "sqlite:///:memory:", "ftp://a"]
 )
 def test_a_store_that_mlflow_refuses_is_refused_at_once(uri: str, tmp_path: Path) -> None:
-    for attempt in (probe, lambda uri: MlflowTracker.open(uri, "tests", "a", tmp_path)):
+    for attempt in (probe, lambda uri: MlflowTracker.open(uri, "tests", "a", tmp_path, tmp_path / "outbox")):
         with pytest.raises(TrackingError, match=r"(?s)tracker.uri.*sqlite:///"):
             attempt(uri)
 
@@ -331,7 +333,7 @@ def test_a_store_of_another_mlflow_is_explained(
 def test_a_deleted_experiment_is_explained(client: MlflowClient, output_root: Path) -> None:
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(TrackingError, match="mlflow experiments restore"):
-        MlflowTracker.open(default_uri(output_root), "gone", "a", output_root)
+        MlflowTracker.open(default_uri(output_root), "gone", "a", output_root, output_root / "outbox")
 
 
 # Status (pitfall 27)
@@ -367,7 +369,9 @@ def ends(root: Path, name: str) -> None:
     def stop(number: int, _: object) -> None:
         raise Interrupted(number)
 
-    tracker = MlflowTracker.open(default_uri(root), "endings", name, root / "mlartifacts")
+    tracker = MlflowTracker.open(
+        default_uri(root), "endings", name, root / "mlartifacts", root.with_name(f"outbox-{name}")
+    )
     signal.signal(signal.SIGTERM, stop)
     with tracked(tracker):
         tracker.log_metrics({"a": 1.0}, 0)
@@ -450,7 +454,20 @@ def test_a_run_that_is_deleted_meanwhile_does_not_end_the_training(
         tracker.set_tags({"a": "b"})
     assert time.monotonic() - start < 10
     assert "metrics cannot be written" in caplog.text
-    assert "the store did not take 3 records, and they are lost" in caplog.text
+    assert "MLflow: 3 records wait in" in caplog.text
+
+
+def test_records_that_neither_the_disk_nor_the_store_took_are_counted_as_lost(
+    client: MlflowClient, output_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = track(output_root, outbox=tmp_path / "outbox")
+    client.delete_run(str(tracker.run_id))
+    (tmp_path / "outbox").write_text("in the folder's place")
+    with tracked(tracker):
+        tracker.log_metrics({"a": 1.0}, 0)
+        tracker.set_tags({"a": "b"})
+        tracker.flush()
+    assert "the store did not take 2 records, and they are lost" in caplog.text
 
 
 def test_an_artifact_that_is_not_there_is_a_mistake_of_ours(tracker: MlflowTracker, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from kandinsky_exp import build, run_settings
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.memory.device_limits import Facts
-from kandinsky_exp.memory.meta_weights import MetaWeights
+from kandinsky_exp.memory.dry_run import MetaWeights
 from kandinsky_exp.models import adapters, pipelines
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, Features

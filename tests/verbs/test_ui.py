@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 def output_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one run, which left an image and a report."""
     root = tmp_path_factory.mktemp("a b") / "outputs"
-    tracker = MlflowTracker.open(default_uri(root), "kandinsky-2-2", "a", artifact_root(root))
+    tracker = MlflowTracker.open(default_uri(root), "kandinsky-2-2", "a", artifact_root(root), root / "outbox")
     tracker.log_image("validation/00", Image.new("RGB", (8, 8), "red"), 0)
     tracker.log_text("<h1>a report</h1>", "report.html")
     tracker.finish("FINISHED")
