@@ -46,7 +46,7 @@ class Result:
     is_adapter: bool
 
     @property
-    def stage(self) -> PipelineHalf:
+    def half(self) -> PipelineHalf:
         return self.record.half
 
     def base(self, side: PipelineHalf) -> str | None:
@@ -57,7 +57,7 @@ class Result:
     @property
     def linked_prior(self) -> str | None:
         """The repository that a decoder on the hub takes its prior from, None where the result brings its own."""
-        return self.base("prior") if self.stage == "decoder" and not self.is_adapter else None
+        return self.base("prior") if self.half == "decoder" and not self.is_adapter else None
 
 
 def model_card(repo: str, result: Result, images: Sequence[tuple[str, str]]) -> str:
@@ -69,7 +69,7 @@ def model_card(repo: str, result: Result, images: Sequence[tuple[str, str]]) -> 
     """
     images = [(path, redaction.masked(prompt)) for path, prompt in images]
     adapter = {"lora": "A LoRA", "dora": "A DoRA"}.get(str(result.params.get("adapter.name")), "An adapter")
-    kind = f"{adapter} for the {result.stage}" if result.is_adapter else f"The {result.stage}"
+    kind = f"{adapter} for the {result.half}" if result.is_adapter else f"The {result.half}"
     paragraphs = [
         f"---\n{_metadata(result, images).to_yaml()}\n---\n# {repo.rpartition('/')[2]}",
         f"{kind} of Kandinsky 2.2, fine-tuned with kandinsky-exp.",
@@ -88,7 +88,7 @@ def model_card(repo: str, result: Result, images: Sequence[tuple[str, str]]) -> 
 
 def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> ModelCardData:
     """For the hub, and for diffusers: a decoder is connected with the first repository under `prior`."""
-    base, (data, _) = result.base(result.stage), _data(result.params)
+    base, (data, _) = result.base(result.half), _data(result.params)
     return ModelCardData(
         base_model=[base] if base else None,
         base_model_relation=("adapter" if result.is_adapter else "finetune") if base else None,
@@ -119,7 +119,7 @@ def _origins(result: Result) -> Iterator[tuple[str, str]]:
     params = result.params
     for side in ("decoder", "prior"):
         base, revision = result.base(side), params.get(f"weights.{side}_revision")
-        if side == result.stage:
+        if side == result.half:
             revision = result.record.revision or revision
         own = (
             "the tiny one that ships with kandinsky-exp"
@@ -127,7 +127,7 @@ def _origins(result: Result) -> Iterator[tuple[str, str]]:
             else "not on the hub"
         )
         at = f" at {_escaped(revision)}" if base and revision else ""
-        trained = ", which was trained" if side == result.stage else ""
+        trained = ", which was trained" if side == result.half else ""
         yield side, (f"[{base}]({HUB}/{base}){at}" if base else own) + trained
     data, title = _data(params)
     rows = f", {result.record.rows} rows that train" if result.record.rows else ""
@@ -158,20 +158,20 @@ def _code(repo: str, result: Result) -> Iterator[str]:
     params = result.params
     side, steps = params.get("data.resolution", 512), params.get("validation.inference_steps", 25)
     drawing = f"height={side!r}, width={side!r}, num_inference_steps={steps!r}"
-    if result.stage == "decoder" and not result.is_adapter:
+    if result.half == "decoder" and not result.is_adapter:
         yield from ("from diffusers import AutoPipelineForText2Image", "")
         yield f'pipeline = AutoPipelineForText2Image.from_pretrained("{repo}")'
         yield f'image = pipeline("{PROMPT}", {drawing}, prior_num_inference_steps={steps!r}).images[0]'
         return
     yield from ("from diffusers import DiffusionPipeline", "")
     for half in ("prior", "decoder"):
-        source = repo if half == result.stage and not result.is_adapter else result.base(half)
+        source = repo if half == result.half and not result.is_adapter else result.base(half)
         if source is None:
             yield f'{half.upper()} = "path/to/the/{half}"  # a diffusers folder of the weights that it was trained with'
         revision = params.get(f"weights.{half}_revision") if source != repo and source else None
         at = f", revision={str(revision)!r}" if revision else ""
         yield f"{half} = DiffusionPipeline.from_pretrained({repr(source) if source else half.upper()}{at})"
     if result.is_adapter:
-        network = f"{result.stage}.{NETWORKS[result.stage]}"
+        network = f"{result.half}.{NETWORKS[result.half]}"
         yield f'{network}.load_lora_adapter("{repo}", weight_name="pytorch_lora_weights.safetensors", prefix=None)'
     yield f'image = decoder(**prior("{PROMPT}", num_inference_steps={steps!r}), {drawing}).images[0]'
