@@ -136,9 +136,7 @@ def check(
     if problem := allowlist.object_problem(name, target, schema.role, added):
         return [Problem(f"{key}._target_", problem)]
     if lacking := sorted(getattr(target, "__abstractmethods__", ())):
-        return [
-            Problem(f"{key}._target_", f"{name} lacks {', '.join(lacking)}; define what its base class leaves open")
-        ]
+        return [Problem(f"{key}._target_", f"{name} lacks {', '.join(lacking)}, which its base class leaves open")]
     if schema.given_later and node.get("_partial_") is not True:
         return [Problem(f"{key}._partial_", "has to be true, for the run hands over the other arguments")]
     try:

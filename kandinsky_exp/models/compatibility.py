@@ -56,7 +56,8 @@ def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) ->
         folders: of networks, by part.
         required: what has to agree, by the side whose source is to blame.
     """
-    configs = {part: _config(folder) for part, folder in folders.items() if part in MODELS}
+    # Of one that cannot be read `check_source` has something to say.
+    configs = {name: files.json_object(path / "config.json") or {} for name, path in folders.items() if name in MODELS}
     wrong = set()  # one number that is odd disagrees with many
     for side, requirements in required.items():
         for (one, key), wanted in requirements:
@@ -75,14 +76,6 @@ def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) ->
                     side,
                     f"its {one} has {key}={first}, but {whose} has {other_key}={second}; give what was made together",
                 )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):  # `check_source` has something to say of it
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def check(

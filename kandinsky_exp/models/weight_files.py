@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kandinsky_exp.errors import ConfigError, DataError, RunFailure, first_line
+from kandinsky_exp.system.files import json_object
 
 PICKLES = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".msgpack", ".h5", ".hdf5", ".npy", ".npz"}
@@ -115,11 +116,8 @@ def is_pickle(file: Path) -> bool:
 
 def _kernel(config: Path) -> str | None:
     """A repository whose code transformers would fetch and run, as the implementation of a model's attention."""
-    try:
-        values = json.loads(config.read_text("utf-8")).items()
-    except (OSError, ValueError, AttributeError):  # there is none, or loading will complain of it
-        return None
-    named = (str(value) for key, value in values if key.endswith("attn_implementation"))
+    values = json_object(config) or {}  # there is none, or loading will complain of it
+    named = (str(value) for key, value in values.items() if key.endswith("attn_implementation"))
     return next((name for name in named if "/" in name), None)
 
 
@@ -244,10 +242,7 @@ def unreadable(folder: Path) -> str | None:
         if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
             return f"'{folder.name}' has no vocabulary ({name}, or vocab.json and merges.txt)"
         name = "vocab.json"
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if isinstance(json.loads((folder / name).read_text("utf-8")), dict):
-            return None
-    return f"'{folder.name}/{name}' cannot be read"
+    return f"'{folder.name}/{name}' cannot be read" if json_object(folder / name) is None else None
 
 
 # --- what was written

@@ -1,5 +1,6 @@
 """Paths, folders, locks and atomic writes. Any text has an answer as a path, never an exception."""
 
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -26,6 +28,14 @@ def expanded(path: str | Path) -> Path:
 def output_root(value: str) -> Path:
     """The folder that the setting `output_root` means, absolute whatever the working directory becomes."""
     return expanded(value).absolute()
+
+
+def json_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is none that can be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(file.read_text("utf-8"))
+        return content if isinstance(content, dict) else None
+    return None
 
 
 def looks_local(path: str) -> bool:

@@ -82,7 +82,7 @@ def refuse_others(
     """
     if wanted is None or wanted.folder is None or not wanted.drawn():
         return
-    recorded = _recorded(wanted.folder)
+    recorded = files.json_object(wanted.folder / MADE)
     if recorded is None:
         if _is_named_by_content(wanted, weights, how) or is_known():
             return
@@ -129,14 +129,6 @@ def _note_origin(wanted: ClassImages, weights: Weights, how: SampleSettings) -> 
     base = {side: weights.content(side_parts(side)) for side in sources}
     facts = _settings(wanted.prompt, how) | base | {f"{side}_source": source for side, source in sources.items()}
     files.write_atomically(wanted.folder / MADE, json.dumps(facts, indent=2) + "\n")
-
-
-def _recorded(folder: Path) -> dict[str, Any] | None:
-    try:
-        recorded = json.loads((folder / MADE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return recorded if isinstance(recorded, dict) else None
 
 
 def _is_named_by_content(wanted: ClassImages, weights: Weights, how: SampleSettings) -> bool:
