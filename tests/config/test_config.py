@@ -448,7 +448,7 @@ def test_nested_targets_are_found() -> None:
     values = {"a": {"_target_": "x.Y", "b": [{"_target_": "z.Z"}]}, "c": 1}
     assert [key for key, _ in targets.nodes(values)] == ["a", "a.b.0"]
     assert targets.check("a", {"_target_": "fractions.Fraction", "numerator": 1}, added=["fractions"]) == []
-    assert targets.check("optimizer", {"_target_": "torch.optim.AdamW", "lr": 1}, Optimizer) == []
+    assert targets.check("optimizer", {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1}, Optimizer) == []
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def execute(snippet: str) -> None:
     try:
         exec(compile(snippet.replace("/home/me", str(Path.cwd())), "docs", "exec"), {})
     finally:
-        mlflow.set_tracking_uri("")  # a snippet may have set it, for the whole process
+        mlflow.set_tracking_uri(None)  # a snippet may have set it, for the whole process
 
 
 def test_commands_within_a_text_run(folder: Path) -> None:
