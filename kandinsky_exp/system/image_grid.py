@@ -1,11 +1,14 @@
 """A grid of pictures, with a label under each and headings around them."""
 
 import functools
+import logging
 import math
 import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from kandinsky_exp.errors import first_line
 
 MIN_SIDE = 160  # pixels: below, a caption under the picture would be a few letters wide
 MAX_SIDE = 512  # pixels: above, a grid of many would be too large to open
@@ -14,6 +17,7 @@ LETTER = 7  # pixels, the width of each
 LINE_HEIGHT = 16
 LINES = 3
 GAP = 8
+logger = logging.getLogger(__name__)
 
 
 def labelled_grid(
@@ -81,7 +85,8 @@ def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         import matplotlib
 
         return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
-    except Exception:  # not installed, or not usable: its import reads MPLBACKEND, a matplotlibrc and the home folder
+    except Exception as error:  # not installed, or not usable: it reads MPLBACKEND, a matplotlibrc, the home folder
+        logger.warning("labels of images lack letters such as é and ж: no font of Matplotlib (%s)", first_line(error))
         return ImageFont.load_default(FONT_SIZE)
 
 

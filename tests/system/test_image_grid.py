@@ -108,6 +108,7 @@ def test_letters_with_accents_are_in_the_font() -> None:
 def test_a_matplotlib_that_cannot_be_used_costs_no_grid() -> None:
     """A notebook names its own backend in the environment, which another Python need not have."""
     code = "from kandinsky_exp.system.image_grid import label_font; print(type(label_font()).__name__)"
-    environment = os.environ | {"MPLBACKEND": "module://not_there"}
+    environment = os.environ | {"MPLBACKEND": "not_there"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "Font" in done.stdout, done.stderr
+    assert "no font of Matplotlib" in done.stderr
