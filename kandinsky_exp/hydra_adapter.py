@@ -10,7 +10,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from hydra import version
 from hydra._internal.callbacks import Callbacks
@@ -21,6 +21,7 @@ from hydra._internal.utils import create_automatic_config_search_path, get_args_
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.main import _get_rerun_conf
@@ -71,14 +72,25 @@ class Loader(ConfigLoaderImpl):
 class _Repository(ConfigRepository):
     """Yaml files and schemas. Hydra copies all schemas before each look at them, and reads all files for each job."""
 
+    _of_packages: ClassVar[dict[tuple[str, str], ConfigResult | None]] = {}  # no file of a user: those may change
+
     def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
         self._read: dict[str, ConfigResult | None] = {}
         super().initialize_sources(config_search_path)
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         if config_path not in self._read:
-            self._read[config_path] = super().load_config(config_path)
+            self._read[config_path] = self._load(config_path)
         return copy.deepcopy(self._read[config_path])
+
+    def _load(self, config_path: str) -> ConfigResult | None:
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() != "pkg":
+            return super().load_config(config_path)
+        place = (source.path, config_path)
+        if place not in self._of_packages:  # a command composes twice or more
+            self._of_packages[place] = super().load_config(config_path)
+        return self._of_packages[place]
 
     def __deepcopy__(self, memo: Any) -> "_Repository":
         return copy.copy(self)
