@@ -15,11 +15,12 @@ from typing import Any, ClassVar, NoReturn
 from hydra import version
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
@@ -38,6 +39,8 @@ CHATTER = (
     *("Config search path", "provider=", "full_key", "object_type", "reference_type", "Set the env", "See https"),
     "To append to your config use",  # it would be ignored there
 )
+OF_PACKAGES = ("pkg://", "structured://")  # what does not change as long as a process lives, other than a user's files
+LAST_COMPOSED = 16  # that many are kept
 Check = Callable[[Any], None]
 
 
@@ -59,6 +62,8 @@ class Loader(ConfigLoaderImpl):
         check: raises what is wrong with the section.
     """
 
+    _composed: ClassVar[dict[tuple[Any, ...], DictConfig]] = {}
+
     def __init__(self, search_path: ConfigSearchPath, check: Check) -> None:
         super().__init__(search_path)
         self.repository, self.check = _Repository(search_path), check
@@ -68,11 +73,28 @@ class Loader(ConfigLoaderImpl):
         self.check(OmegaConf.to_container(cfg.hydra, resolve=False))
         return cfg
 
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        """What a command composes twice or more differs in values, seldom in the files that are chosen."""
+        chosen = tuple((_origin(one, repo), one.config_path, one.package, one.primary) for one in defaults)
+        if not all(origin.startswith(OF_PACKAGES) for origin, *_ in chosen):
+            return super()._compose_config_from_defaults_list(defaults, repo)
+        if chosen not in self._composed:
+            if len(self._composed) == LAST_COMPOSED:
+                del self._composed[next(iter(self._composed))]
+            self._composed[chosen] = super()._compose_config_from_defaults_list(defaults, repo)
+        return copy.deepcopy(self._composed[chosen])
+
+
+def _origin(default: ResultDefault, repo: IConfigRepository) -> str:
+    """Where a file of the defaults list lies."""
+    found = repo.load_config(default.config_path or "")
+    return found.path if found else ""
+
 
 class _Repository(ConfigRepository):
     """Yaml files and schemas. Hydra copies all schemas before each look at them, and reads all files for each job."""
 
-    _of_packages: ClassVar[dict[tuple[str, str], ConfigResult | None]] = {}  # no file of a user: those may change
+    _of_packages: ClassVar[dict[tuple[str, str], ConfigResult | None]] = {}
 
     def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
         self._read: dict[str, ConfigResult | None] = {}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from running import hydra_compose
 
 from kandinsky_exp import cli
 from kandinsky_exp.config import command_line, grammar, hydra_errors
@@ -217,6 +218,34 @@ def test_what_is_wrong_is_answered_truthfully(words: list[str], answer: str) -> 
     assert len(found) == 1, found
     assert answer in found[0]
     assert "mend the file" not in found[0]
+
+
+def composed(*words: str) -> DictConfig:
+    """What a command composes, without Hydra's section."""
+    line = command_line.parse("train", [*TINY, *words], cli.VERBS)
+    with line.composing() as loader:
+        cfg = loader.load_configuration("train", line.overrides, run_mode=RunMode.RUN)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return cfg
+
+
+@pytest.mark.parametrize("words", [[], ["adapter=lora", "optimizer=sgd"], ["experiment=demo_prior", "seed=3"]])
+def test_what_was_composed_before_is_composed_again(words: list[str]) -> None:
+    expected = hydra_compose("train", [*TINY, *words])
+    for _ in range(2):
+        cfg = composed(*words)
+        assert cfg == expected
+        cfg.trainer.max_steps, cfg.optimizer = 77, {"lr": 5}  # no later one has that
+
+
+def test_a_users_file_that_changes_is_read_again(mine: Path) -> None:
+    words = ["--config-dir=mine", "experiment=plain"]
+    assert composed(*words).seed == 7
+    (mine / "experiment" / "plain.yaml").write_text("# @package _global_\nseed: 8\n")
+    assert composed(*words).seed == 8
+    (mine / "experiment").rename(mine.parent / "experiment")
+    assert composed("--config-dir=.", "experiment=plain").seed == 8
 
 
 def test_a_mode_that_there_is_not(capfd: pytest.CaptureFixture[str]) -> None:

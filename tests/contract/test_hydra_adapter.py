@@ -16,7 +16,9 @@ PRIVATE = ("hydra._internal", "hydra.core.config_store", "hydra.core.global_hydr
 USED = {
     "hydra._internal.config_loader_impl:ConfigLoaderImpl.load_configuration": ["config_name", "overrides", "run_mode"],
     "hydra._internal.config_loader_impl:ConfigLoaderImpl.get_group_options": ["group_name", "config_name", "overrides"],
+    "hydra._internal.config_loader_impl:ConfigLoaderImpl._compose_config_from_defaults_list": ["defaults", "repo"],
     "hydra._internal.config_repository:ConfigRepository.__init__": ["config_search_path"],
+    "hydra._internal.config_repository:ConfigRepository._find_object_source": ["config_path", "object_type"],
     "hydra._internal.hydra:Hydra.__init__": ["task_name", "config_loader"],
     "hydra._internal.hydra:Hydra.run": ["config_name", "task_function", "overrides"],
     "hydra._internal.hydra:Hydra.multirun": ["config_name", "task_function", "overrides"],
