@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from yaml import YAMLError
@@ -166,13 +167,19 @@ def _of_hydra(line: CommandLine) -> Any:
     with line.composing() as loader:
         if (section := _section(loader, line.root, line.overrides)) is not None:
             return section
+        choosing = [str(one.input_line) for one in grammar.readable(line.overrides) if _chooses(one, loader, line.root)]
+        if (section := _section(loader, line.root, choosing)) is not None:
+            return section
         good: list[str] = []
-        for override in grammar.readable(line.overrides):  # what chooses files, and is for Hydra, one by one
-            texts = [*good, str(override.input_line)]
-            is_group = override.is_hydra_override() or bool(group_options(loader, override.key_or_group, line.root))
-            if is_group and (tried := _section(loader, line.root, texts)) is not None:
-                section, good = tried, texts
+        for text in choosing:  # one by one
+            if (tried := _section(loader, line.root, [*good, text])) is not None:
+                section, good = tried, [*good, text]
         return section
+
+
+def _chooses(override: Override, loader: ConfigLoader, root: str) -> bool:
+    """Whether it is for Hydra, or chooses a file."""
+    return override.is_hydra_override() or bool(group_options(loader, override.key_or_group, root))
 
 
 def _section(loader: ConfigLoader, root: str, texts: list[str]) -> DictConfig | None:
