@@ -418,16 +418,16 @@ def test_generate_wants_prompts() -> None:
 
 
 def test_a_users_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_parts.py").write_text("class Mine:\n    def __init__(self, params, lr: float, **other): ...\n")
-    (tmp_path / "my_broken.py").write_text("import no_such_thing\n")
+    (tmp_path / "own_parts.py").write_text("class Mine:\n    def __init__(self, params, lr: float, **other): ...\n")
+    (tmp_path / "own_broken.py").write_text("import no_such_thing\n")
     monkeypatch.syspath_prepend(tmp_path)
-    mine = ["optimizer._target_=my_parts.Mine", "+optimizer.anything=goes"]
-    trusted = ["my_parts", "my_broken"]
+    mine = ["optimizer._target_=own_parts.Mine", "+optimizer.anything=goes"]
+    trusted = ["own_parts", "own_broken"]
     assert problems_of(composed(*TINY, *mine), trusted=trusted) == []
-    (found,) = problems_of(composed(*TINY, "model._target_=my_parts.Mine", "+model.lr=1"), trusted=trusted)
-    assert found.startswith("model._target_: my_parts.Mine is no stage; derive it from kandinsky_exp.stages.base.")
-    (found,) = problems_of(composed(*TINY, "optimizer._target_=my_broken.Mine"), trusted=trusted)
-    assert "importing my_broken failed: ModuleNotFoundError: No module named 'no_such_thing'" in found
+    (found,) = problems_of(composed(*TINY, "model._target_=own_parts.Mine", "+model.lr=1"), trusted=trusted)
+    assert found.startswith("model._target_: own_parts.Mine is no stage; derive it from kandinsky_exp.stages.base.")
+    (found,) = problems_of(composed(*TINY, "optimizer._target_=own_broken.Mine"), trusted=trusted)
+    assert "importing own_broken failed: ModuleNotFoundError: No module named 'no_such_thing'" in found
 
 
 @pytest.mark.parametrize("name", ["weights", "pipelines", "adapters"])
