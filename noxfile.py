@@ -71,8 +71,8 @@ def soak(session: nox.Session) -> None:
 def sweep(session: nox.Session) -> None:
     """Sweeps whose jobs raise, exit and are killed, on all launchers; arguments after `--` go to pytest."""
     python = project_environment(session)
-    arguments = ["tests/sweeps/test_sweep.py", "-n", "2", "--dist", "worksteal", "--durations", "5", *session.posargs]
-    session.run(python, "-m", "pytest", *arguments, env=ENVIRONMENT)
+    arguments = ["-m", "", "-n", "2", "--dist", "worksteal", "--durations", "5", *session.posargs]
+    session.run(python, "-m", "pytest", "tests/sweeps/test_sweep.py", *arguments, env=ENVIRONMENT)
 
 
 @nox.session(venv_backend="none", default=False)

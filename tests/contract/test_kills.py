@@ -133,9 +133,9 @@ def check(root: Path, steps: int) -> None:
 
 @pytest.mark.slow
 def test_killed_where_it_hurts(tmp_path: Path) -> None:
-    moments = [RECORDED, ENCODING, finds(CHECKPOINT), finds_later(CHECKPOINT), finds_later(WRITING), after(0.5),
-               finds_later(CHECKPOINT), after(1.0)]  # fmt: skip
-    assert killed_over_and_over(tmp_path, moments, steps=120) >= 6
+    moments = [RECORDED, ENCODING, finds(CHECKPOINT), finds_later(CHECKPOINT), finds_later(WRITING),
+               after(0.05, lines=2)]  # fmt: skip
+    assert killed_over_and_over(tmp_path, moments, steps=60) >= 5
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -28,6 +29,7 @@ from kandinsky_exp.system import signals
 
 ENDLESS = ["trainer.max_steps=1000000", "validation.every=1000000", "checkpoint.every=1000000"]
 STARTED = "step 2 of"
+DAY = 86_400  # seconds
 
 
 def record(folder: Path) -> dict:
@@ -317,9 +319,56 @@ def library() -> str | None:
     return str(found[0]) if found else None
 
 
-@pytest.mark.slow
-def test_the_clock_jumps(tmp_path: Path) -> None:
+CLOCK = ["model=prior", "name=p", "trainer.max_steps=60", "validation.every=30", "checkpoint.every=30"]
+
+
+class Clock(logging.Handler):
+    """Python's clock of the wall; it jumps when the run logs a text.
+
+    Args:
+        jumps: {text: days from the true time}.
+    """
+
+    def __init__(self, jumps: dict[str, int], patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.jumps, self.days = jumps, 0
+        seconds, nanoseconds = time.time, time.time_ns
+        patch.setattr(time, "time", lambda: seconds() + self.days * DAY)
+        patch.setattr(time, "time_ns", lambda: nanoseconds() + self.days * DAY * 10**9)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.days = next((days for text, days in self.jumps.items() if text in record.getMessage()), self.days)
+
+
+def check_clock(root: Path) -> None:
+    """The run ended, its records are in order, and going on finds nothing to do."""
+    (found,) = runs(root)
+    assert found.info.status == "FINISHED"
+    assert sorted(history(root, found.info.run_id, "train/loss")) == list(range(2, 61, 2))
+    assert record(root / "p")["step"] == 60
+    assert integrity.damage(root / "p" / "checkpoints" / "step-00000060") is None
+    times = [point.timestamp for point in client(root).get_metric_history(found.info.run_id, "train/loss")]
+    assert max(times) - min(times) > 5 * DAY * 1000  # it did jump, and back
+    assert run(composed(root, *CLOCK)) == record(root / "p")["validation_loss"]
+
+
+def test_the_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall's clock jumps by days, there and back, while a run trains: it ends, and its records are in order."""
+    logger = logging.getLogger("kandinsky_exp")
+    with monkeypatch.context() as patch:
+        clock = Clock({"step 10 of": 3, "step 40 of": -3}, patch)
+        logger.addHandler(clock)
+        try:
+            train(tmp_path, *CLOCK)
+        finally:
+            logger.removeHandler(clock)
+    check_clock(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_the_clock_of_the_system_jumps(tmp_path: Path) -> None:
+    """The same for all libraries of a process, those in C as well."""
     if library() is None:
         pytest.skip("SKIPPED LOUDLY: libfaketime is not installed (apt-get install faketime)")
     prepare(tmp_path, [])  # a store takes long to make under another clock
@@ -327,8 +376,7 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
     clock.write_text("+0")
     environment = {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1",
                    "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "kandinsky_exp", *SMALL, f"output_root={tmp_path}", "model=prior", "name=p",
-               "trainer.max_steps=60", "validation.every=30", "checkpoint.every=30"]  # fmt: skip
+    command = [sys.executable, "-m", "kandinsky_exp", *SMALL, f"output_root={tmp_path}", *CLOCK]
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, **environment})  # fmt: skip
     for step, jump in ((10, "+3d"), (40, "-3d")):
@@ -341,14 +389,4 @@ def test_the_clock_jumps(tmp_path: Path) -> None:
         process.send_signal(signal.SIGCONT)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
-    (found,) = runs(tmp_path)
-    assert found.info.status == "FINISHED"
-    assert sorted(history(tmp_path, found.info.run_id, "train/loss")) == list(range(2, 61, 2))
-    assert record(tmp_path / "p")["step"] == 60
-    assert integrity.damage(tmp_path / "p" / "checkpoints" / "step-00000060") is None
-    times = [point.timestamp for point in client(tmp_path).get_metric_history(found.info.run_id, "train/loss")]
-    assert max(times) - min(times) > 5 * 86_400_000  # it did jump, and back
-    assert (
-        run(composed(tmp_path, "model=prior", "name=p", "trainer.max_steps=60"))
-        == record(tmp_path / "p")["validation_loss"]
-    )
+    check_clock(tmp_path)

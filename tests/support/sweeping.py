@@ -21,7 +21,7 @@ PRIOR = ["model=prior", *SMALL]
 
 def swept(root: Path, *overrides: str) -> int:
     """The exit code of a sweep in this process."""
-    prepare(root, overrides)
+    prepare(root, overrides, encoded=True)
     start_server()  # the process that jobs are forked from: one for all tests
     try:
         cli.main(["--multirun", *PRIOR, f"output_root={root}", *overrides])

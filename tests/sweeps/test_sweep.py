@@ -147,16 +147,21 @@ def in_order(item: tuple[str, Any]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["submitit", "ray"])
-def test_other_launchers(launcher: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "ways"),
+    [
+        ("submitit", ["fine", "raise"]),
+        ("ray", ["fine", "kill"]),
+        *(pytest.param(name, ["fine", "kill", "raise"], marks=pytest.mark.soak) for name in ("submitit", "ray")),
+    ],
+)
+def test_other_launchers(launcher: str, ways: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip({"submitit": "submitit", "ray": "ray"}[launcher], reason=f"LOUD: no {launcher} here")
     root = tmp_path / "out"
-    ways = ["fine", "kill", "raise"]
     assert swept(root, "name=three", *faulty(tmp_path, ways), *LAUNCHERS[launcher]) == 1, capfd.readouterr().err
     _, children = family(root, "three")
-    assert {name: run.info.status for name, run in children.items()} == {
-        "how=fine": "FINISHED", "how=kill": "KILLED", "how=raise": "FAILED",
-    }  # fmt: skip
+    ends = {"fine": "FINISHED", **ENDS}
+    assert {name: run.info.status for name, run in children.items()} == {f"how={way}": ends[way] for way in ways}
     assert not list((root / "three").rglob("*.pkl"))  # they hold the config, passwords and all
 
 
@@ -202,6 +207,7 @@ def test_a_job_that_came_to_no_run_is_one_run_in_mlflow(
 @pytest.mark.slow
 def test_precision_varies_and_a_new_store_has_many_first_users(tmp_path: Path) -> None:
     settings = ["name=s", "precision=fp32,bf16", "tracker=mlflow", "trainer.max_steps=2"]
+    prepare(tmp_path / "out", settings)  # the jobs encode for themselves
     assert swept(tmp_path / "out", *settings, *LAUNCHERS["joblib"]) == 0
     _, children = family(tmp_path / "out", "s")
     precisions = {name: run.data.params["precision.mixed_precision"] for name, run in children.items()}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,22 +57,45 @@ def real(
     return process.returncode, output, time.monotonic() - sent
 
 
+def interruptible(arguments: list[str]) -> None:
+    """The command in a process that, as an interpreter, makes a KeyboardInterrupt of SIGINT if nobody else does."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    command(arguments)
+
+
 def launch(arguments: list[str]) -> None:
     """What `LAUNCH` does with a command, but for imports: torch's agent starts two processes and watches over them."""
     settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "rdzv_configs": {"timeout": 60}}
-    config = LaunchConfig(1, 1, 2, run_id="stop", start_method="forkserver", monitor_interval=0.1, **settings)
+    config = LaunchConfig(1, 1, 2, run_id="two", start_method="forkserver", monitor_interval=0.1, **settings)
     elastic_launch(config, command)(arguments)
 
 
+def started(root: Path, *settings: str) -> str:
+    """Two processes that know of each other by their environment alone; what they print."""
+    return "".join(process.finish() for process in start_two(root, *settings))
+
+
+def agent(root: Path, *settings: str) -> str:
+    """Two that torch's agent starts."""
+    prepare(root, settings, encoded=True)
+    words = [*SMALL, f"output_root={root}", *settings]
+    return Forked(launch, words, environment={"ACCELERATE_USE_CPU": USE_CPU}).finish()
+
+
+def real_launcher(root: Path, *settings: str) -> str:
+    """Two interpreters that torch's launcher starts, as a user types it."""
+    return real([*LAUNCH, *SMALL, f"output_root={root}", *settings], ACCELERATE_USE_CPU=USE_CPU)[1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "launched"), [("prior", True), ("decoder", False)])
-def test_two_processes_train_one_run(stage: str, launched: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "launched"),
+    [("prior", agent), ("decoder", started), pytest.param("prior", real_launcher, marks=pytest.mark.soak)],
+)
+def test_two_processes_train_one_run(stage: str, launched: Callable[..., str], tmp_path: Path) -> None:
     settings = [f"model={stage}", "trainer.batch_size=2", "trainer.log_every=1", "validation.prompts=[a dog]",
                 "trainer.grad_accumulation=2", "trainer.ema_decay=0.9"]  # fmt: skip
-    if launched:
-        _, output, _ = real([*LAUNCH, *SMALL, f"output_root={tmp_path}", *settings], ACCELERATE_USE_CPU=USE_CPU)
-    else:
-        output = "".join(process.finish() for process in start_two(tmp_path, *settings))
+    output = launched(tmp_path, *settings)
     (found,) = runs(tmp_path)
     assert found.info.status == "FINISHED", output
     folders = [path for path in tmp_path.iterdir() if (path / "run.json").is_file()]
@@ -82,23 +106,31 @@ def test_two_processes_train_one_run(stage: str, launched: bool, tmp_path: Path)
     assert list(losses.values()) == pytest.approx(TWO[stage], rel=1e-4)
     # Shared out over two processes, the fixed-noise loss of the untrained network is the same number.
     alone = tmp_path / "alone"
-    train(alone, f"model={stage}", "trainer.max_steps=1", "validation.every=1", "checkpoint.every=1")
+    train(alone, f"model={stage}", "trainer.max_steps=1", "validation.reconstructions=0")
     shared = history(tmp_path, found.info.run_id, "validation/loss")[0]
     assert shared == pytest.approx(history(alone, runs(alone)[0].info.run_id, "validation/loss")[0], rel=1e-4)
 
 
-@pytest.mark.parametrize(("number", "code", "forked"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
+@pytest.mark.parametrize(
+    ("number", "code", "forked"),
+    [
+        (signal.SIGTERM, 143, True),
+        (signal.SIGINT, 130, True),
+        pytest.param(signal.SIGINT, 130, False, marks=pytest.mark.soak),
+    ],
+)
 def test_a_signal_ends_with_a_checkpoint_and_its_exit_code(
     number: signal.Signals, code: int, forked: bool, tmp_path: Path
 ) -> None:
     settings, log = ["model=prior", "name=p", *ENDLESS], tmp_path / "p" / "train.log"
     if forked:
-        process = start(tmp_path, *settings)
+        prepare(tmp_path, settings)
+        process = Forked(interruptible, [*SMALL, f"output_root={tmp_path}", *settings])
         process.wait_for("step 2 of", log)
         sent = time.monotonic()
         process.signal(number)
         output, found_code, seconds = process.finish(), process.code, time.monotonic() - sent
-    else:  # an interpreter that makes a KeyboardInterrupt of it, if nobody else does
+    else:
         found_code, output, seconds = real([*COMMAND, *SMALL, f"output_root={tmp_path}", *settings], log, number)
     assert seconds < 10
     assert found_code == code, output
@@ -196,11 +228,11 @@ def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_pa
 
 @pytest.mark.slow
 def test_multirun_leaves_one_parent_and_a_folder_per_job(tmp_path: Path) -> None:
-    prepare(tmp_path, [])
+    prepare(tmp_path, [], encoded=True)
     start_server()  # the process that jobs are forked from
-    cli.main(
-        ["--multirun", *SMALL, f"output_root={tmp_path}", "name=sweep", "model=prior,decoder", "adapter=none,lora"]
-    )
+    quick = ["trainer.max_steps=2", "validation.reconstructions=0"]
+    varied = ["model=prior,decoder", "adapter=none,lora"]
+    cli.main(["--multirun", *SMALL, f"output_root={tmp_path}", "name=sweep", *quick, *varied])
     jobs = {
         f"{kind},model={stage}": stage for kind in ("adapter=none", "adapter=lora") for stage in ("prior", "decoder")
     }
