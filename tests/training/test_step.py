@@ -654,15 +654,16 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("stage", "backend", "extras"),
     [
-        ("prior", "inductor", []),
+        pytest.param("prior", "inductor", [], marks=pytest.mark.soak),
         ("prior", "aot_eager", [*EVERYTHING, *LORA, "trainer.gradient_checkpointing=true"]),
-        ("decoder", "aot_eager", EVERYTHING),
+        ("decoder", "eager", EVERYTHING),
+        pytest.param("decoder", "aot_eager", EVERYTHING, marks=pytest.mark.soak),
     ],
 )
 def test_the_network_is_compiled_once(
     stage: str, backend: str, extras: list[str], bench: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The front end decides what is compiled anew: with most settings it may do without the slow back end."""
+    """The front end decides what is compiled anew: with most settings it may do without the slow back ends."""
     from torch._dynamo.utils import counters
 
     caplog.set_level(logging.ERROR, "torch.__trace")  # megabytes otherwise, in front of whatever fails here
