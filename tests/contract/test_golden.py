@@ -27,14 +27,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("stage", "cache", "extras"),
     [
         ("prior", True, False),
-        ("prior", False, False),
+        pytest.param("prior", False, False, marks=pytest.mark.soak),
         ("prior", True, True),
         ("decoder", True, False),
-        ("decoder", False, True),
+        pytest.param("decoder", False, True, marks=pytest.mark.soak),
         ("decoder", True, True),
     ],
 )
 def test_the_losses_are_the_golden_ones(stage: str, cache: bool, extras: bool, root: Path) -> None:
+    """That runs without a cache train like those with one, `tests/runs/test_run.py` tells each time."""
     name = f"{stage}-{cache}-{extras}"
     more = EXTRAS if extras else []
     final = train(root, f"model={stage}", f"name={name}", f"data.cache={str(cache).lower()}", *COMMON, *more)

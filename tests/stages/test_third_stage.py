@@ -22,6 +22,7 @@ FOCUS = [0.25 * number for number in range(8)]
 MINE = [f"--config-dir={HERE / 'conf'}", "model=focus", "trusted_modules=[third_stage]"]
 SETTINGS = [word for word in SMALL if not word.startswith(("data", "trainer.max_steps", "trainer.batch_size"))]
 SETTINGS += ["data=folder", "data.resolution=64", "data.cache_dtype=fp32", "trainer.batch_size=2"]
+QUIET = ["validation.every=100", "validation.reconstructions=0"]
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +80,19 @@ def test_it_encodes_the_column_beside_the_pictures(root: Path) -> None:
 
 
 def test_it_trains_draws_stops_and_goes_on(root: Path) -> None:
-    words = ["name=one", PROMPTS, "validation.batch_size=2"]
-    assert train(root, *words, "trainer.max_steps=2") == 0
+    words = ["name=one", PROMPTS, "validation.batch_size=2", "validation.every=1"]
+    assert train(root, *words, "trainer.max_steps=1") == 0
     assert len(tables(root)) == 1, "what was encoded is found"
-    assert train(root, *words, "trainer.max_steps=4") == 0
+    assert train(root, *words, "trainer.max_steps=2") == 0
     run, folder = of_run(root, "one"), root / "out" / "one"
-    assert (run["stage"], run["part"], run["status"], run["step"]) == ("focus", "unet", "FINISHED", 4)
+    assert (run["stage"], run["part"], run["status"], run["step"]) == ("focus", "unet", "FINISHED", 2)
     losses = history(root / "out", str(run["run_id"]), "validation/loss")
-    assert list(losses) == [0, 2, 4]
-    assert losses[4] != losses[0]
+    assert list(losses) == [0, 1, 2]
+    assert losses[2] != losses[0]
     for step in losses:
         names = {file.name for file in (folder / "samples" / f"step-{step:08d}").iterdir()}
         assert names == {"00.png", "01.png", "reconstruction-00.png", "grid.png", "prompts.txt"}
-    assert (folder / "checkpoints" / "step-00000004" / "unet").is_dir()
+    assert (folder / "checkpoints" / "step-00000002" / "unet").is_dir()
     index = json.loads((folder / "pipeline" / "model_index.json").read_text())
     assert index["_class_name"] == "KandinskyV22CombinedPipeline"
 
@@ -111,14 +112,15 @@ def test_it_is_planned(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_it_trains_an_adapter(root: Path) -> None:
-    assert train(root, "name=lora", "adapter=lora", "adapter.rank=2", "trainer.max_steps=2", "data.cache=false") == 0
+    words = ["adapter=lora", "adapter.rank=2", "trainer.max_steps=2", "data.cache=false"]
+    assert train(root, "name=lora", *words, *QUIET) == 0
     with safe_open(root / "out" / "lora" / "adapter" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert any(torch.any(file.get_tensor(name)) for name in file.keys() if ".lora_B." in name)  # noqa: SIM118
 
 
 def test_it_is_swept(root: Path) -> None:
     start_server()
-    assert train(root, "--multirun", "name=swept", "trainer.max_steps=2", "optimizer.lr=1e-3,1e-4") == 0
+    assert train(root, "--multirun", "name=swept", "trainer.max_steps=1", "optimizer.lr=1e-3,1e-4", *QUIET) == 0
     jobs = [run for run in runs(root / "out") if run.data.tags.get("mlflow.parentRunId")]
     assert sorted(run.data.tags["override.optimizer.lr"] for run in jobs) == ["0.0001", "0.001"]
     assert {(run.info.status, run.data.tags["stage"]) for run in jobs} == {("FINISHED", "focus")}

@@ -19,8 +19,9 @@ def fall(root: Path, name: str, *overrides: str) -> float:
     return before - after
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "rate"), [("prior", "1e-4"), ("decoder", "1e-5")])
+@pytest.mark.parametrize(
+    ("stage", "rate"), [("prior", "1e-4"), pytest.param("decoder", "1e-5", marks=pytest.mark.soak)]
+)
 def test_rank_8_learns_at_least_half_of_what_all_weights_learn(stage: str, rate: str, tmp_path: Path) -> None:
     """Each at the better one of some rates: see the table of docs/adapters.md."""
     full = fall(tmp_path, "full", f"model={stage}", f"optimizer.lr={rate}")
