@@ -383,8 +383,8 @@ def test_of_a_hub_repository_only_the_configs_are_needed(tmp_path: Path, tiny_fo
 
 def test_a_sweep_of_plans_leaves_no_run_behind(tmp_path: Path) -> None:
     prepare(tmp_path, ["tracker=none"])
-    words = ["plan", "--multirun", *SMALL, f"output_root={tmp_path}", "tracker=none", "model=prior", "adapter=none,lora"]
-    process = Forked(command, words)
+    given = [f"output_root={tmp_path}", "tracker=none", "model=prior", "adapter=none,lora"]
+    process = Forked(command, ["plan", "--multirun", *SMALL, *given])
     printed = process.finish()
     assert process.code == 0, printed
     jobs = [line.split(",")[1].split()[0] for line in printed.splitlines() if line.startswith("prior, ")]
