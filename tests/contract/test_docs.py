@@ -56,6 +56,7 @@ OF_RUNS = {
 TINY = {
     "train": {**OF_RUNS, "data.resolution": "64"},
     "encode": {"precision": "fp32", "data.resolution": "64"},
+    "plan": {"precision": "fp32", "data.resolution": "64", "trainer.batch_size": "2"},
     "generate": {"inference_steps": "2", "prior_inference_steps": "2", "precision": "fp32"},
 }
 TINY_SNIPPETS = {
@@ -127,6 +128,8 @@ def tiny(words: list[str]) -> list[str]:
         sizes["trainer.max_steps"] = str(max(2, int(given.get("trainer.max_steps", 3 * STEPS)) // STEPS))
     if "data.class_prompt" in given:
         sizes["data.num_class_images"] = "2"
+    if "num_images" in given:
+        sizes["num_images"] = "1"
     if "hydra.sweeper.n_trials" in given:
         sizes["hydra.sweeper.n_trials"] = "2"
     left = [that_is_there(word) for word in words if word.partition("=")[0] not in sizes]

@@ -411,7 +411,18 @@ def test_one_folder_cannot_be_both(key: str, refused: Path) -> None:
 # --- what comes out
 
 
+def test_the_measurement_compares_what_was_trained_with_and_without_the_class(tmp_path: Path) -> None:
+    """`tests/bench/dreambooth.py` with one step, at which the weight of the class is seen already."""
+    overrides = ("trainer.batch_size=2", "optimizer.lr=0.1")
+    outcomes = dreambooth.measure(dreambooth.Plan(tmp_path, "1f99c", 1, 2, 1, 2, overrides))
+    assert outcomes["base"] == dreambooth.Outcome(0, 0)
+    assert outcomes["kept"].drift > 0 < outcomes["forgotten"].drift
+    assert outcomes["kept"] != outcomes["forgotten"]
+    assert (tmp_path / "grid-1f99c.png").is_file()
+
+
 @pytest.mark.slow
+@pytest.mark.soak
 def test_it_learns_the_subject_and_keeps_more_of_the_rest(tmp_path: Path) -> None:
     """`tests/bench/dreambooth.py` at its smallest."""
     overrides = ("trainer.batch_size=2", "optimizer.lr=4e-3")

@@ -53,6 +53,14 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     return folder
 
 
+CHUNK = 32  # images between commits, in place of 256
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(encode_loop, "CHUNK", CHUNK)
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (IMAGES, CAPTIONS)}
 
@@ -74,26 +82,26 @@ class Stopping(PriorEncoders):
 
 
 def test_an_interrupted_encoding_goes_on_where_it_stopped(prior, tmp_path):
-    rows = encode_loop.CHUNK + 12
+    rows = CHUNK + 12
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     whole = encode(source, prior, tmp_path / "whole", batch_size=8)
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(CHUNK), tmp_path / "parts", batch_size=8)
     torch.manual_seed(0)
     second, said = PriorEncoders(), []
     parts = encode(source, second, tmp_path / "parts", batch_size=8, log=said.append)
     assert second.images == 12
-    assert f"encoding 12 images, after {encode_loop.CHUNK} that are there already" in said[0]
+    assert f"encoding 12 images, after {CHUNK} that are there already" in said[0]
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
     assert parts.meta == {**whole.meta}
 
 
 def test_another_batch_size_begins_anew(prior, tmp_path):
-    rows = encode_loop.CHUNK + 4
+    rows = CHUNK + 4
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(CHUNK), tmp_path / "parts", batch_size=8)
     stage, said = PriorEncoders(), []
     encode(source, stage, tmp_path / "parts", batch_size=4, log=said.append)
     assert stage.images == rows
@@ -101,11 +109,11 @@ def test_another_batch_size_begins_anew(prior, tmp_path):
 
 
 def test_a_batch_size_that_nobody_chose_is_that_of_the_first_process(prior, tmp_path):
-    rows = encode_loop.CHUNK + 4
+    rows = CHUNK + 4
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(CHUNK), tmp_path / "parts", batch_size=8)
     torch.manual_seed(0)
     stage = PriorEncoders()
     table = encode(source, stage, tmp_path / "parts", batch_size=64, fixed_batch=False)
@@ -117,12 +125,13 @@ def test_a_batch_size_that_nobody_chose_is_that_of_the_first_process(prior, tmp_
 def encode_in_a_group(source: Path, target: Path) -> None:
     """In a process of its own, which takes its workers with it."""
     os.setsid()
+    encode_loop.CHUNK = CHUNK
     torch.manual_seed(0)
     encode(sources.folder(source).train, PriorEncoders(), target, batch_size=8, workers=1)
 
 
 def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, tmp_path):
-    source = write_pictures(tmp_path / "many", [(16, 16)] * (2 * encode_loop.CHUNK + 20))
+    source = write_pictures(tmp_path / "many", [(16, 16)] * (8 * CHUNK + 20))
     target, partial = tmp_path / "cache" / "key", tmp_path / "cache" / "key.partial"
     process = Forked(encode_in_a_group, source, target)
     process.wait_until((partial / "progress.json").is_file)
@@ -131,7 +140,7 @@ def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, 
     assert not target.exists()
     second = PriorEncoders()
     encode(sources.folder(source).train, second, target, batch_size=8)
-    assert second.images <= encode_loop.CHUNK + 20
+    assert second.images <= 7 * CHUNK + 20
     encode(sources.folder(source).train, prior, tmp_path / "whole", batch_size=8)
     assert content(target) == content(tmp_path / "whole")
 
@@ -370,9 +379,9 @@ def test_encoders_without_memory_ask_for_smaller_batches(tmp_path, size, cure):
 
 
 def test_it_is_announced_once_also_with_batches_as_large_as_a_chunk(prior, tmp_path):
-    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * (encode_loop.CHUNK * 2 + 1))).train
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * (CHUNK * 2 + 1))).train
     said = []
-    encode(source, prior, tmp_path / "key", batch_size=encode_loop.CHUNK, log=said.append)
+    encode(source, prior, tmp_path / "key", batch_size=CHUNK, log=said.append)
     assert [text.split()[0] for text in said] == ["encoding", "encoded"]
 
 
@@ -446,11 +455,11 @@ def test_a_table_with_gaps_is_refused_where_gaps_are_errors(prior, tmp_path):
 
 
 def test_a_part_with_gaps_is_refused_at_once_where_gaps_are_errors(tmp_path):
-    folder = write_pictures(tmp_path / "set", [(16, 16)] * (encode_loop.CHUNK + 4))
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * (CHUNK + 4))
     (folder / "1.png").write_text("no picture")
     source = sources.folder(folder).train
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encode_loop.CHUNK - 1), tmp_path / "key", batch_size=8, skip_bad=True)
+        encode(source, Stopping(CHUNK - 1), tmp_path / "key", batch_size=8, skip_bad=True)
     stage = PriorEncoders()
     with pytest.raises(DataError, match=r"image 1\.png(.|\n)*remove=\[key\]"):
         encode(source, stage, tmp_path / "key", batch_size=8)
@@ -578,11 +587,12 @@ def test_a_bucket_batch_has_one_size_and_nothing_is_stretched(tmp_path):
 
 
 def test_a_decoder_trains_on_buckets_and_resumes_exactly(tmp_path):
-    folder = write_pictures(tmp_path / "set", [(100, 100), (400, 100), (50, 200)] * 8)
+    folder = write_pictures(tmp_path / "set", [(100, 100), (400, 100), (50, 200)] * 4)
     settings = ["data=folder", f"data.path={folder}", "data.resolution=128", "data.buckets=true", "data.flip=true"]
-    settings += ["validation.fraction=0.2", "trainer.batch_size=2", "tracker=none", "trainer.max_steps=6"]
+    settings += ["validation.fraction=0.2", "trainer.batch_size=2", "tracker=none", "trainer.max_steps=4"]
+    settings += ["validation.every=100", "validation.reconstructions=0"]
     whole = train(tmp_path, *settings, "name=whole")
-    train(tmp_path, *settings, "name=parts", "trainer.max_steps=4")
+    train(tmp_path, *settings, "name=parts", "trainer.max_steps=2")
     assert train(tmp_path, *settings, "name=parts") == whole
 
 

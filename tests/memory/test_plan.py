@@ -53,7 +53,7 @@ def accelerator() -> Iterator[Accelerator]:
 def test_several_processes_plan_together(tmp_path: Path) -> None:
     """One of them says it; they share the samples of a step, and on the CPU the memory."""
     prepare(tmp_path, ["tracker=none"])
-    words = ["plan", *SMALL, "tracker=none", f"output_root={tmp_path}"]
+    words = ["plan", *SMALL, "tracker=none", "model=prior", f"output_root={tmp_path}"]
     first, second = [Forked(command, words, environment=told) for told in launched(2)]
     output = first.finish()
     assert first.code == 0, output
@@ -267,7 +267,7 @@ def test_activations_follow_batch_checkpointing_and_resolution(tmp_path: Path, a
     assert large.answering("unet", 2) > 3 * small.answering("unet", 2)
 
 
-@pytest.mark.parametrize("model", ["prior", "decoder"])
+@pytest.mark.parametrize("model", ["prior", pytest.param("decoder", marks=pytest.mark.soak)])
 def test_class_images_are_drawn_encoded_and_shown(model: str, tmp_path: Path, accelerator: Accelerator) -> None:
     pictures = ["data=dreambooth", f"data.instance_path={EMOJI / 'validation'}", "data.instance_prompt=a sks thing"]
     common = [f"model={model}", *pictures, "data.max_samples=null", "data.resolution=64", "trainer.batch_size=2"]
@@ -383,11 +383,12 @@ def test_of_a_hub_repository_only_the_configs_are_needed(tmp_path: Path, tiny_fo
 
 def test_a_sweep_of_plans_leaves_no_run_behind(tmp_path: Path) -> None:
     prepare(tmp_path, ["tracker=none"])
-    words = ["plan", "--multirun", *SMALL, f"output_root={tmp_path}", "tracker=none", "model=prior,decoder"]
-    process = Forked(command, words)
+    given = [f"output_root={tmp_path}", "tracker=none", "model=prior", "adapter=none,lora"]
+    process = Forked(command, ["plan", "--multirun", *SMALL, *given])
     printed = process.finish()
     assert process.code == 0, printed
-    assert [line.split(",")[0] for line in printed.splitlines() if "all weights" in line] == ["prior", "decoder"]
+    jobs = [line.split(",")[1].split()[0] for line in printed.splitlines() if line.startswith("prior, ")]
+    assert jobs == ["all", "lora"], printed
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 

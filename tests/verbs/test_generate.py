@@ -1,16 +1,16 @@
 """`kandinsky-exp generate`: every kind of source on either side."""
 
-import contextlib
 import json
-import multiprocessing
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import Forked
 from drawing import STEPS, drawn
 from running import client, composed, runs, train
 from safetensors.torch import load_file, save_file
@@ -268,19 +268,17 @@ def left_by(run: Path, folder: Path, status: str, keeps: int) -> Path:
 
 def test_a_run_that_trains_now_is_told_from_one_that_was_killed(root: Path, tmp_path: Path) -> None:
     folder = left_by(root / "prior", tmp_path / "now", "RUNNING", 0)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(hold, (folder,))
-        with pytest.raises(
-            ConfigError, match=r"is running, and has no result yet, and there is no checkpoint .* wait for"
-        ):
-            origins(root, f"prior={folder}", "weights=tiny")
+    other = Forked(hold, folder)
+    other.wait_until(lambda: "held" in other.printed())
+    with pytest.raises(ConfigError, match=r"is running, and has no result yet, and there is no checkpoint .* wait for"):
+        origins(root, f"prior={folder}", "weights=tiny")
+    other.kill()
     with pytest.raises(ConfigError, match="was killed and left no result, and there is no checkpoint"):
         origins(root, f"prior={folder}", "weights=tiny")
 
 
-HELD = contextlib.ExitStack()
-
-
 def hold(folder: Path) -> None:
     """Keep a run's folder as a process does that trains there."""
-    HELD.enter_context(occupied(folder))
+    with occupied(folder):
+        print("held", flush=True)
+        signal.pause()
