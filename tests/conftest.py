@@ -21,8 +21,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 # What costs seconds: it trains, draws, starts processes or commands.
-COSTLY = ("browsing", "commands", "drawing", "hub_server", "many_points", "phase_peaks", "sweeping", "subprocess",
-          "kandinsky_exp.cli")  # fmt: skip
+COSTLY = ("browsing", "commands", "drawing", "hub_server", "many_points", "mlflow_server", "phase_peaks", "sweeping",
+          "subprocess", "kandinsky_exp.cli")  # fmt: skip
 ONE_RUN_OF_EACH_STAGE = ("golden_ones[prior-True-False]", "golden_ones[decoder-True-False]")
 
 

@@ -3,22 +3,22 @@
 import contextlib
 import http.server
 import json
-import os
 import re
 import signal
 import socket
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow.server
 import pytest
-from commands import Forked, free_port, start
+from commands import Forked, start
 from many_points import check_all_is_recorded
 from mlflow import MlflowClient
+from mlflow_server import Server
 
 from kandinsky_exp.tracking import registry
 from kandinsky_exp.tracking.sender import INTERVAL, PAUSE
@@ -33,66 +33,12 @@ DUE = {
 IMAGES = ("validation/00", "validation/grid")
 
 
-class Server:
-    """MLflow's server on files that outlive it."""
-
-    def __init__(self, root: Path) -> None:
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.root = root
-        self.process: Forked | None = None
-
-    def start(self) -> None:
-        self.process = Forked(serve, self.root, self.port)
-        wait_until(self.answers, 120)
-
-    def answers(self) -> bool:
-        try:
-            search = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"  # it opens the store
-            with urllib.request.urlopen(search, timeout=30) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.signal(number)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process = None
-
-
-def serve(root: Path, port: int) -> None:
-    """What `mlflow server` does, in one process: the application, with the variables that the command sets for it."""
-    import uvicorn
-    from mlflow import server
-
-    given = {
-        server.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{root}/mlflow.db",
-        server.ARTIFACTS_DESTINATION_ENV_VAR: f"{root}/artifacts",
-        server.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
-        server.SERVE_ARTIFACTS_ENV_VAR: "true",
-        "_MLFLOW_SGI_NAME": "uvicorn",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    os.environ.update(given)
-    uvicorn.run("mlflow.server.fastapi_app:app", host="127.0.0.1", port=port, log_level="warning")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Takes seconds to start: one for all tests, each of which leaves it running."""
-    made = Server(tmp_path_factory.mktemp("server"))
+    root = tmp_path_factory.mktemp("server")
+    made = Server(root, {mlflow.server.ARTIFACTS_DESTINATION_ENV_VAR: f"{root}/artifacts",
+                         mlflow.server.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/"})  # fmt: skip
     made.start()
     yield made
     made.stop()
