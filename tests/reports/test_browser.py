@@ -46,7 +46,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def sweep(browser: Chrome, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     """Four jobs, and MLflow as `kandinsky-exp ui` starts it. Where there is no browser there is no sweep."""
     root = tmp_path_factory.mktemp("sweep") / "outputs"
-    prepare(root, [])
+    prepare(root, [], encoded=True)
     start_server()
     cli.main(["--multirun", "model=prior", *SMALL, PROMPTS, f"output_root={root}", "name=rates", *VARIED])
     found = runs(root)
