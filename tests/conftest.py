@@ -21,25 +21,49 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 # What costs seconds: it trains, draws, starts processes or commands.
-COSTLY = ("browsing", "commands", "drawing", "hub_server", "many_points", "phase_peaks", "sweeping", "subprocess",
-          "kandinsky_exp.cli")  # fmt: skip
+COSTLY = ("browsing", "commands", "drawing", "hub_server", "many_points", "mlflow_server", "phase_peaks", "sweeping",
+          "subprocess", "kandinsky_exp.cli")  # fmt: skip
+# And of the rest, what takes a second or more by itself.
+LONG = (
+    "test_hundreds_of_long_runs_make_a_file_that_opens",
+    "test_images_stay_below_their_size",
+    "test_a_plan_for_a_gpu_elsewhere_may_have_what_needs_one",
+    "test_a_plan_counts_the_pictures_that_are_decoded_at_once",
+    "test_too_little_memory_is_told_with_the_cheapest_setting_that_fits",
+    "test_activations_follow_batch_checkpointing_and_resolution",
+    "test_files_that_are_cast_lie_beside_what_is_read_from_them",
+    "test_a_large_image_below_the_limit_brings_no_warning",
+    "test_memory_does_not_grow_with_the_members",
+    "test_a_run_goes_on_as_if_nothing_had_changed",
+    "test_validation_halves_its_batch",
+)
 ONE_RUN_OF_EACH_STAGE = ("golden_ones[prior-True-False]", "golden_ones[decoder-True-False]")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="unit tests of all rooms, and one run of each stage")
+    parser.addoption("--quick", action="store_true", help="one case of all unit tests, and one run of each stage")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.quick:
-        config.hook.pytest_deselected(items=[item for item in items if not is_quick(item)])
-        items[:] = [item for item in items if is_quick(item)]
+        kept = one_case_of_each([item for item in items if is_quick(item)])
+        config.hook.pytest_deselected(items=list(set(items).difference(kept)))
+        items[:] = kept
+
+
+def one_case_of_each(items: list[Any]) -> list[Any]:
+    """The first case of each test; all of the contract's, where a case is a file, or a stage's run."""
+    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+    chosen = set(first.values())
+    return [item for item in items if item in chosen or item.path.parent.name == "contract"]
 
 
 def is_quick(item: Any) -> bool:
     """Whether neither a test nor its fixtures use anything that costs seconds."""
     if item.nodeid.endswith(ONE_RUN_OF_EACH_STAGE):
         return True
+    if item.originalname in LONG:
+        return False
     is_contract = item.path.parent.name == "contract" and item.path.name != "test_architecture.py"
     fixtures = [one.func for found in item._fixtureinfo.name2fixturedefs.values() for one in found]
     return not (is_contract or item.get_closest_marker("slow") or any(map(costs, [item.function, *fixtures])))

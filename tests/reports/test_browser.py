@@ -1,17 +1,19 @@
 """What a user sees the morning after a sweep: MLflow's own pages and the report, in a real browser."""
 
-import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlflow.server
 import pytest
 from browsing import By, Chrome, Keys, errors, head, names, open_report, shown, started, wait
-from commands import Forked, command, free_port, start_server
+from commands import start_server
+from mlflow_server import Server
 from running import PROMPTS, SMALL, history, prepare, runs
 
 from kandinsky_exp import cli
+from kandinsky_exp.tracking.store import artifact_root
+from kandinsky_exp.verbs import ui
 
 pytestmark = pytest.mark.slow
 JOBS = ["lr=0.001 snr=null", "lr=0.001 snr=5", "lr=0.003 snr=null", "lr=0.003 snr=5"]
@@ -42,22 +44,21 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture(scope="module")
 def sweep(browser: Chrome, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
-    """Four jobs, and `kandinsky-exp ui` in a process of its own. Where there is no browser there is no sweep."""
+    """Four jobs, and MLflow as `kandinsky-exp ui` starts it. Where there is no browser there is no sweep."""
     root = tmp_path_factory.mktemp("sweep") / "outputs"
-    prepare(root, [])
+    prepare(root, [], encoded=True)
     start_server()
     cli.main(["--multirun", "model=prior", *SMALL, PROMPTS, f"output_root={root}", "name=rates", *VARIED])
     found = runs(root)
     (parent,) = (run for run in found if run.data.tags.get("sweep") == "rates")
     children = {run.info.run_name: run for run in found if run is not parent}
-    ui = Forked(command, ["ui", f"output_root={root}", f"port={free_port()}"])
-    try:
-        ui.wait_until(lambda: "Ctrl-C ends it" in ui.printed())
-        (address,) = re.findall(r"^http://\S+$", ui.printed(), re.MULTILINE)
-        yield Shown(root, parent, children, address)
-    finally:
-        ui.signal(signal.SIGINT)  # it ends MLflow's server, which a killed one could not
-        ui.finish(20)
+    mlartifacts = artifact_root(root)
+    server = Server(root, {mlflow.server.ARTIFACT_ROOT_ENV_VAR: mlartifacts.as_uri(),
+                           mlflow.server.ARTIFACTS_DESTINATION_ENV_VAR: str(mlartifacts),
+                           "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(ui.allowed_hosts("127.0.0.1"))})  # fmt: skip
+    server.start()
+    yield Shown(root, parent, children, ui.page(server.uri, parent.info.experiment_id))
+    server.stop()
 
 
 def visit(browser: Chrome, address: str) -> None:

@@ -433,7 +433,7 @@ def test_runs_without_anything(sweep: Sweep) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_made_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare(tmp_path, [])
+    prepare(tmp_path, [], encoded=True)
     start_server()  # the process that jobs are forked from
     varied = ["name=s", "optimizer.weight_decay=0.0,0.5", "trainer.max_steps=2", PROMPTS]
     cli.main(["--multirun", *SMALL, f"output_root={tmp_path}", *varied])

@@ -11,7 +11,7 @@ from kandinsky_exp.tracking.store_probe import probe
 from kandinsky_exp.tracking.tracker import MlflowTracker, tracked
 
 PROCESSES = 4
-STEPS = 1000  # of two metrics each
+STEPS = 600  # of two metrics each: more than one request may hold
 EXPERIMENT = "points"
 
 

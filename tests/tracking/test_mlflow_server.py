@@ -3,95 +3,42 @@
 import contextlib
 import http.server
 import json
-import os
 import re
 import signal
 import socket
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow.server
 import pytest
-from commands import Forked, free_port, start
+from commands import Forked, start
 from many_points import check_all_is_recorded
 from mlflow import MlflowClient
+from mlflow_server import Server
 
 from kandinsky_exp.tracking import registry
+from kandinsky_exp.tracking.sender import INTERVAL, PAUSE
 
 pytestmark = pytest.mark.slow
-STEPS = 80
+STEPS = 60
 DUE = {
     "train/loss": [*range(2, STEPS + 1, 2)],
     "train/lr": [*range(2, STEPS + 1, 2)],
-    "validation/loss": [*range(0, STEPS + 1, 40)],
+    "validation/loss": [*range(0, STEPS + 1, 30)],
 }
-IMAGES = ("validation/00", "reconstruction/00", "validation/grid")
-
-
-class Server:
-    """MLflow's server on files that outlive it."""
-
-    def __init__(self, root: Path) -> None:
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.root = root
-        self.process: Forked | None = None
-
-    def start(self) -> None:
-        self.process = Forked(serve, self.root, self.port)
-        wait_until(self.answers, 120)
-
-    def answers(self) -> bool:
-        try:
-            search = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"  # it opens the store
-            with urllib.request.urlopen(search, timeout=30) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.signal(number)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process = None
-
-
-def serve(root: Path, port: int) -> None:
-    """What `mlflow server` does, in one process: the application, with the variables that the command sets for it."""
-    import uvicorn
-    from mlflow import server
-
-    given = {
-        server.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{root}/mlflow.db",
-        server.ARTIFACTS_DESTINATION_ENV_VAR: f"{root}/artifacts",
-        server.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
-        server.SERVE_ARTIFACTS_ENV_VAR: "true",
-        "_MLFLOW_SGI_NAME": "uvicorn",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    os.environ.update(given)
-    uvicorn.run("mlflow.server.fastapi_app:app", host="127.0.0.1", port=port, log_level="warning")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
+IMAGES = ("validation/00", "validation/grid")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Takes seconds to start: one for all tests, each of which leaves it running."""
-    made = Server(tmp_path_factory.mktemp("server"))
+    root = tmp_path_factory.mktemp("server")
+    made = Server(root, {mlflow.server.ARTIFACTS_DESTINATION_ENV_VAR: f"{root}/artifacts",
+                         mlflow.server.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/"})  # fmt: skip
     made.start()
     yield made
     made.stop()
@@ -105,8 +52,8 @@ class Training:
         self.process = self.start()
 
     def start(self) -> Forked:
-        return start(self.root, "model=decoder", "name=d", f"tracker.uri={self.uri}",
-                     f"tracker.experiment={self.experiment}", f"trainer.max_steps={STEPS}", "validation.every=40",
+        return start(self.root, "model=prior", "name=d", f"tracker.uri={self.uri}",
+                     f"tracker.experiment={self.experiment}", f"trainer.max_steps={STEPS}", "validation.every=30",
                      "checkpoint.every=20", "validation.prompts=[a dog]")  # fmt: skip
 
     @property
@@ -120,6 +67,17 @@ class Training:
 
     def wait_for(self, text: str) -> None:
         self.process.wait_for(text, self.root / "d" / "train.log")
+
+    def wait_for_more(self) -> None:
+        """Until it has recorded something that nobody has taken."""
+        lines = len(self.log.splitlines())
+        self.process.wait_until(lambda: len(self.log.splitlines()) > lines + 3)
+
+    def pause(self) -> None:
+        """Nothing is done for as long as metrics gather: what waits is due, and no steps were needed for that."""
+        self.process.signal(signal.SIGSTOP)
+        time.sleep(INTERVAL)
+        self.process.signal(signal.SIGCONT)
 
     def run_again(self) -> str:
         self.process = self.start()
@@ -196,9 +154,13 @@ def test_a_bad_server_is_found_at_once(
 def test_a_server_that_goes_and_comes_back(server: Server, training: Training) -> None:
     training.wait_for("step 10 of")
     server.stop()
+    training.wait_for_more()
+    training.pause()
     training.wait_for("MLflow: metrics cannot be written for now")
     training.process.signal(signal.SIGSTOP)  # or it would be done before the server is there again
+    stopped = time.monotonic()
     server.start()
+    time.sleep(max(0, stopped + PAUSE - time.monotonic()))
     training.process.signal(signal.SIGCONT)
     output = training.process.finish()
     assert training.process.code == 0, output
@@ -222,11 +184,11 @@ def test_a_server_that_comes_back_after_the_end(server: Server, training: Traini
 
 def test_a_process_that_is_killed_while_the_server_hangs(server: Server, training: Training) -> None:
     """The server may have taken what the process did not live to see taken."""
-    training.wait_for("step 30 of")
+    training.wait_for("step 24 of")
     server.signal(signal.SIGSTOP)
-    lines = len(training.log.splitlines())
-    wait_until(lambda: len(training.log.splitlines()) > lines + 3)
-    time.sleep(3)  # longer than metrics gather: the request is on its way
+    training.wait_for_more()
+    training.pause()
+    time.sleep(0.5)  # the request is on its way
     training.process.kill()
     server.signal(signal.SIGCONT)
     output = training.run_again()

@@ -123,7 +123,9 @@ def test_any_text_can_wait(queue: DiskQueue) -> None:
 FULL_DISK = """
 import logging, resource, signal, sys, time
 from pathlib import Path
+from kandinsky_exp.tracking import disk_queue
 from kandinsky_exp.tracking.outbox import Outbox
+disk_queue.RETRY = 0.5
 logging.basicConfig(format="%(message)s")
 queue = Outbox(Path(sys.argv[1])).records
 text = "x" * 100
@@ -139,7 +141,7 @@ while segment := queue.first(queue.newest):
 assert segments == list(range(100)), segments
 fill(range(100, 200))
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-time.sleep(5.1)
+time.sleep(disk_queue.RETRY + 0.1)
 fill([200])
 assert not queue.held()
 """

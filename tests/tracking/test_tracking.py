@@ -618,31 +618,25 @@ def test_what_is_delivered_twice_is_there_once(client: MlflowClient, output_root
     assert not list(tmp_path.iterdir())
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from PIL import Image
-from kandinsky_exp.tracking.store import default_uri
-from kandinsky_exp.tracking.tracker import MlflowTracker
-root, outbox = Path(sys.argv[1]), Path(sys.argv[2])
-token = "killed" + outbox.name
-tracker = MlflowTracker.open(default_uri(root), "tests", "a run", root / "mlartifacts", outbox, token=token)
-print(tracker.run_id, flush=True)
-for step in range(0, 30, 10):
-    tracker.log_metrics({"a": float(step)}, step)
-    tracker.log_image("validation/00", Image.new("RGB", (64, 64)), step, "a cat")
-if "delivered" in outbox.name:
-    tracker.flush()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+def killed(root: Path, outbox: Path) -> None:
+    token = f"killed{outbox.name}"
+    tracker = MlflowTracker.open(default_uri(root), "tests", "a run", root / "mlartifacts", outbox, token=token)
+    print(tracker.run_id, flush=True)
+    for step in range(0, 30, 10):
+        tracker.log_metrics({"a": float(step)}, step)
+        tracker.log_image("validation/00", Image.new("RGB", (64, 64)), step, "a cat")
+    if outbox.name == "delivered":
+        tracker.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("how", ["delivered", "waiting"])
 def test_a_killed_run_is_gone_on_with(how: str, client: MlflowClient, output_root: Path, tmp_path: Path) -> None:
     """It was killed before its id was remembered; from step 10 on all is done again."""
     outbox = tmp_path / how
-    command = [sys.executable, "-c", KILLED, str(output_root), str(outbox)]
-    run_id = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120).stdout.strip()
+    process = Forked(killed, output_root, outbox)
+    run_id = process.finish().strip()
+    assert process.code == -signal.SIGKILL
     assert client.get_run(run_id).info.status == "RUNNING"
     again = track(output_root, outbox=outbox, token=f"killed{how}", redone_from=10)
     assert again.run_id == run_id
