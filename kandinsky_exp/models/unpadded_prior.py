@@ -4,7 +4,7 @@ The published forward computes 77 text tokens and four further ones (the caption
 embedding, the answer) of each sample, causally, its padding masked. Here padding stands last, where causal attention
 alone hides it from all that counts: [the caption's tokens | its four further ones | padding], cut to the longest
 caption of the batch. There is no mask, so that flash attention takes it. Positions are added before tokens are ordered:
-the answer is the same up to rounding.
+the answer is the same up to rounding. Of the last block only the answer's place is computed.
 """
 
 from types import MethodType
@@ -21,14 +21,7 @@ class CausalAttention:
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: None, attention_mask: None) -> Tensor:
         """(B, L, D) → (B, L, D). The other two are diffusers', of other blocks."""
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        project, dropout = attn.to_out
-        output: Tensor = dropout(project(mixed.transpose(1, 2).flatten(2)))
-        return output
+        return _attended(attn, hidden_states, hidden_states, is_causal=True)
 
 
 def remove_padding(network: Any) -> bool:
@@ -78,11 +71,32 @@ def forward(
     tokens = _rows(tokens, _order(lengths, length, count))
     if network.norm_in is not None:
         tokens = network.norm_in(tokens)
-    for block in network.transformer_blocks:
+    for block in network.transformer_blocks[:-1]:
         tokens = block(tokens)
-    answers = _rows(tokens, (lengths + count - 1).unsqueeze(1)).squeeze(1)
+    answers = _answers(network.transformer_blocks[-1], tokens, (lengths + count - 1).unsqueeze(1))
     predicted = network.proj_to_clip_embeddings(network.norm_out(answers))
     return PriorTransformerOutput(predicted_image_embedding=predicted) if return_dict else (predicted,)
+
+
+def _answers(block: Any, tokens: Tensor, places: Tensor) -> Tensor:
+    """What the last block makes of tokens (B, N, D) at places (B, 1), the only ones that are read: (B, D)."""
+    normed, residual = block.norm1(tokens), _rows(tokens, places)
+    seen = torch.arange(tokens.shape[1], device=tokens.device) <= places
+    hidden = residual + _attended(block.attn1, _rows(normed, places), normed, attn_mask=seen[:, None, None])
+    answers: Tensor = hidden + block.ff(block.norm3(hidden))
+    return answers.squeeze(1)
+
+
+def _attended(attn: Any, asking: Tensor, asked: Tensor, **mask: Any) -> Tensor:
+    """Attention of tokens (B, M, D) to tokens (B, N, D): (B, M, D)."""
+    query, key, value = (
+        project(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for project, tokens in ((attn.to_q, asking), (attn.to_k, asked), (attn.to_v, asked))
+    )
+    project, dropout = attn.to_out
+    mixed = F.scaled_dot_product_attention(query, key, value, **mask)
+    output: Tensor = dropout(project(mixed.transpose(1, 2).flatten(2)))
+    return output
 
 
 def _further_tokens(network: Any, noisy: Tensor, timestep: Tensor | float, captions: Tensor) -> Tensor:

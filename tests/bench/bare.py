@@ -1,6 +1,6 @@
 """The bare step: what any training of these networks has to do, in plain PyTorch, and nothing else.
 
-Noise, forward, mean squared error, backward, gradient clipping, fused AdamW, on features that lie in memory already; the
+Noise, forward, mean squared error, backward, gradient clipping, fused AdamW, on features that lie in memory; the
 prior's captions without padding. No logging, no data loading, no checks, no random-number bookkeeping, no dropped
 conditions, no variational term: a runner with its defaults does all of that besides, and the ratio charges it for it.
 """
