@@ -257,6 +257,7 @@ def read_settings(cfg: DictConfig, made: DiffusionStage, device: torch.device, b
         batch_size=cfg.trainer.batch_size,
         grad_accumulation=cfg.trainer.grad_accumulation,
         by_row=by_row,
+        by_length=cfg.trainer.group_by_length,
     )
 
 

@@ -93,6 +93,11 @@ class CachedFeatures(VisitedRows):
     def _read(self, index: int, epoch: int, mirror: bool) -> Features:
         return self.table.row(int(self.rows[index]), partial(choose_caption, self.seed, epoch, index), int(mirror))
 
+    def tokens(self, visit: Visit) -> int:
+        """Of the caption that a visit shows."""
+        index, epoch = visit
+        return self.table.tokens(int(self.rows[index]), partial(choose_caption, self.seed, epoch, index))
+
     def id(self, index: int) -> str:
         return self.table.id(int(self.rows[index]))
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +14,7 @@ from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.layout import MASK
 from kandinsky_exp.data.encoded.workers import collate, from_workers
 from kandinsky_exp.data.examples import Source
-from kandinsky_exp.data.features import (
-    Paired,
-    VisitedRows,
-    without_padding,
-)
+from kandinsky_exp.data.features import CachedFeatures, Paired, VisitedRows, without_padding
 from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler, Visit
 from kandinsky_exp.stages.base import DiffusionStage, Features
@@ -33,6 +30,7 @@ class ReadSettings:
         cached: encode once; False = the encoders run in every step.
         fraction: held-out part of a set that has no validation split.
         by_row: hold out rows, also where others show the same picture: what runs did once, and go on with.
+        by_length: each optimizer step sees captions of similar length.
         workers: processes that read images when nothing is cached.
         batch_size: per process.
     """
@@ -46,6 +44,7 @@ class ReadSettings:
     batch_size: int = 1
     grad_accumulation: int = 1
     by_row: bool = False
+    by_length: bool = False
 
 
 @dataclass
@@ -108,7 +107,7 @@ class FeatureReader:
             "start_step": start_step,
             "total_steps": steps,
         }
-        own = StreamBatchSampler(len(self), self.settings.seed, **shape, groups=self.dataset.groups())
+        own = StreamBatchSampler(len(self), self.settings.seed, **shape, **self._sorting())
         sampler: Iterable[list[Visit]] = own
         if self.class_images is not None:
             seed = derive_seed("class images", self.settings.seed)
@@ -119,6 +118,13 @@ class FeatureReader:
         batches = self._read(sampler) if with_step else changed(self._read(sampler), self._encoded)
         with contextlib.closing(prefetch(batches, self.device)) as ahead:
             yield from map(self._encoded, ahead) if with_step else ahead
+
+    def _sorting(self) -> dict[str, Any]:
+        """Which visits an optimizer step may take together."""
+        if self.settings.by_length:
+            assert isinstance(self.dataset, CachedFeatures)  # nosec B101 # as the config was checked
+            return {"length": self.dataset.tokens}
+        return {"groups": self.dataset.groups()}
 
     def _read(self, sampler: Iterable[list[Visit]]) -> Generator[Features]:
         dataset = self._visited()

@@ -153,7 +153,7 @@ def test_one_caption_is_drawn_per_visit_the_same_from_table_and_images(prior, ca
     for epoch in range(12):
         for index in range(5):
             tokens = int(cached[index, epoch]["text_mask"].sum())
-            assert tokens == int(online[index, epoch]["text_mask"].sum())
+            assert tokens == int(online[index, epoch]["text_mask"].sum()) == cached.tokens((index, epoch))
             seen.add((index, tokens))
     assert len(seen) == 1 + 2 + 3 + 1 + 2
 

@@ -104,6 +104,12 @@ class FeatureTable:
             features[MASK] = torch.ones(len(text[ragged[0]]), dtype=torch.bool)
         return features
 
+    def tokens(self, index: int, choose: Callable[[int], int]) -> int:
+        """How many the caption of a row has, of a table whose captions have a length."""
+        assert self._captions is not None  # nosec B101 # narrows the type
+        first, count = (int(self._images.cell(name, index * self.views)) for name in NO_FEATURES[2:4])
+        return int(self._captions.cell(f"{self._captions.ragged[0]}{SHAPE}", first + choose(count))[0])
+
     def _image(self, index: int, view: int = 0) -> dict[str, Any]:
         if not (0 <= index < len(self) and 0 <= view < self.views):
             raise IndexError(f"row {index} of {len(self)}, view {view} of {self.views}")
