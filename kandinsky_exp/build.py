@@ -25,10 +25,10 @@ from kandinsky_exp.errors import ConfigError, UserError, first_line
 from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.stages.base import DiffusionStage, enable_attention
+from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import accelerators, files, host_memory
 from kandinsky_exp.training.ema import Average, is_schedule_free
-from kandinsky_exp.training.feature_loader import ReadSettings
+from kandinsky_exp.training.feature_reader import ReadSettings
 from kandinsky_exp.training.loop import Training
 
 
@@ -162,7 +162,7 @@ def load_network(cfg: DictConfig, made: DiffusionStage) -> None:
         # Loading may have drawn random numbers, or not, where a cache was warm: the adapter starts from the seed alone.
         set_seed(cfg.seed)
         attach(cfg, made.network, cfg.adapter.init)
-    enable_attention(made.network, cfg.trainer.attention)
+    made.set_attention(cfg.trainer.attention)
     if cfg.trainer.gradient_checkpointing:
         made.enable_gradient_checkpointing()
     if cfg.trainer.compile:
@@ -257,6 +257,7 @@ def read_settings(cfg: DictConfig, made: DiffusionStage, device: torch.device, b
         batch_size=cfg.trainer.batch_size,
         grad_accumulation=cfg.trainer.grad_accumulation,
         by_row=by_row,
+        by_length=cfg.trainer.group_by_length,
     )
 
 

@@ -18,7 +18,8 @@ from kandinsky_exp.system import files
 from kandinsky_exp.system.redaction import masked
 from kandinsky_exp.tracking import delivery, provenance, store
 from kandinsky_exp.tracking.tracker import NullTracker, Tracker
-from kandinsky_exp.training.feature_loader import FeatureReader, Readers
+from kandinsky_exp.training.feature_loader import Readers
+from kandinsky_exp.training.feature_reader import FeatureReader
 
 logger = logging.getLogger(__name__)
 

@@ -201,6 +201,12 @@ def _training(good: Values, stage: Stage) -> Found:
     elif good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
         how = targets.how_to_install("xformers")
         yield "trainer.attention", f"xformers is not installed; {how}, or take sdpa"
+    if good.get("trainer.group_by_length") and (made := stage()) is not None:
+        key = "trainer.group_by_length"
+        if not made.reads_captions():
+            yield key, f"{made.name} reads no captions; leave it false"
+        elif good.get("data.cache") is False:
+            yield key, "lengths are known of encoded captions only; set data.cache=true, or leave it false"
     lr, lr_end = good.get("optimizer.lr", math.inf), good.get("scheduler.lr_end", 0.0)
     if lr_end >= lr:
         yield "scheduler.lr_end", f"{lr_end} is not below optimizer.lr, {lr}; make it smaller"

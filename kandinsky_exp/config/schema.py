@@ -167,6 +167,7 @@ class Trainer(Group):
     max_grad_norm: Positive | None
     gradient_checkpointing: bool
     compile: bool
+    group_by_length: bool
     attention: Literal["sdpa", "xformers", "eager"]
     ema_decay: BelowOne | None
     log_every: Count

@@ -2,6 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from functools import partial
 from typing import Self
 
@@ -9,8 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from kandinsky_exp.data.encoded.layout import MASK
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import Features
 from kandinsky_exp.data.examples import Indexed, Source, in_threads
@@ -90,6 +93,11 @@ class CachedFeatures(VisitedRows):
     def _read(self, index: int, epoch: int, mirror: bool) -> Features:
         return self.table.row(int(self.rows[index]), partial(choose_caption, self.seed, epoch, index), int(mirror))
 
+    def tokens(self, visit: Visit) -> int:
+        """Of the caption that a visit shows."""
+        index, epoch = visit
+        return self.table.tokens(int(self.rows[index]), partial(choose_caption, self.seed, epoch, index))
+
     def id(self, index: int) -> str:
         return self.table.id(int(self.rows[index]))
 
@@ -166,6 +174,19 @@ class Paired(Dataset[Features]):
 
     def _owner(self, index: int) -> tuple[VisitedRows, int]:
         return (self.first, index) if index < len(self.first) else (self.second, index - len(self.first))
+
+
+def without_padding(features: Features, mask: Tensor | None, ragged: Collection[str]) -> Features:
+    """The features of captions cut to the longest of a batch, as a table's come.
+
+    Args:
+        mask: (B, L) bool, on the host; None where there are no captions.
+        ragged: names of the features (B, L, …) that follow it.
+    """
+    if mask is None:
+        return features
+    longest = int(mask.sum(1).max())
+    return {name: value[:, :longest] if name in (MASK, *ragged) else value for name, value in features.items()}
 
 
 def shared_pictures(train: VisitedRows, held_out: VisitedRows) -> list[str]:

@@ -1,18 +1,20 @@
 """The order of visits: every position of one endless global stream is a pure function of the seed.
 
 A run, whatever its number of processes, workers, and interruptions, walks the stream p = 0, 1, 2, … Position p visits
-row `order(seed, p // N)[p % N]`, so that every epoch shows each of the N rows once.
+row `order(seed, p // N)[p % N]`, so that every epoch shows each of the N rows once. Groups and lengths change which
+visits an optimizer step takes, never which an epoch has.
 """
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 Visit = tuple[int, int]  # (index, epoch)
+WINDOW = 64  # optimizer steps whose visits are sorted by length
 
 
 def order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
@@ -43,6 +45,9 @@ class StreamBatchSampler:
         total_steps: optimizer steps of the whole run.
         groups: (rows,) numbers; all rows of an optimizer step, on all processes, have the same one. Visits keep the
             order of the stream within their group, and a step comes when its group has filled it. None = one group.
+        length: of what a visit shows. The visits of some steps that follow each other are divided into as many anew,
+            each of visits of similar length, in random order. After every epoch the visits are those that were to come.
+            Not with groups.
     """
 
     def __init__(
@@ -57,13 +62,17 @@ class StreamBatchSampler:
         num_processes: int = 1,
         rank: int = 0,
         groups: NDArray[np.int64] | None = None,
+        length: Callable[[Visit], int] | None = None,
     ) -> None:
+        if groups is not None and length is not None:
+            raise ValueError("rows are ordered by groups or by length")
         if rows < 1 or batch_size < 1 or grad_accumulation < 1 or not 0 <= rank < num_processes:
             raise ValueError(f"{rows=}, {batch_size=}, {grad_accumulation=}, {rank=} of {num_processes=}")
         self.rows, self.seed, self.rank = rows, seed, rank
         self.steps = range(start_step, total_steps)
         self.batch_size, self.grad_accumulation, self.num_processes = batch_size, grad_accumulation, num_processes
         self.groups = np.zeros(rows, np.int64) if groups is None else groups
+        self.length = length
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -71,33 +80,60 @@ class StreamBatchSampler:
 
     def __iter__(self) -> Iterator[list[Visit]]:
         per_micro = self.batch_size * self.num_processes
-        for visits in self._steps(per_micro * self.grad_accumulation):
+        per_step = per_micro * self.grad_accumulation
+        steps = self._steps(per_step, self.steps) if self.length is None else self._by_length(per_step, self.length)
+        for visits in steps:
             for start in range(self.rank * self.batch_size, len(visits), per_micro):
                 yield visits[start : start + self.batch_size]
 
-    def _steps(self, per_step: int) -> Iterator[list[Visit]]:
-        """The visits of each optimizer step over all processes."""
-        first, done, waiting = self._state_before(per_step)
+    def _by_length(self, per_step: int, length: Callable[[Visit], int]) -> Iterator[list[Visit]]:
+        """The visits of each optimizer step over all processes, of similar length."""
+        if not self.steps:
+            return
+        window = self._window(self.steps.start, per_step)
+        end = self._window(self.steps[-1], per_step).stop
+        stream = self._steps(per_step, range(window.start, end))
+        while window.start < self.steps.stop:
+            visits = sorted((visit for _ in window for visit in next(stream)), key=length)
+            places = np.random.default_rng([self.seed, window.start]).permutation(len(window))
+            for step, place in zip(window, places, strict=True):
+                if step in self.steps:
+                    yield visits[place * per_step : (place + 1) * per_step]
+            window = self._window(window.stop, per_step)
+
+    def _window(self, step: int, per_step: int) -> range:
+        """The steps whose visits are sorted together with those of this one; all begin in the same epoch."""
+
+        def first(epoch: int) -> int:
+            return -(-epoch * self.rows // per_step)  # the first step that begins in it
+
+        epoch = step * per_step // self.rows
+        start = first(epoch) + (step - first(epoch)) // WINDOW * WINDOW
+        return range(start, min(start + WINDOW, max(first(epoch + 1), start + 1)))
+
+    def _steps(self, per_step: int, steps: range) -> Iterator[list[Visit]]:
+        """The visits of these optimizer steps over all processes, in the order of the stream."""
+        first, done, waiting = self._state_before(per_step, steps.start)
         for epoch in count(first):
             for row in map(int, order(self.seed, epoch, self.rows)):
-                if done == self.steps.stop:
+                if done == steps.stop:
                     return
                 queue = waiting[self.groups[row]]
                 queue.append((row, epoch))
                 if len(queue) == per_step:
-                    if done in self.steps:
+                    if done in steps:
                         yield list(queue)
                     done += 1
                     queue.clear()
 
-    def _state_before(self, per_step: int) -> tuple[int, int, list[list[Visit]]]:
+    def _state_before(self, per_step: int, start: int) -> tuple[int, int, list[list[Visit]]]:
         """(epoch, steps done before it, visits that wait in each group) of the last epoch that begins before the start.
 
         Epochs fill as many steps as they have room for, whatever their order: nothing before has to be walked.
         """
         sizes = np.bincount(self.groups)
-        epoch = self.steps.start * per_step // self.rows + 1
-        while epoch and int((epoch * sizes // per_step).sum()) > self.steps.start:
+        epoch = start * per_step // self.rows + 1
+        while epoch and int((epoch * sizes // per_step).sum()) > start:
             epoch -= 1
         waiting: list[list[Visit]] = [[] for _ in sizes]
         missing = epoch * sizes % per_step

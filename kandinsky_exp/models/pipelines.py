@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp.models import weight_files
+from kandinsky_exp.models import unpadded_prior, weight_files
 from kandinsky_exp.models.components import MODELS, NETWORKS, PARTS, PipelineHalf, is_combined, result_parts
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.models.weights import Weights
@@ -56,8 +57,10 @@ def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embe
     Args:
         null_embed: (1, E), what `zero_embed` gives: then no image encoder is loaded.
     """
+    if network is None:
+        unpadded_prior.remove_padding(network := weights.load("prior"))
     pipeline = diffusers.KandinskyV22PriorPipeline(
-        prior=weights.load("prior") if network is None else network,
+        prior=network,
         image_encoder=weights.load("image_encoder") if null_embed is None else None,
         text_encoder=weights.load("text_encoder"),
         tokenizer=weights.load("tokenizer"),
@@ -66,8 +69,17 @@ def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embe
     )
     if null_embed is not None:  # all that it needs of its largest part by far
         pipeline.get_zero_embed = lambda batch_size, device: null_embed.to(device).repeat(batch_size, 1)
+    if unpadded_prior.is_unpadded(network):
+        pipeline._encode_prompt = partial(_encode_without_padding, pipeline._encode_prompt)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _encode_without_padding(encode: Callable[..., tuple[Tensor, ...]], *prompts: Any, **settings: Any) -> Any:
+    """The text of a pipeline's prompts cut to the longest of them."""
+    embeds, states, mask = encode(*prompts, **settings)
+    longest = int(mask.sum(1).max())
+    return embeds, states[:, :longest], mask[:, :longest]
 
 
 @torch.no_grad()

@@ -23,7 +23,9 @@ FIXED = (
     "data.class_prompt",  # this and the next two are of images that may be drawn later
     "data.num_class_images",
     "data.prior_loss_weight",
+    "trainer.group_by_length",
 )
+ABSENT = {"trainer.group_by_length": False}  # what an earlier version did, which had no such setting
 # Of these, what no checkpoint fits that was made with others: not even one that a new run begins at.
 OF_STATE = (
     "adapter.name",
@@ -87,6 +89,7 @@ def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
     Raises:
         ConfigError: listing what may not change, and how to start anew.
     """
+    before = {**ABSENT, **before} if before else before
     same = recorded_paths.as_before(now, before)
     different = {key: (value, now[key]) for key, value in before.items() if key in now and value != same[key]}
     if space.start is None or space.is_fork:  # it begins anew, whatever it was

@@ -169,6 +169,10 @@ class DiffusionStage(ABC):
         """Images from the features of real ones; none where the network has no say in what those look like."""
         return []
 
+    def set_attention(self, attention: str) -> None:
+        """How the network computes attention, see `enable_attention`."""
+        enable_attention(self.network, attention)
+
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
@@ -227,12 +231,12 @@ class DiffusionStage(ABC):
 
     def _drop_condition(self, features: Features, generator: Generators, like: Tensor) -> Features:
         drop = diffusion.uniform(len(like), generator, like.device) < self.condition_dropout
-        replaced = {
-            key: torch.where(
-                drop.view(-1, *[1] * (features[key].ndim - 1)), null.to(features[key].dtype), features[key]
-            )
-            for key, null in self.null_condition().items()
-        }
+        replaced = {}
+        for key, null in self.null_condition().items():
+            given = features[key]
+            # No caption is shorter than the empty one: of its padding as much as the batch has.
+            row = null[:, : given.shape[1]].to(given.dtype)
+            replaced[key] = torch.where(drop.view(-1, *[1] * (given.ndim - 1)), row, given)
         return {**features, **replaced}
 
     def place(self, device: torch.device) -> nn.Module:
@@ -268,6 +272,11 @@ class DiffusionStage(ABC):
             trained: takes the place of the parameters of these names.
         """
         return adapters.snapshot(network, trained)
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether `trainer.compile` compiled it."""
+    return getattr(network, "_compiled_call_impl", None) is not None
 
 
 def enable_attention(network: Any, attention: str) -> None:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
@@ -11,17 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import pipelines
+from kandinsky_exp.models import pipelines, unpadded_prior
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.stages.base import DiffusionStage, Features
+from kandinsky_exp.stages.base import DiffusionStage, Features, is_compiled
 
+LENGTHS_APART = 8  # of text, tokens, where a network is compiled
 STATISTICS = ("clip_mean", "clip_std")  # of image embeddings: what is normalised by them stays exact in any precision
 
 
 class PriorStage(DiffusionStage):
     """Trains `PriorTransformer` to predict the normalised image embedding from its noised self and the caption.
 
-    Features: `image_embeds` (B, E), `text_embeds` (B, E), `text_states` (B, 77, E), `text_mask` (B, 77) bool.
+    Features: `image_embeds` (B, E), `text_embeds` (B, E), `text_states` (B, L, E), `text_mask` (B, L) bool; L is 77, or
+    less where no caption of the batch is as long.
 
     Args:
         resolution: side of the validation images in pixels; training itself sees the encoder's own size.
@@ -33,7 +36,7 @@ class PriorStage(DiffusionStage):
     stays_loaded = ("text_encoder", "unet", "movq")
     ragged_features = ("text_states",)
     unfit_attention: ClassVar = {
-        "xformers": "xformers cannot take the prior's mask, whose rows of 81 are not aligned; take sdpa"
+        "xformers": "the prior has causal attention, for which xformers has no faster kernel than sdpa; take sdpa"
     }
 
     def __init__(
@@ -47,6 +50,7 @@ class PriorStage(DiffusionStage):
         images, captions = weights.load("image_processor"), weights.load("tokenizer")
         self.preprocess = Preprocess(images, captions, None, extra_inputs=self.extra_inputs)
         self._zero_embed: Tensor | None = None  # (1, E): what the decoder guides away from
+        self._is_unpadded = False  # the network takes text of any length
 
     @classmethod
     def check_weights(cls, weights: Weights) -> None:
@@ -90,14 +94,32 @@ class PriorStage(DiffusionStage):
         return normalised
 
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, features: Features) -> Tensor:
+        states, mask = features["text_states"], features["text_mask"]
+        if missing := self._length(mask.shape[1]) - mask.shape[1]:
+            states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
         output: Tensor = network(
             noisy,
             timestep=timesteps,
             proj_embedding=features["text_embeds"].float(),
-            encoder_hidden_states=features["text_states"].float(),
-            attention_mask=features["text_mask"],
+            encoder_hidden_states=states.float(),
+            attention_mask=mask,
         ).predicted_image_embedding
         return output
+
+    def _length(self, longest: int) -> int:
+        """Of text, for a batch whose longest caption has so many tokens."""
+        full = self.preprocess.text_length
+        if not self._is_unpadded:
+            return full
+        if is_compiled(self.network):  # for each length anew: few of them
+            return min(full, -(-longest // LENGTHS_APART) * LENGTHS_APART)
+        return longest
+
+    def set_attention(self, attention: str) -> None:
+        """`eager` keeps the published forward, with its padding."""
+        super().set_attention(attention)
+        if attention != "eager":
+            self._is_unpadded = unpadded_prior.remove_padding(self.network)
 
     def place_constants(self, device: torch.device) -> None:
         super().place_constants(device)

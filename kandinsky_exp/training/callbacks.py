@@ -81,6 +81,7 @@ class Callbacks:
                 validated=validated,
                 validation_loss=self.validator.loss if validated else None,
                 total_batch=self.settings.total_batch,
+                order="permutation by length" if self.settings.by_length else "permutation",
             )
         )
 

@@ -1,147 +1,35 @@
-"""Batches of features on the device, from encoded tables or from the encoders."""
+"""Data sets opened for training: encoded where they are not yet, and divided into what trains and what is held out."""
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from kandinsky_exp.data import sources, tally
 from kandinsky_exp.data.checks import find_bad
 from kandinsky_exp.data.encoded.cache import cache_key, encode_table
-from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.layout import command
 from kandinsky_exp.data.encoded.table import FeatureTable
-from kandinsky_exp.data.encoded.workers import collate, from_workers
 from kandinsky_exp.data.examples import Indexed, Source
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Paired, Rows, VisitedRows, shared_pictures
+from kandinsky_exp.data.features import (
+    CachedFeatures,
+    OnlineExamples,
+    Rows,
+    shared_pictures,
+)
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.long_texts import cut_captions
-from kandinsky_exp.data.prefetch import changed, prefetch
-from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler, Visit
 from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.tally import Tally, first_few
 from kandinsky_exp.errors import DataError, memory_told
-from kandinsky_exp.stages.base import DiffusionStage, Features
+from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.logs import Log
+from kandinsky_exp.training.feature_reader import FeatureReader, ReadSettings
 from kandinsky_exp.training.null_condition import null_condition
-from kandinsky_exp.training.seeding import derive_seed
-
-
-@dataclass(frozen=True)
-class ReadSettings:
-    """How a data set becomes batches.
-
-    Args:
-        cache: folder of the encoded tables.
-        cached: encode once; False = the encoders run in every step.
-        fraction: held-out part of a set that has no validation split.
-        by_row: hold out rows, also where others show the same picture: what runs did once, and go on with.
-        workers: processes that read images when nothing is cached.
-        batch_size: per process.
-    """
-
-    cache: Path
-    how: EncodeSettings
-    seed: int
-    cached: bool = True
-    fraction: float = 0.0
-    workers: int = 0
-    batch_size: int = 1
-    grad_accumulation: int = 1
-    by_row: bool = False
-
-
-@dataclass
-class FeatureReader:
-    """One part of a data set: what trains, or what is held out.
-
-    Args:
-        dataset: by visit (index, epoch).
-        encode: the stage, where rows are pixels and token ids still.
-        fingerprint: follows the content of exactly these rows, and of those of `class_images`.
-        class_images: rows of which each batch shows as many beside these, their loss times `class_weight`.
-    """
-
-    dataset: VisitedRows
-    source: Source
-    fingerprint: str
-    settings: ReadSettings
-    device: torch.device
-    encode: DiffusionStage | None
-    class_images: "FeatureReader | None" = None
-    class_weight: float = 1.0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def id(self, index: int) -> str:
-        """What the data set calls a row that a batch of `stream` shows: its file, or its number there."""
-        return self._visited().id(index)
-
-    def _visited(self) -> VisitedRows | Paired:
-        paired = self.class_images
-        return self.dataset if paired is None else Paired(self.dataset, paired.dataset, self.class_weight)
-
-    def rows(self, indices: list[int]) -> Features:
-        """These rows, as validation sees them; they have to be of one shape."""
-        features = self._encoded(collate([self.dataset.plain(index) for index in indices]))
-        return {key: value.to(self.device) for key, value in features.items() if key != "index"}
-
-    def batches(self, indices: list[int], size: int) -> Iterator[list[int]]:
-        """`indices` in batches of one shape each."""
-        groups: dict[int, list[int]] = {}
-        numbers = self.dataset.groups()
-        for index in indices:
-            groups.setdefault(0 if numbers is None else int(numbers[index]), []).append(index)
-        for members in groups.values():
-            for start in range(0, len(members), size):
-                yield members[start : start + size]
-
-    def picture(self, index: int) -> Image.Image:
-        """A row's image, as its file has it."""
-        return self.source[self.dataset.source_row(index)].image()
-
-    def stream(self, start_step: int, steps: int, accelerator: Accelerator) -> Generator[Features]:
-        """Micro-batches from the first one after `start_step` on, read ahead of the step that needs them."""
-        shape = {
-            "batch_size": self.settings.batch_size,
-            "grad_accumulation": self.settings.grad_accumulation,
-            "num_processes": accelerator.num_processes,
-            "rank": accelerator.process_index,
-            "start_step": start_step,
-            "total_steps": steps,
-        }
-        own = StreamBatchSampler(len(self), self.settings.seed, **shape, groups=self.dataset.groups())
-        sampler: Iterable[list[Visit]] = own
-        if self.class_images is not None:
-            seed = derive_seed("class images", self.settings.seed)
-            sampler = PairedBatchSampler(own, StreamBatchSampler(len(self.class_images), seed, **shape))
-        # What has to be encoded is encoded ahead too: on CUDA beside the step, on a stream of its own. On the CPU it
-        # would take the step's cores from it: two teams of threads there are slower than one after the other.
-        with_step = self.device.type == "cpu"
-        batches = self._read(sampler) if with_step else changed(self._read(sampler), self._encoded)
-        with contextlib.closing(prefetch(batches, self.device)) as ahead:
-            yield from map(self._encoded, ahead) if with_step else ahead
-
-    def _read(self, sampler: Iterable[list[Visit]]) -> Generator[Features]:
-        dataset = self._visited()
-        if self.encode is None:  # a thread is enough: nothing has to be decoded
-            for visits in sampler:
-                yield collate([dataset[visit] for visit in visits])
-            return
-        yield from from_workers(dataset, sampler, collate, self.settings.workers, "data.num_workers")
-
-    def _encoded(self, batch: Features) -> Features:
-        if self.encode is None:
-            return batch
-        return self.encode.encode(batch) | {name: batch[name] for name in ("index", "loss_weight") if name in batch}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,11 @@ class Training:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how often, in optimizer steps; `total_batch` is samples per step over all processes."""
+    """How long and how often, in optimizer steps; `total_batch` is samples per step over all processes.
+
+    Args:
+        by_length: whether visits are ordered by the length of their captions.
+    """
 
     max_steps: int
     grad_accumulation: int
@@ -75,6 +79,7 @@ class LoopSettings:
     checkpoint_every: int
     total_batch: int
     progress: bool
+    by_length: bool = False
 
 
 class Callbacks(Protocol):

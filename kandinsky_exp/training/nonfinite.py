@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from kandinsky_exp.errors import NonFiniteLoss
 from kandinsky_exp.tracking.tracker import Tracker
-from kandinsky_exp.training.feature_loader import FeatureReader
+from kandinsky_exp.training.feature_reader import FeatureReader
 
 FOLDER = "nonfinite"
 

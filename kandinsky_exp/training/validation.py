@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import center_crop_resize
 from kandinsky_exp.models.pipelines import SampleSettings
-from kandinsky_exp.stages.base import DiffusionStage, Features
+from kandinsky_exp.stages.base import DiffusionStage, Features, is_compiled
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking.tracker import Tracker
 from kandinsky_exp.training import ema, loop
-from kandinsky_exp.training.feature_loader import FeatureReader
+from kandinsky_exp.training.feature_reader import FeatureReader
 from kandinsky_exp.training.seeding import derive_seed, validation_generator
 
 logger = logging.getLogger(__name__)
@@ -146,8 +146,7 @@ def uncompiled(network: nn.Module) -> AbstractContextManager[object]:
     Validation asks for other batch sizes, no gradient and evaluation mode: each would cost a compilation of its own,
     minutes long, for a few calls.
     """
-    is_compiled = getattr(network, "_compiled_call_impl", None) is not None
-    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
 
 
 @torch.no_grad()

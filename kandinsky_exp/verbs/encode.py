@@ -44,7 +44,8 @@ def _encode(cfg: DictConfig) -> None:
     from kandinsky_exp.models import compatibility
     from kandinsky_exp.system import distributed, logs, signals
     from kandinsky_exp.training import class_images
-    from kandinsky_exp.training.feature_loader import ReadSettings, open_readers
+    from kandinsky_exp.training.feature_loader import open_readers
+    from kandinsky_exp.training.feature_reader import ReadSettings
 
     folder = build.cache_folder(cfg)
     logs.quiet_libraries()

@@ -1,8 +1,8 @@
 """The bare step: what any training of these networks has to do, in plain PyTorch, and nothing else.
 
-Noise, forward, mean squared error, backward, gradient clipping, fused AdamW, on features that lie in memory already. No
-logging, no data loading, no checks, no random-number bookkeeping, no dropped conditions, no variational term: a runner
-with its defaults does all of that besides, and the ratio charges it for it.
+Noise, forward, mean squared error, backward, gradient clipping, fused AdamW, on features that lie in memory; the
+prior's captions without padding. No logging, no data loading, no checks, no random-number bookkeeping, no dropped
+conditions, no variational term: a runner with its defaults does all of that besides, and the ratio charges it for it.
 """
 
 import tempfile
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kandinsky_exp.data import sources
+from kandinsky_exp.data.encoded.layout import MASK
 from kandinsky_exp.data.encoded.workers import collate
+from kandinsky_exp.data.features import without_padding
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.decoder import DecoderStage
@@ -46,10 +48,9 @@ class BareStep:
     def __init__(self, name: str, pipelines: str | None, pictures: str, batch: int, resolution: int) -> None:
         made = stage(name, pipelines, resolution)
         rows = examples(made, pictures, 4 * batch)
-        self.batches = cycle(
-            [made.encode(collate(rows[start : start + batch])) for start in range(0, len(rows), batch)]
-        )
+        self.batches = cycle([encoded(made, rows[start : start + batch]) for start in range(0, len(rows), batch)])
         self.name, self.alphas = name, made.alphas_cumprod
+        made.set_attention("sdpa")
         self.network: Any = made.network
         self.trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, weight_decay=0.0, fused=True)
@@ -66,6 +67,11 @@ class BareStep:
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def encoded(made: DiffusionStage, rows: list[Features]) -> Features:
+    examples = collate(rows)
+    return without_padding(made.encode(examples), examples.get(MASK), made.ragged_features)
 
 
 def _prior(network: Any, noisy: Tensor, timesteps: Tensor, features: Features) -> Tensor:

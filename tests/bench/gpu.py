@@ -36,6 +36,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import bare
 import doors
 import filled
 import machine
@@ -49,13 +50,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.features import OnlineExamples
-from kandinsky_exp.models import adapters
+from kandinsky_exp.models import adapters, unpadded_prior
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
 from kandinsky_exp.system import distributed
 from kandinsky_exp.training import loop
-from kandinsky_exp.training.feature_loader import FeatureReader
+from kandinsky_exp.training.feature_reader import FeatureReader
 from kandinsky_exp.training.seeding import NoiseSource
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "RTX 4090": 165.0}  # dense bf16, by part of the name
@@ -200,6 +201,7 @@ def step_flops(row: Row, architecture: Path) -> float:
     made = network(architecture, cls.part, "meta").train()
     if row.stage == "prior":
         made.clip_mean.requires_grad_(False), made.clip_std.requires_grad_(False)
+        unpadded_prior.remove_padding(made)
     if row.kind == "lora":
         adapters.attach_lora(
             made, rank=16, alpha=None, dropout=0.0, target_modules=None, use_dora=False, dtype=torch.float32
@@ -208,8 +210,7 @@ def step_flops(row: Row, architecture: Path) -> float:
     given = {name: value.to("meta") for name, value in given.items()}
     clean = given["latents" if row.stage == "decoder" else "image_embeds"]
     with FlopCounterMode(display=False) as counter:
-        # `predict` reads nothing of the stage but the network and the features.
-        output = cls.predict(None, made, clean, torch.zeros(1, dtype=torch.long, device="meta"), given)
+        output = bare.FORWARD[row.stage](made, clean, torch.zeros(1, dtype=torch.long, device="meta"), given)
         output.sum().backward()
         if row.encodes:
             _encode_on_meta(one, architecture)

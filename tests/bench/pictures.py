@@ -1,8 +1,10 @@
 """Folders of generated pictures with captions: the data of the benchmarks."""
 
+import functools
 import json
 import os
 import random
+from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -12,9 +14,9 @@ LINKS = 20_000  # hard links of one file: file systems allow 65,000 or fewer
 
 
 def draw(generator: random.Random, side: tuple[int, int]) -> tuple[Image.Image, str]:
-    """A picture of some shapes and what it shows, in about a dozen words."""
+    """A picture of some shapes, and the caption of an emoji: as long as captions are that people write."""
     image = Image.effect_noise(side, 40).convert("RGB")  # as hard to decode as a photograph
-    pencil, said = ImageDraw.Draw(image), []
+    pencil = ImageDraw.Draw(image)
     for _ in range(4):
         shape, colour = generator.choice(SHAPES), generator.choice(COLOURS)
         left, top = generator.randrange(side[0] // 2), generator.randrange(side[1] // 2)
@@ -25,8 +27,16 @@ def draw(generator: random.Random, side: tuple[int, int]) -> tuple[Image.Image, 
             pencil.rectangle(box, fill=colour)
         else:
             pencil.line(box, fill=colour, width=5)
-        said.append(f"a {colour} {shape}")
-    return image, f"{', '.join(said[:-1])} and {said[-1]}"
+    return image, generator.choice(emoji_captions())
+
+
+@functools.cache
+def emoji_captions() -> list[str]:
+    """Of those that ship with the package."""
+    lines = (
+        (files("kandinsky_exp.tiny") / "assets" / "emoji" / "train" / "metadata.jsonl").read_text("utf-8").splitlines()
+    )
+    return [json.loads(line)["text"] for line in lines]
 
 
 def write(folder: Path, count: int, sides: tuple[int, int] = (256, 400), kind: str = "jpg") -> Path:

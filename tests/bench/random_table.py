@@ -13,7 +13,7 @@ from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.features import CachedFeatures
 from kandinsky_exp.stages.base import Features
-from kandinsky_exp.training.feature_loader import FeatureReader, ReadSettings
+from kandinsky_exp.training.feature_reader import FeatureReader, ReadSettings
 
 TOKENS = range(10, 26)  # of a caption, as those of the emoji have
 LENGTH = 77
@@ -31,9 +31,9 @@ def batch(stage: str, architecture: Path, resolution: int, size: int) -> Feature
     features = {"image_embeds": torch.zeros(size, width)}
     if stage == "decoder":
         return features | {"latents": torch.zeros(size, *latents(architecture, resolution))}
-    mask = (torch.arange(LENGTH) < TOKENS[len(TOKENS) // 2]).expand(size, LENGTH)
-    states = torch.zeros(size, LENGTH, width)
-    return features | {"text_embeds": torch.zeros(size, width), "text_states": states, "text_mask": mask.contiguous()}
+    tokens = TOKENS[len(TOKENS) // 2]
+    states, mask = torch.zeros(size, tokens, width), torch.ones(size, tokens, dtype=torch.bool)
+    return features | {"text_embeds": torch.zeros(size, width), "text_states": states, "text_mask": mask}
 
 
 def null(stage: str, architecture: Path) -> Features:

@@ -26,7 +26,7 @@ from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import collate
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, without_padding
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.sampler import StreamBatchSampler
 from kandinsky_exp.errors import DataError
@@ -66,6 +66,8 @@ def test_fp32_features_are_those_of_the_encoders_to_the_last_bit(prior, emoji, t
     visits = [(index, 0) for index in range(5, 10)]
     stored, fresh = collate([cached[visit] for visit in visits]), on_the_fly(emoji, prior, visits)
     fresh["text_states"] = fresh["text_states"] * fresh["text_mask"].unsqueeze(-1)
+    fresh = without_padding(fresh, fresh["text_mask"], prior.ragged_features)
+    assert stored["text_states"].shape[1] < 77
     assert set(stored) == set(fresh) == {"image_embeds", "text_embeds", "text_states", "text_mask", "index"}
     for name in fresh:
         assert torch.equal(stored[name], fresh[name]), name
@@ -101,14 +103,13 @@ def test_every_image_and_every_caption_is_encoded_once(captioned, tmp_path):
             assert torch.allclose(table.row(index, lambda _, number=number: number)["text_embeds"], expected, atol=1e-5)
 
 
-def test_states_are_stored_up_to_the_mask_and_padded_with_zeros(prior, captioned, tmp_path):
+def test_states_are_stored_and_read_up_to_the_mask(prior, captioned, tmp_path):
     table = encode(captioned, prior, tmp_path / "table")
     row = table.row(0)
     tokens = int(prior.preprocess(None, "picture 0")["text_mask"].sum())
-    assert row["text_mask"].tolist() == [True] * tokens + [False] * (77 - tokens)
-    assert row["text_states"].shape == (77, 64)
-    assert row["text_states"][:tokens].abs().sum(dim=1).all()
-    assert not row["text_states"][tokens:].any()
+    assert row["text_mask"].tolist() == [True] * tokens
+    assert row["text_states"].shape == (tokens, 64)
+    assert row["text_states"].abs().sum(dim=1).all()
     assert (table.folder / CAPTIONS).stat().st_size < 9 * 77 * 64 * 4 / 2
 
 
@@ -118,6 +119,18 @@ def test_a_caption_of_full_length(prior, tmp_path):
     row = encode(sources.folder(tmp_path).train, prior, tmp_path / "table").row(0)
     assert row["text_mask"].all()
     assert row["text_states"].shape == (77, 64)
+
+
+def test_a_batch_is_as_long_as_its_longest_caption(prior, captioned, tmp_path):
+    cached = CachedFeatures(encode(captioned, prior, tmp_path / "table"), 0)
+    rows = [cached.plain(index) for index in range(5)]
+    batch, lengths = collate(rows), [len(row["text_mask"]) for row in rows]
+    assert batch["text_mask"].sum(1).tolist() == lengths
+    assert batch["text_mask"].shape == batch["text_states"].shape[:2] == (5, max(lengths))
+    assert torch.equal(batch["text_mask"], torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
+    for row, states in zip(rows, batch["text_states"], strict=True):
+        assert torch.equal(states[: len(row["text_mask"])], row["text_states"])
+        assert not states[len(row["text_mask"]) :].any()
 
 
 def test_ids_and_bounds(prior, captioned, tmp_path):
@@ -140,7 +153,7 @@ def test_one_caption_is_drawn_per_visit_the_same_from_table_and_images(prior, ca
     for epoch in range(12):
         for index in range(5):
             tokens = int(cached[index, epoch]["text_mask"].sum())
-            assert tokens == int(online[index, epoch]["text_mask"].sum())
+            assert tokens == int(online[index, epoch]["text_mask"].sum()) == cached.tokens((index, epoch))
             seen.add((index, tokens))
     assert len(seen) == 1 + 2 + 3 + 1 + 2
 

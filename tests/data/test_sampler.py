@@ -93,3 +93,63 @@ def test_captions_are_chosen_evenly_and_by_seed_epoch_and_row():
     assert len({choose_caption(0, epoch, 7, 3) for epoch in range(20)}) == 3
     assert len({choose_caption(seed, 0, 7, 3) for seed in range(20)}) == 3
     assert {choose_caption(0, epoch, 0, 1) for epoch in range(9)} == {0}
+
+
+# ---- sorted by length
+
+
+def lengths(seed, rows):
+    """Of each row, a few tokens to many; the same in every epoch."""
+    table = np.random.default_rng(seed).integers(2, 40, rows)
+    return lambda visit: int(table[visit[0]])
+
+
+def steps_of(rows, per_step, total, start=0, **settings):
+    sampler = StreamBatchSampler(rows, 7, batch_size=per_step, total_steps=total, start_step=start, **settings)
+    return list(sampler)
+
+
+@pytest.mark.parametrize(("rows", "per_step"), [(1000, 4), (1000, 7), (50, 8), (5, 8), (3, 8), (64 * 4 * 2, 4)])
+def test_by_length_every_epoch_shows_what_it_showed(rows, per_step):
+    """At each step before which an epoch was shown, as many visits of each row were there as without it."""
+    total = 3 * rows // per_step + 2
+    plain = steps_of(rows, per_step, total)
+    sorted_ = steps_of(rows, per_step, total, length=lengths(1, rows))
+    assert [len(step) for step in sorted_] == [len(step) for step in plain]
+    for epoch in range(1, 4):
+        done = -(-epoch * rows // per_step)
+        if done <= total:
+            shown = [sorted(visit for step in some[:done] for visit in step) for some in (plain, sorted_)]
+            assert shown[0] == shown[1]
+
+
+def test_by_length_a_step_pads_less():
+    length = lengths(1, 1000)
+    plain, sorted_ = (steps_of(1000, 8, 250, length=some) for some in (None, length))
+    longest = [np.mean([max(map(length, step)) for step in some]) for some in (plain, sorted_)]
+    mean = np.mean([length((row, 0)) for row in range(1000)])
+    assert longest[0] > 1.6 * mean
+    assert longest[1] < 1.1 * mean
+    firsts = [length(step[0]) for step in sorted_]
+    assert abs(np.corrcoef(firsts[:-1], firsts[1:])[0, 1]) < 0.2  # steps of all lengths by turns
+
+
+@pytest.mark.parametrize("start", [1, 63, 64, 65, 100, 249])
+def test_by_length_a_resumed_run_goes_on_where_it_stopped(start):
+    whole = steps_of(1000, 8, 250, length=lengths(1, 1000))
+    assert steps_of(1000, 8, 250, start, length=lengths(1, 1000)) == whole[start:]
+    assert steps_of(1000, 8, 180, length=lengths(1, 1000)) == whole[:180]  # whatever was to come
+
+
+def test_by_length_processes_and_accumulation_divide_the_same_steps():
+    whole = steps_of(1000, 8, 200, length=lengths(1, 1000))
+    shape = {"batch_size": 2, "grad_accumulation": 2, "num_processes": 2, "total_steps": 200}
+    parts = [list(StreamBatchSampler(1000, 7, **shape, rank=rank, length=lengths(1, 1000))) for rank in range(2)]
+    for step, visits in enumerate(whole):
+        found = [parts[rank][2 * step + micro] for micro in range(2) for rank in range(2)]
+        assert [visit for part in found for visit in part] == visits
+
+
+def test_rows_are_ordered_by_groups_or_by_length():
+    with pytest.raises(ValueError, match="by groups or by length"):
+        StreamBatchSampler(4, 0, batch_size=1, total_steps=1, groups=np.zeros(4, np.int64), length=len)

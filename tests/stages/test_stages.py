@@ -283,8 +283,10 @@ def test_the_priors_null_condition_is_the_empty_caption_as_the_pipeline_encodes_
     null = stage.null_condition()
     assert set(null) == {"text_embeds", "text_states", "text_mask"}
     torch.testing.assert_close(null["text_embeds"], embeds[:1])
-    torch.testing.assert_close(null["text_states"], states[:1] * mask[:1, :, None])  # padding carries nothing
-    assert torch.equal(null["text_mask"], mask[:1])
+    longest = mask.shape[1]  # the pipeline's text is cut to its longest prompt; beyond its end the null has nothing
+    torch.testing.assert_close(null["text_states"][:, :longest], states[:1] * mask[:1, :, None])
+    assert torch.equal(null["text_mask"][:, :longest], mask[:1])
+    assert not null["text_states"][:, longest:].any()
     assert null["text_mask"].dtype == torch.bool
     assert null["text_mask"].sum() == 2  # the two marks around no words
 
@@ -452,6 +454,49 @@ def test_eager_attention_agrees_with_sdpa(name, tiny_folder, features):
     first, second = (gradients(stage, features[name]) for stage in (sdpa, eager))
     for key, gradient in first.items():
         torch.testing.assert_close(second[key], gradient, rtol=1e-3, atol=1e-5)
+
+
+def shortened(features):
+    longest = int(features["text_mask"].sum(1).max())
+    return features | {key: features[key][:, :longest] for key in ("text_states", "text_mask")}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_prior_trains_alike_with_and_without_padding(tiny_folder, features, checkpointing):
+    """`eager` is the published forward, which takes padded text only."""
+    whole, short = features["prior"], shortened(features["prior"])
+    assert short["text_mask"].shape[1] < whole["text_mask"].shape[1]
+    found = {}
+    for attention in ("sdpa", "eager"):
+        stage = make("prior", tiny_folder, condition_dropout=0.5)
+        stage.set_attention(attention)
+        if checkpointing:
+            stage.enable_gradient_checkpointing()
+        stage.network.train()
+        for given in (whole, short):
+            found[attention, given is short] = gradients(stage, given)
+        assert ("forward" in vars(stage.network)) == (attention == "sdpa")
+    expected = found["eager", False]
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for other in found.values():
+        for key, gradient in expected.items():
+            torch.testing.assert_close(other[key], gradient, rtol=1e-4, atol=float(1e-6 * largest))
+
+
+def test_lengths_of_a_compiled_prior_are_few(tiny_folder, features):
+    stage = make("prior", tiny_folder)
+    stage.set_attention("sdpa")
+    seen = []
+    stage.network.register_forward_pre_hook(
+        lambda network, positional, named: seen.append(named["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    stage.network.compile(backend="eager")
+    mask = features["prior"]["text_mask"]
+    for length in (9, 16, 17, 74, 77):
+        given = {key: features["prior"][key][:, :length] for key in ("text_states", "text_mask")}
+        stage.loss(stage.network, features["prior"] | given, seeded(), TIMESTEPS)
+    assert mask.shape[1] == 77
+    assert seen == [16, 16, 24, 77, 77]
 
 
 @pytest.mark.skipif(

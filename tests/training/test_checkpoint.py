@@ -49,7 +49,9 @@ def trained(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
 
 
 def snapshot(training: Any, accelerator: Any) -> checkpoint.Snapshot:
-    return checkpoint.snapshot(training, accelerator, validated=True, validation_loss=0.5, total_batch=4)
+    return checkpoint.snapshot(
+        training, accelerator, validated=True, validation_loss=0.5, total_batch=4, order="permutation"
+    )
 
 
 def files(folder: Path) -> dict[str, Any]:

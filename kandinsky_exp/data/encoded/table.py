@@ -81,7 +81,7 @@ class FeatureTable:
     def row(self, index: int, choose: Callable[[int], int] = lambda count: 0, view: int = 0) -> dict[str, Tensor]:
         """Features of an image and of one of its captions, without a batch axis.
 
-        What the stage's encoders gave, of varying length zero after the caption's mask, `text_mask` (L,) bool.
+        What the stage's encoders gave: of a caption's states only those of its n tokens, and `text_mask` (n,), true.
 
         Args:
             choose: draws one of so many captions.
@@ -99,11 +99,16 @@ class FeatureTable:
         if not 0 <= (caption := choose(count)) < count:
             raise IndexError(f"caption {caption} of {count} of {cells['id']}")
         text = self._captions.row(start + caption)
-        length, ragged = self.meta["text_length"], self._captions.ragged
-        features |= {name: _tensor(cell, length if name in ragged else None) for name, cell in text.items()}
-        if ragged:
-            features[MASK] = torch.arange(length) < len(text[ragged[0]])
+        features |= {name: _tensor(cell) for name, cell in text.items()}
+        if ragged := self._captions.ragged:
+            features[MASK] = torch.ones(len(text[ragged[0]]), dtype=torch.bool)
         return features
+
+    def tokens(self, index: int, choose: Callable[[int], int]) -> int:
+        """How many the caption of a row has, of a table whose captions have a length."""
+        assert self._captions is not None  # nosec B101 # narrows the type
+        first, count = (int(self._images.cell(name, index * self.views)) for name in NO_FEATURES[2:4])
+        return int(self._captions.cell(f"{self._captions.ragged[0]}{SHAPE}", first + choose(count))[0])
 
     def _image(self, index: int, view: int = 0) -> dict[str, Any]:
         if not (0 <= index < len(self) and 0 <= view < self.views):
@@ -111,10 +116,6 @@ class FeatureTable:
         return self._images.row(index * self.views + view)
 
 
-def _tensor(view: Array, length: int | None = None) -> Tensor:
-    """A copy, zero up to `length`: the map is read-only, and pages it in here and now."""
-    if length is None:
-        return torch.from_numpy(np.array(view))
-    padded = np.zeros((length, *view.shape[1:]), view.dtype)
-    padded[: len(view)] = view
-    return torch.from_numpy(padded)
+def _tensor(view: Array) -> Tensor:
+    """A copy: the map is read-only, and pages it in here and now."""
+    return torch.from_numpy(np.array(view))

@@ -73,8 +73,18 @@ class Batch:
 
 
 def collate(rows: Sequence[Features]) -> Features:
-    """Rows of equal shapes along a new batch axis."""
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    """Rows along a new batch axis; features of captions zero up to the longest of them."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: _stacked(cells) for name, cells in columns.items()}
+
+
+def _stacked(cells: list[Tensor]) -> Tensor:
+    if len({cell.shape for cell in cells}) == 1:
+        return torch.stack(cells)
+    stacked = cells[0].new_zeros((len(cells), max(map(len, cells)), *cells[0].shape[1:]))
+    for place, cell in zip(stacked, cells, strict=True):
+        place[: len(cell)] = cell
+    return stacked
 
 
 @dataclass(frozen=True)
