@@ -166,7 +166,7 @@ def load_network(cfg: DictConfig, made: DiffusionStage) -> None:
     if cfg.trainer.gradient_checkpointing:
         made.enable_gradient_checkpointing()
     if cfg.trainer.compile:
-        made.network.compile()
+        made.compile(regional=cfg.trainer.compile == "regional")
 
 
 def attach(cfg: DictConfig, network: torch.nn.Module, init: adapters.Init) -> None:

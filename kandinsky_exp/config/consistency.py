@@ -201,6 +201,8 @@ def _training(good: Values, stage: Stage) -> Found:
     elif good.get("trainer.attention") == "xformers" and not targets.is_installed("xformers"):
         how = targets.how_to_install("xformers")
         yield "trainer.attention", f"xformers is not installed; {how}, or take sdpa"
+    if good.get("trainer.compile") == "regional" and (made := stage()) is not None and not made.regions:
+        yield "trainer.compile", f"{made.name} names no blocks to compile one by one; take true, or leave it false"
     if good.get("trainer.group_by_length") and (made := stage()) is not None:
         key = "trainer.group_by_length"
         if not made.reads_captions():

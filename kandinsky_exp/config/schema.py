@@ -166,7 +166,7 @@ class Trainer(Group):
     grad_accumulation: Count
     max_grad_norm: Positive | None
     gradient_checkpointing: bool
-    compile: bool
+    compile: bool | Literal["regional"]
     group_by_length: bool
     attention: Literal["sdpa", "xformers", "eager"]
     ema_decay: BelowOne | None

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapters, components
 from kandinsky_exp.models.adapters import NetworkFiles
 from kandinsky_exp.models.compatibility import REQUIRED, Requirement
 from kandinsky_exp.models.pipelines import WHOLE, SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
+from kandinsky_exp.stages.attention import enable_attention
 from kandinsky_exp.stages.diffusion import Generators
 
 Features = dict[str, Tensor]
@@ -73,6 +73,7 @@ class DiffusionStage(ABC):
     ragged_features: ClassVar[tuple[str, ...]] = ()  # follow the caption's length, or with buckets the picture's shape
     extra_inputs: ClassVar[Mapping[str, tuple[int, ...]]] = {}  # columns beside picture and caption: shapes of numbers
     unfit_attention: ClassVar[Mapping[str, str]] = {}  # values of `trainer.attention`, and why they cannot be
+    regions: ClassVar[tuple[type[nn.Module], ...]] = ()  # blocks that `trainer.compile=regional` compiles one by one
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
     preprocess: Preprocess
     alphas_cumprod: Tensor
@@ -172,6 +173,17 @@ class DiffusionStage(ABC):
     def set_attention(self, attention: str) -> None:
         """How the network computes attention, see `enable_attention`."""
         enable_attention(self.network, attention)
+
+    def compile(self, regional: bool) -> None:
+        """Have the network compiled when it is first asked: as a whole, or its blocks, those of the same shape once."""
+        if not regional:
+            self.network.compile()
+            return
+        found = [module for module in self.network.modules() if isinstance(module, self.regions)]
+        settings = torch._dynamo.config  # of one kind of block, more versions than it allows by itself
+        settings.recompile_limit = max(settings.recompile_limit, 2 * len(found))
+        for module in found:
+            module.compile()
 
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
@@ -275,25 +287,5 @@ class DiffusionStage(ABC):
 
 
 def is_compiled(network: nn.Module) -> bool:
-    """Whether `trainer.compile` compiled it."""
-    return getattr(network, "_compiled_call_impl", None) is not None
-
-
-def enable_attention(network: Any, attention: str) -> None:
-    """`sdpa` (torch's fused), `xformers` (memory efficient, CUDA) or `eager` (plain matrix products).
-
-    Raises:
-        ConfigError: xformers is asked for where it cannot work.
-    """
-    if attention == "eager":
-        network.set_default_attn_processor()
-    elif attention == "xformers":
-        try:
-            import xformers.ops  # noqa: F401
-        except (ImportError, OSError) as error:
-            raise ConfigError(
-                "trainer.attention: xformers is not installed; pip install 'kandinsky-exp[xformers]', or set sdpa"
-            ) from error
-        if not torch.cuda.is_available():
-            raise ConfigError("trainer.attention: xformers needs a CUDA device and none is here; set sdpa")
-        network.enable_xformers_memory_efficient_attention()
+    """Whether `trainer.compile` compiles it, or a part of it."""
+    return any(module._compiled_call_impl is not None for module in network.modules())

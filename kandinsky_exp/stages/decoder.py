@@ -4,6 +4,8 @@ import logging
 from dataclasses import replace
 
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ class DecoderStage(DiffusionStage):
     stays_loaded = ("movq",)
     redraws = True
     ragged_features = ("latents",)
+    regions = (ResnetBlock2D, Attention)
     memory_format = torch.channels_last  # convolutions: 5 to 8 % of a step on the CPU
 
     def __init__(

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,7 @@ from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import pipelines, unpadded_prior
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.stages.base import DiffusionStage, Features, is_compiled
+from kandinsky_exp.stages.base import DiffusionStage, Features
 
 LENGTHS_APART = 8  # of text, tokens, where a network is compiled
 STATISTICS = ("clip_mean", "clip_std")  # of image embeddings: what is normalised by them stays exact in any precision
@@ -35,6 +36,7 @@ class PriorStage(DiffusionStage):
     encoders = ("image_encoder", "text_encoder")
     stays_loaded = ("text_encoder", "unet", "movq")
     ragged_features = ("text_states",)
+    regions = (BasicTransformerBlock,)
     unfit_attention: ClassVar = {
         "xformers": "the prior has causal attention, for which xformers has no faster kernel than sdpa; take sdpa"
     }
@@ -51,6 +53,7 @@ class PriorStage(DiffusionStage):
         self.preprocess = Preprocess(images, captions, None, extra_inputs=self.extra_inputs)
         self._zero_embed: Tensor | None = None  # (1, E): what the decoder guides away from
         self._is_unpadded = False  # the network takes text of any length
+        self._is_compiled = False
 
     @classmethod
     def check_weights(cls, weights: Weights) -> None:
@@ -111,7 +114,7 @@ class PriorStage(DiffusionStage):
         full = self.preprocess.text_length
         if not self._is_unpadded:
             return full
-        if is_compiled(self.network):  # for each length anew: few of them
+        if self._is_compiled:  # for each length anew: few of them
             return min(full, -(-longest // LENGTHS_APART) * LENGTHS_APART)
         return longest
 
@@ -124,6 +127,10 @@ class PriorStage(DiffusionStage):
     def place_constants(self, device: torch.device) -> None:
         super().place_constants(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    def compile(self, regional: bool) -> None:
+        super().compile(regional)
+        self._is_compiled = True
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each transformer block in the backward pass: `PriorTransformer` has no such switch of its own."""

@@ -1,7 +1,6 @@
 """The training loop: Accelerate's mechanics and nothing of diffusion."""
 
 import logging
-import math
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -21,6 +20,7 @@ from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.system.distributed import Agreement
 from kandinsky_exp.system.signals import Stop
 from kandinsky_exp.tracking.tracker import Tracker
+from kandinsky_exp.training.clipping import clip
 from kandinsky_exp.training.metrics import Meter, StepResult
 from kandinsky_exp.training.seeding import NoiseSource
 
@@ -236,7 +236,7 @@ def optimizer_step(
             result = training.stage.loss(training.network, features, noise.at(training.step, micro))
             accelerator.backward(result.loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(training.trainable, settings.max_grad_norm or math.inf)
+                norm = clip(training.trainable, training.optimizer.optimizer, accelerator, settings.max_grad_norm)
         losses.append(result.loss.detach())
         samples.append((result.per_sample, result.timesteps))
     # Accelerate's own `step` looks for a package on the disk whenever it is called; only a loss scaler needs it.

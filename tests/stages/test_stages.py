@@ -27,7 +27,7 @@ from kandinsky_exp.data import sources
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.stages.base import enable_attention
+from kandinsky_exp.stages.attention import enable_attention
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
 from kandinsky_exp.tiny import architecture
@@ -490,6 +490,7 @@ def test_lengths_of_a_compiled_prior_are_few(tiny_folder, features):
     stage.network.register_forward_pre_hook(
         lambda network, positional, named: seen.append(named["encoder_hidden_states"].shape[1]), with_kwargs=True
     )
+    stage.compile(regional=False)
     stage.network.compile(backend="eager")
     mask = features["prior"]["text_mask"]
     for length in (9, 16, 17, 74, 77):
