@@ -42,7 +42,9 @@ PROSE = re.compile(r"mlflow (cannot|is|or)\b|accelerate launch:|mlflow(_|\.)")  
 
 def printed(file: Path) -> Iterator[str]:
     """The commands in a module's texts, docstrings aside, with a hole for what is filled in."""
-    tree = ast.parse(file.read_text("utf-8"))
+    if not re.search(rf"\b({PROGRAMS})\b", text := file.read_text("utf-8")):
+        return
+    tree = ast.parse(text)
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
