@@ -20,6 +20,7 @@ from kandinsky_exp.config.verb_schemas import Train
 from kandinsky_exp.data import checks, source_facts, sources
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
+from kandinsky_exp.data.sampler import Order
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import ConfigError, UserError, first_line
 from kandinsky_exp.models import adapters, compatibility
@@ -245,8 +246,10 @@ def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device:
     return made
 
 
-def read_settings(cfg: DictConfig, made: DiffusionStage, device: torch.device, by_row: bool = False) -> ReadSettings:
-    """How the data set of a run becomes batches; for `by_row` see there."""
+def read_settings(
+    cfg: DictConfig, made: DiffusionStage, device: torch.device, by_row: bool = False, order: Order | None = None
+) -> ReadSettings:
+    """How the data set of a run becomes batches; for `by_row` and `order` see there."""
     return ReadSettings(
         cache=cache_folder(cfg),
         cached=cfg.data.cache,
@@ -258,6 +261,7 @@ def read_settings(cfg: DictConfig, made: DiffusionStage, device: torch.device, b
         grad_accumulation=cfg.trainer.grad_accumulation,
         by_row=by_row,
         by_length=cfg.trainer.group_by_length,
+        order=order,
     )
 
 

@@ -13,7 +13,7 @@ from kandinsky_exp.config import validation
 from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
 from kandinsky_exp.memory import savings
 from kandinsky_exp.preflight import OpenRun, is_finished, open_run
-from kandinsky_exp.runs import forking, run_folder
+from kandinsky_exp.runs import forking, resuming, run_folder
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.sweeps import optuna_study
 from kandinsky_exp.system import distributed, logs
@@ -65,7 +65,8 @@ def load(opened: OpenRun) -> tuple[DiffusionStage, Readers]:
     drawn = distributed.on_main_process(lambda: class_images.complete(wanted, weights, how, accelerator.device))
     set_seed(cfg.seed)
     stage = build.bare_stage(cfg, weights)
-    settings = build.read_settings(cfg, stage, accelerator.device, by_row=opened.space.record.split is None)
+    by_row, order = opened.space.record.split is None, resuming.order_of_visits(opened.space)
+    settings = build.read_settings(cfg, stage, accelerator.device, by_row, order)
     splits = replace(opened.splits, class_images=drawn)
     data = open_readers(splits, stage, settings, accelerator, logger.info)
     if settings.cached:  # what draws images takes what it needs by itself
@@ -100,6 +101,7 @@ def set_up(opened: OpenRun, tracker: Tracker, stage: DiffusionStage, data: Reade
         run_settings.loop_settings(cfg, steps, accelerator),
         keep=cfg.checkpoint.keep,
         behind=cfg.checkpoint.behind,
+        order=data.train.order,
         judge=optuna_study.judge(cfg, steps),
     )
     if space.start is not None:

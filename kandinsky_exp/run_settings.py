@@ -77,6 +77,5 @@ def loop_settings(cfg: DictConfig, steps: int, device: Accelerator) -> LoopSetti
         validate_every=cfg.validation.every,
         checkpoint_every=cfg.checkpoint.every,
         total_batch=total_batch(cfg, device.num_processes),
-        by_length=cfg.trainer.group_by_length,
         progress=device.is_main_process and sys.stderr.isatty(),
     )

@@ -1,25 +1,37 @@
 """The order of visits: every position of one endless global stream is a pure function of the seed.
 
 A run, whatever its number of processes, workers, and interruptions, walks the stream p = 0, 1, 2, … Position p visits
-row `order(seed, p // N)[p % N]`, so that every epoch shows each of the N rows once. Groups and lengths change which
-visits an optimizer step takes, never which an epoch has.
+row `order(seed, p // N)[p % N]`, so that every epoch shows each of the N rows once. From `MANY` rows on it is a
+permutation that needs no array of them (`feistel`), but for runs that began with the other. Groups and lengths change
+which visits an optimizer step takes, never which an epoch has.
 """
 
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
 from itertools import count
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kandinsky_exp.data.feistel import FeistelPermutation
+
 Visit = tuple[int, int]  # (index, epoch)
+Order = Literal["permutation", "feistel"]
+MANY = 10_000_000  # rows
+BLOCK = 1 << 16  # visits
 WINDOW = 64  # optimizer steps whose visits are sorted by length
 
 
 def order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
     """The permutation of `range(rows)` that an epoch visits, (rows,)."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def order_of(rows: int) -> Order:
+    """By which a new run visits so many rows."""
+    return "permutation" if rows < MANY else "feistel"
 
 
 def choose_caption(seed: int, epoch: int, index: int, count: int) -> int:
@@ -45,6 +57,7 @@ class StreamBatchSampler:
         total_steps: optimizer steps of the whole run.
         groups: (rows,) numbers; all rows of an optimizer step, on all processes, have the same one. Visits keep the
             order of the stream within their group, and a step comes when its group has filled it. None = one group.
+        order: None = as the number of rows has it.
         length: of what a visit shows. The visits of some steps that follow each other are divided into as many anew,
             each of visits of similar length, in random order. After every epoch the visits are those that were to come.
             Not with groups.
@@ -62,6 +75,7 @@ class StreamBatchSampler:
         num_processes: int = 1,
         rank: int = 0,
         groups: NDArray[np.int64] | None = None,
+        order: Order | None = None,
         length: Callable[[Visit], int] | None = None,
     ) -> None:
         if groups is not None and length is not None:
@@ -71,8 +85,8 @@ class StreamBatchSampler:
         self.rows, self.seed, self.rank = rows, seed, rank
         self.steps = range(start_step, total_steps)
         self.batch_size, self.grad_accumulation, self.num_processes = batch_size, grad_accumulation, num_processes
-        self.groups = np.zeros(rows, np.int64) if groups is None else groups
-        self.length = length
+        self.groups, self.length, self.order = groups, length, order or order_of(rows)
+        self._epoch: tuple[int, Callable[[NDArray[np.int64]], NDArray[np.int64]]] | None = None
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -113,25 +127,58 @@ class StreamBatchSampler:
 
     def _steps(self, per_step: int, steps: range) -> Iterator[list[Visit]]:
         """The visits of these optimizer steps over all processes, in the order of the stream."""
-        first, done, waiting = self._state_before(per_step, steps.start)
+        if self.groups is not None:
+            yield from self._in_groups(self.groups, per_step, steps)
+            return
+        for step in steps:
+            yield self._visits(step * per_step, (step + 1) * per_step)
+
+    def _visits(self, start: int, stop: int) -> list[Visit]:
+        """Those at these positions of the stream."""
+        found: list[Visit] = []
+        while start < stop:
+            epoch, place = divmod(start, self.rows)
+            until = min(stop - start, self.rows - place)
+            rows = self._permutation(epoch)(np.arange(place, place + until))
+            found += [(row, epoch) for row in rows.tolist()]
+            start += until
+        return found
+
+    def _walk(self, epoch: int, backwards: bool = False) -> Iterator[Visit]:
+        """All visits of an epoch, a block of them at a time."""
+        end = (epoch + 1) * self.rows
+        starts = range(epoch * self.rows, end, BLOCK)
+        for start in reversed(starts) if backwards else starts:
+            visits = self._visits(start, min(start + BLOCK, end))
+            yield from reversed(visits) if backwards else visits
+
+    def _permutation(self, epoch: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+        """What an epoch shows at a place."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            found = FeistelPermutation(self.rows, self.seed, epoch) if self.order == "feistel" else None
+            self._epoch = epoch, found or order(self.seed, epoch, self.rows).__getitem__
+        return self._epoch[1]
+
+    def _in_groups(self, groups: NDArray[np.int64], per_step: int, steps: range) -> Iterator[list[Visit]]:
+        first, done, waiting = self._state_before(groups, per_step, steps.start)
         for epoch in count(first):
-            for row in map(int, order(self.seed, epoch, self.rows)):
+            for visit in self._walk(epoch):
                 if done == steps.stop:
                     return
-                queue = waiting[self.groups[row]]
-                queue.append((row, epoch))
+                queue = waiting[groups[visit[0]]]
+                queue.append(visit)
                 if len(queue) == per_step:
                     if done in steps:
                         yield list(queue)
                     done += 1
                     queue.clear()
 
-    def _state_before(self, per_step: int, start: int) -> tuple[int, int, list[list[Visit]]]:
+    def _state_before(self, groups: NDArray[np.int64], per_step: int, start: int) -> tuple[int, int, list[list[Visit]]]:
         """(epoch, steps done before it, visits that wait in each group) of the last epoch that begins before the start.
 
         Epochs fill as many steps as they have room for, whatever their order: nothing before has to be walked.
         """
-        sizes = np.bincount(self.groups)
+        sizes = np.bincount(groups)
         epoch = start * per_step // self.rows + 1
         while epoch and int((epoch * sizes // per_step).sum()) > start:
             epoch -= 1
@@ -140,10 +187,10 @@ class StreamBatchSampler:
         earlier = epoch
         while missing.any():
             earlier -= 1
-            for row in map(int, order(self.seed, earlier, self.rows)[::-1]):
-                if missing[group := self.groups[row]]:
+            for visit in self._walk(earlier, backwards=True):
+                if missing[group := groups[visit[0]]]:
                     missing[group] -= 1
-                    waiting[group].insert(0, (row, earlier))
+                    waiting[group].insert(0, visit)
         return epoch, int((epoch * sizes // per_step).sum()), waiting
 
 

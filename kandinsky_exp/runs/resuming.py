@@ -122,6 +122,13 @@ def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
     space.notes += _notes(different, state["processes"], facts.processes)
 
 
+def order_of_visits(space: RunFolder) -> Any:
+    """By which a run that goes on visits its rows; None where it begins. An earlier version had one order only."""
+    if space.start is None or space.is_fork:
+        return None
+    return integrity.read_state(space.start).get("order", "permutation")
+
+
 def is_of_old_rules(space: RunFolder, rules: int) -> bool:
     """Whether a run began when pictures were read by other rules."""
     return space.is_resumed and space.start is not None and space.record.rules != rules

@@ -21,6 +21,7 @@ class Callbacks:
     Args:
         keep: how many checkpoints stay, besides the best one.
         behind: write them in a thread while training goes on.
+        order: of the visits, for `state.json`.
         judge: whether to give the run up, by a step and its validation loss.
     """
 
@@ -32,9 +33,11 @@ class Callbacks:
         *,
         keep: int,
         behind: bool,
+        order: dict[str, Any],
         judge: Callable[[int, float], bool] | None = None,
     ) -> None:
         self.space, self.validator, self.settings, self.judge = space, validator, settings, judge
+        self.order = order
         self.training, self.accelerator, self.tracker = validator.training, validator.accelerator, validator.tracker
         self.writer = CheckpointWriter(space.checkpoints, keep, behind, self.recorded)
         self.settled = self.writer.settled
@@ -81,7 +84,7 @@ class Callbacks:
                 validated=validated,
                 validation_loss=self.validator.loss if validated else None,
                 total_batch=self.settings.total_batch,
-                order="permutation by length" if self.settings.by_length else "permutation",
+                order=self.order,
             )
         )
 

@@ -87,7 +87,7 @@ def snapshot(
     validated: bool,
     validation_loss: float | None,
     total_batch: int,
-    order: str,
+    order: dict[str, Any],
 ) -> Snapshot:
     """The state at this step, not copied yet.
 
@@ -95,7 +95,7 @@ def snapshot(
         validated: whether this very step was validated, with or without a loss.
         validation_loss: the fixed-noise loss at this very step, None where it was not measured.
         total_batch: samples per optimizer step, over all processes.
-        order: of the visits, see `sampler`.
+        order: of the visits, for `state.json`.
 
     Raises:
         RunFailure: its tensors would not have the names of the bare network.
@@ -107,7 +107,7 @@ def snapshot(
         weight_files.refuse_other_names(networks[part].tensors, bare.tensors, f"the checkpoint of step {training.step}")
     state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
     state["optimizer"] = type(ema.bare(training.optimizer)).__name__
-    state |= {"total_batch": total_batch, "processes": accelerator.num_processes, "order": order}
+    state |= {"total_batch": total_batch, "processes": accelerator.num_processes, **order}
     if (averages := ema.averages(training)) is not None:
         names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         networks[f"{part}_ema"] = training.stage.snapshot(network, dict(zip(names, averages, strict=True)))

@@ -16,7 +16,7 @@ from kandinsky_exp.data.encoded.workers import collate, from_workers
 from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.features import CachedFeatures, Paired, VisitedRows, without_padding
 from kandinsky_exp.data.prefetch import changed, prefetch
-from kandinsky_exp.data.sampler import PairedBatchSampler, StreamBatchSampler, Visit
+from kandinsky_exp.data.sampler import Order, PairedBatchSampler, StreamBatchSampler, Visit, order_of
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.training.seeding import derive_seed
 
@@ -31,6 +31,7 @@ class ReadSettings:
         fraction: held-out part of a set that has no validation split.
         by_row: hold out rows, also where others show the same picture: what runs did once, and go on with.
         by_length: each optimizer step sees captions of similar length.
+        order: of the visits of a run that goes on; None = as the number of rows has it.
         workers: processes that read images when nothing is cached.
         batch_size: per process.
     """
@@ -45,6 +46,7 @@ class ReadSettings:
     grad_accumulation: int = 1
     by_row: bool = False
     by_length: bool = False
+    order: Order | None = None
 
 
 @dataclass
@@ -77,6 +79,12 @@ class FeatureReader:
     def _visited(self) -> VisitedRows | Paired:
         paired = self.class_images
         return self.dataset if paired is None else Paired(self.dataset, paired.dataset, self.class_weight)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """The order of visits, for `state.json`."""
+        name = self.settings.order or order_of(len(self))
+        return {"order": name, "group_by_length": self.settings.by_length}
 
     def rows(self, indices: list[int]) -> Features:
         """These rows, as validation sees them; they have to be of one shape."""
@@ -120,11 +128,11 @@ class FeatureReader:
             yield from map(self._encoded, ahead) if with_step else ahead
 
     def _sorting(self) -> dict[str, Any]:
-        """Which visits an optimizer step may take together."""
+        """In which order rows are visited, and which visits an optimizer step may take together."""
         if self.settings.by_length:
             assert isinstance(self.dataset, CachedFeatures)  # nosec B101 # as the config was checked
-            return {"length": self.dataset.tokens}
-        return {"groups": self.dataset.groups()}
+            return {"order": self.settings.order, "length": self.dataset.tokens}
+        return {"order": self.settings.order, "groups": self.dataset.groups()}
 
     def _read(self, sampler: Iterable[list[Visit]]) -> Generator[Features]:
         dataset = self._visited()

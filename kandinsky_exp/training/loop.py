@@ -65,11 +65,7 @@ class Training:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how often, in optimizer steps; `total_batch` is samples per step over all processes.
-
-    Args:
-        by_length: whether visits are ordered by the length of their captions.
-    """
+    """How long and how often, in optimizer steps; `total_batch` is samples per step over all processes."""
 
     max_steps: int
     grad_accumulation: int
@@ -79,7 +75,6 @@ class LoopSettings:
     checkpoint_every: int
     total_batch: int
     progress: bool
-    by_length: bool = False
 
 
 class Callbacks(Protocol):

@@ -1,12 +1,15 @@
 """The order of visits: complete epochs, equal whatever the division into processes, exact after a resume."""
 
 import time
+import tracemalloc
+from collections import Counter
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from kandinsky_exp.data.sampler import StreamBatchSampler, choose_caption, order
+from kandinsky_exp.data.feistel import FeistelPermutation
+from kandinsky_exp.data.sampler import StreamBatchSampler, choose_caption, order, order_of
 
 
 def flat(sampler):
@@ -153,3 +156,54 @@ def test_by_length_processes_and_accumulation_divide_the_same_steps():
 def test_rows_are_ordered_by_groups_or_by_length():
     with pytest.raises(ValueError, match="by groups or by length"):
         StreamBatchSampler(4, 0, batch_size=1, total_steps=1, groups=np.zeros(4, np.int64), length=len)
+
+
+# ---- a permutation that is computed
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_it_is_a_permutation(rows):
+    first, other = (FeistelPermutation(rows, 3, epoch)(np.arange(rows)) for epoch in range(2))
+    assert sorted(first.tolist()) == sorted(other.tolist()) == list(range(rows))
+    assert rows < 17 or not np.array_equal(first, other)
+    assert np.array_equal(FeistelPermutation(rows, 3, 0)(np.arange(rows)[rows // 2 :]), first[rows // 2 :])
+
+
+def test_it_does_not_drift_with_library_versions():
+    assert FeistelPermutation(1000, 0, 0)(np.arange(8)).tolist() == [78, 469, 91, 110, 454, 346, 934, 45]
+
+
+def test_it_looks_random():
+    """Neither is a place like its row, nor a row like the next one."""
+    rows = FeistelPermutation(100_000, 0, 0)(np.arange(100_000)).astype(float)
+    assert abs(np.corrcoef(rows, np.arange(100_000))[0, 1]) < 0.015
+    assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.015
+    counts = np.histogram2d(np.arange(100_000), rows, bins=20)[0]
+    assert ((counts - 250) ** 2 / 250).sum() == pytest.approx(19 * 19, abs=4 * (2 * 19 * 19) ** 0.5)  # chi squared
+
+
+def test_large_sets_need_no_array_of_their_rows():
+    rows = 100_000_000
+    assert (order_of(9_999_999), order_of(10_000_000)) == ("permutation", "feistel")
+    tracemalloc.start()
+    sampler = StreamBatchSampler(rows, 0, batch_size=64, start_step=2_345_678, total_steps=2_345_778)
+    visits = flat(sampler)
+    assert tracemalloc.get_traced_memory()[1] < 4e6
+    tracemalloc.stop()
+    position = 2_345_678 * 64
+    expected = FeistelPermutation(rows, 0, position // rows)(np.arange(position % rows, position % rows + 6400))
+    assert [row for row, _ in visits] == expected.tolist()
+    assert {epoch for _, epoch in visits} == {1}
+
+
+@pytest.mark.parametrize("groups", [None, np.arange(100) % 3])
+def test_orders_show_every_row_once_an_epoch_and_go_on(groups):
+    shape = {"batch_size": 4, "total_steps": 75, "groups": groups}
+    for name in ("permutation", "feistel"):
+        whole = list(StreamBatchSampler(100, 0, **shape, order=name))
+        shown = Counter(row for batch in whole for row, _ in batch)
+        for group in range(1 if groups is None else 3):
+            times = [shown[row] for row in range(100) if groups is None or groups[row] == group]
+            assert max(times) - min(times) <= (0 if groups is None else 1)
+        for start in (1, 24, 25, 26, 60):
+            assert list(StreamBatchSampler(100, 0, **shape, order=name, start_step=start)) == whole[start:]

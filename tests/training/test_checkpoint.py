@@ -50,7 +50,7 @@ def trained(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
 
 def snapshot(training: Any, accelerator: Any) -> checkpoint.Snapshot:
     return checkpoint.snapshot(
-        training, accelerator, validated=True, validation_loss=0.5, total_batch=4, order="permutation"
+        training, accelerator, validated=True, validation_loss=0.5, total_batch=4, order={"order": "permutation"}
     )
 
 

@@ -141,7 +141,7 @@ def built(tiny_folder: Path, tmp_path: Path) -> Iterator[Any]:
 
 def state_of(training: Any, accelerator: Any) -> Any:
     made = checkpoint.snapshot(
-        training, accelerator, validated=False, validation_loss=None, total_batch=1, order="permutation"
+        training, accelerator, validated=False, validation_loss=None, total_batch=1, order={"order": "permutation"}
     ).on_host()
     return made, recursively_apply(
         as_bytes, [{name: files.tensors for name, files in made.networks.items()}, made.tensors]
