@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     os.environ.update(launch_environment.adopted(os.environ))
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    before = HydraConfig.instance().cfg
     try:
         if arguments == ["--version"]:
             print(f"kandinsky-exp {version('kandinsky-exp')}")
@@ -140,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
             _run(command_line.parse(verb, [_plain(text, VERBS[verb]) for text in rest], VERBS), verbose)
     except (Exception, KeyboardInterrupt, Interrupted) as error:
         sys.exit(_report(error, verbose))
+    finally:
+        HydraConfig.instance().cfg = before  # who calls `run` next in this process is no job of this command
 
 
 def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@
 2  20 s   steps that wait for the device are errors; prefetched batches are those on the disk
 3  10 s   the prior's attention: which kernel takes it, and its time by mask and length
 4  120 s  true size: prior batch 64, decoder 512 px batch 8, 768 px batch 4; with `--reference` the scripts too
-5  60 s   the decoder's step: memory format, GroupNorm in bf16, cudnn.benchmark, clipping folded into AdamW
+5  60 s   the decoder's step: memory format, GroupNorm in bf16, cudnn.benchmark
 6  150 s  compiled prior, then compiled decoder
 7  60 s   planned memory and measured; MoVQ decoding; the stall of a checkpoint; the message for want of memory
 8  90 s   8-bit AdamW with resume, int8 and nf4 bases, xFormers
@@ -206,7 +206,6 @@ def decoder_step(work: Work) -> None:
         what = "channels-last" if channels_last else "contiguous"
         measured(work, row, what, prepare=lambda stage, form=form: ordered(stage, form))
     measured(work, row, "GroupNorm in bf16", prepare=lambda stage: bf16_norms(stage.network))
-    folded_clip(work, row)
     if not work.on_cuda:
         work.note("cudnn.benchmark", problem=NEEDS_CUDA)
         return
@@ -226,27 +225,6 @@ def bf16_norm(self: nn.GroupNorm, value: Tensor) -> Tensor:
         made = value.bfloat16()
         weight, bias = self.weight.to(made.dtype), self.bias.to(made.dtype)
         return F.group_norm(made, self.num_groups, weight, bias, self.eps)
-
-
-def folded_clip(work: Work, row: gpu.Row) -> None:
-    """The norm is taken as ever; fused AdamW divides the gradients by it while it reads them."""
-    name = f"{row.name} folded clip"
-    with (
-        work.caught(name),
-        gpu.runner(row, work.plan, lambda stage: None, "trainer.max_grad_norm=null") as (
-            training,
-            step,
-        ),
-    ):
-        optimizer: Any = training.optimizer.optimizer
-
-        def fold(*_: Any) -> None:
-            gradients = [one.grad for one in training.trainable if one.grad is not None]
-            optimizer.grad_scale = torch.nn.utils.get_total_norm(gradients).clamp(min=1.0)
-            optimizer.found_inf = torch.zeros((), device=work.plan.device)
-
-        optimizer.register_step_pre_hook(fold)
-        work.note(name, ms_per_step=1e3 * gpu.timed(step, work.plan), peak_gb=gpu.peak_gb(work.plan.device))
 
 
 def compiled(work: Work) -> None:

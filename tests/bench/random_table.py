@@ -37,8 +37,11 @@ def batch(stage: str, architecture: Path, resolution: int, size: int) -> Feature
 
 
 def null(stage: str, architecture: Path) -> Features:
-    """What stands for «no condition»: of the right shapes."""
+    """What stands for «no condition»: of the right shapes, the caption padded."""
     found = batch(stage, architecture, 8, 1)
+    if stage == "prior":
+        found["text_states"] = torch.zeros(1, LENGTH, found["text_states"].shape[2])
+        found["text_mask"] = torch.arange(LENGTH)[None] < 2
     return {name: value for name, value in found.items() if (name == "image_embeds") == (stage == "decoder")}
 
 

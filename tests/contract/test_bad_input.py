@@ -384,7 +384,7 @@ TABLE["contradictions"] = [
         data(None),
     ),
     Bad(["plan", "precision=fp16", *EMOJI], "or fp32; device_memory=24 plans for a GPU of 24 GB elsewhere"),
-    Bad([*PRIOR, "trainer.attention=xformers"], "trainer.attention: xformers cannot take the prior's mask"),
+    Bad([*PRIOR, "trainer.attention=xformers"], "trainer.attention: the prior has causal attention, for which"),
     Bad(["precision.frozen_dtype=float16", *EMOJI], "half precision needs mixed precision; take precision=bf16"),
     Bad(["data.cache=false", "data.buckets=true", *EMOJI], "data.buckets: the sizes of all images are known once"),
     Bad(["data.buckets=true", "data.resolution=72", *EMOJI], "has to be a multiple of 64 with it, not 72"),

@@ -228,7 +228,6 @@ def test_parts_of_the_first_minutes_note_what_they_find(tmp_path: Path) -> None:
     gpu_first.attention(work)
     gpu_first.waits(work)
     gpu_first.planned(work, work.row("prior"))
-    gpu_first.folded_clip(work, work.row("prior"))
     gpu_first.measured(work, work.row("decoder"), "norms", prepare=lambda stage: gpu_first.bf16_norms(stage.network))
     with work.caught("mine"):
         raise ValueError("of mine")
@@ -236,7 +235,6 @@ def test_parts_of_the_first_minutes_note_what_they_find(tmp_path: Path) -> None:
     assert found["prior-cached: no wait for the device"] == {"problem": gpu_first.NEEDS_CUDA}
     assert found["prefetched batches"] == {"batches": 20, "wrong": 0}
     assert found["prior-b2-cached: planned memory"]["planned_gb"] > 0.1
-    assert found["prior-b2-cached folded clip"]["ms_per_step"] > 0
     assert "problem" not in found["decoder-64px-b2-cached norms"]
     assert found["mine"] == {"problem": "ValueError: of mine"}
 

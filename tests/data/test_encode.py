@@ -57,8 +57,10 @@ CHUNK = 32  # images between commits, in place of 256
 
 
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch):
-    monkeypatch.setattr(encode_loop, "CHUNK", CHUNK)
+def short_chunks():
+    whole, encode_loop.CHUNK = encode_loop.CHUNK, CHUNK
+    yield
+    encode_loop.CHUNK = whole
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -483,6 +483,7 @@ def test_the_prior_trains_alike_with_and_without_padding(tiny_folder, features, 
             torch.testing.assert_close(other[key], gradient, rtol=1e-4, atol=float(1e-6 * largest))
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_lengths_of_a_compiled_prior_are_few(tiny_folder, features):
     stage = make("prior", tiny_folder)
     stage.set_attention("sdpa")

@@ -102,7 +102,7 @@ def test_a_step_and_its_checkpoint_need_no_data(
     torch.nn.utils.clip_grad_norm_(trainable, 1.0)
     optimizer.step()
     training.ema.step(trainable)
-    found = checkpoint.snapshot(training, accelerator, validated=False, validation_loss=None, total_batch=1)
+    found = checkpoint.snapshot(training, accelerator, validated=False, validation_loss=None, total_batch=1, order={})
     assert loss.loss.device == loss.per_sample.device == loss.timesteps.device == META
     assert set(found.networks) == {stage.part, f"{stage.part}_ema"}
     assert found.size() > 4 * sum(value.nbytes for value in trainable) * 0.99  # weights, average, two moments

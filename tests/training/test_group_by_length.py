@@ -5,48 +5,51 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import composed, network, problems_of, same, stopped_at, train
+from running import composed, network, prepare, problems_of, same, stopped_at, train
 
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.run import run
+from kandinsky_exp.stages.base import Features, StageLoss
 from kandinsky_exp.stages.prior import PriorStage
 
 GROUPED = ["model=prior", "trainer.group_by_length=true", "trainer.max_steps=6", "trainer.log_every=1", "tracker=none"]
 
 
-@pytest.fixture
-def lengths(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Of the captions of each batch that trains."""
-    seen: list[list[int]] = []
-    loss = PriorStage.loss
+SEEN: list[list[int]] = []  # lengths of the captions of each batch that trained
 
-    def noted(self: Any, network: Any, features: Any, *more: Any) -> Any:
+
+class Noting(PriorStage):
+    """The prior, which notes what it trains on."""
+
+    def loss(self, network: Any, features: Features, *more: Any) -> StageLoss:
         if network.training:
-            seen.append(features["text_mask"].sum(1).tolist())
-            assert features["text_states"].shape[1] == max(seen[-1])
-        return loss(self, network, features, *more)
-
-    monkeypatch.setattr(PriorStage, "loss", noted)
-    return seen
+            SEEN.append(features["text_mask"].sum(1).tolist())
+            assert features["text_states"].shape[1] == max(SEEN[-1])
+        return super().loss(network, features, *more)
 
 
-def spread(seen: list[list[int]]) -> float:
-    return sum(max(step) - min(step) for step in seen) / len(seen)
+def seen(root: Path, *overrides: str) -> list[list[int]]:
+    SEEN.clear()
+    stage = ["model._target_=test_group_by_length.Noting"]
+    prepare(root, overrides, encoded=True)
+    run(composed(root, *GROUPED, *stage, *overrides), ["test_group_by_length"])
+    return [*SEEN]
 
 
-def test_a_step_has_captions_of_similar_length_and_a_stopped_run_ends_the_same(
-    tmp_path: Path, lengths: list[list[int]]
-) -> None:
-    train(tmp_path, "name=plain", *GROUPED, "trainer.group_by_length=false")
-    plain, lengths[:] = [*lengths], []
-    train(tmp_path, "name=whole", *GROUPED)
-    whole, lengths[:] = [*lengths], []
+def spread(steps: list[list[int]]) -> float:
+    return sum(max(step) - min(step) for step in steps) / len(steps)
+
+
+def test_a_step_has_captions_of_similar_length_and_a_stopped_run_ends_the_same(tmp_path: Path) -> None:
+    plain = seen(tmp_path, "name=plain", "trainer.group_by_length=false")
+    whole = seen(tmp_path, "name=whole")
     assert spread(whole) < 0.6 * spread(plain)
-    epochs = [sorted(length for step in seen[:3] for length in step) for seen in (plain, whole)]  # 12 rows
+    epochs = [sorted(length for step in some[:3] for length in step) for some in (plain, whole)]  # 12 rows
     assert epochs[0] == epochs[1]
     with stopped_at("step 4 of"):
-        train(tmp_path, "name=part", *GROUPED)
-    train(tmp_path, "name=part", *GROUPED)
-    assert lengths == whole
+        seen(tmp_path, "name=part")
+    first = [*SEEN]
+    assert first + seen(tmp_path, "name=part") == whole
     assert same(*(network(tmp_path / name / "pipeline" / "prior") for name in ("whole", "part")))
     for name, grouped in (("plain", False), ("whole", True)):
         state = json.loads((max((tmp_path / name / "checkpoints").iterdir()) / "state.json").read_text())
