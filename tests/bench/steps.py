@@ -1,5 +1,6 @@
 """Items 1 and 2, the warm step: a real run from cached features against the bare step, in one process by turns."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,15 @@ import turns
 
 
 def runner(
-    stage: str, pipelines: str, pictures: str, root: str, batch: int, resolution: int, blocks: int, block: int
+    stage: str,
+    pipelines: str,
+    pictures: str,
+    root: str,
+    batch: int,
+    resolution: int,
+    blocks: int,
+    block: int,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Seconds of our step and of the bare one: `run(cfg)` with its defaults, MLflow and log points included.
 
@@ -20,8 +29,8 @@ def runner(
     measured = turns.Turns(BareStep(stage, pipelines, pictures, batch, resolution), block, block // 2)
     turns.hook(measured)
     steps = turns.steps_for(blocks, block, block // 2) + 1  # the last one, which checkpoints, is in no block
-    overrides = overrides_for(stage, pipelines, pictures, batch, resolution)
-    overrides = [*overrides, f"trainer.max_steps={steps}", f"output_root={root}", "name=steps"]
+    settings = [*overrides_for(stage, pipelines, pictures, batch, resolution), *overrides]
+    overrides = [*settings, f"trainer.max_steps={steps}", f"output_root={root}", "name=steps"]
     doors.train(doors.compose(overrides))
     return measured.summary()
 

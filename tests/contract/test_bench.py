@@ -280,7 +280,9 @@ def test_the_program_writes_its_table(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(BENCH / "run.py"), *flags], check=False, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text("utf-8"))
-    assert [result["what"] for result in found["results"]] == ["prior: our step / bare step"]
+    assert [result["what"] for result in found["results"]] == [
+        f"prior, batch {batch}: our step / bare step" for batch in (4, 16)
+    ]
     assert done.returncode == (0 if all(result["ok"] for result in found["results"]) else 1)
-    assert "1     prior: our step / bare step" in done.stdout
+    assert "1     prior, batch 4: our step / bare step" in done.stdout
     assert str(tmp_path) not in (tmp_path / "out.json").read_text("utf-8")
