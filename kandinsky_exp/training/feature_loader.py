@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from kandinsky_exp.data import sources, tally
 from kandinsky_exp.data.checks import find_bad
-from kandinsky_exp.data.encoded.cache import cache_key, encode_table
+from kandinsky_exp.data.encoded.cache import encode_table, table_folder
 from kandinsky_exp.data.encoded.layout import command
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.examples import Indexed, Source
@@ -115,7 +115,7 @@ class _Opener:
         """The source's fingerprint and the folder of its table, which is encoded if it is not there yet."""
         stage, how = self.stage, self.settings.how
         fingerprint = source.fingerprint(self.digests)
-        folder = self.settings.cache / cache_key(fingerprint, self.encoders, stage.preprocess, how)
+        folder = table_folder(self.settings.cache, fingerprint, self.encoders, stage.preprocess, how, self.log)
         encoders = stage.weights.on_device(stage.encoders, self.accelerator.device)
         about = {"stage": stage.name, "source": source.name}
         encode_table(source, stage, folder, how, self.log, encoders=encoders, about=about)

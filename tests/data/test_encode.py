@@ -28,9 +28,10 @@ from torch.utils.data import Dataset
 from kandinsky_exp import cli
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
-from kandinsky_exp.data.encoded import catalog, encode_loop
+from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.chunk import BatchFiller
-from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS, removal
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS, part_folder, removal
+from kandinsky_exp.data.encoded.parts import CHUNK
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import Loader, from_workers
 from kandinsky_exp.data.examples import Example, Indexed
@@ -54,7 +55,8 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (IMAGES, CAPTIONS)}
+    """All that its parts hold."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("*/*.arrow")}
 
 
 # ---- going on
@@ -74,26 +76,26 @@ class Stopping(PriorEncoders):
 
 
 def test_an_interrupted_encoding_goes_on_where_it_stopped(prior, tmp_path):
-    rows = encode_loop.CHUNK + 12
+    rows = CHUNK + 12
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     whole = encode(source, prior, tmp_path / "whole", batch_size=8)
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(CHUNK), tmp_path / "parts", batch_size=8)
     torch.manual_seed(0)
     second, said = PriorEncoders(), []
     parts = encode(source, second, tmp_path / "parts", batch_size=8, log=said.append)
     assert second.images == 12
-    assert f"encoding 12 images, after {encode_loop.CHUNK} that are there already" in said[0]
+    assert f"encoding 12 images, after {CHUNK} that are there already" in said[0]
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
     assert parts.meta == {**whole.meta}
 
 
 def test_another_batch_size_begins_anew(prior, tmp_path):
-    rows = encode_loop.CHUNK + 4
+    rows = CHUNK + 4
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(CHUNK), tmp_path / "parts", batch_size=8)
     stage, said = PriorEncoders(), []
     encode(source, stage, tmp_path / "parts", batch_size=4, log=said.append)
     assert stage.images == rows
@@ -101,11 +103,11 @@ def test_another_batch_size_begins_anew(prior, tmp_path):
 
 
 def test_a_batch_size_that_nobody_chose_is_that_of_the_first_process(prior, tmp_path):
-    rows = encode_loop.CHUNK + 4
+    rows = CHUNK + 4
     source = sources.folder(write_pictures(tmp_path / "many", [(16, 16)] * rows)).train
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encode_loop.CHUNK), tmp_path / "parts", batch_size=8)
+        encode(source, Stopping(CHUNK), tmp_path / "parts", batch_size=8)
     torch.manual_seed(0)
     stage = PriorEncoders()
     table = encode(source, stage, tmp_path / "parts", batch_size=64, fixed_batch=False)
@@ -122,16 +124,16 @@ def encode_in_a_group(source: Path, target: Path) -> None:
 
 
 def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, tmp_path):
-    source = write_pictures(tmp_path / "many", [(16, 16)] * (2 * encode_loop.CHUNK + 20))
+    source = write_pictures(tmp_path / "many", [(16, 16)] * (2 * CHUNK + 20))
     target, partial = tmp_path / "cache" / "key", tmp_path / "cache" / "key.partial"
     process = Forked(encode_in_a_group, source, target)
-    process.wait_until((partial / "progress.json").is_file)
+    process.wait_until((part_folder(partial, 0)).is_dir)
     os.killpg(process.pid, signal.SIGKILL)
     process.finish()
     assert not target.exists()
     second = PriorEncoders()
     encode(sources.folder(source).train, second, target, batch_size=8)
-    assert second.images <= encode_loop.CHUNK + 20
+    assert second.images <= CHUNK + 20
     encode(sources.folder(source).train, prior, tmp_path / "whole", batch_size=8)
     assert content(target) == content(tmp_path / "whole")
 
@@ -143,9 +145,10 @@ def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, 
 def test_a_flipped_bit_is_an_error_never_a_wrong_batch(prior, tmp_path, file):
     source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * 40)).train
     folder = encode(source, prior, tmp_path / "0123abcd").folder
-    good, whole, damaged = everything(folder), (folder / file).read_bytes(), 0
+    file = part_folder(folder, 0) / file
+    good, whole, damaged = everything(folder), file.read_bytes(), 0
     for offset in range(3, len(whole), len(whole) // 60):
-        (folder / file).write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
+        file.write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
         try:
             assert everything(folder) == good  # padding and other bytes without meaning
         except (DataError, OSError, ValueError, KeyError) as error:  # all but the first: the table is made again
@@ -188,6 +191,7 @@ def test_a_damaged_table_is_removed_only_by_who_may_make_it_again(prior, tmp_pat
     assert (tmp_path / "key" / META).exists()
     assert catalog.open_table(tmp_path / "key", print, mend=True) is None
     assert not (tmp_path / "key").exists()
+    assert part_folder(tmp_path / "key.partial", 0).exists()
 
 
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path):
@@ -370,9 +374,9 @@ def test_encoders_without_memory_ask_for_smaller_batches(tmp_path, size, cure):
 
 
 def test_it_is_announced_once_also_with_batches_as_large_as_a_chunk(prior, tmp_path):
-    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * (encode_loop.CHUNK * 2 + 1))).train
+    source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * (CHUNK * 2 + 1))).train
     said = []
-    encode(source, prior, tmp_path / "key", batch_size=encode_loop.CHUNK, log=said.append)
+    encode(source, prior, tmp_path / "key", batch_size=CHUNK, log=said.append)
     assert [text.split()[0] for text in said] == ["encoding", "encoded"]
 
 
@@ -446,11 +450,11 @@ def test_a_table_with_gaps_is_refused_where_gaps_are_errors(prior, tmp_path):
 
 
 def test_a_part_with_gaps_is_refused_at_once_where_gaps_are_errors(tmp_path):
-    folder = write_pictures(tmp_path / "set", [(16, 16)] * (encode_loop.CHUNK + 4))
+    folder = write_pictures(tmp_path / "set", [(16, 16)] * (CHUNK + 4))
     (folder / "1.png").write_text("no picture")
     source = sources.folder(folder).train
     with pytest.raises(KeyboardInterrupt):
-        encode(source, Stopping(encode_loop.CHUNK - 1), tmp_path / "key", batch_size=8, skip_bad=True)
+        encode(source, Stopping(CHUNK - 1), tmp_path / "key", batch_size=8, skip_bad=True)
     stage = PriorEncoders()
     with pytest.raises(DataError, match=r"image 1\.png(.|\n)*remove=\[key\]"):
         encode(source, stage, tmp_path / "key", batch_size=8)
@@ -639,7 +643,7 @@ def test_tables_are_listed_and_removed(tmp_path, capsys):
 def test_a_beginning_that_several_tables_have_removes_none(tmp_path, capsys):
     for name in ("t1aa", "t1ab", "t1ab.partial", "t1abc", "t2"):
         (tmp_path / "cache" / name).mkdir(parents=True)
-        file = PROGRESS if name.endswith(".partial") else META
+        file = PROGRESS if name.endswith(".partial") else META  # those in the making are of an earlier version
         (tmp_path / "cache" / name / file).write_text(json.dumps({"images": 3, "stage": "prior", "source": "cats"}))
     before = {entry.name for entry in catalog.entries(tmp_path / "cache")}
     for name, several in (("t", 4), ("t1", 3)):
