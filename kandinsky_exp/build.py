@@ -1,6 +1,7 @@
 """From a validated config to the objects of a run. The only place that calls Hydra's `instantiate`."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
@@ -269,6 +270,7 @@ def encode_settings(cfg: DictConfig, made: DiffusionStage, device: torch.device)
         workers=cfg.data.encode_workers,
         mirrored=cfg.data.flip,
         skip_bad=cfg.data.on_error == "skip",
+        beside=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class Readers:
 def open_readers(
     splits: Splits, stage: DiffusionStage, settings: ReadSettings, accelerator: Accelerator, log: Log
 ) -> Readers:
-    """Training and held-out features. Every process calls this; the main one encodes what is not encoded yet.
+    """Training and held-out features. Every process calls this, and all of them encode what is not encoded yet.
 
     Raises:
         DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
@@ -105,21 +106,32 @@ class _Opener:
         """All usable rows of a source."""
         if not self.settings.cached:
             return self._online(source)
-        fingerprint, folder = distributed.on_main_process(lambda: self._encode(source))
-        table = opened_by_all(folder)
+        fingerprint = self._fingerprint(source)
+        table = self._encoded(source, fingerprint)
         self._tell(source, table.noted, table.skipped, table.meta["truncated"], table.meta.get("cut", []))
         dataset = CachedFeatures(table, self.settings.seed)
         return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, None)
 
-    def _encode(self, source: Source) -> tuple[str, Path]:
-        """The source's fingerprint and the folder of its table, which is encoded if it is not there yet."""
+    def _fingerprint(self, source: Source) -> str:
+        """Of a source that all processes see alike.
+
+        Raises:
+            DataError: they do not; on all.
+        """
+        seen = distributed.everyones(lambda: (version("kandinsky_exp"), source.fingerprint(self.digests)))
+        distributed.on_main_process(lambda: _refuse_difference(source.name, seen))
+        return seen[0][1]
+
+    def _encoded(self, source: Source, fingerprint: str) -> FeatureTable:
+        """The source's table. Each process makes parts of what is not encoded yet; they meet in files alone."""
         stage, how = self.stage, self.settings.how
-        fingerprint = source.fingerprint(self.digests)
-        folder = table_folder(self.settings.cache, fingerprint, self.encoders, stage.preprocess, how, self.log)
+        folder = distributed.on_main_process(
+            lambda: table_folder(self.settings.cache, fingerprint, self.encoders, stage.preprocess, how, self.log)
+        )
         encoders = stage.weights.on_device(stage.encoders, self.accelerator.device)
         about = {"stage": stage.name, "source": source.name}
         encode_table(source, stage, folder, how, self.log, encoders=encoders, about=about)
-        return fingerprint, folder
+        return opened_by_all(folder)
 
     def _online(self, source: Source) -> FeatureReader:
         if not isinstance(source, Indexed):
@@ -172,8 +184,23 @@ class _Opener:
             self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut{named}")
 
 
+def _refuse_difference(name: str, seen: list[tuple[str, str]]) -> None:
+    """Of (version, fingerprint) of each process."""
+    for rank, (release, fingerprint) in enumerate(seen):
+        if release != seen[0][0]:
+            raise DataError(
+                f"process {rank} has version {release} of kandinsky_exp, process 0 has {seen[0][0]}; install the same "
+                "for all"
+            )
+        if fingerprint != seen[0][1]:
+            raise DataError(
+                f"data: process {rank} finds other data in {name} than process 0; all machines have to read the same "
+                "files"
+            )
+
+
 def opened_by_all(folder: Path) -> FeatureTable:
-    """A table that the main process has just opened.
+    """A table that the main process has opened or made.
 
     Raises:
         DataError: another process does not see it; on all of them, so that none waits for one that is gone.

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -12,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import Forked
+from commands import Forked, command, launched
 from encoders import PriorEncoders, as_earlier, captions, encode
 from PIL import Image
+from running import prepare
 
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.encoded import catalog, table
@@ -175,6 +178,58 @@ def test_who_waits_goes_on_when_the_others_are_done(listed, whole, tmp_path):
     other.close()
     assert stage.images == 0
     assert content(target) == content(whole)
+
+
+# ---- several processes of one launcher
+
+
+def encode_verb(root: Path, data: Path, *more: str) -> list[str]:
+    place = ["data=list", f"data.path={data}", "data.resolution=64", f"output_root={root}", "data.encode_batch=8"]
+    return ["encode", "weights=tiny", "model=prior", *place, *more]
+
+
+def test_the_processes_of_a_launcher_share_the_parts(tmp_path):
+    listed = write_set(tmp_path / "set", CHUNK + 12)
+    for name, launch in (("one", [{}]), ("two", launched(2))):
+        prepare(tmp_path / name, [])
+        processes = [Forked(command, encode_verb(tmp_path / name, listed), environment=told) for told in launch]
+        printed = [process.finish() for process in processes]
+        assert [process.code for process in processes] == [0] * len(processes), printed
+    (one,), (two,) = (tmp_path.glob(f"{name}/cache/t*/{META}") for name in ("one", "two"))
+    assert content(one.parent) == content(two.parent)
+    assert f"encoding {CHUNK + 12} images" in printed[0]
+    assert printed[1] == ""
+
+
+def with_version(release: str, folder: Path, arguments: list[str]) -> None:
+    """The command of another version of the package."""
+    facts = folder / f"kandinsky_exp-{release}.dist-info" / "METADATA"
+    facts.parent.mkdir()
+    facts.write_text(f"Metadata-Version: 2.1\nName: kandinsky-exp\nVersion: {release}\n")
+    sys.path.insert(0, str(folder))
+    command(arguments)
+
+
+def test_processes_that_see_different_data_or_have_different_versions_are_refused(listed, tmp_path):
+    prepare(tmp_path, [])
+    few = write_set(tmp_path / "few", 5)
+    calls = {
+        r"error: data: process 1 finds other data in .* than process 0": (command, encode_verb(tmp_path, few)),
+        r"error: process 1 has version 9\.9 of kandinsky_exp, process 0 has 0\.": (
+            with_version,
+            "9.9",
+            tmp_path,
+            encode_verb(tmp_path, listed),
+        ),
+    }
+    for message, call in calls.items():
+        first, second = launched(2)
+        both = [Forked(command, encode_verb(tmp_path, listed), environment=first), Forked(*call, environment=second)]
+        printed = [process.finish() for process in both]
+        assert [process.code for process in both] == [2, 2], printed
+        assert re.search(message, printed[0]), printed
+        assert "error" not in printed[1]
+    assert not list(tmp_path.glob("cache/*.partial"))
 
 
 # ---- captions

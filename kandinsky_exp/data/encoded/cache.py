@@ -45,9 +45,7 @@ def table_folder(
             if catalog.open_table(earlier, log) is not None:
                 return earlier
             if partial(earlier).exists():
-                log(
-                    f"an earlier version left {partial(earlier)}, which is not gone on with; {removal(earlier)} removes it"
-                )
+                log(f"{partial(earlier)} was begun by an earlier version and is not used: {removal(earlier)}")
     return folder
 
 

@@ -53,6 +53,7 @@ class EncodeSettings:
         workers: processes that decode images; None = one per core but one, and none for a few images.
         mirrored: also encode the mirror of each image.
         skip_bad: leave out what cannot be used, instead of raising.
+        beside: processes on this machine that encode at the same time and share its cores, this one among them.
     """
 
     dtype: CacheDtype = "fp16"
@@ -61,12 +62,13 @@ class EncodeSettings:
     workers: int | None = None
     mirrored: bool = False
     skip_bad: bool = False
+    beside: int = 1
 
     def processes(self, count: int | None) -> int:
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return 0 if count is not None and count <= FEW else min(8, cores - 1)
+        return 0 if count is not None and count <= FEW else max(0, min(8, cores // self.beside - 1))
 
 
 @dataclass
