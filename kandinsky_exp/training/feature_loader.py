@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from kandinsky_exp.data import sources, tally
 from kandinsky_exp.data.checks import find_bad
-from kandinsky_exp.data.encoded.cache import encode_table, table_folder
+from kandinsky_exp.data.encoded.cache import encode_table, parts_of, table_folder
 from kandinsky_exp.data.encoded.layout import command
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.examples import Indexed, Source
@@ -25,7 +25,7 @@ from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.tally import Tally, first_few
-from kandinsky_exp.errors import DataError, memory_told
+from kandinsky_exp.errors import ConfigError, DataError, memory_told
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.logs import Log
@@ -83,6 +83,35 @@ def open_readers(
     return Readers(train, held_out or None, content, opener.notes, opener.skipped, opener.cut)
 
 
+def encode_part(
+    splits: Splits, stage: DiffusionStage, settings: ReadSettings, accelerator: Accelerator, log: Log, number: int
+) -> None:
+    """Encode one part of a data set, which counts the parts of all that `open_readers` would encode.
+
+    Raises:
+        ConfigError: there is no such part, or no parts; or several processes were started for one.
+        DataError: see `open_readers`.
+    """
+    if accelerator.num_processes > 1:
+        raise ConfigError("data.part: is one job's; the processes of a launcher share the parts: leave it out")
+    encoders = stage.encoding_fingerprint()
+    null_condition(stage, settings.cache, encoders, accelerator.device)
+    opener = _Opener(stage, settings, accelerator, encoders, log)
+    beside = [] if splits.class_images is None else [splits.class_images.source()]
+    before, said = 0, []
+    for source in (*splits.both, *beside):
+        parts = opener.parts(source)
+        if number < before + parts:
+            opener.encode(source, source.fingerprint(opener.digests), number - before)
+            return
+        said.append(f"{parts:,} of {source.name}")
+        before += parts
+    raise ConfigError(
+        f"data.part: {number} is beyond the {before:,} parts of this data ({', '.join(said)}), which begin with 0; "
+        f"'data.part=range({before})' with --multirun makes all of them"
+    )
+
+
 def _part(whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
     """Some rows of a source that was opened."""
     digest = hashlib.sha256(f"{whole.fingerprint} {name} ".encode() + rows.tobytes()).hexdigest()
@@ -107,7 +136,8 @@ class _Opener:
         if not self.settings.cached:
             return self._online(source)
         fingerprint = self._fingerprint(source)
-        table = self._encoded(source, fingerprint)
+        self.encode(source, fingerprint)
+        table = opened_by_all(self._folder(source, fingerprint))
         self._tell(source, table.noted, table.skipped, table.meta["truncated"], table.meta.get("cut", []))
         dataset = CachedFeatures(table, self.settings.seed)
         return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, None)
@@ -122,16 +152,28 @@ class _Opener:
         distributed.on_main_process(lambda: _refuse_difference(source.name, seen))
         return seen[0][1]
 
-    def _encoded(self, source: Source, fingerprint: str) -> FeatureTable:
-        """The source's table. Each process makes parts of what is not encoded yet; they meet in files alone."""
+    def encode(self, source: Source, fingerprint: str, only: int | None = None) -> None:
+        """Make the parts of its table that are not there, or one; processes meet in files alone."""
         stage, how = self.stage, self.settings.how
-        folder = distributed.on_main_process(
-            lambda: table_folder(self.settings.cache, fingerprint, self.encoders, stage.preprocess, how, self.log)
-        )
         encoders = stage.weights.on_device(stage.encoders, self.accelerator.device)
         about = {"stage": stage.name, "source": source.name}
-        encode_table(source, stage, folder, how, self.log, encoders=encoders, about=about)
-        return opened_by_all(folder)
+        folder = self._folder(source, fingerprint)
+        encode_table(source, stage, folder, how, self.log, only=only, encoders=encoders, about=about)
+
+    def parts(self, source: Source) -> int:
+        """How many its table has.
+
+        Raises:
+            ConfigError: it is read in one sweep, and not divided.
+        """
+        folder = self._folder(source, source.fingerprint(self.digests))
+        if (found := parts_of(source, folder, self.settings.how)) is None:
+            raise ConfigError(f"data.part: {source.name} is read in one sweep and not divided; leave it out")
+        return found
+
+    def _folder(self, source: Source, fingerprint: str) -> Path:
+        facts = fingerprint, self.encoders, self.stage.preprocess, self.settings.how
+        return table_folder(self.settings.cache, *facts, self.log)
 
     def _online(self, source: Source) -> FeatureReader:
         if not isinstance(source, Indexed):

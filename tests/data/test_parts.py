@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from encoders import PriorEncoders, as_earlier, captions, encode
 from PIL import Image
 from running import prepare
 
+from kandinsky_exp import cli
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.encoded import catalog, table
 from kandinsky_exp.data.encoded.claims import CLAIM, GONE_SECONDS, Claims, disk_time, is_alive
@@ -232,6 +234,51 @@ def test_processes_that_see_different_data_or_have_different_versions_are_refuse
     assert not list(tmp_path.glob("cache/*.partial"))
 
 
+# ---- a job for each part
+
+
+def test_a_sweep_over_the_parts_makes_the_table(tmp_path, capfd):
+    listed = write_set(tmp_path / "set", CHUNK + 12)
+    prepare(tmp_path, [])
+    call = encode_verb(tmp_path, listed)
+    cli.main([*call, "data.part=1"])
+    assert "1 of 2 parts of" in (said := capfd.readouterr()).err
+    assert "not complete" in said.out
+    assert not list(tmp_path.glob(f"cache/t*/{META}"))
+    cli.main([*call, "--multirun", "data.part=range(2)"])
+    (made,) = tmp_path.glob(f"cache/t*/{META}")
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "set", "mlflow.db"}  # no folders of jobs
+    assert len(FeatureTable(made.parent)) == CHUNK + 12
+    capfd.readouterr()
+    cli.main(call)
+    assert f"encoded features of {CHUNK + 12} images found" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "launch", "message"),
+    [
+        (["data.part=1"], {}, r"data\.part: 1 is beyond the 1 parts of this data \(1 of .*\), which begin with 0"),
+        (["data.part=-1"], {}, r"data\.part: has to be .*at least 0"),
+        (["data.part=0"], None, r"data\.part: is one job's; the processes of a launcher share the parts"),
+        (["data=webdataset", "data.part=0"], {}, r"data\.part: .* is read in one sweep and not divided"),
+    ],
+)
+def test_a_part_that_cannot_be(more, launch, message, tmp_path):
+    prepare(tmp_path, [])
+    listed = write_set(tmp_path / "set", 4)
+    call = encode_verb(tmp_path, listed, *more)
+    if "data=webdataset" in more:
+        (tmp_path / "set" / "0.txt").write_text("noise")
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            archive.add(tmp_path / "set" / "0.png", "0.png")
+            archive.add(tmp_path / "set" / "0.txt", "0.txt")
+        call = [text.replace(str(listed), str(tmp_path / "set.tar")) for text in call if text != "data=list"]
+    processes = [Forked(command, call, environment=told) for told in (launched(2) if launch is None else [launch])]
+    printed = "".join(process.finish() for process in processes)
+    assert {process.code for process in processes} == {2}, printed
+    assert re.search(message, printed), printed
+
+
 # ---- captions
 
 
@@ -295,7 +342,7 @@ def test_a_part_that_is_there_twice_is_refused(listed, whole, tmp_path):
 )
 def test_processes_that_would_not_make_the_same_parts_are_refused(listed, tmp_path, change, message):
     source, target = rows_of(listed), tmp_path / "key"
-    plan = Plan.of(target, len(source), 8, "0.1.0")
+    plan = Plan.of(target, source, 8, "0.1.0")
     making = Making(target, replace(plan, **change), print)
     other = Claims(making.folder)
     other.take("0")

@@ -13,7 +13,7 @@ from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.claims import Claims
 from kandinsky_exp.data.encoded.encode_loop import EncodeLoop, Encoder, EncodeSettings
 from kandinsky_exp.data.encoded.layout import META, PICTURE_RULES, partial, removal
-from kandinsky_exp.data.encoded.making import Making, Plan
+from kandinsky_exp.data.encoded.making import Making, Plan, read_plan
 from kandinsky_exp.data.encoded.part_queue import PartQueue
 from kandinsky_exp.data.encoded.progress import ProgressBar
 from kandinsky_exp.data.encoded.table import EARLIER, FORMAT, FeatureTable
@@ -56,9 +56,10 @@ def encode_table(
     how: EncodeSettings,
     log: Log,
     *,
+    only: int | None = None,
     encoders: AbstractContextManager[Any] | None = None,
     about: Mapping[str, object] | None = None,
-) -> FeatureTable:
+) -> FeatureTable | None:
     """Open the table in `folder`, after encoding every image and every caption once if it is not there.
 
     The folder appears complete or not at all. Any number of processes may ask for it, here and on other machines that
@@ -67,6 +68,7 @@ def encode_table(
 
     Args:
         folder: the table's own folder, named by `cache_key`.
+        only: make this part alone, and return None as long as others are missing.
         encoders: entered while this process encodes: where the encoders go to their device and come back.
         about: facts for whoever lists the caches.
 
@@ -80,11 +82,13 @@ def encode_table(
             table = catalog.open_table(folder, log, mend=True)  # another process may have made it meanwhile
     if table is None:
         try:
-            made = _encode(source, stage, folder, how, log, encoders or nullcontext(), about or {})
+            made = _encode(source, stage, folder, how, log, only, encoders or nullcontext(), about or {})
         except DataError:
             if not (folder / META).exists():  # others, who had taken this process for dead, may have finished it
                 raise
         table = catalog.open_table(folder, log)
+    if table is None and only is not None and partial(folder).exists():
+        return None
     if table is None:
         raise DataError(f"{folder} was removed or damaged while it was encoded; give the same command again")
     if made is None:
@@ -95,6 +99,16 @@ def encode_table(
     if len(table.skipped) > SHOWN:  # whoever opens the table names the first few of them
         log("all examples that were left out:\n" + "\n".join(table.skipped))
     return table
+
+
+def parts_of(source: Source, folder: Path, how: EncodeSettings) -> int | None:
+    """How many parts a table has, or will have; None where the source is read in one sweep."""
+    plan = read_plan(folder) or read_plan(partial(folder))
+    return (plan or _first_plan(source, folder, how)).parts
+
+
+def _first_plan(source: Source, folder: Path, how: EncodeSettings) -> Plan:
+    return Plan.of(folder, source, how.batch_size, version("kandinsky_exp"))
 
 
 def _refuse_gaps(skipped: Sequence[str], folder: Path, how: EncodeSettings) -> None:
@@ -111,15 +125,15 @@ def _encode(
     folder: Path,
     how: EncodeSettings,
     log: Log,
+    only: int | None,
     encoders: AbstractContextManager[Any],
     about: Mapping[str, object],
 ) -> ProgressBar | None:
-    """Make all parts that no other process makes, wait for the others, and join them; None if it made none."""
-    plan = Plan.of(folder, source.count, how.batch_size, version("kandinsky_exp"))
-    making = Making(folder, plan, log, fixed_batch=how.fixed_batch)
+    """Make the parts that no other process makes, wait for the others, and join them; None if it made none."""
+    making = Making(folder, _first_plan(source, folder, how), log, fixed_batch=how.fixed_batch)
     _refuse_gaps([problem for part in making.found.values() for problem in part.skipped], folder, how)
     with closing(Claims(making.folder)) as claims:
-        loop = EncodeLoop(source, stage, how, PartQueue(source, making, claims), log)
+        loop = EncodeLoop(source, stage, how, PartQueue(source, making, claims, only), log)
         with closing(loop.bar):
             made = _make_parts(loop, making, encoders, log)
     facts = {
@@ -129,7 +143,11 @@ def _encode(
         "buckets": bool(stage.preprocess.buckets),
         "rules": PICTURE_RULES,
     }
-    making.join(source.name, {**facts, **about})
+    there, parts = len(making.there()), making.plan.parts
+    if parts is None or there == parts:
+        making.join(source.name, {**facts, **about})
+    else:
+        log(f"{there:,} of {parts:,} parts of {folder} are there; the same command without data.part makes the others")
     return loop.bar if made else None
 
 

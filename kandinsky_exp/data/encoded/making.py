@@ -13,6 +13,7 @@ from kandinsky_exp.data.encoded.catalog import DAMAGE, locked, writing
 from kandinsky_exp.data.encoded.layout import META, PART, PLAN, part_folder, partial
 from kandinsky_exp.data.encoded.parts import NAMED, PartFacts, read_part, rows_of_part
 from kandinsky_exp.data.encoded.table import FORMAT
+from kandinsky_exp.data.examples import Indexed, Source
 from kandinsky_exp.data.tally import Tally, first_few
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.files import json_object, write_atomically
@@ -26,7 +27,7 @@ class Plan:
     Args:
         table: name of its folder.
         version: of this package.
-        rows: of the source; None where only reading it all would tell.
+        rows: of the source; None where it is read in one sweep, which ends where it ends.
         part_rows: examples of the source per part, whole batches.
     """
 
@@ -37,9 +38,10 @@ class Plan:
     part_rows: int
 
     @classmethod
-    def of(cls, folder: Path, rows: int | None, batch_size: int, version: str) -> "Plan":
+    def of(cls, folder: Path, source: Source, batch_size: int, version: str) -> "Plan":
         """The plan of who comes first."""
-        return cls(folder.name, version, rows, batch_size, rows_of_part(rows, batch_size))
+        rows = source.count if isinstance(source, Indexed) else None
+        return cls(folder.name, version, rows, batch_size, rows_of_part(source.count, batch_size))
 
     @property
     def parts(self) -> int | None:
@@ -113,7 +115,7 @@ class Making:
 
     def _agreed(self, wanted: Plan, fixed_batch: bool) -> Plan:
         """The plan of who began, or this one."""
-        found = self._begun()
+        found = read_plan(self.folder)
         same = found is not None and (found.table, found.rows) == (wanted.table, wanted.rows)
         if found is not None and same and (found.batch_size == wanted.batch_size or not fixed_batch):
             if found.version != wanted.version:
@@ -140,12 +142,6 @@ class Making:
                 f"{self.folder}: another process is encoding it with {theirs}, this one would with {ours}; {cure} the "
                 "same for all, or wait for its end"
             )
-
-    def _begun(self) -> Plan | None:
-        try:
-            return Plan(**(json_object(self.folder / PLAN) or {}))
-        except TypeError:
-            return None
 
     def _parts(self) -> dict[int, PartFacts]:
         """What is there, by number. What is damaged is removed."""
@@ -175,6 +171,14 @@ class Making:
                 with writing(self.folder):
                     folder.rename(part_folder(self.folder, number))
         return {number: facts for number, (_, facts) in found.items()}
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Of a table, complete or in the making; None if there is none."""
+    try:
+        return Plan(**(json_object(folder / PLAN) or {}))
+    except TypeError:
+        return None
 
 
 def _manifest(parts: list[PartFacts], plan: Plan, about: dict[str, object]) -> str:
