@@ -1,6 +1,7 @@
 """From a validated config to the objects of a run. The only place that calls Hydra's `instantiate`."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kandinsky_exp import run_settings
 from kandinsky_exp.config import allowlist, targets
-from kandinsky_exp.config.verb_schemas import Train
+from kandinsky_exp.config.verb_schemas import Encode, Train
 from kandinsky_exp.data import checks, source_facts, sources
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
@@ -98,7 +99,8 @@ def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
     """
     settings = OmegaConf.to_container(cfg[key], resolve=True)
     assert isinstance(settings, dict)  # nosec B101 # narrows the type
-    if found := targets.problems({key: settings}, Train, allowlist.user_modules(cfg)):
+    verb = Encode if key == "data" else Train  # whose data may have keys that those of other verbs have not
+    if found := targets.problems({key: settings}, verb, allowlist.user_modules(cfg)):
         raise ConfigError(found)
     return {str(name): value for name, value in settings.items()}
 
@@ -273,6 +275,7 @@ def encode_settings(cfg: DictConfig, made: DiffusionStage, device: torch.device)
         workers=cfg.data.encode_workers,
         mirrored=cfg.data.flip,
         skip_bad=cfg.data.on_error == "skip",
+        beside=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 

@@ -132,6 +132,12 @@ class Data(OpenNode, _DataKeys):
     prior_loss_weight: PositiveOrZero = 1.0
 
 
+class EncodedData(Data):
+    beside = Data.beside | {"part"}
+
+    part: CountOrZero | None = None
+
+
 class Weights(Group):
     prior: Text
     decoder: Text

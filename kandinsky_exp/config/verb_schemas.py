@@ -56,7 +56,7 @@ class Encode(schema.Group):
     seed: schema.Seed
     model: schema.Model
     weights: schema.Weights
-    data: schema.Data
+    data: schema.EncodedData
     precision: schema.Precision
     list: bool
     remove: schema.Names

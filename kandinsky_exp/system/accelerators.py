@@ -15,7 +15,7 @@ from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.system import launch_environment, threads
 from kandinsky_exp.system.launch_environment import Launch
 
-COLLECTIVE_TIMEOUT = timedelta(hours=6)  # other processes wait while the first encodes or draws images
+COLLECTIVE_TIMEOUT = timedelta(hours=6)  # other processes wait while the first looks at the data or draws images
 MEETING_TIMEOUT = timedelta(minutes=30)  # machines of one run may start minutes apart
 PATIENCE = 20.0  # seconds until a process says that it waits for others
 TYPES = ("NO", "MULTI_CPU", "MULTI_GPU")  # of what Accelerate makes: the network stays whole

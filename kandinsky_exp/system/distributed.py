@@ -96,6 +96,15 @@ def on_all_processes(action: Callable[[], Result]) -> Result:
     return typing.cast(Result, result)
 
 
+def everyones(action: Callable[[], Result]) -> list[Result]:
+    """The results of all processes, by rank; the main one goes first: what it keeps on the disk serves the others."""
+    first = on_main_process(action)
+    if PartialState().num_processes == 1:
+        return [first]
+    own = on_all_processes(lambda: first if PartialState().is_main_process else action())
+    return typing.cast(list[Result], gather_object([own]))
+
+
 def _for_others(error: BaseException) -> BaseException:
     """What the other processes raise for it: of the same kind, for the exit code; its own process prints it."""
     if isinstance(error, UserError | RunFailure | Interrupted | KeyboardInterrupt):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 
 from kandinsky_exp.data import sources, tally
 from kandinsky_exp.data.checks import find_bad
-from kandinsky_exp.data.encoded.cache import cache_key, encode_table
+from kandinsky_exp.data.encoded.cache import encode_table, parts_of, table_folder
 from kandinsky_exp.data.encoded.layout import command
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.examples import Indexed, Source
@@ -24,7 +25,7 @@ from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.splits import Splits, together
 from kandinsky_exp.data.tally import Tally, first_few
-from kandinsky_exp.errors import DataError, memory_told
+from kandinsky_exp.errors import ConfigError, DataError, memory_told
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.logs import Log
@@ -57,7 +58,7 @@ class Readers:
 def open_readers(
     splits: Splits, stage: DiffusionStage, settings: ReadSettings, accelerator: Accelerator, log: Log
 ) -> Readers:
-    """Training and held-out features. Every process calls this; the main one encodes what is not encoded yet.
+    """Training and held-out features. Every process calls this, and all of them encode what is not encoded yet.
 
     Raises:
         DataError: an image or caption cannot be used, there are too few, or the cache cannot be written.
@@ -80,6 +81,35 @@ def open_readers(
         rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
         train, held_out = _part(train, rest, "rest"), _part(train, held, "held out")
     return Readers(train, held_out or None, content, opener.notes, opener.skipped, opener.cut)
+
+
+def encode_part(
+    splits: Splits, stage: DiffusionStage, settings: ReadSettings, accelerator: Accelerator, log: Log, number: int
+) -> None:
+    """Encode one part of a data set, which counts the parts of all that `open_readers` would encode.
+
+    Raises:
+        ConfigError: there is no such part, or no parts; or several processes were started for one.
+        DataError: see `open_readers`.
+    """
+    if accelerator.num_processes > 1:
+        raise ConfigError("data.part: is one job's; the processes of a launcher share the parts: leave it out")
+    encoders = stage.encoding_fingerprint()
+    null_condition(stage, settings.cache, encoders, accelerator.device)
+    opener = _Opener(stage, settings, accelerator, encoders, log)
+    beside = [] if splits.class_images is None else [splits.class_images.source()]
+    before, said = 0, []
+    for source in (*splits.both, *beside):
+        parts = opener.parts(source)
+        if number < before + parts:
+            opener.encode(source, source.fingerprint(opener.digests), number - before)
+            return
+        said.append(f"{parts:,} of {source.name}")
+        before += parts
+    raise ConfigError(
+        f"data.part: {number} is beyond the {before:,} parts of this data ({', '.join(said)}), which begin with 0; "
+        f"'data.part=range({before})' with --multirun makes all of them"
+    )
 
 
 def _part(whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:
@@ -105,21 +135,45 @@ class _Opener:
         """All usable rows of a source."""
         if not self.settings.cached:
             return self._online(source)
-        fingerprint, folder = distributed.on_main_process(lambda: self._encode(source))
-        table = opened_by_all(folder)
+        fingerprint = self._fingerprint(source)
+        self.encode(source, fingerprint)
+        table = opened_by_all(self._folder(source, fingerprint))
         self._tell(source, table.noted, table.skipped, table.meta["truncated"], table.meta.get("cut", []))
         dataset = CachedFeatures(table, self.settings.seed)
         return FeatureReader(dataset, source, fingerprint, self.settings, self.accelerator.device, None)
 
-    def _encode(self, source: Source) -> tuple[str, Path]:
-        """The source's fingerprint and the folder of its table, which is encoded if it is not there yet."""
+    def _fingerprint(self, source: Source) -> str:
+        """Of a source that all processes see alike.
+
+        Raises:
+            DataError: they do not; on all.
+        """
+        seen = distributed.everyones(lambda: (version("kandinsky_exp"), source.fingerprint(self.digests)))
+        distributed.on_main_process(lambda: _refuse_difference(source.name, seen))
+        return seen[0][1]
+
+    def encode(self, source: Source, fingerprint: str, only: int | None = None) -> None:
+        """Make the parts of its table that are not there, or one; processes meet in files alone."""
         stage, how = self.stage, self.settings.how
-        fingerprint = source.fingerprint(self.digests)
-        folder = self.settings.cache / cache_key(fingerprint, self.encoders, stage.preprocess, how)
         encoders = stage.weights.on_device(stage.encoders, self.accelerator.device)
         about = {"stage": stage.name, "source": source.name}
-        encode_table(source, stage, folder, how, self.log, encoders=encoders, about=about)
-        return fingerprint, folder
+        folder = self._folder(source, fingerprint)
+        encode_table(source, stage, folder, how, self.log, only=only, encoders=encoders, about=about)
+
+    def parts(self, source: Source) -> int:
+        """How many its table has.
+
+        Raises:
+            ConfigError: it is read in one sweep, and not divided.
+        """
+        folder = self._folder(source, source.fingerprint(self.digests))
+        if (found := parts_of(source, folder, self.settings.how)) is None:
+            raise ConfigError(f"data.part: {source.name} is read in one sweep and not divided; leave it out")
+        return found
+
+    def _folder(self, source: Source, fingerprint: str) -> Path:
+        facts = fingerprint, self.encoders, self.stage.preprocess, self.settings.how
+        return table_folder(self.settings.cache, *facts, self.log)
 
     def _online(self, source: Source) -> FeatureReader:
         if not isinstance(source, Indexed):
@@ -172,8 +226,23 @@ class _Opener:
             self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut{named}")
 
 
+def _refuse_difference(name: str, seen: list[tuple[str, str]]) -> None:
+    """Of (version, fingerprint) of each process."""
+    for rank, (release, fingerprint) in enumerate(seen):
+        if release != seen[0][0]:
+            raise DataError(
+                f"process {rank} has version {release} of kandinsky_exp, process 0 has {seen[0][0]}; install the same "
+                "for all"
+            )
+        if fingerprint != seen[0][1]:
+            raise DataError(
+                f"data: process {rank} finds other data in {name} than process 0; all machines have to read the same "
+                "files"
+            )
+
+
 def opened_by_all(folder: Path) -> FeatureTable:
-    """A table that the main process has just opened.
+    """A table that the main process has opened or made.
 
     Raises:
         DataError: another process does not see it; on all of them, so that none waits for one that is gone.

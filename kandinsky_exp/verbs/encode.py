@@ -44,7 +44,7 @@ def _encode(cfg: DictConfig) -> None:
     from kandinsky_exp.models import compatibility
     from kandinsky_exp.system import distributed, logs, signals
     from kandinsky_exp.training import class_images
-    from kandinsky_exp.training.feature_loader import open_readers
+    from kandinsky_exp.training.feature_loader import encode_part, open_readers
     from kandinsky_exp.training.feature_reader import ReadSettings
 
     folder = build.cache_folder(cfg)
@@ -71,8 +71,11 @@ def _encode(cfg: DictConfig) -> None:
             splits.class_images = distributed.on_main_process(
                 lambda: class_images.complete(splits.class_images, weights, how, accelerator.device)
             )
-            readers = open_readers(splits, stage, settings, accelerator, logger.info)
-            for note in [*notes, *readers.notes]:
+            if cfg.data.part is None:
+                notes += open_readers(splits, stage, settings, accelerator, logger.info).notes
+            else:
+                encode_part(splits, stage, settings, accelerator, logger.info, cfg.data.part)
+            for note in notes:
                 logger.warning(note)
         if accelerator.is_main_process:
             print(catalog.listing(folder))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 OWN_MODULES = ("cheap", "schedule")  # of the benchmarks, which a config may not name unless they are typed
-TABLE_FILE = "images.arrow"  # one per encoded table
+TABLE_FILE = "table.json"  # one per encoded table
 
 
 def compose(overrides: list[str], verb: str = "train") -> Any:

@@ -8,8 +8,9 @@ import torch
 from networks import config
 
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
-from kandinsky_exp.data.encoded.journal import Journal
-from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES
+from kandinsky_exp.data.encoded.layout import CAPTION_ROWS, CAPTIONS, IMAGES
+from kandinsky_exp.data.encoded.making import Making, Plan
+from kandinsky_exp.data.encoded.parts import PartFacts, PartWriter
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.features import CachedFeatures
 from kandinsky_exp.stages.base import Features
@@ -48,31 +49,31 @@ def null(stage: str, architecture: Path) -> Features:
 def write(folder: Path, stage: str, architecture: Path, resolution: int, rows: int) -> FeatureTable:
     """The table in `folder`, made when it is not there."""
     if not folder.is_dir():
-        journal, random = Journal(folder.with_name(f"{folder.name}.partial"), 1, print), np.random.default_rng(0)
-        for first in range(0, rows, CHUNK):
-            _append(journal, random, stage, architecture, resolution, np.arange(first, min(rows, first + CHUNK)))
+        making, random = Making(folder, Plan(folder.name, "", rows, 1, CHUNK), print), np.random.default_rng(0)
+        for number in range(-(-rows // CHUNK)):
+            part = PartWriter(making.folder, PartFacts(folder.name, number, 1), "made")
+            _append(part, random, stage, architecture, resolution, np.array(making.plan.rows_of(number)))
         length = LENGTH if stage == "prior" else 0
-        journal.finish({"views": 1, "text_length": length, "dtype": "fp16", "buckets": False}, folder)
+        making.join("random", {"views": 1, "text_length": length, "dtype": "fp16", "buckets": False})
     return FeatureTable(folder)
 
 
-def _append(journal: Journal, random: Any, stage: str, architecture: Path, resolution: int, rows: Any) -> None:
+def _append(part: PartWriter, random: Any, stage: str, architecture: Path, resolution: int, rows: Any) -> None:
     def numbers(*shape: int) -> Any:
         return random.standard_normal(shape, np.float32).astype(np.float16)
 
     width, count, texts = config(architecture, "prior")["embedding_dim"], len(rows), int(stage == "prior")
-    images = {"source_row": rows, "caption_start": rows * texts, "caption_count": np.full(count, texts)}
-    images |= {"id": [str(row) for row in rows], "image_embeds": numbers(count, width)}
+    images = {"source_row": rows, "id": [str(row) for row in rows], "image_embeds": numbers(count, width)}
     if not texts:
         images["latents"] = numbers(count, *latents(architecture, resolution))
     else:
         states = [numbers(tokens, width) for tokens in random.choice(TOKENS, count)]
-        journal.append(CAPTIONS, {"text_embeds": numbers(count, width), "text_states": states})
-        journal.progress.captions += count
-    journal.append(IMAGES, images)
-    journal.progress.images += count
-    journal.progress.source_rows += count
-    journal.commit()
+        part.append(CAPTIONS, {"text_embeds": numbers(count, width), "text_states": states})
+        images[CAPTION_ROWS] = list(np.arange(count)[:, None])
+        part.facts.captions = count
+    part.append(IMAGES, images)
+    part.facts.images = part.facts.source_rows = count
+    part.finish()
 
 
 def reader(table: FeatureTable, device: torch.device, batch_size: int) -> FeatureReader:

@@ -93,7 +93,7 @@ def test_a_run_on_every_form(form: Callable[[Path], list[str]], tmp_path: Path) 
     (recorded,) = runs(tmp_path / "out")
     contexts = {tag.value for data in recorded.inputs.dataset_inputs for tag in data.tags}
     assert contexts == {"training", "validation"}
-    assert len(list((tmp_path / "out" / "cache").glob("*/images.arrow"))) == 1
+    assert len(list((tmp_path / "out" / "cache").glob("*/table.json"))) == 1
     assert client(tmp_path / "out").get_run(recorded.info.run_id).info.status == "FINISHED"
 
 

@@ -82,7 +82,7 @@ def finds_later(pattern: str) -> Moment:
     return lambda root: training.advanced(root) and any(root.glob(pattern))
 
 
-ENCODING = finds("cache/*.partial/images.arrow")
+ENCODING = finds("cache/*.partial/.00000.*/images.arrow")
 RECORDED = finds("killed/run.json")
 CHECKPOINT = "killed/checkpoints/.step-*.part/*"
 WRITING = "killed/outbox/*/*"

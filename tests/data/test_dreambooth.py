@@ -312,7 +312,7 @@ def test_the_verb_encode_draws_them_too(root: Path) -> None:
     typed = [text for text in settings(root) if text.startswith("data")]
     encode(composed(root, "model=prior", "weights=tiny", *typed, verb="encode", small=[]))
     assert len(times(root / "class")) == DRAWN
-    assert len(list((root / "cache").glob("*/images.arrow"))) == 2
+    assert len(list((root / "cache").glob("*/table.json"))) == 2
 
 
 OTHERS = {

@@ -28,9 +28,9 @@ from torch.utils.data import Dataset
 from kandinsky_exp import cli
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes, nearest_bucket
-from kandinsky_exp.data.encoded import catalog, encode_loop
+from kandinsky_exp.data.encoded import catalog, parts
 from kandinsky_exp.data.encoded.chunk import BatchFiller
-from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS, removal
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PROGRESS, part_folder, removal
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import Loader, from_workers
 from kandinsky_exp.data.examples import Example, Indexed
@@ -58,13 +58,14 @@ CHUNK = 32  # images between commits, in place of 256
 
 @pytest.fixture(autouse=True)
 def short_chunks():
-    whole, encode_loop.CHUNK = encode_loop.CHUNK, CHUNK
+    whole, parts.CHUNK = parts.CHUNK, CHUNK
     yield
-    encode_loop.CHUNK = whole
+    parts.CHUNK = whole
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (IMAGES, CAPTIONS)}
+    """All that its parts hold."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("*/*.arrow")}
 
 
 # ---- going on
@@ -127,7 +128,7 @@ def test_a_batch_size_that_nobody_chose_is_that_of_the_first_process(prior, tmp_
 def encode_in_a_group(source: Path, target: Path) -> None:
     """In a process of its own, which takes its workers with it."""
     os.setsid()
-    encode_loop.CHUNK = CHUNK
+    parts.CHUNK = CHUNK
     torch.manual_seed(0)
     encode(sources.folder(source).train, PriorEncoders(), target, batch_size=8, workers=1)
 
@@ -136,7 +137,7 @@ def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, 
     source = write_pictures(tmp_path / "many", [(16, 16)] * (8 * CHUNK + 20))
     target, partial = tmp_path / "cache" / "key", tmp_path / "cache" / "key.partial"
     process = Forked(encode_in_a_group, source, target)
-    process.wait_until((partial / "progress.json").is_file)
+    process.wait_until((part_folder(partial, 0)).is_dir)
     os.killpg(process.pid, signal.SIGKILL)
     process.finish()
     assert not target.exists()
@@ -154,9 +155,10 @@ def test_a_process_killed_at_any_moment_loses_nothing_that_was_committed(prior, 
 def test_a_flipped_bit_is_an_error_never_a_wrong_batch(prior, tmp_path, file):
     source = sources.folder(write_pictures(tmp_path / "set", [(16, 16)] * 40)).train
     folder = encode(source, prior, tmp_path / "0123abcd").folder
-    good, whole, damaged = everything(folder), (folder / file).read_bytes(), 0
+    file = part_folder(folder, 0) / file
+    good, whole, damaged = everything(folder), file.read_bytes(), 0
     for offset in range(3, len(whole), len(whole) // 60):
-        (folder / file).write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
+        file.write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
         try:
             assert everything(folder) == good  # padding and other bytes without meaning
         except (DataError, OSError, ValueError, KeyError) as error:  # all but the first: the table is made again
@@ -199,6 +201,7 @@ def test_a_damaged_table_is_removed_only_by_who_may_make_it_again(prior, tmp_pat
     assert (tmp_path / "key" / META).exists()
     assert catalog.open_table(tmp_path / "key", print, mend=True) is None
     assert not (tmp_path / "key").exists()
+    assert part_folder(tmp_path / "key.partial", 0).exists()
 
 
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path):
@@ -651,7 +654,7 @@ def test_tables_are_listed_and_removed(tmp_path, capsys):
 def test_a_beginning_that_several_tables_have_removes_none(tmp_path, capsys):
     for name in ("t1aa", "t1ab", "t1ab.partial", "t1abc", "t2"):
         (tmp_path / "cache" / name).mkdir(parents=True)
-        file = PROGRESS if name.endswith(".partial") else META
+        file = PROGRESS if name.endswith(".partial") else META  # those in the making are of an earlier version
         (tmp_path / "cache" / name / file).write_text(json.dumps({"images": 3, "stage": "prior", "source": "cats"}))
     before = {entry.name for entry in catalog.entries(tmp_path / "cache")}
     for name, several in (("t", 4), ("t1", 3)):

@@ -264,17 +264,16 @@ def test_a_root_that_cannot_be_written_is_named(tracker: str, tmp_path: Path) ->
 def test_a_table_that_is_damaged_fails_the_run(tmp_path: Path) -> None:
     """What was trained before counts: a finished run that is extended is finished no more."""
     train(tmp_path, "model=prior", "name=p", *QUICK)
-    for folder in {path.parent for path in tmp_path.glob("cache/*/captions.arrow")}:
-        damage(folder)
+    for file in tmp_path.glob("cache/*/*/captions.arrow"):
+        damage(file)
     with pytest.raises(RunFailure, match=r"is damaged; .*\n\(training stopped after step 2"):
         train(tmp_path, "model=prior", "name=p", "tracker=none", "trainer.max_steps=4")
     assert json.loads((tmp_path / "p" / "run.json").read_text())["status"] == "FAILED"
 
 
-def damage(folder: Path) -> None:
+def damage(file: Path) -> None:
     """One bit of each caption's features behind the file's head: nothing that opening the table could see."""
-    table, file = FeatureTable(folder), folder / "captions.arrow"
-    content = bytearray(file.read_bytes())
+    table, content = FeatureTable(file.parents[1]), bytearray(file.read_bytes())
     for index in range(len(table)):
         row = table.row(index)
         place = content.index(row["text_states"][row["text_mask"]].numpy().tobytes())

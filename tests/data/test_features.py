@@ -22,8 +22,9 @@ from kandinsky_exp.data import sources
 from kandinsky_exp.data.buckets import bucket_sizes
 from kandinsky_exp.data.encoded.cache import cache_key
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
-from kandinsky_exp.data.encoded.journal import Journal
-from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META
+from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PLAN, part_folder
+from kandinsky_exp.data.encoded.making import Making, Plan
+from kandinsky_exp.data.encoded.parts import PartFacts, PartWriter
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import collate
 from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, without_padding
@@ -81,7 +82,7 @@ def test_latents_keep_their_shape(decoder, emoji, tmp_path):
     assert torch.equal(torch.stack([table.row(index)["latents"] for index in range(5)]), fresh["latents"])
     assert set(table.row(0)) == {"image_embeds", "latents"}
     assert captions(table, 0) == 0
-    assert not (table.folder / CAPTIONS).exists()
+    assert not (part_folder(table.folder, 0) / CAPTIONS).exists()
 
 
 def test_fp16_features_are_rounded_once(prior, emoji, tmp_path):
@@ -89,7 +90,8 @@ def test_fp16_features_are_rounded_once(prior, emoji, tmp_path):
     for name in ("image_embeds", "text_embeds", "text_states"):
         assert half.row(3)[name].dtype == torch.float16
         assert torch.equal(half.row(3)[name], exact.row(3)[name].half())
-    assert (tmp_path / "fp16" / CAPTIONS).stat().st_size < 0.6 * (tmp_path / "fp32" / CAPTIONS).stat().st_size
+    small, large = (part_folder(tmp_path / dtype, 0) / CAPTIONS for dtype in ("fp16", "fp32"))
+    assert small.stat().st_size < 0.6 * large.stat().st_size
 
 
 def test_every_image_and_every_caption_is_encoded_once(captioned, tmp_path):
@@ -110,7 +112,7 @@ def test_states_are_stored_and_read_up_to_the_mask(prior, captioned, tmp_path):
     assert row["text_mask"].tolist() == [True] * tokens
     assert row["text_states"].shape == (tokens, 64)
     assert row["text_states"].abs().sum(dim=1).all()
-    assert (table.folder / CAPTIONS).stat().st_size < 9 * 77 * 64 * 4 / 2
+    assert (part_folder(table.folder, 0) / CAPTIONS).stat().st_size < 9 * 77 * 64 * 4 / 2
 
 
 def test_a_caption_of_full_length(prior, tmp_path):
@@ -197,7 +199,7 @@ def test_a_table_is_made_once(captioned, tmp_path):
     assert said[2].startswith("encoded features of 5 images found in ")
     assert len(said) == 3
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["key", "key.lock"]
-    assert sorted(path.name for path in (tmp_path / "cache" / "key").iterdir()) == [CAPTIONS, IMAGES, META]
+    assert sorted(path.name for path in (tmp_path / "cache" / "key").iterdir()) == ["00000", PLAN, META]
 
 
 def test_two_that_want_the_same_table_encode_it_once(captioned, tmp_path):
@@ -217,7 +219,7 @@ def test_two_that_want_the_same_table_encode_it_once(captioned, tmp_path):
         thread.join(timeout=30)
     assert stage.images == 5
     assert torch.equal(tables[0].row(1)["image_embeds"], tables[1].row(1)["image_embeds"])
-    assert any("another process is encoding" in text for text in said)
+    assert any("other processes are encoding what is left" in text for text in said)
 
 
 def test_a_failure_leaves_no_table_and_the_next_try_is_whole(captioned, tmp_path):
@@ -246,7 +248,8 @@ def cut(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda t: cut(t / IMAGES), lambda t: cut(t / META), lambda t: (t / CAPTIONS).unlink()]
+    "damage",
+    [lambda t: cut(t / "00000" / IMAGES), lambda t: cut(t / META), lambda t: (t / "00000" / CAPTIONS).unlink()],
 )
 def test_a_damaged_table_is_made_again(captioned, tmp_path, damage):
     said = []
@@ -370,20 +373,17 @@ def anonymous_megabytes():
 def large_table(folder, rows):
     """A table of 100 KB a row, written without an encoder."""
     latents = np.random.default_rng(0).random((16, 4, 80, 80), np.float32)
-    journal = Journal(folder.with_name("partial"), 16, print)
+    making = Making(folder, Plan(folder.name, "", rows, 16, rows), print)
+    part = PartWriter(making.folder, PartFacts(folder.name, 0, 16, source_rows=rows, images=rows), "made")
     for start in range(0, rows, 16):
         columns = {
             "id": [f"{start + row}.png" for row in range(16)],
             "source_row": np.arange(start, start + 16),
-            "caption_start": np.zeros(16, np.int64),
-            "caption_count": np.zeros(16, np.int64),
             "latents": latents + np.float32(start),
         }
-        journal.append(IMAGES, columns)
-        journal.progress.images += 16
-    journal.progress.source_rows = rows
-    journal.commit()
-    journal.finish({"views": 1, "text_length": 0, "dtype": "fp32", "buckets": False}, folder)
+        part.append(IMAGES, columns)
+    part.finish()
+    making.join("latents", {"views": 1, "text_length": 0, "dtype": "fp32", "buckets": False})
     return latents
 
 

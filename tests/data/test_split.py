@@ -5,16 +5,16 @@ import json
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from encoders import as_earlier
 from PIL import Image
 from running import composed, prepare, train
 
 from kandinsky_exp import build
-from kandinsky_exp.data.encoded.columns import ColumnWriter, MappedColumns, head_checksum
-from kandinsky_exp.data.encoded.layout import IMAGES, META
+from kandinsky_exp.data.encoded.cache import cache_key
+from kandinsky_exp.data.encoded.table import EARLIER
 from kandinsky_exp.data.file_hashes import of_content
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.training.feature_loader import Readers, open_readers
@@ -98,27 +98,23 @@ def test_held_out_rows_share_no_picture_with_those_that_train(form, cached, frac
     assert str(data) == f"{len(rest)} images train, {len(held)} held out"
 
 
-def without_digests(folder: Path) -> None:
-    """Make a table what an earlier version would have written."""
-    mapped = MappedColumns(folder / IMAGES)
-    cells = [mapped.row(row) for row in range(len(mapped))]
-    columns = {name: [row[name] for row in cells] for name in cells[0] if name != "picture"}
-    writer = ColumnWriter(folder / "new")  # the old file is mapped still
-    writer.append({name: column if name == "id" else np.stack(column) for name, column in columns.items()})
-    writer.close()
-    (folder / "new").replace(folder / IMAGES)
-    facts = json.loads((folder / META).read_text())
-    facts["bytes"][IMAGES], facts["heads"][IMAGES] = writer.size, head_checksum(folder / IMAGES)
-    (folder / META).write_text(json.dumps(facts))
+def make_earlier(root: Path, data: Readers, *overrides: str) -> Path:
+    """Make the table of a data set what an earlier version would have written, where that would have put it."""
+    cfg = composed(root, "data.max_samples=null", "data.resolution=64", *overrides)
+    accelerator = build.accelerator(cfg)
+    stage = build.bare_stage(cfg, build.weights(cfg))
+    how = build.read_settings(cfg, stage, accelerator.device, False).how
+    folder = root / "cache" / cache_key(data.source, stage.encoding_fingerprint(), stage.preprocess, how, EARLIER[0])
+    as_earlier(data.train.dataset.table.folder, folder, without=["picture"])
+    return folder
 
 
 @pytest.mark.parametrize("form", [copies, shards])
 def test_a_table_of_an_earlier_version(form, tmp_path):
     settings = [*form(tmp_path), "validation.fraction=0.5"]
     before = opened(tmp_path, *settings)
-    table = before.train.dataset.table.folder
     by_row = opened(tmp_path, *settings, by_row=True)
-    without_digests(table)
+    table = make_earlier(tmp_path, before, *settings)
     data = opened(tmp_path, *settings)
     assert data.train.dataset.table.folder == table
     if form is copies:  # the pictures can be looked at again

@@ -85,7 +85,7 @@ def test_what_a_run_writes_is_what_was_planned(
     assert planner.estimate.steady["optimizer"] == pytest.approx(state, rel=0.01)
     assert planner.estimate.steady["average"] == sizes.trained_bytes
     assert planner.estimate.checkpoint_bytes() == pytest.approx(size_of(checkpoint), rel=0.02)
-    tables = sum(size_of(file.parent) for file in (tmp_path / "cache").glob("*/images.arrow"))
+    tables = sum(size_of(file.parent) for file in (tmp_path / "cache").glob("*/table.json"))
     assert sum(found.bytes for found in planner.caches) == pytest.approx(tables, rel=0.05)
     assert capsys.readouterr().out == ""
     plan(settings(tmp_path, *overrides))

@@ -1,9 +1,15 @@
 """What the stages encode, with the real encoders at tiny size and nothing else of a stage."""
 
+import json
+import shutil
+
+import numpy as np
 import torch
 
 from kandinsky_exp.data.encoded.cache import encode_table
+from kandinsky_exp.data.encoded.columns import ColumnWriter, MappedColumns, head_checksum
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
+from kandinsky_exp.data.encoded.layout import CAPTION_ROWS, CAPTIONS, IMAGES, META, part_folder
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.tiny import architecture
 
@@ -58,3 +64,31 @@ def captions(table, index):
     counts = [0]  # a table without text is not asked to choose
     table.row(index, lambda count: counts.append(count) or 0)
     return counts[-1]
+
+
+def as_earlier(folder, target, without=()):
+    """Make a table of one part what a version without parts would have written, in `target`.
+
+    Args:
+        without: columns of images, from before these were stored.
+    """
+    part, meta = part_folder(folder, 0), json.loads((folder / META).read_text())
+    target.mkdir()
+    if meta["captions"]:
+        shutil.copy(part / CAPTIONS, target / CAPTIONS)
+    mapped = MappedColumns(part / IMAGES)
+    rows = [mapped.row(row) for row in range(len(mapped))]
+    for row in rows:
+        owned = row.pop(CAPTION_ROWS, np.zeros(1, np.int64)[:0])
+        assert (np.diff(owned) == 1).all(), "captions that occur twice were stored twice"
+        row |= {"caption_start": np.int64(owned[0] if len(owned) else 0), "caption_count": np.int64(len(owned))}
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in without}
+    writer = ColumnWriter(target / IMAGES)
+    writer.append({name: column if name == "id" else np.stack(column) for name, column in columns.items()})
+    writer.close()
+    files = [file for file in (IMAGES, CAPTIONS) if (target / file).exists()]
+    facts = {name: meta[name] for name in meta if name not in ("parts", "part_rows")} | {"format": 2, "columns": 5}
+    facts["bytes"] = {name: (target / name).stat().st_size for name in files}
+    facts["heads"] = {name: head_checksum(target / name) for name in files}
+    (target / META).write_text(json.dumps(facts, indent=1))
+    shutil.rmtree(folder)

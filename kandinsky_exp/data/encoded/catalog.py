@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import time
@@ -10,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from kandinsky_exp.data.encoded.layout import IMAGES, META, PICTURE_RULES, PROGRESS, command
+from kandinsky_exp.data.encoded import claims
+from kandinsky_exp.data.encoded.layout import IMAGES, META, PARTIAL, PICTURE_RULES, PLAN, PROGRESS, command, partial
 from kandinsky_exp.errors import ConfigError, DataError, cause_of
+from kandinsky_exp.system import files
 from kandinsky_exp.system.logs import Log
 
 if TYPE_CHECKING:
@@ -23,14 +24,8 @@ if TYPE_CHECKING:
 
 SPARE = 1.05  # of what a table is thought to need
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
-PARTIAL = ".partial"
 # Of runs, beside tables: whole or half written.
 LEFTOVERS = ("null-*.safetensors", "files-*.arrow", ".files-*", "*.aside", "*.part")
-
-
-def partial(folder: Path) -> Path:
-    """Where a table is made."""
-    return folder.with_name(f"{folder.name}{PARTIAL}")
 
 
 def open_table(folder: Path, log: Log, *, mend: bool = False) -> "FeatureTable | None":
@@ -39,7 +34,7 @@ def open_table(folder: Path, log: Log, *, mend: bool = False) -> "FeatureTable |
     A complete table never changes: neither a lock nor a writable disk is needed to read it.
 
     Args:
-        mend: remove a damaged one, so that it can be made again. Only for who has it `locked`.
+        mend: make a damaged one a table in the making again: what is whole of it stays. Only for who has it `locked`.
 
     Raises:
         DataError: there is something that could not be read, which may be the machine's fault.
@@ -55,8 +50,8 @@ def open_table(folder: Path, log: Log, *, mend: bool = False) -> "FeatureTable |
             log(f"the encoded features in {folder} are damaged ({error})")
             return None
         with writing(folder):
-            shutil.rmtree(folder)
-        log("they were removed; encoding again")
+            _reopen(folder)
+        log("what is damaged of them is encoded again")
         return None
     except (OSError, MemoryError) as error:
         raise DataError(
@@ -68,9 +63,18 @@ def open_table(folder: Path, log: Log, *, mend: bool = False) -> "FeatureTable |
     return table
 
 
+def _reopen(folder: Path) -> None:
+    """Make a table one in the making; one without a plan, of an earlier version, goes."""
+    (folder / META).unlink(missing_ok=True)
+    if (folder / PLAN).is_file() and not partial(folder).exists():
+        folder.replace(partial(folder))
+    else:
+        shutil.rmtree(folder)
+
+
 @contextmanager
 def locked(folder: Path, log: Log) -> Iterator[None]:
-    """Alone with a table in the making.
+    """Alone with a folder of a table, for a moment: while it is begun, joined or removed.
 
     Raises:
         DataError: no lock can be put there.
@@ -81,7 +85,7 @@ def locked(folder: Path, log: Log) -> Iterator[None]:
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            log(f"another process is encoding into {folder}; waiting for it")
+            log(f"another process is busy with {folder}; waiting for it")
             lock.acquire()
     try:
         yield
@@ -162,23 +166,41 @@ def entries(cache: Path) -> list[Entry]:
 def _entry(folder: Path) -> Entry | None:
     """None for what is no table, and for one that another process removes or finishes meanwhile."""
     try:
-        file = next((folder / name for name in (META, PROGRESS, IMAGES) if (folder / name).is_file()), None)
+        file = next((folder / name for name in (META, PLAN, PROGRESS, IMAGES) if (folder / name).is_file()), None)
         if file is None:
             return None
-        size = sum(part.stat().st_size for part in folder.iterdir())
         used = file.stat().st_mtime
     except OSError:
         return None
-    try:
-        facts = json.loads(file.read_text("utf-8"))
-        about = " ".join(str(facts[key]) for key in ("stage", "source", "dtype") if key in facts)
-        images = int(facts["images"])
-    except (OSError, ValueError, KeyError, TypeError):
-        about = "not complete" if folder.name.endswith(PARTIAL) else "damaged"
-        return Entry(folder.name, about, 0, size, used)
+    facts = files.json_object(file) or {}
+    about = " ".join(str(facts[key]) for key in ("stage", "source", "dtype") if key in facts)
+    if file.name != META:
+        return Entry(folder.name, "not complete", _images(folder, facts), _size(folder), used)
+    if not isinstance(images := facts.get("images"), int):
+        return Entry(folder.name, "damaged", 0, _size(folder), used)
     if facts.get("rules") != PICTURE_RULES:
         about += ", of an older version that read pictures otherwise: no longer used"
-    return Entry(folder.name, about if file.name == META else "not complete", images, size, used)
+    size = facts.get("bytes")  # of its parts; tables of earlier versions have none
+    return Entry(folder.name, about, images, size if isinstance(size, int) else _size(folder), used)
+
+
+def _images(folder: Path, facts: dict[str, Any]) -> int:
+    """About how many are encoded in a table in the making."""
+    whole = 0
+    with contextlib.suppress(FileNotFoundError):
+        whole = sum(part.name.isdecimal() for part in folder.iterdir())
+    encoded = whole * int(facts.get("part_rows", 0))
+    return min(int(facts.get("rows") or encoded), encoded) + int(facts.get("images", 0))
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder; what goes meanwhile counts for nothing."""
+    total = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(inside) / name).stat().st_size
+    return total
 
 
 def remove(cache: Path, names: list[str]) -> tuple[list[Entry], int]:
@@ -198,6 +220,8 @@ def remove(cache: Path, names: list[str]) -> tuple[list[Entry], int]:
                     held.enter_context(FileLock(cache / f"{table}.lock").acquire(timeout=0))
                 except Timeout:
                     raise ConfigError(f"remove: another process is encoding into {table}; wait for it") from None
+                if claims.is_anyone_at(cache / f"{table}{PARTIAL}"):
+                    raise ConfigError(f"remove: another process is encoding into {table}; wait for it")
             # One in the making may have become complete, or have gone, before its lock was free.
             chosen = [entry for entry in entries(cache) if entry.table in tables]
             for entry in chosen:

@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
 from kandinsky_exp.data.encoded.columns import Array
+from kandinsky_exp.data.encoded.layout import CAPTION_ROWS
 from kandinsky_exp.data.encoded.workers import Features, Loaded, collate
 
 Cells = dict[str, Array]
@@ -20,12 +20,13 @@ class Row:
     """An image, or one of its captions.
 
     Args:
+        captions: an image's, by their rows in the part.
         views: features of each view, once they are encoded; a caption has one view.
     """
 
     example: Loaded
     source_row: int
-    captions: int = 0
+    captions: list[int] = field(default_factory=list)
     views: list[Cells] = field(default_factory=list)
 
 
@@ -61,10 +62,11 @@ class BatchFiller:
 
 @dataclass
 class Chunk:
-    """The rows of the examples since the last commit.
+    """The rows of the examples since the last write.
 
     Args:
         seen: examples, those that were left out among them.
+        captions: those that did not occur in the part before.
     """
 
     seen: int = 0
@@ -76,26 +78,25 @@ class Chunk:
         captions_each = len(self.captions) / max(1, len(self.images))
         return _mean_size(self.images) + _mean_size(self.captions) * captions_each
 
-    def image_columns(self, captions_before: int, ragged: Collection[str]) -> dict[str, Any]:
+    def image_columns(self, ragged: Collection[str]) -> dict[str, Any]:
         """A row per view of each image.
 
         Args:
-            captions_before: those that the table has already.
             ragged: features whose shapes differ.
         """
-        counts = [row.captions for row in self.images]
         facts = {
             "source_row": np.array([row.source_row for row in self.images], np.int64),
-            "caption_start": np.array(list(accumulate(counts, initial=captions_before))[:-1], np.int64),
-            "caption_count": np.array(counts, np.int64),
             "picture": np.array([row.example.picture for row in self.images], np.int64),
         }
         views = len(self.images[0].views)
-        return {
+        made = {
             "id": [row.example.id for row in self.images for _ in range(views)],
             **{name: np.repeat(column, views, axis=0) for name, column in facts.items()},
             **columns(self.images, ragged),
         }
+        if self.images[0].captions:  # every image has some, or none has
+            made[CAPTION_ROWS] = [np.array(row.captions, np.int64) for row in self.images for _ in range(views)]
+        return made
 
 
 def _mean_size(rows: Sequence[Row]) -> float:

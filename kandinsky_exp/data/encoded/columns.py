@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kandinsky_exp.data.encoded.layout import removal
+from kandinsky_exp.data.encoded.layout import PART, removal
 from kandinsky_exp.errors import DataError
 
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
@@ -136,9 +136,11 @@ class MappedColumns:
         cells = {name: _cell(view, row) for name, view in views.items()}
         expected = int(cells.pop(CHECKSUM))
         if reduce(lambda before, cell: _checksum(cell, before), cells.values(), 0) != expected:
+            folder = self.path.parent
+            table = folder.parent if (folder / PART).exists() else folder
             raise DataError(
-                f"{self.path}: row {index} is damaged; remove the table with `{removal(self.path.parent)}`, and it "
-                "will be encoded again"
+                f"{self.path}: row {index} is damaged; remove the table with `{removal(table)}`, and it will be "
+                "encoded again"
             )
         for name in [name for name in cells if name.endswith(SHAPE)]:
             cells[name.removesuffix(SHAPE)] = cells[name.removesuffix(SHAPE)].reshape(cells.pop(name))
@@ -161,6 +163,19 @@ def head_checksum(file: Path) -> int:
     """Of the part of a table's file that says what its columns are, which no row's checksum covers."""
     with file.open("rb") as handle:
         return zlib.crc32(handle.read(HEAD))
+
+
+def check_files(folder: Path, entry: dict[str, Any]) -> None:
+    """Compare the files of a part with its line in a manifest, as far as that costs little.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: they differ.
+    """
+    for name, size in entry["bytes"].items():
+        if (found := (folder / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found:,} bytes instead of {size:,}")
+        if head_checksum(folder / name) != entry["heads"][name]:
+            raise ValueError(f"the head of {name} is not as it was written")
 
 
 def _view(array: pa.Array, shape: list[int] | None) -> Any:

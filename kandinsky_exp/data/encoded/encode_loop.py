@@ -1,9 +1,8 @@
-"""The encode loop: batches of a source's images and captions through the encoders, chunk by chunk into a journal."""
+"""The encode loop: batches of a source's images and captions through the encoders, part by part into a table."""
 
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -14,8 +13,9 @@ from kandinsky_exp.data import tally
 from kandinsky_exp.data.encoded import catalog
 from kandinsky_exp.data.encoded.chunk import BatchFiller, Chunk, Row, columns
 from kandinsky_exp.data.encoded.columns import DTYPES, Array
-from kandinsky_exp.data.encoded.journal import Journal
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, MASK
+from kandinsky_exp.data.encoded.part_queue import PartQueue
+from kandinsky_exp.data.encoded.parts import PartFacts, PartWriter, rows_of_chunk
 from kandinsky_exp.data.encoded.progress import ProgressBar
 from kandinsky_exp.data.encoded.workers import Batch, Features, Loader, workers_failed
 from kandinsky_exp.data.examples import Source
@@ -24,7 +24,6 @@ from kandinsky_exp.data.tally import first_few
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.logs import Log
 
-CHUNK = 256  # examples between commits: what a killed process does again at most
 LOOK_ON_SECONDS = 5.0  # how long to look for further problems when one was found
 FEW = 64  # examples that are not worth starting worker processes for
 
@@ -54,6 +53,7 @@ class EncodeSettings:
         workers: processes that decode images; None = one per core but one, and none for a few images.
         mirrored: also encode the mirror of each image.
         skip_bad: leave out what cannot be used, instead of raising.
+        beside: processes on this machine that encode at the same time and share its cores, this one among them.
     """
 
     dtype: CacheDtype = "fp16"
@@ -62,64 +62,78 @@ class EncodeSettings:
     workers: int | None = None
     mirrored: bool = False
     skip_bad: bool = False
+    beside: int = 1
 
     def processes(self, count: int | None) -> int:
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return 0 if count is not None and count <= FEW else min(8, cores - 1)
+        return 0 if count is not None and count <= FEW else max(0, min(8, cores // self.beside - 1))
 
 
 @dataclass
 class EncodeLoop:
-    """See the module."""
+    """Makes the parts of a table that its queue takes."""
 
     source: Source
     stage: Encoder
     how: EncodeSettings
-    journal: Journal
+    queue: PartQueue
     log: Log
     chunk: Chunk = field(default_factory=Chunk)
+    part: PartWriter | None = None
+    caption_rows: dict[bytes, int] = field(default_factory=dict)  # of the part's captions, by their tokens
 
     def __post_init__(self) -> None:
-        self.bar = ProgressBar(self.source.count, self.journal.progress.source_rows, self.log)
-        self.images, self.captions = (BatchFiller(self.how.batch_size, self._encode) for _ in range(2))
+        self.plan = self.queue.plan
+        self.bar = ProgressBar(self.source.count, self._rows_there(), self.log)
+        self.images, self.captions = (BatchFiller(self.plan.batch_size, self._encode) for _ in range(2))
 
-    def encode_all(self) -> None:
-        """From where the journal is to the end of the source.
+    def make(self, first: int) -> None:
+        """Make a part that was taken, and then others until there is none to take.
 
         Raises:
             DataError: see `encode_table`.
         """
         failed = None
         try:
-            with closing(self.bar):
-                self._walk()
+            self._walk(first)
         except RuntimeError as error:  # torch hears of a worker's death by a signal, whatever it is doing then
             if "DataLoader worker" not in str(error):
                 raise
             failed = workers_failed(error)
+        finally:
+            if self.part is not None:
+                self.part.discard()
         if failed is not None:  # here, where no traceback keeps the workers and what lies on the device
             raise failed
-        self.bar.sum_up(self.journal.progress.images, self.journal.progress.captions)
 
-    def _walk(self) -> None:
-        done, size = self.bar.first, self.how.batch_size
-        loader = Loader(self.stage.preprocess, self.how.mirrored)
-        batches = loader.batches(self.source.examples(done), size, self.how.processes(self.source.count))
-        chunk_rows, before = -(-CHUNK // size) * size, 0.0
+    def _walk(self, first: int) -> None:
+        loader, before = Loader(self.stage.preprocess, self.how.mirrored), 0.0
+        batches = loader.batches(self.queue.lists(first), self.how.processes(self.source.count))
         for batch in batches:
+            number, is_last = self.queue.read()
+            part = self.part = self.part or self._begun(number)
             self._check(batch, batches)
-            self._take(batch)
-            done += len(batch.examples)
+            self._take(part, batch)
             if before and any(row.views for row in self.chunk.images) and not self.bar.announced:
                 self._announce((time.monotonic() - before) / len(batch.examples))
-            self.bar(done)
-            if self.chunk.seen >= chunk_rows:
-                self._commit()
+            self.bar(self._rows_there() + part.facts.source_rows + self.chunk.seen)
+            if is_last or self.chunk.seen >= rows_of_chunk(self.plan.batch_size):
+                self._write(part)
+            if is_last:
+                self._finish(part)
             before = time.monotonic()  # the first batch takes longer than the others: it is not counted
-        tally.add(self.journal.progress.noted, self.source.passed_over())
-        self._commit()
+
+    def _rows_there(self) -> int:
+        return sum(len(self.plan.rows_of(number)) for number in self.queue.there)
+
+    def _begun(self, number: int) -> PartWriter:
+        making = self.queue.making
+        self.caption_rows.clear()
+        return PartWriter(
+            making.folder, PartFacts(self.plan.table, number, self.plan.batch_size), self.queue.claims.mark
+        )
 
     def _check(self, batch: Batch, rest: Iterator[Batch]) -> None:
         """Refuse bad examples; where there is one, look a little further, to name several at once."""
@@ -140,18 +154,19 @@ class EncodeLoop:
             DataError: the disk has no room for it.
         """
         needed = self.bar.announce(self.chunk.size_each(), seconds_each)
-        catalog.refuse_if_no_room(self.journal.folder, needed)
+        catalog.refuse_if_no_room(self.queue.making.folder, needed)
 
-    def _take(self, batch: Batch) -> None:
-        start, rows = self.journal.progress.source_rows + self.chunk.seen, {}
+    def _take(self, part: PartWriter, batch: Batch) -> None:
+        start = self.plan.rows_of(part.facts.number).start + part.facts.source_rows + self.chunk.seen
+        rows = {}
         for offset, example in enumerate(batch.examples):
             if example.problem:
-                self.journal.progress.skipped.append(example.problem)
+                part.facts.skipped.append(example.problem)
                 continue
             rows[offset] = Row(example, start + offset)
-            self.journal.progress.note_cut(example.id, example.cut)
+            part.facts.note_cut(example.id, example.cut)
             if example.note:
-                tally.count(self.journal.progress.noted, example.note, example.id)
+                tally.count(part.facts.noted, example.note, example.id)
         self.chunk.seen += len(batch.examples)
         self.chunk.images += rows.values()
         for stack in batch.images:
@@ -159,9 +174,16 @@ class EncodeLoop:
                 self.images.add(rows[offset], views)
         for stack in batch.captions:
             for offset, views in stack.rows():
-                rows[offset].captions += 1
-                self.chunk.captions.append(Row(rows[offset].example, start + offset))
-                self.captions.add(self.chunk.captions[-1], views)
+                rows[offset].captions.append(self._caption_row(rows[offset], views))
+
+    def _caption_row(self, image: Row, views: list[Features]) -> int:
+        """The row of a caption in its part; it is encoded where it occurs first."""
+        tokens = b"".join(views[0][name].numpy().tobytes() for name in sorted(views[0]))
+        if tokens not in self.caption_rows:
+            self.caption_rows[tokens] = len(self.caption_rows)
+            self.chunk.captions.append(Row(image.example, image.source_row))
+            self.captions.add(self.chunk.captions[-1], views)
+        return self.caption_rows[tokens]
 
     def _encode(self, rows: list[Row], views: list[Features]) -> None:
         for view in views:
@@ -191,23 +213,32 @@ class EncodeLoop:
             raise DataError(f"{rows[row].example.id}: {name} is not finite as {self.how.dtype}; {cure}")
         return array
 
-    def _commit(self) -> None:
+    def _write(self, part: PartWriter) -> None:
         """Encode what waits for its batch to fill, and write the chunk."""
-        chunk, progress = self.chunk, self.journal.progress
+        chunk, facts = self.chunk, part.facts
         self.images.finish()
         self.captions.finish()
         if not self.bar.announced:
             self._announce((time.monotonic() - self.bar.started) / max(1, chunk.seen))
         if chunk.images:
-            ragged = self.stage.ragged_features if self.stage.preprocess.buckets else ()
-            self.journal.append(IMAGES, chunk.image_columns(progress.captions, ragged))
+            part.append(IMAGES, chunk.image_columns(self.stage.ragged_features if self._has_sizes else ()))
         if chunk.captions:
-            self.journal.append(CAPTIONS, columns(chunk.captions, self.stage.ragged_features))
-        progress.source_rows += chunk.seen
-        progress.images += len(chunk.images)
-        progress.captions += len(chunk.captions)
-        self.journal.commit()
+            part.append(CAPTIONS, columns(chunk.captions, self.stage.ragged_features))
+        facts.source_rows += chunk.seen
+        facts.images += len(chunk.images)
+        facts.captions += len(chunk.captions)
         self.chunk = Chunk()
+
+    def _finish(self, part: PartWriter) -> None:
+        if self.queue.ended:
+            tally.add(part.facts.noted, self.source.passed_over())
+        part.finish()
+        self.part = None
+        self.queue.finished(part.facts.number)
+
+    @property
+    def _has_sizes(self) -> bool:
+        return bool(self.stage.preprocess.buckets)
 
 
 def _prefix(mask: Tensor) -> int:

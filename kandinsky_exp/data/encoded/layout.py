@@ -6,12 +6,26 @@ from pathlib import Path
 from kandinsky_exp.system import files
 
 IMAGES, CAPTIONS = "images.arrow", "captions.arrow"
-META = "table.json"  # of a complete table
-PROGRESS = "progress.json"  # of one in the making
+META = "table.json"  # the manifest of a complete table
+PLAN = "plan.json"  # how a table is divided; there from its beginning
+PART = "part.json"  # of a complete part
+PROGRESS = "progress.json"  # of tables in the making of earlier versions
+CAPTION_ROWS = "caption_rows"  # the column that says which captions of its part an image has
+PARTIAL = ".partial"
 # How files become pixels, and names examples; 1 knew no colour profiles. Tables of other rules are not used any more.
 PICTURE_RULES = 2
 MASK = "text_mask"  # which tokens of a caption count: what the encoders read, and training
 DEFAULT_ROOT = Path("outputs")
+
+
+def partial(folder: Path) -> Path:
+    """Where a table is made."""
+    return folder.with_name(f"{folder.name}{PARTIAL}")
+
+
+def part_folder(table: Path, number: int) -> Path:
+    """Of a part of a table, complete or in the making."""
+    return table / f"{number:05d}"
 
 
 def removal(folder: Path) -> str:

@@ -5,7 +5,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -124,19 +123,18 @@ class Loader(Dataset[Loaded]):
             note=image.info.get(NOTE, ""),
         )
 
-    def batches(self, examples: Iterator[Example], batch_size: int, workers: int) -> Iterator[Batch]:
-        """Batches of `batch_size` examples, good and bad, in order; the last may be smaller.
+    def batches(self, lists: Iterator[list[Example]], workers: int) -> Iterator[Batch]:
+        """A batch of each list of examples, good and bad, in order. Worker processes read some lists ahead.
 
         Raises:
             DataError: the source cannot be read any further, or worker processes cannot be started, or one died.
         """
-        return from_workers(self, _lists(examples, batch_size), _batch, workers, "data.encode_workers")
+        return from_workers(self, _told(lists), _batch, workers, "data.encode_workers")
 
 
-def _lists(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+def _told(lists: Iterator[list[Example]]) -> Iterator[list[Example]]:
     try:
-        while some := list(islice(examples, size)):
-            yield some
+        yield from lists
     except OSError as error:
         raise DataError(f"data: the examples cannot be read any further ({error})") from error
 
