@@ -1,7 +1,7 @@
 """The prior: from a caption to the CLIP embedding of an image that it could describe."""
 
-from functools import partial
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,7 @@ class PriorStage(DiffusionStage):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each transformer block in the backward pass: `PriorTransformer` has no such switch of its own."""
         for block in self.network.transformer_blocks:  # type: ignore[union-attr]
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(block.forward)
 
     def sample(self, network: nn.Module, prompts: list[str], settings: pipelines.SampleSettings) -> list[Image.Image]:
         """The trained prior, then the base decoder."""
@@ -148,6 +148,16 @@ class PriorStage(DiffusionStage):
             embeds = pipelines.embed_prompts(pipeline, prompts, settings)
         with self.weights.on_device(("unet", "movq"), device):
             return pipelines.decode(pipelines.decoder_pipeline(self.weights), embeds, settings)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function, for a partial object would not be compiled."""
+
+    def computed(*arguments: Any, **named: Any) -> Tensor:
+        output: Tensor = checkpoint(forward, *arguments, use_reentrant=False, **named)
+        return output
+
+    return computed
 
 
 def _refuse_zeros(std: Tensor) -> None:

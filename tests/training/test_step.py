@@ -652,16 +652,19 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(
-    ("stage", "backend", "extras"),
+    ("stage", "mode", "backend", "extras"),
     [
-        pytest.param("prior", "inductor", [], marks=pytest.mark.soak),
-        ("prior", "aot_eager", [*EVERYTHING, *LORA, "trainer.gradient_checkpointing=true"]),
-        ("decoder", "eager", EVERYTHING),
-        pytest.param("decoder", "aot_eager", EVERYTHING, marks=pytest.mark.soak),
+        pytest.param("prior", "true", "inductor", [], marks=pytest.mark.soak),
+        pytest.param("prior", "regional", "inductor", [], marks=pytest.mark.soak),
+        ("prior", "true", "aot_eager", [*EVERYTHING, *LORA, "trainer.gradient_checkpointing=true"]),
+        ("prior", "regional", "eager", [*LORA, "trainer.gradient_checkpointing=true"]),
+        ("decoder", "true", "eager", EVERYTHING),
+        ("decoder", "regional", "eager", []),
+        pytest.param("decoder", "true", "aot_eager", EVERYTHING, marks=pytest.mark.soak),
     ],
 )
 def test_the_network_is_compiled_once(
-    stage: str, backend: str, extras: list[str], bench: Any, caplog: pytest.LogCaptureFixture
+    stage: str, mode: str, backend: str, extras: list[str], bench: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The front end decides what is compiled anew: with most settings it may do without the slow back ends."""
     from torch._dynamo.utils import counters
@@ -669,9 +672,11 @@ def test_the_network_is_compiled_once(
     caplog.set_level(logging.ERROR, "torch.__trace")  # megabytes otherwise, in front of whatever fails here
     torch._dynamo.reset()  # what tests before this one compiled counts too
     counters.clear()
-    made = bench(stage, "trainer.compile=true", *extras)
-    if backend != "inductor":
-        made.stage.network.compile(backend=backend)
+    made = bench(stage, f"trainer.compile={mode}", *extras)
+    compiles = [module for module in made.stage.network.modules() if module._compiled_call_impl is not None]
+    assert (compiles == [made.stage.network]) == (mode == "true")
+    for module in compiles if backend != "inductor" else ():
+        module.compile(backend=backend)
     before = made.stage.network.state_dict().keys()
     made.train(2)
     compiled = counters["stats"]["unique_graphs"]
