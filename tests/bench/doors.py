@@ -27,12 +27,12 @@ def train(config: Any) -> None:
     run(config, trusted_modules=OWN_MODULES)
 
 
-def encode_table(source: Any, stage: Any, folder: Path) -> None:
-    """All of a source's images and captions into a new table, as a run with default settings does it."""
+def encode_table(source: Any, stage: Any, folder: Path, processes: int = 1) -> None:
+    """All of a source's images and captions into a new table, as a run of so many processes does it by default."""
     from kandinsky_exp.data.encoded.cache import encode_table as encode
     from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 
-    encode(source, stage, folder, EncodeSettings(), lambda line: None)
+    encode(source, stage, folder, EncodeSettings(beside=processes), lambda line: None)
 
 
 def tables(output_root: Path) -> int:

@@ -23,7 +23,7 @@ from kandinsky_exp.data.tally import SHOWN, first_few
 from kandinsky_exp.errors import DataError, memory_told
 from kandinsky_exp.system.logs import Log
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between looks at what other processes make
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between looks at what other processes make
 
 
 def cache_key(
