@@ -107,7 +107,7 @@ class Bench:
         return {case: self.steps("published.warm", *case, references=self.references) for case in self.warm}
 
     def steps(self, function: str, stage: str, batch: int, **more: Any) -> dict[str, Any]:
-        settings = {"blocks": self.scale.blocks[stage], "block": self.scale.block}
+        settings = {"blocks": -(-self.scale.blocks[stage] * 4 // batch), "block": self.scale.block}
         say(f"{function} {stage}, batch {batch}")
         return machine.child(function, {**self.common(stage, batch), **settings, **more}, self.work)
 
