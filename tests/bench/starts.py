@@ -87,6 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ctypes.CDLL(None).prctl(REAPS, 1, 0, 0, 0)
     folder = arguments.folder.absolute()
+    folder.mkdir(parents=True)  # a new one: runs that are there would be gone on with
     measure = further_job if arguments.jobs else first_step
     by_turns(measure, [arguments.old, arguments.new], folder, arguments.repeats, arguments.settings)
 
