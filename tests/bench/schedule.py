@@ -21,7 +21,7 @@ def constant(optimizer: Optimizer, total_steps: int, *, warmup_steps: int = 0, s
     """A constant rate.
 
     Args:
-        stamps: a file that gets a line per step, the time since 1970.
+        stamps: a file that gets a line per step, as `turns.stamp_into` writes it.
     """
     if stamps is not None:
         turns.stamp_into(Path(stamps))
