@@ -154,7 +154,7 @@ def test_the_peaks_of_a_real_run_are_near_the_planned_ones(tmp_path: Path) -> No
     rows = [json.loads(line) | {"text": "heart " * 80} for line in lines]
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ["data=folder", f"data.path={tmp_path}/pictures"]
-    overrides = ["tracker=none", "model=prior", "trainer.batch_size=512", "trainer.max_steps=1", *data]
+    overrides = ["tracker=none", "model=prior", "trainer.batch_size=640", "trainer.max_steps=1", *data]
     # Not forked: such a process has pages of the libraries in memory only once it has used them.
     code = f"import sys; sys.path[:0] = {sys.path!r}; import test_plan; test_plan.measured({overrides!r}, {tmp_path!r})"
     code = f"from pathlib import PosixPath; {code}"
