@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +25,12 @@ from kandinsky_exp import cli
 from kandinsky_exp.data import sources
 from kandinsky_exp.data.encoded import catalog, table
 from kandinsky_exp.data.encoded.claims import CLAIM, GONE_SECONDS, Claims, disk_time, is_alive
+from kandinsky_exp.data.encoded.columns import ColumnWriter, MappedColumns
 from kandinsky_exp.data.encoded.layout import CAPTIONS, IMAGES, META, PART, PLAN, part_folder, partial
 from kandinsky_exp.data.encoded.making import Making, Plan
+from kandinsky_exp.data.encoded.part_queue import PartQueue
 from kandinsky_exp.data.encoded.parts import CHUNK, LARGEST, PartFacts, PartWriter, rows_of_part
+from kandinsky_exp.data.encoded.progress import ProgressBar
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import collate
 from kandinsky_exp.data.examples import Indexed
@@ -144,6 +148,57 @@ def test_a_process_of_another_machine_lives_as_long_as_it_touches_its_claim(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_of_this_machine_that_stands_still_keeps_its_claim(tmp_path):
+    claims, other = Claims(tmp_path), Claims(tmp_path)
+    assert claims.take("3")
+    long_ago = time.time() - GONE_SECONDS - 1
+    os.utime(tmp_path / f"3{CLAIM}", (long_ago, long_ago))
+    assert not other.take("3")
+    claims.close()
+    assert other.take("3")
+    other.close()
+
+
+def take_all(source: Path, target: Path, taken: Path) -> None:
+    """Every part that there is to take, each at a moment at which the other process takes one, too."""
+    making = Making(target, Plan.of(target, rows_of(source), 1, "0"), print)
+    with closing(Claims(making.folder)) as claims:
+        queue, parts = PartQueue(rows_of(source), making, claims), []
+        wait_for_both(taken.parent, "ready", taken.name)
+        while (part := queue.take()) is not None:
+            parts.append(part)
+            time.sleep(0.02 - time.time() % 0.02)
+        taken.write_text(json.dumps(parts))
+        wait_for_both(taken.parent, "over", taken.name)  # what it holds is not free as long as the other one takes
+
+
+def wait_for_both(folder: Path, what: str, name: str) -> None:
+    (folder / f"{what}-{name}").touch()
+    while len(list(folder.glob(f"{what}-*"))) < 2:
+        time.sleep(0.002)
+
+
+def test_no_two_processes_take_one_part(tmp_path):
+    """Neither of those that are free nor of those that a killed process held."""
+    listed, target = write_set(tmp_path / "set", 30 * CHUNK), tmp_path / "key"
+    making = Making(target, Plan.of(target, rows_of(listed), 1, "0"), print)
+    dead = Forked(os.getpid)
+    dead.finish()
+    for part in range(0, 30, 2):
+        with closing(Claims(making.folder)) as claims:
+            claims.take(str(part))
+            claim = making.folder / f"{part}{CLAIM}"
+            held = claim.read_text()
+        claim.write_text(json.dumps(json.loads(held) | {"process": dead.pid}))
+    files = [tmp_path / f"taken-{number}" for number in range(2)]
+    both = [Forked(take_all, listed, target, file) for file in files]
+    printed = [process.finish() for process in both]
+    assert [process.code for process in both] == [0, 0], printed
+    first, second = (json.loads(file.read_text()) for file in files)
+    assert sorted(first + second) == list(range(30))
+    assert len(first) > 2 < len(second)
+
+
 def test_a_number_that_another_process_got_is_told_apart(tmp_path):
     claims = Claims(tmp_path)
     claims.take("0")
@@ -153,10 +208,10 @@ def test_a_number_that_another_process_got_is_told_apart(tmp_path):
     claims.close()
 
 
-def test_a_part_that_two_have_made_is_there_once(tmp_path):
+def test_a_part_that_two_make_at_once_is_there_once(tmp_path):
     making = Making(tmp_path / "t", Plan("t", "0", 3, 1, CHUNK), print)
-    for mark in ("a", "b"):
-        part = PartWriter(making.folder, PartFacts("t", 0, 1, source_rows=3, images=3), mark)
+    facts = [PartFacts("t", 0, 1, source_rows=3, images=3) for _ in range(2)]
+    for part in [PartWriter(making.folder, fact, mark) for fact, mark in zip(facts, "ab", strict=True)]:
         part.append(IMAGES, {"id": ["x", "y", "z"], "numbers": np.arange(3)})
         part.finish()
     making.join("numbers", {"views": 1})
@@ -279,6 +334,37 @@ def test_a_part_that_cannot_be(more, launch, message, tmp_path):
     assert re.search(message, printed), printed
 
 
+def shard_with_more(folder: Path, rows: int) -> Path:
+    """A tar of captioned pictures; beside every hundredth lies what is no part of an example."""
+    listed = write_set(folder, 4)
+    (folder / "row.txt").write_text("noise")
+    with tarfile.open(folder.with_suffix(".tar"), "w") as archive:
+        for row in range(rows):
+            archive.add(folder / f"{row % 4}.png", f"{row:05}.png")
+            archive.add(folder / "row.txt", f"{row:05}.txt")
+            if row % 100 == 0:
+                archive.add(listed, f"{row:05}.notes")
+    return folder.with_suffix(".tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_stream_does_not_use_is_counted_once(workers, tmp_path):
+    source = sources.webdataset(str(shard_with_more(tmp_path / "set", ROWS))).train
+    made = encode(source, PriorEncoders(), tmp_path / "key", batch_size=8, workers=workers)
+    assert len(made) == ROWS
+    assert [part["images"] for part in json.loads((made.folder / META).read_text())["parts"]] == [CHUNK, CHUNK, 12]
+    assert made.noted == source.passed_over()
+    assert [number for number, *_ in made.noted.values()] == [6]
+
+
+def test_progress_tells_own_images_from_those_of_others():
+    said = []
+    bar = ProgressBar(100, 0, said.append)
+    bar(60, 20)
+    bar.sum_up(100, 0)
+    assert re.search(r"encoded 100 images in .* images/s by this process", said[-1])
+
+
 # ---- captions
 
 
@@ -338,6 +424,7 @@ def test_a_part_that_is_there_twice_is_refused(listed, whole, tmp_path):
             {"batch_size": 16, "part_rows": 256},
             r"batches of 16, this one would with 8 \(data\.encode_batch\); set",
         ),
+        ({"rows": 7}, r"with 7 rows for key, this one would with 524 rows for key; give the same"),
     ],
 )
 def test_processes_that_would_not_make_the_same_parts_are_refused(listed, tmp_path, change, message):
@@ -397,5 +484,27 @@ def test_ten_thousand_parts_open_at_once_and_few_stay_open(tmp_path):
     if mapped.exists():
         assert mapped.read_text().count(str(folder)) <= table.OPEN
     (part_folder(folder, 9_999)).unlink()
-    with pytest.raises(DataError, match=r"09999 is damaged .*; remove the table with"):
+    with pytest.raises(DataError, match=r"09999 is damaged .*; remove .*09999 and give the command again"):
         made.id(9_999)
+    (folder / META).unlink()
+    with pytest.raises(DataError, match="was removed, or is mended, by another process"):
+        made.id(9_999)
+
+
+def test_what_an_open_file_keeps_in_memory_does_not_grow_with_its_rows(tmp_path):
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("LOUD: the system does not tell what of a process is its own memory")
+    file = ColumnWriter(tmp_path / IMAGES)
+    for _ in range(LARGEST):
+        file.append({"id": ["x"] * 4, "embeds": np.ones((4, 8)), "picture": np.zeros((4, 2), np.int64)})
+    file.close()
+
+    def own() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+) kB", status.read_text())[1])
+
+    known = {}
+    assert len(MappedColumns(tmp_path / IMAGES, known)) == 4 * LARGEST
+    before, opened = own(), [MappedColumns(tmp_path / IMAGES, known) for _ in range(200)]
+    assert all(mapped.row(row)["id"] == "x" for mapped in opened for row in range(0, 4 * LARGEST, 8))
+    assert own() - before < 200 * 60  # with all record batches decoded it is 10 times as much

@@ -1,7 +1,4 @@
-"""Who makes which part of a table: claims, files that name a process and that it touches as long as it lives.
-
-Nobody has to believe them: a part that two processes make is the same from both, and the second one is thrown away.
-"""
+"""Who makes which part of a table: claims, files that name a process and that it touches as long as it lives."""
 
 import contextlib
 import json
@@ -13,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
-from kandinsky_exp.system.files import json_object
+from kandinsky_exp.system.files import json_object, write_atomically
 
 CLAIM = ".claim"
 CLOCK = ".clock"
@@ -37,26 +34,16 @@ class Claims:
         self._beating.start()
 
     def take(self, name: str) -> bool:
-        """Claim what no living process has.
+        """Claim what no living process has. Only for who has the table locked: nobody else claims meanwhile.
 
         Raises:
             OSError: the disk cannot be written.
         """
         claim = self.folder / f"{name}{CLAIM}"
-        aside = claim.with_name(f".{claim.name}.{self.mark}")
-        aside.write_text(json.dumps({"machine": _machine(), "process": os.getpid(), "began": _began(os.getpid())}))
-        try:
-            os.link(aside, claim)  # whole, and only if there is none
-        except FileExistsError:
-            if is_alive(claim, disk_time(self.folder)):
-                return False
-            aside.replace(claim)
-        except OSError:  # a disk without links
-            if claim.exists() and is_alive(claim, disk_time(self.folder)):
-                return False
-            aside.replace(claim)
-        finally:
-            aside.unlink(missing_ok=True)
+        if claim.exists() and is_alive(claim, disk_time(self.folder)):
+            return False
+        own = {"machine": _machine(), "process": os.getpid(), "began": _began(os.getpid())}
+        write_atomically(claim, json.dumps(own))
         self._held.add(claim)
         return True
 
@@ -88,7 +75,7 @@ def is_anyone_at(folder: Path) -> bool:
 
 
 def is_alive(claim: Path, now: float) -> bool:
-    """Whether the process that holds a claim lives: on this machine it is looked for, elsewhere its beat is.
+    """Whether the process that holds a claim lives: on this machine the process is looked for, elsewhere its beat.
 
     Args:
         now: `disk_time` of its folder.
@@ -98,8 +85,8 @@ def is_alive(claim: Path, now: float) -> bool:
     except OSError:
         return False
     held = json_object(claim) or {}
-    if held.get("machine") == _machine() and held.get("began") != _began(held.get("process", 0)):
-        return False
+    if held.get("machine") == _machine():  # it may stand still, and go on later
+        return held.get("began") == _began(held.get("process", 0))
     return age < GONE_SECONDS
 
 

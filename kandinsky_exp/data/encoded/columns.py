@@ -7,9 +7,10 @@ wrong batch.
 import json
 import os
 import zlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, partial, reduce
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kandinsky_exp.data.encoded.layout import PART, removal
+from kandinsky_exp.data.encoded.layout import cure
 from kandinsky_exp.errors import DataError
 
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
 CHECKSUM = "crc32"
 HEAD = 4096  # bytes, more than a schema takes
+KEPT = 2  # record batches of an open file that stay decoded: some 15 kB each
 SHAPE = ".shape"  # ends the name of the column with the shapes of a ragged one
 
 Array = NDArray[Any]
 Column = Array | Sequence[str] | Sequence[Array]  # equal shapes (n, …), strings, or arrays of shapes that differ
 Columns = Mapping[str, Column]
+Places = tuple["array[int]", "array[int]"]  # (m,) where each record batch begins; (m + 1,) its first row, and the end
 
 
 class ColumnWriter:
@@ -100,24 +103,32 @@ def _arrow(cells: Any) -> tuple[pa.Array, list[int] | None]:
 
 
 class MappedColumns:
-    """Rows of such a file, read when asked for. What stays in memory grows with its record batches, not its rows."""
+    """Rows of such a file, read when asked for. What stays in memory does not grow with them.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        places: where the record batches of files lie, by path, as far as somebody has looked.
+    """
+
+    def __init__(self, path: Path, places: dict[Path, Places] | None = None) -> None:
         self.path = path
         try:
             with pa.memory_map(str(path)) as file:
-                reader = pa.ipc.open_stream(file)
-                batches = list(reader)
+                content = file.read_buffer()
+            schema = pa.ipc.read_schema(pa.ipc.read_message(content))
+            places = {} if places is None else places
+            if path not in places:
+                places[path] = _places(content, schema)
         except MemoryError:  # Arrow's is one of its own too, and says nothing of the file
             raise
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the system's; Arrow's own speak of what it found in the file
             raise ValueError(f"{path.name}: {error}") from error
-        shapes = {field.name: json.loads(field.metadata[b"shape"]) for field in reader.schema}
+        shapes = {field.name: json.loads(field.metadata[b"shape"]) for field in schema}
         self.ragged = [name.removesuffix(SHAPE) for name in shapes if name.endswith(SHAPE)]  # rows differ in shape
-        self._starts = list(accumulate((batch.num_rows for batch in batches), initial=0))
-        self._views = [{name: _view(batch.column(name), shape) for name, shape in shapes.items()} for batch in batches]
+        self._names = shapes.keys()
+        self._offsets, self._starts = places[path]
+        self._views = lru_cache(KEPT)(partial(_views, content, schema, shapes, self._offsets))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -131,32 +142,34 @@ class MappedColumns:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        batch = bisect_right(self._starts, index) - 1
-        views, row = self._views[batch], index - self._starts[batch]
+        views, row = self._place(index)
         cells = {name: _cell(view, row) for name, view in views.items()}
         expected = int(cells.pop(CHECKSUM))
         if reduce(lambda before, cell: _checksum(cell, before), cells.values(), 0) != expected:
-            folder = self.path.parent
-            table = folder.parent if (folder / PART).exists() else folder
-            raise DataError(
-                f"{self.path}: row {index} is damaged; remove the table with `{removal(table)}`, and it will be "
-                "encoded again"
-            )
+            raise DataError(f"{self.path}: row {index} is damaged; {cure(self.path.parent)}")
         for name in [name for name in cells if name.endswith(SHAPE)]:
             cells[name.removesuffix(SHAPE)] = cells[name.removesuffix(SHAPE)].reshape(cells.pop(name))
         return cells
 
     def cell(self, name: str, index: int) -> Any:
         """One number, or a small array, of a row, without a look at its checksum."""
-        batch = bisect_right(self._starts, index) - 1
-        return _cell(self._views[batch][name], index - self._starts[batch])
+        views, row = self._place(index)
+        return _cell(views[name], row)
 
     def has(self, name: str) -> bool:
-        return name in self._views[0]
+        return name in self._names
+
+    def _place(self, index: int) -> tuple[dict[str, Any], int]:
+        """The record batch of a row, and the row there."""
+        batch = bisect_right(self._starts, index) - 1
+        try:
+            return self._views(batch), index - self._starts[batch]
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{self.path}: row {index} cannot be read ({error}); {cure(self.path.parent)}") from error
 
     def column(self, name: str) -> Array:
         """A column of numbers, (n, …), copied."""
-        return np.concatenate([views[name] for views in self._views])
+        return np.concatenate([self._views(batch)[name] for batch in range(len(self._offsets))])
 
 
 def head_checksum(file: Path) -> int:
@@ -176,6 +189,23 @@ def check_files(folder: Path, entry: dict[str, Any]) -> None:
             raise ValueError(f"{name} has {found:,} bytes instead of {size:,}")
         if head_checksum(folder / name) != entry["heads"][name]:
             raise ValueError(f"the head of {name} is not as it was written")
+
+
+def _places(content: pa.Buffer, schema: pa.Schema) -> Places:
+    offsets, starts, stream = [], [0], pa.BufferReader(content)
+    pa.ipc.read_message(stream)  # the schema's
+    while (offset := stream.tell()) < content.size:
+        offsets.append(offset)
+        starts.append(starts[-1] + pa.ipc.read_record_batch(pa.ipc.read_message(stream), schema).num_rows)
+    return array("q", offsets), array("q", starts)
+
+
+def _views(
+    content: pa.Buffer, schema: pa.Schema, shapes: dict[str, list[int] | None], offsets: Sequence[int], batch: int
+) -> dict[str, Any]:
+    """The columns of a record batch."""
+    read = pa.ipc.read_record_batch(pa.ipc.read_message(content[offsets[batch] :]), schema)
+    return {name: _view(read.column(name), shape) for name, shape in shapes.items()}
 
 
 def _view(array: pa.Array, shape: list[int] | None) -> Any:

@@ -112,17 +112,17 @@ class EncodeLoop:
         loader, before = Loader(self.stage.preprocess, self.how.mirrored), 0.0
         batches = loader.batches(self.queue.lists(first), self.how.processes(self.source.count))
         for batch in batches:
-            number, is_last = self.queue.read()
-            part = self.part = self.part or self._begun(number)
+            place = self.queue.read()
+            part = self.part = self.part or self._begun(place.part)
             self._check(batch, batches)
             self._take(part, batch)
             if before and any(row.views for row in self.chunk.images) and not self.bar.announced:
                 self._announce((time.monotonic() - before) / len(batch.examples))
-            self.bar(self._rows_there() + part.facts.source_rows + self.chunk.seen)
-            if is_last or self.chunk.seen >= rows_of_chunk(self.plan.batch_size):
+            self.bar(self._rows_there() + part.facts.source_rows + self.chunk.seen, len(batch.examples))
+            if place.ends_part or self.chunk.seen >= rows_of_chunk(self.plan.batch_size):
                 self._write(part)
-            if is_last:
-                self._finish(part)
+            if place.ends_part:
+                self._finish(part, place.ends_sweep)
             before = time.monotonic()  # the first batch takes longer than the others: it is not counted
 
     def _rows_there(self) -> int:
@@ -229,8 +229,8 @@ class EncodeLoop:
         facts.captions += len(chunk.captions)
         self.chunk = Chunk()
 
-    def _finish(self, part: PartWriter) -> None:
-        if self.queue.ended:
+    def _finish(self, part: PartWriter, ends_sweep: bool) -> None:
+        if ends_sweep:
             tally.add(part.facts.noted, self.source.passed_over())
         part.finish()
         self.part = None

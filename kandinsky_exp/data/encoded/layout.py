@@ -34,6 +34,13 @@ def removal(folder: Path) -> str:
     return command(folder, names) if folder.parent.parent != DEFAULT_ROOT else f"kandinsky-exp encode {names}"
 
 
+def cure(folder: Path) -> str:
+    """What to do about damaged files in a folder: of one part, or of a table that has none."""
+    if (folder / PART).exists() or folder.name.isdecimal():
+        return f"remove {shlex.quote(str(folder))} and give the command again: that part alone will be encoded again"
+    return f"remove the table with `{removal(folder)}`, and it will be encoded again"
+
+
 def command(folder: Path, what: str = "list=true") -> str:
     """What to type about a table, or about all that lie beside it."""
     return f"kandinsky-exp encode {what} {files.setting('output_root', folder.parent.parent)}"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,15 @@ class Making:
 
     def __init__(self, target: Path, wanted: Plan, log: Log, *, fixed_batch: bool = True) -> None:
         self.target, self.folder, self._log = target, partial(target), log
-        with locked(target, log):
+        with self.locked():
             self.plan = self._agreed(wanted, fixed_batch)
+            if not claims.is_anyone_at(self.folder):
+                _clear(self.folder)
             self.found = self._parts()
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Alone with the table for a moment, see `catalog.locked`."""
+        return locked(self.target, self._log)
 
     def there(self) -> set[int]:
         """Numbers of the parts that are complete."""
@@ -97,7 +104,7 @@ class Making:
         Raises:
             DataError: a part is missing, twice there, or of another table; or there is no example in any.
         """
-        with locked(self.target, self._log):
+        with self.locked():
             if self.is_joined:
                 return
             parts = self._parts()
@@ -109,8 +116,7 @@ class Making:
                 raise DataError(f"{name}: none of its examples can be used\n{reasons or 'it holds no image'}")
             with writing(self.folder):
                 write_atomically(self.folder / META, _manifest([parts[number] for number in numbers], self.plan, about))
-                for left in (*self.folder.glob(".*"), *self.folder.glob(f"*{claims.CLAIM}")):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+                _clear(self.folder)
                 self.folder.replace(self.target)
 
     def _agreed(self, wanted: Plan, fixed_batch: bool) -> Plan:
@@ -123,8 +129,8 @@ class Making:
             agreed = replace(found, version=wanted.version)
         else:
             if found is not None:
-                was = f"batches of {found.batch_size}"
-                self._refuse_company(was, f"{wanted.batch_size} (data.encode_batch)", "set")
+                was, ours, cure = _difference(found, wanted)
+                self._refuse_company(was, ours, cure)
                 self._log(f"{self.folder} was begun with {was}: encoding again")
             agreed = wanted
             with writing(self.folder):
@@ -171,6 +177,24 @@ class Making:
                 with writing(self.folder):
                     folder.rename(part_folder(self.folder, number))
         return {number: facts for number, (_, facts) in found.items()}
+
+
+def _difference(found: Plan, wanted: Plan) -> tuple[str, str, str]:
+    """Of two plans: theirs, ours, and what to do, as a message names them."""
+    if (found.table, found.rows) == (wanted.table, wanted.rows):
+        return f"batches of {found.batch_size}", f"{wanted.batch_size} (data.encode_batch)", "set"
+    rows = ("an unknown number of rows" if plan.rows is None else f"{plan.rows:,} rows" for plan in (found, wanted))
+    theirs, ours = (f"{count} for {plan.table[:8]}" for count, plan in zip(rows, (found, wanted), strict=True))
+    return theirs, ours, "give"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what processes that are no more have left beside the parts."""
+    for left in (*folder.glob(".*"), *folder.glob(f"*{claims.CLAIM}")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def read_plan(folder: Path) -> Plan | None:

@@ -2,7 +2,8 @@
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain, count, islice
+from dataclasses import dataclass
+from itertools import count, islice
 
 from kandinsky_exp.data.encoded.catalog import writing
 from kandinsky_exp.data.encoded.claims import Claims
@@ -11,6 +12,21 @@ from kandinsky_exp.data.encoded.making import Making
 from kandinsky_exp.data.examples import Example, Indexed, Source
 
 SWEEP = "sweep"  # the one claim on a source that is read in one sweep: one process makes all parts
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a list of examples belongs.
+
+    Args:
+        part: its number.
+        ends_part: whether it is the last list of it.
+        ends_sweep: whether it is the last list of a source that is read in one sweep.
+    """
+
+    part: int
+    ends_part: bool
+    ends_sweep: bool = False
 
 
 class PartQueue:
@@ -25,7 +41,7 @@ class PartQueue:
         self.wanted = set(range(self.plan.parts or 0)) if only is None else {only}
         self.ended = False  # a sweep is over
         self.there = set(making.found)
-        self._reading: deque[tuple[int, bool]] = deque()
+        self._reading: deque[Place] = deque()
 
     def is_done(self) -> bool:
         """Whether all that is wanted is there, whoever made it."""
@@ -33,15 +49,16 @@ class PartQueue:
 
     def take(self) -> int | None:
         """A part, now claimed by this process; None where there is none to take."""
-        self.there = self.making.there()
-        if not isinstance(self.source, Indexed):
-            first = next(number for number in count() if number not in self.there)
-            return first if self._claim(SWEEP) else None
-        for number in sorted(self.wanted - self.there):
-            if self._claim(str(number)):
-                if not part_folder(self.making.folder, number).exists():
-                    return number
-                self.claims.release(str(number))  # it was finished a moment ago
+        with self.making.locked():
+            self.there = self.making.there()
+            if self.plan.parts is None:
+                first = next(number for number in count() if number not in self.there)
+                return first if self._claim(SWEEP) else None
+            for number in sorted(self.wanted - self.there):
+                if self._claim(str(number)):
+                    if not part_folder(self.making.folder, number).exists():
+                        return number
+                    self.claims.release(str(number))  # it was finished a moment ago
         return None
 
     def _claim(self, name: str) -> bool:
@@ -58,31 +75,29 @@ class PartQueue:
             return
         taken: int | None = first
         while taken is not None:
-            yield from self._part(taken, (self.source[row] for row in self.plan.rows_of(taken)))
+            for examples, is_last in self._batches(self.source[row] for row in self.plan.rows_of(taken)):
+                self._reading.append(Place(taken, is_last))
+                yield examples
             taken = self.take()
 
     def _swept(self, first: int) -> Iterator[list[Example]]:
-        rest = iter(self.source.examples(self.plan.rows_of(first).start))
-        for number in count(first):
-            following = list(islice(rest, 1))
-            if not following:
-                break
-            rest = chain(following, rest)
-            yield from self._part(number, islice(rest, self.plan.part_rows))
+        of_part = self.plan.part_rows // self.plan.batch_size
+        batches = self._batches(iter(self.source.examples(self.plan.rows_of(first).start)))
+        for number, (examples, is_last) in enumerate(batches, 1):
+            self._reading.append(Place(first + (number - 1) // of_part, is_last or number % of_part == 0, is_last))
+            yield examples
         self.ended = True
 
-    def _part(self, number: int, examples: Iterator[Example]) -> Iterator[list[Example]]:
-        held: list[Example] = []
-        while some := list(islice(examples, self.plan.batch_size)):
-            if held:
-                self._reading.append((number, False))
-                yield held
-            held = some
-        self._reading.append((number, True))
-        yield held
+    def _batches(self, examples: Iterator[Example]) -> Iterator[tuple[list[Example], bool]]:
+        """Lists as long as a batch, and whether there is none after it: by then the walk has come to its end."""
+        held = list(islice(examples, self.plan.batch_size))
+        while held:
+            following = list(islice(examples, self.plan.batch_size))
+            yield held, not following
+            held = following
 
-    def read(self) -> tuple[int, bool]:
-        """Of the next list that comes back from the readers: its part, and whether it is the part's last."""
+    def read(self) -> Place:
+        """Of the next list that comes back from the readers."""
         return self._reading.popleft()
 
     def finished(self, number: int) -> None:

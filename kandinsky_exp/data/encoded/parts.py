@@ -17,6 +17,7 @@ from kandinsky_exp.system import files
 CHUNK = 256  # examples that are encoded before they are written
 PARTS = 1000  # about so many at most, as long as they are not too large to be lost
 LARGEST = 64  # chunks: what a killed process does again at most
+OF_UNKNOWN = 16  # chunks, where nobody knows how many rows will come
 NAMED = 1000  # captions that were cut, so that a table of millions stays readable
 
 
@@ -32,7 +33,9 @@ def rows_of_part(count: int | None, batch_size: int) -> int:
         count: of the source; None where nobody knows.
     """
     rows = chunk = rows_of_chunk(batch_size)
-    while (count or 0) > PARTS * rows and rows < LARGEST * chunk:
+    if count is None:
+        return OF_UNKNOWN * chunk
+    while count > PARTS * rows and rows < LARGEST * chunk:
         rows *= 2
     return rows
 
@@ -95,8 +98,6 @@ class PartWriter:
         self._target = part_folder(making, facts.number)
         self._aside = making / f".{self._target.name}.{mark}"
         with writing(making):
-            for left in making.glob(f".{self._target.name}.*"):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
             self._aside.mkdir()
 
     def append(self, name: str, columns: Columns) -> None:

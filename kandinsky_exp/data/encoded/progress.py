@@ -21,6 +21,7 @@ class ProgressBar:
 
     def __init__(self, total: int | None, done: int, log: Log) -> None:
         self.total, self.first, self.done, self.log = total, done, done, log
+        self.own = 0  # examples of this process
         self.announced = False
         self.started = self.said = time.monotonic()
         self.bar: tqdm[Any] | None = None
@@ -43,7 +44,14 @@ class ProgressBar:
             self.bar = tqdm(total=self.total, initial=self.done, unit="image", desc="encoding", dynamic_ncols=True)
         return 0 if self.total is None else int((self.total - self.first) * bytes_each)
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: int, more: int) -> None:
+        """Show where it stands.
+
+        Args:
+            done: examples, by all processes.
+            more: examples that this one has encoded since.
+        """
+        self.own += more
         if self.bar is not None:
             self.bar.update(done - self.done)
         self.done = done
@@ -51,10 +59,14 @@ class ProgressBar:
         if self.bar is not None or not self.announced or now - self.said < EVERY_SECONDS:
             return
         self.said = now
-        rate = (done - self.first) / (now - self.started)
-        left = f", about {tqdm.format_interval((self.total - done) / rate)} left" if self.total is not None else ""
+        seconds = now - self.started
+        together = (done - self.first) / seconds
+        left = f", about {tqdm.format_interval((self.total - done) / together)} left" if self.total is not None else ""
         of_all = f" of {self.total:,}" if self.total is not None else ""
-        self.log(f"encoded {done:,}{of_all} images, {rate:.1f} images/s{left}")
+        self.log(f"encoded {done:,}{of_all} images, {self.own / seconds:.1f} images/s{self._here(done)}{left}")
+
+    def _here(self, done: int) -> str:
+        return "" if self.own == done - self.first else " by this process"
 
     def close(self) -> None:
         """Leave the bar where it is; an error may follow."""
@@ -65,5 +77,5 @@ class ProgressBar:
         """Say what it came to."""
         seconds = time.monotonic() - self.started
         texts = f" and {captions:,} captions" if captions else ""
-        rate = (self.done - self.first) / max(seconds, 1e-9)
-        self.log(f"encoded {images:,} images{texts} in {tqdm.format_interval(seconds)}, {rate:.1f} images/s")
+        rate = f"{self.own / max(seconds, 1e-9):.1f} images/s{self._here(self.done)}"
+        self.log(f"encoded {images:,} images{texts} in {tqdm.format_interval(seconds)}, {rate}")

@@ -18,24 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky_exp.data.encoded.columns import SHAPE, Array, MappedColumns, check_files
-from kandinsky_exp.data.encoded.layout import CAPTION_ROWS, CAPTIONS, IMAGES, MASK, META, part_folder, removal
+from kandinsky_exp.data.encoded.columns import SHAPE, Array, MappedColumns, Places, check_files
+from kandinsky_exp.data.encoded.layout import CAPTION_ROWS, CAPTIONS, IMAGES, MASK, META, cure, part_folder
 from kandinsky_exp.data.tally import Tally
-from kandinsky_exp.errors import DataError
+from kandinsky_exp.errors import DataError, cause_of
 
 NO_FEATURES = ("id", "source_row", "caption_start", "caption_count", CAPTION_ROWS, "picture")
 FORMAT = 3  # a new one must not find old tables, but where `EARLIER` says so
 EARLIER = (2,)  # without parts: their files lie in the table's own folder, a caption's row for each time it occurs
-OPEN = 64  # parts at a time
+OPEN = 1024  # parts at a time: all of most tables, for rows are visited in any order
 CHECKED = 64  # parts whose files are looked at when the table is opened, in tables that have no more
 
 
 class _Part:
     """The files of a part, mapped."""
 
-    def __init__(self, folder: Path, entry: dict[str, Any], views: int) -> None:
-        self.images = MappedColumns(folder / IMAGES)
-        self.captions = MappedColumns(folder / CAPTIONS) if entry["captions"] else None
+    def __init__(self, folder: Path, entry: dict[str, Any], views: int, places: dict[Path, Places]) -> None:
+        self.images = MappedColumns(folder / IMAGES, places)
+        self.captions = MappedColumns(folder / CAPTIONS, places) if entry["captions"] else None
         if len(self.images) != entry["images"] * views:
             raise ValueError(f"{IMAGES} holds {len(self.images)} rows instead of {entry['images'] * views}")
         self.features = [name for name in self.images.ragged if name not in NO_FEATURES]
@@ -69,7 +69,7 @@ class FeatureTable:
         self._entries: list[dict[str, Any]] = self.meta.pop("parts") if has_parts else [self.meta]
         self._folders = [part_folder(folder, number) for number in range(len(self._entries))] if has_parts else [folder]
         self._starts: list[int] = list(accumulate((entry["images"] for entry in self._entries), initial=0))
-        self._part = lru_cache(OPEN)(partial(_opened, folder, self._folders, self._entries, self.views))
+        self._part = lru_cache(OPEN)(partial(_opened, folder, self._folders, self._entries, self.views, {}))
         if self._starts[-1] != self.meta["images"]:
             raise ValueError(f"its parts hold {self._starts[-1]:,} images instead of {self.meta['images']:,}")
         names = {file.name for file in folder.iterdir()}
@@ -169,16 +169,23 @@ class FeatureTable:
                 yield self._part(number).images.column(name)[:: self.views]
 
 
-def _opened(table: Path, folders: list[Path], entries: list[dict[str, Any]], views: int, number: int) -> _Part:
+def _opened(
+    table: Path,
+    folders: list[Path],
+    entries: list[dict[str, Any]],
+    views: int,
+    places: dict[Path, Places],
+    number: int,
+) -> _Part:
+    folder, entry = folders[number], entries[number]
     try:
-        if len(entries) > CHECKED:
-            check_files(folders[number], entries[number])
-        return _Part(folders[number], entries[number], views)
+        if len(entries) > CHECKED and folder / IMAGES not in places:
+            check_files(folder, entry)
+        return _Part(folder, entry, views, places)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folders[number]} is damaged ({error}); remove the table with `{removal(table)}`, and it will be encoded "
-            "again"
-        ) from error
+        if not (table / META).exists():
+            raise DataError(f"{table} was removed, or is mended, by another process; give the command again") from error
+        raise DataError(f"{folder} is damaged ({cause_of(error)}); {cure(folder)}") from error
 
 
 def _tensor(view: Array) -> Tensor:
