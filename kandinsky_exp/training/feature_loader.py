@@ -15,12 +15,7 @@ from kandinsky_exp.data.encoded.cache import encode_table, parts_of, table_folde
 from kandinsky_exp.data.encoded.layout import command
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.examples import Indexed, Source
-from kandinsky_exp.data.features import (
-    CachedFeatures,
-    OnlineExamples,
-    Rows,
-    shared_pictures,
-)
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Rows, shared_pictures
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.splits import Splits, together

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import turns
 
@@ -20,47 +20,22 @@ class _EnoughError(Exception):
     """Raised out of the script after its last step: its final save would look for files on the hub."""
 
 
-def warm(
-    references: str,
-    stage: str,
-    pipelines: str,
-    pictures: str,
-    root: str,
-    batch: int,
-    resolution: int,
-    blocks: int,
-    block: int,
-) -> dict[str, Any]:
+def warm(references: str, blocks: int, block: int, **case: Unpack[turns.Case]) -> dict[str, Any]:
     """Seconds of the script's step and of the bare one, by turns."""
-    from bare import BareStep
-
-    measured = turns.Turns(BareStep(stage, pipelines, pictures, batch, resolution), block, block // 2)
+    measured = turns.against_bare(block, case)
     steps = turns.steps_for(blocks, block, block // 2)
-    run_script(references, stage, arguments(pipelines, pictures, root, batch, resolution, steps), measured, steps)
+    run_script(references, case["stage"], arguments(steps, **case), measured, steps)
     return measured.summary()
 
 
-def cold(
-    references: str, stage: str, pipelines: str, pictures: str, root: str, batch: int, resolution: int, steps: int
-) -> dict[str, Any]:
+def cold(references: str, steps: int, **case: Unpack[turns.Case]) -> dict[str, Any]:
     """When the last step of the first epoch was done, in seconds since 1970."""
     measured = turns.Turns(None)
-    run_script(references, stage, arguments(pipelines, pictures, root, batch, resolution, steps), measured, steps)
+    run_script(references, case["stage"], arguments(steps, **case), measured, steps)
     return {"first": measured.ends[0], "last": measured.ends[-1]}
 
 
-def timed(
-    references: str,
-    stage: str,
-    pipelines: str,
-    pictures: str,
-    root: str,
-    batch: int,
-    resolution: int,
-    steps: int,
-    warm_up: int,
-    on_cpu: bool,
-) -> dict[str, Any]:
+def timed(references: str, steps: int, warm_up: int, on_cpu: bool, **case: Unpack[turns.Case]) -> dict[str, Any]:
     """Seconds of a step in bf16 after those that warm up, whatever its device; peak GB of a GPU."""
     import torch
 
@@ -74,8 +49,8 @@ def timed(
         if on_cuda and len(measured.ends) == warm_up:
             torch.cuda.reset_peak_memory_stats()
 
-    flags = [*arguments(pipelines, pictures, root, batch, resolution, warm_up + steps), "--mixed_precision=bf16"]
-    run_script(references, stage, flags, after_step, warm_up + steps)
+    flags = [*arguments(warm_up + steps, **case), "--mixed_precision=bf16"]
+    run_script(references, case["stage"], flags, after_step, warm_up + steps)
     found = {"seconds": (measured.ends[-1] - measured.ends[warm_up - 1]) / steps}
     return found | ({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if on_cuda else {})
 
@@ -111,17 +86,17 @@ def run_script(references: str, stage: str, flags: list[str], after_step: Callab
     raise RuntimeError(f"{script} ended after {done} of {steps} steps")
 
 
-def arguments(pipelines: str, pictures: str, root: str, batch: int, resolution: int, steps: int) -> list[str]:
-    place = Path(root) / f"published-{os.getpid()}-{time.time_ns()}"
+def arguments(steps: int, **case: Unpack[turns.Case]) -> list[str]:
+    place = Path(case["root"]) / f"published-{os.getpid()}-{time.time_ns()}"
     settings = {
-        "pretrained_prior_model_name_or_path": f"{pipelines}/prior",
-        "pretrained_decoder_model_name_or_path": f"{pipelines}/decoder",
-        "train_data_dir": pictures,
+        "pretrained_prior_model_name_or_path": f"{case['pipelines']}/prior",
+        "pretrained_decoder_model_name_or_path": f"{case['pipelines']}/decoder",
+        "train_data_dir": case["pictures"],
         "cache_dir": place / "datasets",
         "output_dir": place / "output",
-        "resolution": resolution,
+        "resolution": case["resolution"],
         "seed": 0,
-        "train_batch_size": batch,
+        "train_batch_size": case["batch"],
         "max_train_steps": steps,
         "checkpointing_steps": steps + 1,
         "learning_rate": 1e-5,

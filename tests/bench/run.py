@@ -173,13 +173,10 @@ def our_epoch(bench: Bench, stage: str, tracker: str) -> tuple[float, float]:
     from steps import overrides_for
 
     common = bench.common(stage)
-    names = ("stage", "pipelines", "pictures", "batch", "resolution")
     stamps = Path(common["root"]) / "stamps"
-    overrides = overrides_for(*(common[name] for name in names))
-    place = [f"+scheduler.stamps={stamps}", f"output_root={common['root']}", "name=epoch", f"tracker={tracker}"]
-    done = machine.runner(
-        [*overrides, *place, "trainer.max_epochs=1", "validation.fraction=0"], stamps.with_name("log")
-    )
+    place = ["trusted_modules=[schedule]", f"+scheduler.stamps={stamps}", "name=epoch", f"tracker={tracker}"]
+    overrides = [*overrides_for(**common), *place, "trainer.max_epochs=1", "validation.fraction=0"]
+    done = machine.runner(overrides, stamps.with_name("log"))
     return turns.read_stamps(stamps)[-1] - done.started, done.peak_mb
 
 

@@ -12,8 +12,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 Hook = Callable[[], None]
+
+
+class Case(TypedDict):
+    """What a step is measured with: weights, pictures and an output root by their paths."""
+
+    stage: str
+    pipelines: str
+    pictures: str
+    root: str
+    batch: int
+    resolution: int
+
+
 _hooks: list[Hook] = []
 
 
@@ -70,6 +84,14 @@ def _timed(step: Hook) -> float:
     since = time.perf_counter()
     step()
     return time.perf_counter() - since
+
+
+def against_bare(block: int, case: Case) -> Turns:
+    """Of some loop and the bare one."""
+    from bare import BareStep
+
+    places = case["stage"], case["pipelines"], case["pictures"]
+    return Turns(BareStep(*places, case["batch"], case["resolution"]), block, block // 2)
 
 
 def steps_for(blocks: int, block: int = 10, offset: int = 5) -> int:

@@ -17,6 +17,7 @@ import pictures
 import pytest
 import report
 import rows
+import run
 import torch
 import turns
 from PIL import Image
@@ -286,3 +287,11 @@ def test_the_program_writes_its_table(tmp_path: Path) -> None:
     assert done.returncode == (0 if all(result["ok"] for result in found["results"]) else 1)
     assert "1     prior, batch 4: our step / bare step" in done.stdout
     assert str(tmp_path) not in (tmp_path / "out.json").read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_cold_epoch_is_the_commands_own(tmp_path: Path) -> None:
+    seconds, megabytes = run.our_epoch(run.Bench(tmp_path, None, run.QUICK), "prior", "none")
+    assert seconds > 1
+    assert megabytes > 100
