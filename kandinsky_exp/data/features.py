@@ -19,6 +19,7 @@ from kandinsky_exp.data.encoded.workers import Features
 from kandinsky_exp.data.examples import Indexed, Source, in_threads
 from kandinsky_exp.data.file_hashes import of_content
 from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.row_numbers import AllBut, kept
 from kandinsky_exp.data.sampler import Visit, choose_caption, choose_mirror
 from kandinsky_exp.errors import DataError, cause_of
 
@@ -29,12 +30,13 @@ class VisitedRows(Dataset[Features], ABC):
     """Rows by visit (index, epoch). What a visit shows of a row is a function of (seed, epoch, index).
 
     Args:
-        rows: those that count, (n,), sorted, of a table or a source; `index` is a place among them.
+        rows: those that count, sorted, of the `total` of a table or a source; None = all. `index` is a place in them.
         mirrored: every other visit shows the mirrored image.
     """
 
-    def __init__(self, seed: int, rows: Rows, mirrored: bool) -> None:
-        self.seed, self.rows, self.mirrored = seed, rows, mirrored
+    def __init__(self, seed: int, total: int, mirrored: bool, rows: Rows | None = None) -> None:
+        self.seed, self.total, self.mirrored = seed, total, mirrored
+        self.rows = AllBut(total, np.arange(0)) if rows is None else kept(rows, total)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,7 +44,7 @@ class VisitedRows(Dataset[Features], ABC):
     def part(self, rows: Rows) -> Self:
         """Some of these rows."""
         part = copy.copy(self)
-        part.rows = self.rows[rows]
+        part.rows = kept(np.asarray(self.rows)[rows], self.total)
         return part
 
     def __getitem__(self, visit: Visit) -> Features:
@@ -87,7 +89,7 @@ class CachedFeatures(VisitedRows):
     """Features of a table, see `FeatureTable.row`; of some of its rows, or all."""
 
     def __init__(self, table: FeatureTable, seed: int) -> None:
-        super().__init__(seed, np.arange(len(table)), table.views > 1)
+        super().__init__(seed, len(table), table.views > 1)
         self.table = table
 
     def _read(self, index: int, epoch: int, mirror: bool) -> Features:
@@ -106,7 +108,7 @@ class CachedFeatures(VisitedRows):
 
     def shapes(self) -> Rows:
         """Of the latents of each row, (n, 3); of use where they differ."""
-        return np.asarray(self.table.shapes()[self.rows])
+        return np.asarray(self.table.shapes()[np.asarray(self.rows)])
 
     def groups(self) -> Rows | None:
         if not self.table.meta["buckets"]:
@@ -115,7 +117,7 @@ class CachedFeatures(VisitedRows):
 
     def pictures(self, source: Source) -> Rows | None:
         stored = self.table.pictures()
-        return super().pictures(source) if stored is None else stored[self.rows]
+        return super().pictures(source) if stored is None else stored[np.asarray(self.rows)]
 
 
 class OnlineExamples(VisitedRows):
@@ -127,7 +129,7 @@ class OnlineExamples(VisitedRows):
     def __init__(
         self, source: Indexed, preprocess: Preprocess, seed: int, rows: Rows | None = None, mirrored: bool = False
     ) -> None:
-        super().__init__(seed, np.arange(len(source)) if rows is None else rows, mirrored)
+        super().__init__(seed, len(source), mirrored, rows)
         self.source, self.preprocess = source, preprocess
 
     def _read(self, index: int, epoch: int, mirror: bool) -> Features:
