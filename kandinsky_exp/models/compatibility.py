@@ -28,10 +28,10 @@ REQUIRED: Required = {
     ),
     "decoder": (
         (("unet", "addition_embed_type"), "image"),
-        (("unet", "in_channels"), ("movq", "latent_channels")),
         (("unet", "encoder_hid_dim"), ("image_encoder", "projection_dim")),
     ),
 }
+PLAIN_DECODER: Requirement = (("unet", "in_channels"), ("movq", "latent_channels"))  # it sees nothing but noise
 
 
 def local_folders(sources: Mapping[PipelineHalf, str]) -> dict[str, Path]:

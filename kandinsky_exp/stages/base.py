@@ -10,7 +10,7 @@ import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -41,11 +41,13 @@ class StageLoss:
         loss: scalar with a gradient: weighted, with every term.
         per_sample: (B,), detached: the plain squared error, comparable between runs whatever their weighting.
         timesteps: (B,).
+        measured: of each of the stage's `measures` (2,): a sum of squared errors, and of how many.
     """
 
     loss: Tensor
     per_sample: Tensor
     timesteps: Tensor
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DiffusionStage(ABC):
@@ -75,6 +77,7 @@ class DiffusionStage(ABC):
     unfit_attention: ClassVar[Mapping[str, str]] = {}  # values of `trainer.attention`, and why they cannot be
     regions: ClassVar[tuple[type[nn.Module], ...]] = ()  # blocks that `trainer.compile=regional` compiles one by one
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
+    measures: ClassVar[tuple[str, ...]] = ()  # parts of the loss that are metrics: `train/loss_hole`, if `hole` is one
     preprocess: Preprocess
     alphas_cumprod: Tensor
     prediction_type: diffusion.PredictionType
@@ -162,12 +165,20 @@ class DiffusionStage(ABC):
         rows = [self.preprocess(Image.new("RGB", (side, side)), None, extra), self.preprocess(None, "")]
         return [{key: torch.empty((batch, *x.shape), dtype=x.dtype) for key, x in row.items()} for row in rows if row]
 
+    def shown_inputs(self, picture: Image.Image, index: int, settings: SampleSettings) -> dict[str, Image.Image]:
+        """What else `reconstruct` draws the held-out picture of that number from, by what the grid calls it."""
+        return {}
+
     @abstractmethod
     def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]:
         """Images for prompts, through the whole of Kandinsky."""
 
     def reconstruct(self, network: nn.Module, features: Features, settings: SampleSettings) -> list[Image.Image]:
-        """Images from the features of real ones; none where the network has no say in what those look like."""
+        """Images from the features of real ones; none where the network has no say in what those look like.
+
+        Args:
+            features: among them `pixels` (B, 3, H, W), the pictures themselves, in [-1, 1].
+        """
         return []
 
     def set_attention(self, attention: str) -> None:
@@ -212,6 +223,7 @@ class DiffusionStage(ABC):
             generator: one for the batch, or one per sample (then `timesteps` must be given).
             timesteps: (B,); drawn uniformly when None.
         """
+        features = self.with_drawn(features, generator)
         clean = self.clean(features)
         noise = randn_tensor(tuple(clean.shape), generator=generator, device=clean.device, dtype=clean.dtype)
         if timesteps is None:
@@ -222,11 +234,21 @@ class DiffusionStage(ABC):
         noisy = diffusion.add_noise(clean, noise, timesteps, self.alphas_cumprod)
         output = self.predict(network, noisy, timesteps, features).float()
         target = diffusion.training_target(clean, noise, timesteps, self.alphas_cumprod, self.prediction_type)
-        per_sample = (output[:, : clean.shape[1]] - target).square().flatten(1).mean(1)
+        errors = (output[:, : clean.shape[1]] - target).square()
+        per_sample = errors.flatten(1).mean(1)
         weights = features.get("loss_weight")
         loss = diffusion.weighted_mean(self.weigh(per_sample, timesteps, features), weights)
         extra = self.variance_term(output, clean, noisy, timesteps, weights)
-        return StageLoss(loss if extra is None else loss + extra, per_sample.detach(), timesteps)
+        measured = self.measure(errors.detach(), features)
+        return StageLoss(loss if extra is None else loss + extra, per_sample.detach(), timesteps, measured)
+
+    def with_drawn(self, features: Features, generator: Generators) -> Features:
+        """The features, and what a stage draws anew for each batch beside noise and timesteps: holes, say."""
+        return features
+
+    def measure(self, errors: Tensor, features: Features) -> dict[str, Tensor]:
+        """The `measured` of a `StageLoss`, from the squared errors (B, …)."""
+        return {}
 
     def variance_term(
         self, output: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, weights: Tensor | None

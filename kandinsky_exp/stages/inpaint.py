@@ -1,0 +1,104 @@
+"""The inpainting decoder: from a CLIP image embedding and what is kept of a picture to the whole of it."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from kandinsky_exp.data.preprocess import to_picture
+from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.models import compatibility, inpainting, pipelines
+from kandinsky_exp.models.components import read_object
+from kandinsky_exp.models.sampling import SampleSettings
+from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.stages import holes
+from kandinsky_exp.stages.base import Features
+from kandinsky_exp.stages.decoder import DecoderStage
+from kandinsky_exp.stages.diffusion import Generators
+
+SHAPES = {"full": 0.15, "box": 0.085, "blob": 0.19, "frame": 0.19, "blob_and_frame": 0.385}
+
+
+class InpaintStage(DecoderStage):
+    """Trains a decoder that also sees the latents outside of a hole, and where that is: 1 where they are kept.
+
+    A plain decoder gets new input channels, whose weights are zero: its first answers are those that it gave before.
+    Features: the decoder's. Holes are drawn for each batch.
+
+    Args:
+        hole_shapes: how often each shape of `holes.SHAPES` comes, in relation to the others.
+        settings: of the decoder.
+    """
+
+    name = "inpaint"
+    part = "unet"
+    requires = compatibility.REQUIRED["decoder"]
+    result_pipeline = "KandinskyV22InpaintCombinedPipeline"
+    measures = ("hole", "kept")
+
+    def __init__(self, weights: Weights, *, hole_shapes: Mapping[str, float] = SHAPES, **settings: Any) -> None:
+        super().__init__(weights, **settings)
+        strange = [f"'{name}'" for name in hole_shapes if name not in holes.SHAPES]
+        if strange or min(hole_shapes.values(), default=0) < 0 or not sum(hole_shapes.values()) > 0:
+            known = ", ".join(holes.SHAPES)
+            named = f"{', '.join(strange)} is no shape; " if strange else ""
+            raise ConfigError(f"model.hole_shapes: {named}give shares that are not negative, one above 0, of {known}")
+        self.hole_shapes = dict(hole_shapes)
+
+    @classmethod
+    def check_weights(cls, weights: Weights) -> None:
+        """Either a plain decoder, or one for inpainting."""
+        latents = _latents(weights)
+        found = read_object(weights.folder("unet") / "config.json").get("in_channels")
+        if found not in (latents, inpainting.channels(latents)):
+            raise ConfigError(
+                f"weights.decoder: its unet has in_channels={found}, neither the {latents} of a plain decoder nor the "
+                f"{inpainting.channels(latents)} of one for inpainting; give one of these"
+            )
+
+    def load_network(self) -> nn.Module:
+        network: Any = super().load_network()
+        if network.config.in_channels == (latents := _latents(self.weights)):
+            inpainting.widen(network, latents)
+        return cast(nn.Module, network)
+
+    def with_drawn(self, features: Features, generator: Generators) -> Features:
+        count, _, height, width = features["latents"].shape
+        hole = holes.draw(self.hole_shapes, (count, height, width), generator, features["latents"].device)
+        return features | {"hole": hole}
+
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, features: Features) -> Tensor:
+        kept = 1 - features["hole"]
+        return super().predict(network, torch.cat([noisy, self.clean(features) * kept, kept], 1), timesteps, features)
+
+    def measure(self, errors: Tensor, features: Features) -> dict[str, Tensor]:
+        per_place, hole = errors.mean(1, keepdim=True), features["hole"]
+        parts = {"hole": hole, "kept": 1 - hole}
+        return {name: torch.stack([(per_place * part).sum(), part.sum()]) for name, part in parts.items()}
+
+    def shown_inputs(self, picture: Image.Image, index: int, settings: SampleSettings) -> dict[str, Image.Image]:
+        return {"hole": inpainting.hole_shown(picture, self._hole(picture.size, index, settings))}
+
+    def reconstruct(self, network: nn.Module, features: Features, settings: SampleSettings) -> list[Image.Image]:
+        """Each picture with a hole of its own, always the same, filled by the help of its own embedding."""
+        embeds = features["image_embeds"]
+        null = self.null_condition()["image_embeds"].to(embeds).expand_as(embeds)
+        pictures = [to_picture(pixels) for pixels in features["pixels"]]
+        drawn = [self._hole(picture.size, index, settings) for index, picture in enumerate(pictures)]
+        with self.weights.on_device(("movq",), next(network.parameters()).device):
+            pipeline = pipelines.decoder_pipeline(self.weights, network)
+            return inpainting.fill(pipeline, (embeds.float(), null.float()), pictures, drawn, settings)
+
+    def _hole(self, size: tuple[int, int], index: int, settings: SampleSettings) -> Image.Image:
+        """Of a held-out picture: the shapes that are not all of it."""
+        scale = self.weights.latent_scale()
+        some = {name: share for name, share in self.hole_shapes.items() if name != "full"} or self.hole_shapes
+        hole = holes.draw(some, (1, size[1] // scale, size[0] // scale), settings.generator(index), torch.device("cpu"))
+        return Image.fromarray(hole[0, 0].byte().numpy() * 255).resize(size, Image.Resampling.NEAREST)
+
+
+def _latents(weights: Weights) -> int:
+    """Channels of MoVQ's latents."""
+    return int(read_object(weights.folder("movq") / "config.json")["latent_channels"])
