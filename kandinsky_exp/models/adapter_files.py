@@ -17,7 +17,8 @@ from kandinsky_exp.models.components import PipelineHalf
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NAMES = (WEIGHTS_NAME, PEFT_NAME, PEFT_CONFIG)
+CONV_IN = "conv_in"  # a layer that trains as a whole beside an adapter, and the file that it has there
+NAMES = (WEIGHTS_NAME, PEFT_NAME, PEFT_CONFIG, f"{CONV_IN}.safetensors")
 PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
 METADATA = "lora_adapter_metadata"  # in the header: an adapter's settings, as diffusers writes them
 # Of peft and of diffusers' pipelines; of kohya-ss, which writes all dots of a module's name as `_`.
@@ -48,6 +49,11 @@ def weights_file(place: Path) -> Path:
     if place.suffix == ".safetensors" and place.is_file():
         return place
     return place / (PEFT_NAME if not (place / WEIGHTS_NAME).is_file() else WEIGHTS_NAME)
+
+
+def whole_file(place: Path) -> Path:
+    """The file beside an adapter's with a layer that trained as a whole; most have none."""
+    return weights_file(place).with_name(f"{CONV_IN}.safetensors")
 
 
 def is_adapter(place: Path) -> bool:

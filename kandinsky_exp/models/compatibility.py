@@ -31,7 +31,12 @@ REQUIRED: Required = {
         (("unet", "encoder_hid_dim"), ("image_encoder", "projection_dim")),
     ),
 }
-PLAIN_DECODER: Requirement = (("unet", "in_channels"), ("movq", "latent_channels"))  # it sees nothing but noise
+PLAIN_DECODER: Requirement = (("unet", "in_channels"), ("movq", "latent_channels"))  # it sees nothing but latents
+
+
+def inpainting_channels(latents: Any) -> int | None:
+    """Of a decoder's input: noisy latents, kept latents, and where something is kept."""
+    return 2 * latents + 1 if isinstance(latents, int) else None
 
 
 def local_folders(sources: Mapping[PipelineHalf, str]) -> dict[str, Path]:
@@ -58,6 +63,16 @@ def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) ->
     """
     # Of one that cannot be read `check_source` has something to say.
     configs = {name: files.json_object(path / "config.json") or {} for name, path in folders.items() if name in MODELS}
+    unet, movq = configs.get("unet", {}).get("in_channels"), configs.get("movq", {}).get("latent_channels")
+    if None not in (unet, movq) and unet not in (movq, inpainting_channels(movq)):
+        yield (
+            "decoder",
+            (
+                f"its unet has in_channels={unet}, neither the {movq} of a plain decoder nor the "
+                f"{inpainting_channels(movq)} of one for inpainting; give one of these"
+            ),
+        )
+        return
     wrong = set()  # one number that is odd disagrees with many
     for side, requirements in required.items():
         for (one, key), wanted in requirements:
@@ -69,6 +84,9 @@ def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) ->
                 continue
             (other, other_key), first = wanted, config.get(key)
             second = configs.get(other, {}).get(other_key)
+            if ((one, key), wanted) == PLAIN_DECODER and first == inpainting_channels(second):
+                yield side, f"its {one} has {key}={first}: it is a decoder for inpainting; set model=inpaint"
+                wrong.add(one)
             if first is not None and second is not None and first != second and one not in wrong:
                 wrong.add(one)
                 whose = f"{other} of weights.{PARTS[other][0]}"

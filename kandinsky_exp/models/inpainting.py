@@ -1,21 +1,27 @@
 """The inpainting decoder: made of a plain one, and asked for pictures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from kandinsky_exp.models.sampling import Embeds, SampleSettings
 
+RESULT = "KandinskyV22InpaintCombinedPipeline"  # what `AutoPipelineForInpainting` makes of a folder
 EMPTY = (128, 128, 128)  # what stands in a hole where a picture with one is shown
 
 
 def channels(latents: int) -> int:
     """Of its input: noisy latents, kept latents, and where something is kept."""
     return 2 * latents + 1
+
+
+def is_for_inpainting(network: Any) -> bool:
+    """Told by its channels: with a learned variance or without."""
+    return bool(network.config.in_channels == channels(network.config.in_channels // 2))
 
 
 def widen(network: Any, latents: int) -> None:
@@ -35,6 +41,28 @@ def widen(network: Any, latents: int) -> None:
         new.bias = old.bias
     network.conv_in = new
     network.register_to_config(in_channels=channels(latents))
+
+
+@torch.no_grad()
+def add_trained(network: Any, found: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
+    """Go from the network's first layer towards trained ones; a plain decoder is widened for it.
+
+    Args:
+        found: weights of the layer, and how far: 0 = not at all, 1 = all the way.
+
+    Raises:
+        ValueError: they are another decoder's.
+    """
+    if not found:
+        return
+    if found[0][0]["conv_in.weight"].shape[1] == channels(network.conv_in.in_channels):
+        widen(network, network.conv_in.in_channels)
+    own = {name: value.clone() for name, value in network.conv_in.state_dict(prefix="conv_in.").items()}
+    for trained, scale in found:
+        for name, value in trained.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"{name} is {list(value.shape)}, the base has {list(own[name].shape)}")
+            network.get_parameter(name).add_((value.to(own[name]) - own[name]) * scale)
 
 
 def fill(

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.models import inpainting, unpadded_prior, weight_files
-from kandinsky_exp.models.components import MODELS, NETWORKS, PARTS, PipelineHalf, is_combined, result_parts
+from kandinsky_exp.models.components import MODELS, NETWORKS, PARTS, RESULTS, PipelineHalf, is_combined, result_parts
 from kandinsky_exp.models.sampling import Embeds as Embeds
 from kandinsky_exp.models.sampling import SampleSettings as SampleSettings
 from kandinsky_exp.models.weight_files import PART_FILES
@@ -70,10 +70,10 @@ def zero_embed(image_encoder: Any) -> Tensor:
 
 def decoder_pipeline(weights: Weights, network: Any = None) -> Any:
     """The decoder pipeline around a trained network, or around the base one: of the kind that the network is."""
-    unet, movq = weights.load("unet") if network is None else network, weights.load("movq")
-    plain = unet.config.in_channels == movq.config.latent_channels
-    cls = diffusers.KandinskyV22Pipeline if plain else diffusers.KandinskyV22InpaintPipeline
-    pipeline = cls(unet=unet, scheduler=weights.load("decoder_scheduler"), movq=movq)
+    unet = weights.load("unet") if network is None else network
+    fills = inpainting.is_for_inpainting(unet)
+    cls = diffusers.KandinskyV22InpaintPipeline if fills else diffusers.KandinskyV22Pipeline
+    pipeline = cls(unet=unet, scheduler=weights.load("decoder_scheduler"), movq=weights.load("movq"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -172,6 +172,12 @@ def _pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     pixels = (pipeline.movq.decode(latents, force_not_quantize=True).sample * 0.5 + 0.5).clamp(0, 1)
     pictures: list[Image.Image] = pipeline.numpy_to_pil(pixels.cpu().permute(0, 2, 3, 1).float().numpy())
     return pictures
+
+
+def result_class(half: PipelineHalf, network: Any) -> str:
+    """Name of the pipeline that a network of this half belongs into."""
+    fills = half == "decoder" and inpainting.is_for_inpainting(network)
+    return inpainting.RESULT if fills else RESULTS[half]
 
 
 def save_result(

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -21,33 +20,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.models import adapters, components
+from kandinsky_exp.models import adapters, compatibility, components
 from kandinsky_exp.models.adapters import NetworkFiles
 from kandinsky_exp.models.compatibility import REQUIRED, Requirement
 from kandinsky_exp.models.pipelines import WHOLE, SampleSettings
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.stages import diffusion
+from kandinsky_exp.stages import compiling, diffusion
 from kandinsky_exp.stages.attention import enable_attention
 from kandinsky_exp.stages.diffusion import Generators
+from kandinsky_exp.stages.stage_loss import StageLoss as StageLoss
 
 Features = dict[str, Tensor]
-
-
-@dataclass
-class StageLoss:
-    """What one batch says.
-
-    Args:
-        loss: scalar with a gradient: weighted, with every term.
-        per_sample: (B,), detached: the plain squared error, comparable between runs whatever their weighting.
-        timesteps: (B,).
-        measured: of each of the stage's `measures` (2,): a sum of squared errors, and of how many.
-    """
-
-    loss: Tensor
-    per_sample: Tensor
-    timesteps: Tensor
-    measured: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DiffusionStage(ABC):
@@ -77,6 +60,7 @@ class DiffusionStage(ABC):
     unfit_attention: ClassVar[Mapping[str, str]] = {}  # values of `trainer.attention`, and why they cannot be
     regions: ClassVar[tuple[type[nn.Module], ...]] = ()  # blocks that `trainer.compile=regional` compiles one by one
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
+    trains_whole: ClassVar[tuple[str, ...]] = ()  # layers that train as they are beside an adapter
     measures: ClassVar[tuple[str, ...]] = ()  # parts of the loss that are metrics: `train/loss_hole`, if `hole` is one
     preprocess: Preprocess
     alphas_cumprod: Tensor
@@ -120,6 +104,12 @@ class DiffusionStage(ABC):
 
     def load_network(self) -> nn.Module:
         network: nn.Module = self.weights.load_trainable(self.part)
+        return network
+
+    @classmethod
+    def network_without_data(cls, weights: Weights) -> nn.Module:
+        """The network on the meta device, where nothing takes memory or time."""
+        network: nn.Module = compatibility.without_data(cls.part, weights.folder(cls.part))
         return network
 
     @property
@@ -187,14 +177,7 @@ class DiffusionStage(ABC):
 
     def compile(self, regional: bool) -> None:
         """Have the network compiled when it is first asked: as a whole, or its blocks, those of the same shape once."""
-        if not regional:
-            self.network.compile()
-            return
-        found = [module for module in self.network.modules() if isinstance(module, self.regions)]
-        settings = torch._dynamo.config  # of one kind of block, more versions than it allows by itself
-        settings.recompile_limit = max(settings.recompile_limit, 2 * len(found))
-        for module in found:
-            module.compile()
+        compiling.compile_blocks(self.network, self.regions) if regional else self.network.compile()
 
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
@@ -306,8 +289,3 @@ class DiffusionStage(ABC):
             trained: takes the place of the parameters of these names.
         """
         return adapters.snapshot(network, trained)
-
-
-def is_compiled(network: nn.Module) -> bool:
-    """Whether `trainer.compile` compiles it, or a part of it."""
-    return any(module._compiled_call_impl is not None for module in network.modules())

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import to_picture
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import compatibility, inpainting, pipelines
-from kandinsky_exp.models.components import read_object
+from kandinsky_exp.models import adapter_files, compatibility, inpainting, pipelines
 from kandinsky_exp.models.sampling import SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import holes
@@ -35,8 +34,9 @@ class InpaintStage(DecoderStage):
     name = "inpaint"
     part = "unet"
     requires = compatibility.REQUIRED["decoder"]
-    result_pipeline = "KandinskyV22InpaintCombinedPipeline"
+    result_pipeline = inpainting.RESULT
     measures = ("hole", "kept")
+    trains_whole = (adapter_files.CONV_IN,)  # what it sees more than a plain one comes in there
 
     def __init__(self, weights: Weights, *, hole_shapes: Mapping[str, float] = SHAPES, **settings: Any) -> None:
         super().__init__(weights, **settings)
@@ -48,21 +48,11 @@ class InpaintStage(DecoderStage):
         self.hole_shapes = dict(hole_shapes)
 
     @classmethod
-    def check_weights(cls, weights: Weights) -> None:
-        """Either a plain decoder, or one for inpainting."""
-        latents = _latents(weights)
-        found = read_object(weights.folder("unet") / "config.json").get("in_channels")
-        if found not in (latents, inpainting.channels(latents)):
-            raise ConfigError(
-                f"weights.decoder: its unet has in_channels={found}, neither the {latents} of a plain decoder nor the "
-                f"{inpainting.channels(latents)} of one for inpainting; give one of these"
-            )
+    def network_without_data(cls, weights: Weights) -> nn.Module:
+        return _widened(super().network_without_data(weights))
 
     def load_network(self) -> nn.Module:
-        network: Any = super().load_network()
-        if network.config.in_channels == (latents := _latents(self.weights)):
-            inpainting.widen(network, latents)
-        return cast(nn.Module, network)
+        return _widened(super().load_network())
 
     def with_drawn(self, features: Features, generator: Generators) -> Features:
         count, _, height, width = features["latents"].shape
@@ -99,6 +89,7 @@ class InpaintStage(DecoderStage):
         return Image.fromarray(hole[0, 0].byte().numpy() * 255).resize(size, Image.Resampling.NEAREST)
 
 
-def _latents(weights: Weights) -> int:
-    """Channels of MoVQ's latents."""
-    return int(read_object(weights.folder("movq") / "config.json")["latent_channels"])
+def _widened(network: Any) -> nn.Module:
+    if not inpainting.is_for_inpainting(network):
+        inpainting.widen(network, network.config.in_channels)
+    return cast(nn.Module, network)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import center_crop_resize, to_picture
 from kandinsky_exp.models.pipelines import SampleSettings
-from kandinsky_exp.stages.base import DiffusionStage, Features, is_compiled
+from kandinsky_exp.stages.base import DiffusionStage, Features
+from kandinsky_exp.stages.compiling import is_compiled
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
