@@ -144,6 +144,8 @@ def check(
     except (TypeError, ValueError):  # it is made in C and does not tell
         return []
     found = {argument: _check_argument(argument, node, target, signature, schema) for argument in node}
+    if not any(found.values()) and schema.role == "model":
+        found = dict(target.setting_problems(node))
     return [Problem(f"{key}.{argument}", problem) for argument, problem in found.items() if problem]
 
 

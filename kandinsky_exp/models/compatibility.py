@@ -32,6 +32,7 @@ REQUIRED: Required = {
     ),
 }
 PLAIN_DECODER: Requirement = (("unet", "in_channels"), ("movq", "latent_channels"))  # it sees nothing but latents
+PLAIN: Required = {**REQUIRED, "decoder": (*REQUIRED["decoder"], PLAIN_DECODER)}
 
 
 def inpainting_channels(latents: Any) -> int | None:
@@ -63,28 +64,19 @@ def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) ->
     """
     # Of one that cannot be read `check_source` has something to say.
     configs = {name: files.json_object(path / "config.json") or {} for name, path in folders.items() if name in MODELS}
-    unet, movq = configs.get("unet", {}).get("in_channels"), configs.get("movq", {}).get("latent_channels")
-    if None not in (unet, movq) and unet not in (movq, inpainting_channels(movq)):
-        yield (
-            "decoder",
-            (
-                f"its unet has in_channels={unet}, neither the {movq} of a plain decoder nor the "
-                f"{inpainting_channels(movq)} of one for inpainting; give one of these"
-            ),
-        )
-        return
     wrong = set()  # one number that is odd disagrees with many
     for side, requirements in required.items():
         for (one, key), wanted in requirements:
             config = configs.get(one, {})
             if isinstance(wanted, str):
                 if (value := config.get(key, wanted)) != wanted:
+                    wrong.add(one)
                     shown = f"{key}={json.dumps(value)}, not {wanted}"
                     yield side, f"its {one} has {shown}: it is no Kandinsky 2.2 {side}; give one"
                 continue
             (other, other_key), first = wanted, config.get(key)
             second = configs.get(other, {}).get(other_key)
-            if ((one, key), wanted) == PLAIN_DECODER and first == inpainting_channels(second):
+            if ((one, key), wanted) == PLAIN_DECODER and second and first == inpainting_channels(second):
                 yield side, f"its {one} has {key}={first}: it is a decoder for inpainting; set model=inpaint"
                 wrong.add(one)
             if first is not None and second is not None and first != second and one not in wrong:
@@ -94,6 +86,11 @@ def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) ->
                     side,
                     f"its {one} has {key}={first}, but {whose} has {other_key}={second}; give what was made together",
                 )
+    unet, latents = configs.get("unet", {}).get("in_channels"), configs.get("movq", {}).get("latent_channels")
+    known = (latents, inpainting_channels(latents))
+    if "unet" not in wrong and None not in (unet, latents) and unet not in known:
+        what = f"neither the {known[0]} of a plain decoder nor the {known[1]} of one for inpainting"
+        yield "decoder", f"its unet has in_channels={unet}, {what}; give one of these"
 
 
 def check(

@@ -57,12 +57,11 @@ def add_trained(network: Any, found: Sequence[tuple[Mapping[str, Tensor], float]
         return
     if found[0][0]["conv_in.weight"].shape[1] == channels(network.conv_in.in_channels):
         widen(network, network.conv_in.in_channels)
-    own = {name: value.clone() for name, value in network.conv_in.state_dict(prefix="conv_in.").items()}
-    for trained, scale in found:
-        for name, value in trained.items():
-            if value.shape != own[name].shape:
-                raise ValueError(f"{name} is {list(value.shape)}, the base has {list(own[name].shape)}")
-            network.get_parameter(name).add_((value.to(own[name]) - own[name]) * scale)
+    for name, own in network.conv_in.named_parameters(prefix="conv_in"):
+        if wrong := [list(trained[name].shape) for trained, _ in found if trained[name].shape != own.shape]:
+            raise ValueError(f"{name} is {wrong[0]}, the base has {list(own.shape)}")
+        first, *others = (torch.lerp(own, trained[name].to(own), scale) for trained, scale in found)
+        own.copy_(first + sum(other - own for other in others) if others else first)
 
 
 def fill(

@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -88,6 +88,11 @@ class DiffusionStage(ABC):
     def reads_pixels(cls) -> bool:
         """Whether `data.resolution` changes what trains."""
         return "movq" in cls.encoders
+
+    @classmethod
+    def setting_problems(cls, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """What is wrong with settings of the stage's own whose types are right, by name."""
+        return {}
 
     @cached_property
     def network(self) -> nn.Module:

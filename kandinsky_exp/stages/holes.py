@@ -18,6 +18,16 @@ VERTICES = 16  # of a blob, in equal angles
 SHORTEST = 0.4  # of a blob's rays, as a part of the longest
 
 
+def problem(shares: Mapping[str, float]) -> str | None:
+    """What is wrong with how often shapes are to come."""
+    numbers = [
+        value for value in shares.values() if isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    ]
+    if shares.keys() <= set(SHAPES) and len(numbers) == len(shares) and sum(numbers) > 0:
+        return None
+    return f"has to give shares that are not negative, one above 0, of {', '.join(SHAPES)}, not {dict(shares)}"
+
+
 def draw(
     shares: Mapping[str, float], size: tuple[int, int, int], generator: Generators, device: torch.device
 ) -> Tensor:
@@ -83,4 +93,6 @@ def _blob(place: Tensor, rays: Tensor, y: Tensor, x: Tensor) -> Tensor:
 def _frame(border: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """All around the picture, each side by itself; at least one row or column of pixels."""
     thick = _spread(border, BORDERS).view(-1, 4, 1, 1).unbind(1)
-    return (y < thick[0]) | (y > 1 - thick[1]) | (x < thick[2]) | (x > 1 - thick[3])
+    distances = y, 1 - y, x, 1 - x
+    sides = [away <= torch.maximum(side, away.min()) for away, side in zip(distances, thick, strict=True)]
+    return sides[0] | sides[1] | sides[2] | sides[3]

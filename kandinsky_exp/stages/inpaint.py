@@ -8,7 +8,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import to_picture
-from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapter_files, compatibility, inpainting, pipelines
 from kandinsky_exp.models.sampling import SampleSettings
 from kandinsky_exp.models.weights import Weights
@@ -40,12 +39,11 @@ class InpaintStage(DecoderStage):
 
     def __init__(self, weights: Weights, *, hole_shapes: Mapping[str, float] = SHAPES, **settings: Any) -> None:
         super().__init__(weights, **settings)
-        strange = [f"'{name}'" for name in hole_shapes if name not in holes.SHAPES]
-        if strange or min(hole_shapes.values(), default=0) < 0 or not sum(hole_shapes.values()) > 0:
-            known = ", ".join(holes.SHAPES)
-            named = f"{', '.join(strange)} is no shape; " if strange else ""
-            raise ConfigError(f"model.hole_shapes: {named}give shares that are not negative, one above 0, of {known}")
         self.hole_shapes = dict(hole_shapes)
+
+    @classmethod
+    def setting_problems(cls, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        return {name: text for name in ("hole_shapes",) if (text := holes.problem(settings.get(name, SHAPES)))}
 
     @classmethod
     def network_without_data(cls, weights: Weights) -> nn.Module:
