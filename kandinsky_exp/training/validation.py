@@ -1,6 +1,7 @@
 """Validation: the fixed-noise loss on held-out rows, images for prompts, reconstructions and a labelled grid."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -123,12 +124,18 @@ class Validator:
         return replace(self.settings, seed=self.settings.seed + 1)
 
     def _grid(self, drawn: list[Image.Image], redrawn: list[Image.Image]) -> Image.Image:
-        images, labels = list(drawn), list(self.prompts[: len(drawn)])
+        """Pictures of the prompts, and below them the held-out ones, what belongs to one of them in one row."""
+        images, labels, columns = list(drawn), list(self.prompts[: len(drawn)]), None
         for index, (original, image) in enumerate(zip(self._originals if redrawn else [], redrawn, strict=True)):
             inputs = self.training.stage.shown_inputs(original, index, self._other_noise)
+            together = 2 + len(inputs)
+            if columns is None:
+                columns = together * max(1, round(math.sqrt(len(drawn) + together * len(redrawn)) / together))
+                empty = -len(drawn) % columns
+                images, labels = [*images, *[Image.new("RGB", image.size, "white")] * empty], labels + [""] * empty
             images += [original, *inputs.values(), image]
             labels += [f"held out {index}{what}" for what in ("", *(f", {name}" for name in inputs), ", redrawn")]
-        return labelled_grid(images, labels)
+        return labelled_grid(images, labels, columns)
 
 
 def alike_features(held_out: FeatureReader, rows: list[int]) -> Features:
