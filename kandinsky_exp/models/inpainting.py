@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from kandinsky_exp.models.sampling import Embeds, SampleSettings
 
-RESULT = "KandinskyV22InpaintCombinedPipeline"  # what `AutoPipelineForInpainting` makes of a folder
 EMPTY = (128, 128, 128)  # what stands in a hole where a picture with one is shown
 
 

@@ -14,7 +14,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.models import inpainting, unpadded_prior, weight_files
-from kandinsky_exp.models.components import MODELS, NETWORKS, PARTS, RESULTS, PipelineHalf, is_combined, result_parts
+from kandinsky_exp.models.components import (
+    INPAINTING,
+    MODELS,
+    NETWORKS,
+    PARTS,
+    RESULTS,
+    PipelineHalf,
+    is_combined,
+    result_parts,
+)
 from kandinsky_exp.models.sampling import Embeds as Embeds
 from kandinsky_exp.models.sampling import SampleSettings as SampleSettings
 from kandinsky_exp.models.weight_files import PART_FILES
@@ -177,7 +186,7 @@ def _pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
 def result_class(half: PipelineHalf, network: Any) -> str:
     """Name of the pipeline that a network of this half belongs into."""
     fills = half == "decoder" and inpainting.is_for_inpainting(network)
-    return inpainting.RESULT if fills else RESULTS[half]
+    return INPAINTING if fills else RESULTS[half]
 
 
 def save_result(

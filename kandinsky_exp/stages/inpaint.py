@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import to_picture
 from kandinsky_exp.models import adapter_files, compatibility, inpainting, pipelines
+from kandinsky_exp.models.components import INPAINTING
 from kandinsky_exp.models.sampling import SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import holes
@@ -33,7 +34,7 @@ class InpaintStage(DecoderStage):
     name = "inpaint"
     part = "unet"
     requires = compatibility.REQUIRED["decoder"]
-    result_pipeline = inpainting.RESULT
+    result_pipeline = INPAINTING
     measures = ("hole", "kept")
     trains_whole = (adapter_files.CONV_IN,)  # what it sees more than a plain one comes in there
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from kandinsky_exp import cli
 from kandinsky_exp.models import inpainting, pipelines
+from kandinsky_exp.models.components import INPAINTING
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import holes
 from kandinsky_exp.stages.decoder import DecoderStage
@@ -158,7 +159,7 @@ def test_a_run_records_both_parts_of_the_loss_and_draws_what_it_fills(trained: P
 
 def test_the_result_is_a_pipeline_for_inpainting_that_keeps_what_is_kept(trained: Path) -> None:
     pipeline = AutoPipelineForInpainting.from_pretrained(trained / "fill" / "pipeline", local_files_only=True)
-    assert type(pipeline).__name__ == inpainting.RESULT
+    assert type(pipeline).__name__ == INPAINTING
     pipeline.set_progress_bar_config(disable=True)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     hole = np.zeros((64, 64), np.float32)
@@ -216,7 +217,7 @@ def test_an_adapter_brings_its_first_layer_along(tmp_path: Path, capsys: pytest.
     cli.main(["export", f"adapter={tmp_path / 'adapter'}", "name=merged", *words])
     merged = tmp_path / "export" / "merged" / "pipeline"
     index = json.loads((merged / "model_index.json").read_text())
-    assert index["_class_name"] == inpainting.RESULT
+    assert index["_class_name"] == INPAINTING
     assert torch.equal(network(merged / "unet")["conv_in.weight"], trained["conv_in.weight"])
     cli.main(["generate", f"decoder={merged}", "name=merged", *words, *drawing])
     pictures = {name: (tmp_path / "generate" / name / "00.png").read_bytes() for name in ("full", "none", "merged")}
