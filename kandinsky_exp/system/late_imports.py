@@ -69,11 +69,11 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in WAITING and fullname not in STAND_INS:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = (_Waits if fullname in WAITING else _TakesStandIns)(spec.loader)
+        kinds = {_Waits: fullname in WAITING, _TakesStandIns: fullname in STAND_INS, _ComesAfter: _waits(fullname)}
+        kind = next((kind for kind, fits in kinds.items() if fits), None)
+        spec = None if kind is None else PathFinder.find_spec(fullname, path, target)
+        if kind is not None and spec is not None and spec.loader is not None:
+            spec.loader = kind(spec.loader)
         return spec
 
 
@@ -141,6 +141,20 @@ class _Executing(ModuleType):
             if type(self) is not _Executing:
                 return getattr(self, name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}", name=name, obj=self)
+
+
+class _ComesAfter(_Wrapped):
+    """For a module of a package that waits as a whole: the package is executed before, and may import the module."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        _execute(sys.modules[spec.name.partition(".")[0]])
+        self.found = sys.modules.get(spec.name)
+        return self.found or super().create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        if self.found is None:
+            self.loader.exec_module(module)
 
 
 class _TakesStandIns(_Wrapped):

@@ -22,6 +22,8 @@ assert not {"peft.config", "scipy.stats.distributions", "transformers.modeling_u
 
 import diffusers.models.transformers as package
 assert package.PriorTransformer is PriorTransformer
+from diffusers.hooks import apply_layerwise_casting
+assert "peft.config" in sys.modules
 assert "diffusers.models.transformers.transformer_flux" in sys.modules
 assert type(package).__name__ == "module"
 assert scipy.stats.norm.cdf(0) == 0.5
@@ -37,11 +39,11 @@ assert lora_base.PreTrainedModel is not PreTrainedModel
 OWN = """
 import importlib.util, sys, threading
 from kandinsky_exp.system import late_imports
-late_imports.WAITING |= {"slow", "broken"}
+late_imports.WAITING |= {"slow", "broken", "whole"}
 late_imports.STAND_INS["asks"] = ("json", {"known": "Known", "slow.part": "Part"})
 late_imports.install()
-import broken, slow, slow.part
-assert not hasattr(slow, "__path__") or "VALUE" not in vars(slow)
+import broken, slow, whole
+assert "VALUE" not in vars(slow)
 found = []
 threads = [threading.Thread(target=lambda: found.append(slow.VALUE)) for _ in range(3)]
 [thread.start() for thread in threads]
@@ -57,6 +59,8 @@ try:
     slow.nothing
 except AttributeError as error:
     assert "nothing" in str(error)
+import whole.part
+assert whole.COUNT == [1] and whole.first is whole.part and sys.modules["whole.part"] is whole.part
 import asks, known
 assert asks.other == "other" == known.other, "what it asks for besides is the real one"
 assert asks.Known is not known.Known and isinstance(known.Known(), asks.Known) and asks.Known().number == 7
@@ -73,6 +77,9 @@ def test_a_module_that_waits_is_executed_once_and_may_fail(tmp_path: Path) -> No
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow/__init__.py").write_text("import time, slow.part\ntime.sleep(0.3)\nVALUE = slow.part.ONE\n")
     (tmp_path / "slow/part.py").write_text("ONE = 1\nclass Part: ...\n")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/__init__.py").write_text("COUNT = []\nfrom whole import part as first\n")
+    (tmp_path / "whole/part.py").write_text("from whole import COUNT\nCOUNT.append(1)\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "known.py").write_text("other = 'other'\nclass Known:\n    number = 7\n")
     (tmp_path / "asks.py").write_text("from known import Known, other\nfrom slow.part import Part\n")
