@@ -183,7 +183,7 @@ class _StandIn(ModuleType):
         setattr(self, of, _stand_in(name, of))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "__path__":
+        if name == "__path__" or (self._real is None and name.startswith("__")):  # as `inspect` asks of all modules
             raise AttributeError(name)
         if self._real is None:
             del sys.modules[self.__name__]
