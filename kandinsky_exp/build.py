@@ -29,7 +29,7 @@ from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages.base import DiffusionStage
 from kandinsky_exp.system import accelerators, files, host_memory
-from kandinsky_exp.training.ema import Average, is_schedule_free
+from kandinsky_exp.training.ema import is_schedule_free
 from kandinsky_exp.training.feature_reader import ReadSettings
 from kandinsky_exp.training.loop import Training
 
@@ -205,8 +205,11 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     optimizer = make_optimizer(cfg, trainable, device.device)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
     scheduler = instantiate(target_settings(cfg, "scheduler"), _convert_="all")(optimizer, total_steps=total_steps)
-    decay = cfg.trainer.ema_decay
-    ema = None if decay is None else Average(trainable, decay=decay, foreach=True)
+    ema = None
+    if (decay := cfg.trainer.ema_decay) is not None:
+        from kandinsky_exp.training.average import Average
+
+        ema = Average(trainable, decay=decay, foreach=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # Accelerate knows no other name for it
         prepared, prepared_optimizer = device.prepare(network, optimizer)

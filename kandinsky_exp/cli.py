@@ -26,7 +26,7 @@ from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import command_line, hydra_errors, suggestions, validation
 from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
 from kandinsky_exp.sweeps import job_process, launch, supervise
-from kandinsky_exp.system import launch_environment, redaction, terminal
+from kandinsky_exp.system import garbage, launch_environment, redaction, terminal
 
 MAX_FOLDER_NAME = 200  # bytes; file systems take 255
 
@@ -103,10 +103,12 @@ class Job:
 
 def call(job: job_process.Call, cfg: DictConfig) -> Any:
     """Run a verb on a config."""
-    # Also the first thing the function does; here, before its module imports torch.
-    validation.validate(cfg, job.verb, job.trusted)
-    module, _, name = job.function.partition(":")
-    return getattr(import_module(module), name)(cfg)
+    with garbage.uncollected():
+        # Also the first thing the function does; here, before its module imports torch.
+        validation.validate(cfg, job.verb, job.trusted)
+        module, _, name = job.function.partition(":")
+        function = getattr(import_module(module), name)
+    return function(cfg)
 
 
 @terminal.lasting()

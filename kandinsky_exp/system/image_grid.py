@@ -5,6 +5,8 @@ import logging
 import math
 import textwrap
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -12,6 +14,7 @@ from kandinsky_exp.errors import first_line
 
 MIN_SIDE = 160  # pixels: below, a caption under the picture would be a few letters wide
 MAX_SIDE = 512  # pixels: above, a grid of many would be too large to open
+FONT = "mpl-data/fonts/ttf/DejaVuSansMono.ttf"  # of Matplotlib
 FONT_SIZE = 11
 LETTER = 7  # pixels, the width of each
 LINE_HEIGHT = 16
@@ -82,10 +85,11 @@ def labelled_grid(
 def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Matplotlib's, for Pillow's own has no é and no Cyrillic; Pillow's where that is not to be had."""
     try:
-        import matplotlib
-
-        return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
-    except Exception as error:  # not installed, or not usable: it reads MPLBACKEND, a matplotlibrc, the home folder
+        package = find_spec("matplotlib")  # found alone: to import it takes longer than to draw
+        if package is None or package.origin is None:
+            raise FileNotFoundError("it is not installed")
+        return ImageFont.truetype(str(Path(package.origin).parent / FONT), FONT_SIZE)
+    except OSError as error:
         logger.warning("labels of images lack letters such as é and ж: no font of Matplotlib (%s)", first_line(error))
         return ImageFont.load_default(FONT_SIZE)
 

@@ -7,24 +7,16 @@ Less Scheduled", arXiv:2405.15682, equations 3 to 5). From y to x and back round
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from kandinsky_exp.errors import is_out_of_memory
 from kandinsky_exp.training.loop import Training
 
-
-class Average(EMAModel):  # type: ignore[misc]  # untyped
-    """An EMA whose step is one pass, without a temporary copy of all parameters."""
-
-    @torch.no_grad()
-    def step(self, parameters: list[nn.Parameter]) -> None:
-        self.optimization_step += 1
-        self.cur_decay_value = self.get_decay(self.optimization_step)
-        torch._foreach_lerp_(self.shadow_params, [*parameters], 1 - self.cur_decay_value)
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 def bare(optimizer: Any) -> Any:
@@ -53,7 +45,7 @@ def averaged_weights(training: Training) -> Iterator[None]:
         yield
 
 
-def _trade_places(ema: EMAModel, parameters: list[nn.Parameter]) -> None:
+def _trade_places(ema: "EMAModel", parameters: list[nn.Parameter]) -> None:
     """`ema.store` and `ema.copy_to`, or `ema.restore`, without a copy: it makes two of all weights in host memory."""
     for index, parameter in enumerate(parameters):
         average = ema.shadow_params[index]

@@ -7,11 +7,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
@@ -23,6 +22,9 @@ from kandinsky_exp.tracking.tracker import Tracker
 from kandinsky_exp.training.clipping import clip
 from kandinsky_exp.training.metrics import Meter, StepResult
 from kandinsky_exp.training.seeding import NoiseSource
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Training:
     network: nn.Module
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: EMAModel | None
+    ema: "EMAModel | None"
     step: int = 0
     is_whole: bool = True
     used: tuple[Any, Any] = (0.0, 1.0)

@@ -105,10 +105,15 @@ def test_letters_with_accents_are_in_the_font() -> None:
     assert all(bytes(font.getmask(letter)) != missing for letter in "éäк–…")
 
 
-def test_a_matplotlib_that_cannot_be_used_costs_no_grid() -> None:
-    """A notebook names its own backend in the environment, which another Python need not have."""
-    code = "from kandinsky_exp.system.image_grid import label_font; print(type(label_font()).__name__)"
+@pytest.mark.parametrize(("how", "is_found"), [("sys.modules['matplotlib'] = None", False), ("pass", True)])
+def test_labels_take_the_font_of_a_matplotlib_that_is_not_imported(how: str, is_found: bool) -> None:
+    """It reads settings of notebooks and of the home folder, which it may refuse; and there may be none."""
+    code = f"""import sys
+{how}
+from kandinsky_exp.system.image_grid import label_font
+print(label_font().getname()[0], "matplotlib.colors" in sys.modules)"""
     environment = os.environ | {"MPLBACKEND": "not_there"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "Font" in done.stdout, done.stderr
-    assert "no font of Matplotlib" in done.stderr
+    assert done.stdout.endswith("False\n"), done.stderr
+    assert done.stdout.startswith("DejaVu Sans Mono") == is_found
+    assert ("no font of Matplotlib" in done.stderr) != is_found

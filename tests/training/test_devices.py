@@ -27,7 +27,8 @@ from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.stages.prior import PriorStage
 from kandinsky_exp.system import distributed
 from kandinsky_exp.tracking.tracker import NullTracker
-from kandinsky_exp.training import checkpoint, ema
+from kandinsky_exp.training import checkpoint
+from kandinsky_exp.training.average import Average
 from kandinsky_exp.training.loop import Training
 from kandinsky_exp.training.validation import Validator
 from kandinsky_exp.verbs.plan import Planner, plan
@@ -96,7 +97,7 @@ def test_a_step_and_its_checkpoint_need_no_data(
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, fused=False)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    training = Training(stage, network, optimizer, scheduler, ema.Average(trainable, foreach=True))
+    training = Training(stage, network, optimizer, scheduler, Average(trainable, foreach=True))
     loss = stage.loss(network, batch(stage, META, torch.float16), torch.Generator())
     loss.loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(trainable, 1.0)

@@ -31,6 +31,7 @@ from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.tracking.tracker import NullTracker
 from kandinsky_exp.training import ema, loop, validation
+from kandinsky_exp.training.average import Average
 from kandinsky_exp.training.metrics import Meter, StepResult
 from kandinsky_exp.training.seeding import NoiseSource
 
@@ -339,7 +340,7 @@ def test_the_optimizer_is_fused(stage: str, bench: Any) -> None:
 def test_the_average_is_that_of_diffusers() -> None:
     random = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(size, generator=random)) for size in ((3, 4), (5,), ())]
-    ours, theirs = (cls(parameters, decay=0.95, foreach=True) for cls in (ema.Average, EMAModel))
+    ours, theirs = (cls(parameters, decay=0.95, foreach=True) for cls in (Average, EMAModel))
     for _ in range(200):
         for parameter in parameters:
             parameter.data += torch.randn(parameter.shape, generator=random)
