@@ -82,7 +82,8 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
     cls.check_weights(parts)
     if cfg.adapter.name != "none":
         network = cls.network_without_data(parts)
-        if found := adapters.problems(network, cfg.adapter.rank, cfg.adapter.target_modules, cfg.adapter.init):
+        lora = cfg.adapter
+        if found := adapters.problems(network, lora.rank, lora.target_modules, lora.init, cls.trains_whole):
             raise ConfigError(found)
     if cls.reads_pixels() or also:
         compatibility.check_resolution(parts, cfg.data.resolution)

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +54,7 @@ def attach_lora(
     """
     from peft import LoraConfig
 
-    if found := problems(network, rank, target_modules, init):
+    if found := problems(network, rank, target_modules, init, whole):
         raise ConfigError(found)
     network.requires_grad_(False)
     if not getattr(network, "is_quantized", False):
@@ -91,8 +91,18 @@ def targets(network: nn.Module, target_modules: Sequence[str] | str | None) -> l
     return list(ATTENTION if target_modules in (None, "attention") else target_modules)
 
 
-def problems(network: nn.Module, rank: int, target_modules: Sequence[str] | str | None, init: Init) -> list[str]:
-    """What is wrong with an adapter for this network, which may be without data, as `key: ...` messages."""
+def problems(
+    network: nn.Module,
+    rank: int,
+    target_modules: Sequence[str] | str | None,
+    init: Init,
+    whole: Collection[str] = (),
+) -> list[str]:
+    """What is wrong with an adapter for this network, which may be without data, as `key: ...` messages.
+
+    Args:
+        whole: layers that train as they are, and so take none.
+    """
     matches = {name: _matching(network, name) for name in targets(network, target_modules)}
     by_name = target_modules is not None and not isinstance(target_modules, str)
     layers = {name: module for found in matches.values() for name, module in found.items()}
@@ -102,6 +112,8 @@ def problems(network: nn.Module, rank: int, target_modules: Sequence[str] | str 
             f"adapter.target_modules: {', '.join(missing)} match no module of {type(network).__name__}; use names such "
             f"as {', '.join(ATTENTION)}, or a preset: {', '.join(PRESETS)}"
         ]
+    if twice := sorted(layers.keys() & set(whole)):
+        return [f"adapter.target_modules: {twice[0]} trains as a whole here; leave it out"]
     fit = nn.Linear if init in TAKEN_FROM_WEIGHTS else (nn.Linear, nn.Conv2d)
     odd = [f"{name} ({type(module).__name__})" for name, module in layers.items() if not isinstance(module, fit)]
     if odd:
@@ -177,6 +189,8 @@ def snapshot(network: Any, trained: Mapping[str, Tensor]) -> NetworkFiles:
         settings |= {"r": 2 * config.r, "init_lora_weights": True}
         settings["lora_alpha"] = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    if network.trained_whole:
+        metadata[adapter_files.WHOLE] = ",".join(network.trained_whole)
     tensors |= {name: value for name, value in state.items() if name.rpartition(".")[0] in network.trained_whole}
     return NetworkFiles(WEIGHTS_NAME, tensors, metadata, None, network.trained_whole)
 
@@ -270,7 +284,7 @@ def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
 def _whole_layers(found: Iterable[tuple[Path, float]]) -> Iterator[tuple[Path, float]]:
     """Files of layers that trained as a whole, beside those of adapters."""
     for place, scale in found:
-        if (file := adapter_files.whole_file(place)).is_file():
+        if (file := adapter_files.whole_file(place)) is not None:
             yield file, scale
 
 

@@ -8,19 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from kandinsky_exp.models.compatibility import inpainting_channels as channels
 from kandinsky_exp.models.sampling import Embeds, SampleSettings
 
 EMPTY = (128, 128, 128)  # what stands in a hole where a picture with one is shown
 
 
-def channels(latents: int) -> int:
-    """Of its input: noisy latents, kept latents, and where something is kept."""
-    return 2 * latents + 1
-
-
 def is_for_inpainting(network: Any) -> bool:
-    """Told by its channels: with a learned variance or without."""
-    return bool(network.config.in_channels == channels(network.config.in_channels // 2))
+    """Told by its channels."""
+    out = network.config.out_channels  # with a learned variance two for each latent's, or one
+    return network.config.in_channels in (channels(out // 2), channels(out))
 
 
 def widen(network: Any, latents: int) -> None:
@@ -57,8 +54,6 @@ def add_trained(network: Any, found: Sequence[tuple[Mapping[str, Tensor], float]
     if found[0][0]["conv_in.weight"].shape[1] == channels(network.conv_in.in_channels):
         widen(network, network.conv_in.in_channels)
     for name, own in network.conv_in.named_parameters(prefix="conv_in"):
-        if wrong := [list(trained[name].shape) for trained, _ in found if trained[name].shape != own.shape]:
-            raise ValueError(f"{name} is {wrong[0]}, the base has {list(own.shape)}")
         first, *others = (torch.lerp(own, trained[name].to(own), scale) for trained, scale in found)
         own.copy_(first + sum(other - own for other in others) if others else first)
 
@@ -102,10 +97,10 @@ def fill(
 
 @contextmanager
 def _widened_dtype(network: Any, dtype: torch.dtype) -> Iterator[None]:
-    """A network in a type that holds what its own does, and back: nothing is lost."""
+    """A network in a type that holds what its own does and, if it is no wider than that, this one; and back."""
     own = network.dtype
-    nn.Module.to(network, torch.promote_types(own, dtype))
     try:
+        nn.Module.to(network, torch.promote_types(own, dtype))
         yield
     finally:
         nn.Module.to(network, own)

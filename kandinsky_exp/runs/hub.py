@@ -141,7 +141,9 @@ def read_result(run_folder: Path) -> Result:
     if record.status != "FINISHED" or not (is_adapter or (run_folder / "pipeline").is_dir()):
         raise ConfigError(f"run: {lookup.no_result(run_folder, None, '')}")
     index = {} if is_adapter else read_object(run_folder / "pipeline" / "model_index.json")
-    fills = index.get("_class_name") == INPAINTING or adapter_files.whole_file(run_folder / "adapter").is_file()
+    fills = index.get("_class_name") == INPAINTING or (
+        is_adapter and adapter_files.whole_file(run_folder / "adapter") is not None
+    )
     return Result(saved_config.flatten_saved(run_folder), record, is_adapter, fills)
 
 

@@ -187,7 +187,10 @@ def _code_that_fills(repo: str, result: Result, drawing: str) -> Iterator[str]:
     yield from ("from diffusers import AutoPipelineForInpainting", "from diffusers.utils import load_image", "")
     source = repr(repo)
     if result.is_adapter:  # diffusers reads no layer that trained as a whole
-        merge = f"kandinsky-exp export adapter={repo} name=merged"
+        revision = result.params.get("weights.decoder_revision")
+        base = result.base("decoder") or "path/to/the/decoder"  # what it was trained with
+        at = f" weights.decoder_revision={revision}" if revision else ""
+        merge = f"kandinsky-exp export adapter={repo} base={base}{at} name=merged"
         yield f"# Merge the adapter and conv_in.safetensors first: {merge}"
         source = "'outputs/export/merged/pipeline'"
     yield f"pipeline = AutoPipelineForInpainting.from_pretrained({source})"

@@ -60,6 +60,7 @@ class DiffusionStage(ABC):
     unfit_attention: ClassVar[Mapping[str, str]] = {}  # values of `trainer.attention`, and why they cannot be
     regions: ClassVar[tuple[type[nn.Module], ...]] = ()  # blocks that `trainer.compile=regional` compiles one by one
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
+    encodes_as: ClassVar[str]  # the stage whose encoded features serve it too; its own name, unless it is given
     trains_whole: ClassVar[tuple[str, ...]] = ()  # layers that train as they are beside an adapter
     measures: ClassVar[tuple[str, ...]] = ()  # parts of the loss that are metrics: `train/loss_hole`, if `hole` is one
     preprocess: Preprocess
@@ -74,6 +75,8 @@ class DiffusionStage(ABC):
         self._null: Features | None = None
 
     def __init_subclass__(cls) -> None:
+        if "name" in vars(cls) and "encodes_as" not in vars(cls):
+            cls.encodes_as = cls.name
         if "part" in vars(cls):
             half = components.PARTS[cls.part][0]
             declared = {"half": half, "requires": REQUIRED[half], "result_pipeline": components.RESULTS[half]}

@@ -5,6 +5,7 @@ Box, blob and frame are those that Kandinsky 2.2 was trained with; a hole that i
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,8 +46,8 @@ def draw(
     box, blob = _box(place, y, x), _blob(place, rays, y, x)
     frame = _frame(border, y, x)
     found = {"full": torch.ones_like(box), "box": box, "blob": blob, "frame": frame, "blob_and_frame": blob | frame}
-    ends = torch.tensor([shares.get(name, 0.0) for name in SHAPES], device=device).cumsum(0)
-    chosen = torch.bucketize(kind * ends[-1], ends, right=True).clamp(max=len(SHAPES) - 1)
+    ends = list(accumulate(shares.get(name, 0.0) for name in SHAPES))  # on the host: nothing waits for the device
+    chosen = sum(((kind * ends[-1] >= end).long() for end in ends[:-1]), torch.zeros_like(kind, dtype=torch.long))
     holes = torch.stack([found[name] for name in SHAPES])[chosen, torch.arange(count, device=device)]
     return holes.unsqueeze(1).float()
 

@@ -35,6 +35,7 @@ class InpaintStage(DecoderStage):
     part = "unet"
     requires = compatibility.REQUIRED["decoder"]
     result_pipeline = INPAINTING
+    encodes_as = "decoder"
     measures = ("hole", "kept")
     trains_whole = (adapter_files.CONV_IN,)  # what it sees more than a plain one comes in there
 
@@ -44,7 +45,8 @@ class InpaintStage(DecoderStage):
 
     @classmethod
     def setting_problems(cls, settings: Mapping[str, Any]) -> Mapping[str, str]:
-        return {name: text for name in ("hole_shapes",) if (text := holes.problem(settings.get(name, SHAPES)))}
+        problem = holes.problem(settings.get("hole_shapes", SHAPES))
+        return {} if problem is None else {"hole_shapes": problem}
 
     @classmethod
     def network_without_data(cls, weights: Weights) -> nn.Module:
@@ -83,8 +85,13 @@ class InpaintStage(DecoderStage):
     def _hole(self, size: tuple[int, int], index: int, settings: SampleSettings) -> Image.Image:
         """Of a held-out picture: the shapes that are not all of it."""
         scale = self.weights.latent_scale()
-        some = {name: share for name, share in self.hole_shapes.items() if name != "full"} or self.hole_shapes
-        hole = holes.draw(some, (1, size[1] // scale, size[0] // scale), settings.generator(index), torch.device("cpu"))
+        some = {name: share for name, share in self.hole_shapes.items() if name != "full" and share > 0}
+        hole = holes.draw(
+            some or self.hole_shapes,
+            (1, size[1] // scale, size[0] // scale),
+            settings.generator(index),
+            torch.device("cpu"),
+        )
         return Image.fromarray(hole[0, 0].byte().numpy() * 255).resize(size, Image.Resampling.NEAREST)
 
 

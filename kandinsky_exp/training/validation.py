@@ -188,7 +188,7 @@ def fixed_noise_loss(
                 timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)
                 found = stage.loss(network, features, generators, timesteps)
                 number = torch.tensor(float(len(chunk)), device=accelerator.device)
-                measured = [found.measured[name] for name in stage.measures]
+                measured = [found.measured.get(name, torch.zeros_like(total[:2])) for name in stage.measures]
                 total += torch.cat([torch.stack([found.per_sample.sum(), number]), *measured])
         return total
 

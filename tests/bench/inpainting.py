@@ -44,7 +44,7 @@ class Errors:
 def train(pictures: Path, folder: Path, steps: int) -> Path:
     """The run's result."""
     words = ["model=inpaint", "weights=tiny", "data=folder", f"data.path={pictures}", f"data.resolution={SIDE}"]
-    words += ["optimizer.lr=1e-3", "trainer.batch_size=32"]
+    words += ["optimizer.lr=1e-3", "trainer.batch_size=32", "trainer.ema_decay=0.995"]
     words += [f"trainer.max_steps={steps}", "validation.every=200", "validation.reconstructions=8"]
     words += ["validation.guidance_scale=2.0", f"output_root={folder}", "name=inpaint", "tracker=none"]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,6 +1,7 @@
 """The inpainting decoder: its holes, its first step, what it trains and draws, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from diffusers import AutoPipelineForInpainting
 from PIL import Image
 from running import composed, history, network, prepare, problems_of, runs, same, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kandinsky_exp import cli
+from kandinsky_exp.errors import CheckpointError, ConfigError
 from kandinsky_exp.models import inpainting, pipelines
 from kandinsky_exp.models.components import INPAINTING
 from kandinsky_exp.models.weights import Weights
@@ -227,6 +229,38 @@ def test_an_adapter_brings_its_first_layer_along(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
 
 
+def test_an_adapter_without_its_first_layer_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, *QUIET, "adapter=lora", "name=adapter", "trainer.max_steps=1")
+    file = tmp_path / "adapter" / "adapter" / "conv_in.safetensors"
+    words = ["generate", "weights=tiny", f"output_root={tmp_path}", "prompts=[a heart]"]
+    for harm, message in (
+        (
+            lambda: save_file({"conv_in.weight": torch.zeros(8, 9, 3, 3)}, file),
+            r"its conv_in\.weight is \[8, 9, 3, 3\]",
+        ),
+        (file.unlink, r"belongs together with conv_in\.safetensors, which is not beside it"),
+    ):
+        harm()
+        with pytest.raises(SystemExit) as end:
+            cli.main([*words, f"decoder_adapter={file.parent / 'pytorch_lora_weights.safetensors'}"])
+        assert end.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_adapter_of_another_task_goes_not_on(tmp_path: Path) -> None:
+    lora = ["tracker=none", "validation.reconstructions=0", "adapter=lora", "adapter.rank=2", "data.resolution=64"]
+    train(tmp_path, "model=decoder", *lora, "name=plain", "trainer.max_steps=1")
+    with pytest.raises(CheckpointError, match="model: one of the two is inpaint"):
+        train(tmp_path, "model=inpaint", *lora, "name=fill", f"checkpoint.resume={tmp_path / 'plain'}")
+
+
+def test_what_trains_as_a_whole_takes_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules: conv_in trains as a whole here; leave it out"):
+        train(tmp_path, *QUIET, "adapter=lora", "adapter.target_modules=[to_q,conv_in]")
+
+
 def test_it_starts_from_one_for_inpainting(trained: Path) -> None:
     base = Weights("tiny", str(trained / "fill"), trained / "cache")
     assert same(InpaintStage(base, resolution=64).network.state_dict(), network(trained / "fill" / "pipeline" / "unet"))
@@ -267,6 +301,12 @@ def test_bases_of_other_tasks(
     cfg = composed(tmp_path, f"model={model}", "data.resolution=64", f"weights.decoder={other_bases[base]}")
     (problem,) = problems_of(cfg)
     assert message in problem
+
+
+def test_a_setting_that_no_stage_takes(tmp_path: Path) -> None:
+    (problem,) = problems_of(composed(tmp_path, *MINE, "+model.foo=1"))
+    assert "takes no such argument, it takes " in problem
+    assert all(name in problem for name in ("hole_shapes", "condition_dropout", "snr_gamma"))
 
 
 @pytest.mark.parametrize(
