@@ -81,8 +81,9 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
     notes = compatibility.check(parts, needed, required={**compatibility.REQUIRED, cls.half: cls.requires})
     cls.check_weights(parts)
     if cfg.adapter.name != "none":
-        network = compatibility.without_data(cls.part, parts.folder(cls.part))
-        if found := adapters.problems(network, cfg.adapter.rank, cfg.adapter.target_modules, cfg.adapter.init):
+        network = cls.network_without_data(parts)
+        lora = cfg.adapter
+        if found := adapters.problems(network, lora.rank, lora.target_modules, lora.init, cls.trains_whole):
             raise ConfigError(found)
     if cls.reads_pixels() or also:
         compatibility.check_resolution(parts, cfg.data.resolution)
@@ -172,6 +173,14 @@ def load_network(cfg: DictConfig, made: DiffusionStage) -> None:
         made.compile(regional=cfg.trainer.compile == "regional")
 
 
+def network_without_data(cfg: DictConfig, parts: Weights) -> torch.nn.Module:
+    """The network of a run, with the adapter that is configured."""
+    network = stage_class(cfg).network_without_data(parts)
+    if cfg.adapter.name != "none":
+        attach(cfg, network, "default")  # the others of its inits read the weights, and have the same shapes
+    return network
+
+
 def attach(cfg: DictConfig, network: torch.nn.Module, init: adapters.Init) -> None:
     """Give a network, which may be without data, the adapter that is configured."""
     adapters.attach_lora(
@@ -184,6 +193,7 @@ def attach(cfg: DictConfig, network: torch.nn.Module, init: adapters.Init) -> No
         dtype=getattr(torch, cfg.precision.frozen_dtype),
         use_rslora=cfg.adapter.use_rslora,
         init=init,
+        whole=stage_class(cfg).trains_whole,
     )
 
 

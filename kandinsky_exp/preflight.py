@@ -95,9 +95,8 @@ def prepare(
     space.notes += notes
     with run_folder.given_back(space):
         if space.start is not None and space.is_fork:
-            # The others of an adapter's inits read the weights, and have the same shapes.
-            attach = functools.partial(build.attach, cfg, init="default")
-            forking.check(space.start, weights, cls.part, cfg.adapter, attach, optimizer)
+            bare = functools.partial(build.network_without_data, cfg, weights)
+            forking.check(space.start, cls.part, cfg.adapter, bare, optimizer)
             forking.check_length(space.start, run_settings.total_steps(cfg, space.record.rows, count))
         check_resume(cfg, weights, splits, count, space)
     if space.start is None or space.is_fork:  # a resumed run keeps the split that it began with

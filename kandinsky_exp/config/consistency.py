@@ -42,7 +42,7 @@ def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
         if key in good and (problem := _prompts(key, good[key])):
             yield key, problem
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
-        found = list(_weights(good, components.NETWORKS, compatibility.REQUIRED))
+        found = list(_weights(good, components.NETWORKS, compatibility.PLAIN))
         # What is wrong with the prior's source itself is wrong for every stage, which encodes with what is in there.
         if found != list(_weights(good, ["prior"], {})) and (made := stage()) is not None:
             sides = {components.PARTS[part][0] for part in (made.part, *made.encoders)}

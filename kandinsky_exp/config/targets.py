@@ -140,11 +140,25 @@ def check(
     if schema.given_later and node.get("_partial_") is not True:
         return [Problem(f"{key}._partial_", "has to be true, for the run hands over the other arguments")]
     try:
-        signature = inspect.signature(target)
+        signature = _stage_signature(target) if schema.role == "model" else inspect.signature(target)
     except (TypeError, ValueError):  # it is made in C and does not tell
         return []
     found = {argument: _check_argument(argument, node, target, signature, schema) for argument in node}
+    if not any(found.values()) and schema.role == "model":
+        found = dict(target.setting_problems(node))
     return [Problem(f"{key}.{argument}", problem) for argument, problem in found.items() if problem]
+
+
+def _stage_signature(stage: type[Any]) -> inspect.Signature:
+    """What a stage takes: where it hands further settings on, those of its base, too."""
+    found = dict(inspect.signature(stage).parameters)
+    for base in stage.__mro__[1:]:
+        further = [name for name, parameter in found.items() if parameter.kind is parameter.VAR_KEYWORD]
+        if further and "__init__" in vars(base) and base is not object:
+            del found[further[0]]
+            of_base = list(inspect.signature(vars(base)["__init__"]).parameters.items())[1:]
+            found = {**{name: parameter for name, parameter in of_base if name not in found}, **found}
+    return inspect.Signature(sorted(found.values(), key=lambda parameter: parameter.kind))
 
 
 def stage_of(node: Any, added: Collection[str]) -> type[Any] | None:

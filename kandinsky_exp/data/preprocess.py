@@ -46,6 +46,12 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
+def to_picture(pixels: Tensor) -> Image.Image:
+    """The picture of a (3, H, W) tensor in [-1, 1]."""
+    numbers = ((pixels + 1) * 127.5).round().byte()
+    return Image.fromarray(numbers.permute(1, 2, 0).cpu().numpy())
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """What a stage's encoders read of one example. A part that is None leaves its keys out.

@@ -54,7 +54,7 @@ def of_caches(cfg: DictConfig, dry_run: DryRun, splits: Splits | AnnouncedSplits
 
 def _cache(cfg: DictConfig, dry_run: DryRun, name: str, count: int | None, captions: float, tokens: float) -> Cache:
     """Of so many images, each with so many captions of so many tokens."""
-    about = f"{dry_run.stage.name} {name} {cfg.data.cache_dtype}"
+    about = f"{dry_run.stage.encodes_as} {name} {cfg.data.cache_dtype}"
     found = catalog.entries(build.cache_folder(cfg))
     is_there = any(entry.about == about and entry.images == count for entry in found)
     itemsize = np.dtype(DTYPES[cfg.data.cache_dtype]).itemsize

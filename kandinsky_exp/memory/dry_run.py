@@ -211,6 +211,7 @@ class DryRun:
         if trains:
             with self._fakes(self.network, *self._encoders()):
                 features, steps = self._features(batch), torch.zeros(batch, dtype=torch.long, device=self.device)
+                features = self.stage.with_drawn(features, torch.Generator(self.device))
                 noisy = self.stage.clean(features)
                 action = partial(self.stage.predict, self.network.eval(), noisy, steps, features)
                 return self._need(action, self.network, held=[*features.values(), noisy])

@@ -17,8 +17,10 @@ from kandinsky_exp.models.components import PipelineHalf
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NAMES = (WEIGHTS_NAME, PEFT_NAME, PEFT_CONFIG)
+CONV_IN = "conv_in"  # a layer that trains as a whole beside an adapter, and the file that it has there
+NAMES = (WEIGHTS_NAME, PEFT_NAME, PEFT_CONFIG, f"{CONV_IN}.safetensors")
 PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
+WHOLE = "trained_whole"  # in the header of an adapter's file: the layer that has a file of its own beside it
 METADATA = "lora_adapter_metadata"  # in the header: an adapter's settings, as diffusers writes them
 # Of peft and of diffusers' pipelines; of kohya-ss, which writes all dots of a module's name as `_`.
 PREFIX = re.compile(r"^((base_model\.model|unet|prior|transformer)\.)+")
@@ -48,6 +50,16 @@ def weights_file(place: Path) -> Path:
     if place.suffix == ".safetensors" and place.is_file():
         return place
     return place / (PEFT_NAME if not (place / WEIGHTS_NAME).is_file() else WEIGHTS_NAME)
+
+
+def whole_file(place: Path) -> Path | None:
+    """The file beside an adapter's with a layer that trained as a whole, as its header says; it need not be there.
+
+    Raises:
+        OSError, ValueError: the adapter's file cannot be read.
+    """
+    file = weights_file(place)
+    return file.with_name(f"{CONV_IN}.safetensors") if weight_files.metadata(file).get(WHOLE) == CONV_IN else None
 
 
 def is_adapter(place: Path) -> bool:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import adapter_tensors
+from kandinsky_exp.models import adapter_files, adapter_tensors, inpainting
 from kandinsky_exp.models.adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def attach_lora(
     dtype: torch.dtype,
     use_rslora: bool = False,
     init: Init = "default",
+    whole: Sequence[str] = (),
 ) -> None:
     """Freeze the network in `dtype` and give it a trainable fp32 adapter, with which it is what it was at first.
 
@@ -46,13 +47,14 @@ def attach_lora(
         dtype: of a network that is not quantised.
         use_rslora: scale by alpha / √rank instead (Kalajdzievski 2023).
         init: what the adapter begins with.
+        whole: names of layers that train as they are, beside it.
 
     Raises:
         ConfigError: as `problems` has it.
     """
     from peft import LoraConfig
 
-    if found := problems(network, rank, target_modules, init):
+    if found := problems(network, rank, target_modules, init, whole):
         raise ConfigError(found)
     network.requires_grad_(False)
     if not getattr(network, "is_quantized", False):
@@ -72,6 +74,9 @@ def attach_lora(
         what = "decomposes the weights on the CPU, where a run that goes on finds the same: minutes at full size"
         logger.info("adapter.init=%s %s", init, what)
     network.add_adapter(config)
+    for name in whole:
+        network.get_submodule(name).requires_grad_(True)
+    network.trained_whole = tuple(whole)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -86,8 +91,18 @@ def targets(network: nn.Module, target_modules: Sequence[str] | str | None) -> l
     return list(ATTENTION if target_modules in (None, "attention") else target_modules)
 
 
-def problems(network: nn.Module, rank: int, target_modules: Sequence[str] | str | None, init: Init) -> list[str]:
-    """What is wrong with an adapter for this network, which may be without data, as `key: ...` messages."""
+def problems(
+    network: nn.Module,
+    rank: int,
+    target_modules: Sequence[str] | str | None,
+    init: Init,
+    whole: Collection[str] = (),
+) -> list[str]:
+    """What is wrong with an adapter for this network, which may be without data, as `key: ...` messages.
+
+    Args:
+        whole: layers that train as they are, and so take none.
+    """
     matches = {name: _matching(network, name) for name in targets(network, target_modules)}
     by_name = target_modules is not None and not isinstance(target_modules, str)
     layers = {name: module for found in matches.values() for name, module in found.items()}
@@ -97,6 +112,8 @@ def problems(network: nn.Module, rank: int, target_modules: Sequence[str] | str 
             f"adapter.target_modules: {', '.join(missing)} match no module of {type(network).__name__}; use names such "
             f"as {', '.join(ATTENTION)}, or a preset: {', '.join(PRESETS)}"
         ]
+    if twice := sorted(layers.keys() & set(whole)):
+        return [f"adapter.target_modules: {twice[0]} trains as a whole here; leave it out"]
     fit = nn.Linear if init in TAKEN_FROM_WEIGHTS else (nn.Linear, nn.Conv2d)
     odd = [f"{name} ({type(module).__name__})" for name, module in layers.items() if not isinstance(module, fit)]
     if odd:
@@ -129,7 +146,7 @@ class NetworkFiles:
     """What is written of a network that trains: a diffusers model, or as `save_lora_adapter` does the adapter alone.
 
     Args:
-        tensors: by their names in the file `name`.
+        tensors: by their names in the file `name`; those of the layers `apart` have a file of that layer's name.
         config_of: the diffusers model whose `config.json` goes beside it; None for an adapter.
     """
 
@@ -137,6 +154,7 @@ class NetworkFiles:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     config_of: Any
+    apart: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -146,6 +164,9 @@ class NetworkFiles:
             self.config_of.save_config(folder)
         # To the host before anything else: the device may have no room for a copy in the file's order.
         tensors = {key: value.detach().to("cpu").contiguous() for key, value in self.tensors.items()}
+        for layer in self.apart:
+            own = {name: tensors.pop(name) for name in list(tensors) if name.rpartition(".")[0] == layer}
+            save_file(own, folder / f"{layer}.safetensors", metadata={"format": "pt"})
         save_file(tensors, folder / self.name, metadata=self.metadata)
 
 
@@ -159,7 +180,8 @@ def snapshot(network: Any, trained: Mapping[str, Tensor]) -> NetworkFiles:
         return NetworkFiles("diffusion_pytorch_model.safetensors", tensors, {"format": "pt"}, network)
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
-    tensors = _factors(network, {**network.state_dict(keep_vars=True), **trained})
+    state = {**network.state_dict(keep_vars=True), **trained}
+    tensors = _factors(network, state)
     config = network.peft_config["default"]
     settings = {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     if initial := getattr(network, "initial_factors", None):
@@ -167,7 +189,10 @@ def snapshot(network: Any, trained: Mapping[str, Tensor]) -> NetworkFiles:
         settings |= {"r": 2 * config.r, "init_lora_weights": True}
         settings["lora_alpha"] = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
-    return NetworkFiles(WEIGHTS_NAME, tensors, metadata, None)
+    if network.trained_whole:
+        metadata[adapter_files.WHOLE] = ",".join(network.trained_whole)
+    tensors |= {name: value for name, value in state.items() if name.rpartition(".")[0] in network.trained_whole}
+    return NetworkFiles(WEIGHTS_NAME, tensors, metadata, None, network.trained_whole)
 
 
 def _factors(network: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,6 +230,9 @@ def load(network: Any, folder: Path) -> None:
         lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
         if lost:
             raise ValueError(f"{folder / WEIGHTS_NAME} is another adapter: {len(lost)} tensors such as {lost[0]}")
+        for layer in network.trained_whole:
+            own = load_file(folder / f"{layer}.safetensors")
+            network.get_submodule(layer).load_state_dict({name.rpartition(".")[2]: own[name] for name in own})
     else:
         source = type(network).from_pretrained(folder, use_safetensors=True, local_files_only=True)
         network.load_state_dict(source.state_dict())
@@ -232,7 +260,10 @@ def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
         OSError, ValueError, RuntimeError, SafetensorError: a file is damaged, or does not fit.
     """
     from peft.tuners.lora import LoraLayer
+    from safetensors.torch import load_file
 
+    found = list(found)
+    inpainting.add_trained(network, [(load_file(file), scale) for file, scale in _whole_layers(found)])
     scales, layers = {}, adapter_tensors.layers(network)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
@@ -248,6 +279,13 @@ def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
                 if name in module.lora_magnitude_vector:
                     _scale_magnitude(module, name, scale)
     network.requires_grad_(False)
+
+
+def _whole_layers(found: Iterable[tuple[Path, float]]) -> Iterator[tuple[Path, float]]:
+    """Files of layers that trained as a whole, beside those of adapters."""
+    for place, scale in found:
+        if (file := adapter_files.whole_file(place)) is not None:
+            yield file, scale
 
 
 def _scale_magnitude(module: Any, name: str, scale: float) -> None:

@@ -6,7 +6,7 @@ random numbers, drop what a config has no place for, and say so in a log at best
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,22 @@ from kandinsky_exp.models.components import MODELS, PARTS, PipelineHalf, pipelin
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
 
-# (part, key of its config), and what it has to equal: another part's, or a value.
-Requirement = tuple[tuple[str, str], tuple[str, str] | str]
+
+def inpainting_channels(latents: int) -> int:
+    """Of a decoder's input: noisy latents, kept latents, and where something is kept."""
+    return 2 * latents + 1
+
+
+# (part, key of its config), and what it has to equal: a value; another part's, or else what a function makes of it.
+Requirement = (
+    tuple[tuple[str, str], tuple[str, str] | str] | tuple[tuple[str, str], tuple[str, str], Callable[[int], int]]
+)
 Required = Mapping[PipelineHalf, tuple[Requirement, ...]]
+CHANNELS = (("unet", "in_channels"), ("movq", "latent_channels"))
+_DECODER: tuple[Requirement, ...] = (
+    (("unet", "addition_embed_type"), "image"),
+    (("unet", "encoder_hid_dim"), ("image_encoder", "projection_dim")),
+)
 REQUIRED: Required = {
     "prior": (
         (("prior", "embedding_dim"), ("image_encoder", "projection_dim")),
@@ -26,12 +39,9 @@ REQUIRED: Required = {
         (("prior", "embedding_dim"), ("text_encoder", "hidden_size")),
         (("prior", "num_embeddings"), ("text_encoder", "max_position_embeddings")),
     ),
-    "decoder": (
-        (("unet", "addition_embed_type"), "image"),
-        (("unet", "in_channels"), ("movq", "latent_channels")),
-        (("unet", "encoder_hid_dim"), ("image_encoder", "projection_dim")),
-    ),
+    "decoder": (*_DECODER, (*CHANNELS, inpainting_channels)),
 }
+PLAIN: Required = {**REQUIRED, "decoder": (*_DECODER, CHANNELS)}  # a decoder that sees nothing but noisy latents
 
 
 def local_folders(sources: Mapping[PipelineHalf, str]) -> dict[str, Path]:
@@ -60,22 +70,30 @@ def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) ->
     configs = {name: files.json_object(path / "config.json") or {} for name, path in folders.items() if name in MODELS}
     wrong = set()  # one number that is odd disagrees with many
     for side, requirements in required.items():
-        for (one, key), wanted in requirements:
+        for (one, key), wanted, *otherwise in requirements:
             config = configs.get(one, {})
             if isinstance(wanted, str):
                 if (value := config.get(key, wanted)) != wanted:
+                    wrong.add(one)
                     shown = f"{key}={json.dumps(value)}, not {wanted}"
                     yield side, f"its {one} has {shown}: it is no Kandinsky 2.2 {side}; give one"
                 continue
-            (other, other_key), first = wanted, config.get(key)
-            second = configs.get(other, {}).get(other_key)
-            if first is not None and second is not None and first != second and one not in wrong:
-                wrong.add(one)
-                whose = f"{other} of weights.{PARTS[other][0]}"
-                yield (
-                    side,
-                    f"its {one} has {key}={first}, but {whose} has {other_key}={second}; give what was made together",
-                )
+            first, second = config.get(key), configs.get(wanted[0], {}).get(wanted[1])
+            if first is None or second is None or one in wrong or first in (second, *(of(second) for of in otherwise)):
+                continue
+            wrong.add(one)
+            yield side, f"its {one} has {key}={first}{_against(first, second, wanted, bool(otherwise))}"
+
+
+def _against(first: int, second: int, wanted: tuple[str, str], is_any: bool) -> str:
+    """What a number disagrees with, and what to do."""
+    if wanted == CHANNELS[1] and is_any:
+        known = f"{second} of a plain decoder nor the {inpainting_channels(second)} of one for inpainting"
+        return f", neither the {known}; give one of these"
+    if wanted == CHANNELS[1] and first == inpainting_channels(second):
+        return ": it is a decoder for inpainting; set model=inpaint"
+    part, key = wanted
+    return f", but {part} of weights.{PARTS[part][0]} has {key}={second}; give what was made together"
 
 
 def check(

@@ -37,6 +37,7 @@ MODELS = {
 NETWORKS: dict[PipelineHalf, str] = {"prior": "prior", "decoder": "unet"}  # the part of each half that can train
 # The pipelines that results are, by half. A combined one holds both halves.
 RESULTS: dict[PipelineHalf, str] = {"prior": "KandinskyV22PriorPipeline", "decoder": "KandinskyV22CombinedPipeline"}
+INPAINTING = "KandinskyV22InpaintCombinedPipeline"  # of a decoder that fills holes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp.models import unpadded_prior, weight_files
-from kandinsky_exp.models.components import MODELS, NETWORKS, PARTS, PipelineHalf, is_combined, result_parts
+from kandinsky_exp.models import inpainting, unpadded_prior, weight_files
+from kandinsky_exp.models.components import (
+    INPAINTING,
+    MODELS,
+    NETWORKS,
+    PARTS,
+    RESULTS,
+    PipelineHalf,
+    is_combined,
+    result_parts,
+)
+from kandinsky_exp.models.sampling import Embeds as Embeds
+from kandinsky_exp.models.sampling import SampleSettings as SampleSettings
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system.files import replacing_folder
@@ -25,30 +35,6 @@ COMPANIONS = {  # classes of transformers that read the same files; the first is
     "image_processor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
 }
 WHOLE = (("text_encoder", "prior"), ("image_encoder",), ("unet", "movq"))  # all that draws, what works together at once
-Embeds = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """How images are drawn.
-
-    Args:
-        seed: prompt i always starts from the noise of (seed, i), on every device.
-        first: number i of the first prompt.
-        batch_size: prompts drawn at once.
-        height, width: in pixels.
-    """
-
-    inference_steps: int = 25
-    guidance_scale: float = 4.0
-    seed: int = 0
-    batch_size: int = 8
-    height: int = 512
-    width: int = 512
-    first: int = 0
-
-    def generator(self, index: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.first + index) % (1 << 63))
 
 
 def prior_pipeline(weights: Weights, network: nn.Module | None = None, null_embed: Tensor | None = None) -> Any:
@@ -91,12 +77,12 @@ def zero_embed(image_encoder: Any) -> Tensor:
     return embed
 
 
-def decoder_pipeline(weights: Weights, network: nn.Module | None = None) -> Any:
-    """The decoder pipeline around a trained network, or around the base one."""
+def decoder_pipeline(weights: Weights, network: Any = None) -> Any:
+    """The decoder pipeline around a trained network, or around the base one: of the kind that the network is."""
     unet = weights.load("unet") if network is None else network
-    pipeline = diffusers.KandinskyV22Pipeline(
-        unet=unet, scheduler=weights.load("decoder_scheduler"), movq=weights.load("movq")
-    )
+    fills = inpainting.is_for_inpainting(unet)
+    cls = diffusers.KandinskyV22InpaintPipeline if fills else diffusers.KandinskyV22Pipeline
+    pipeline = cls(unet=unet, scheduler=weights.load("decoder_scheduler"), movq=weights.load("movq"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -128,6 +114,8 @@ def embed_prompts(
 
 def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Image.Image]:
     """Image embeddings to images, in the precision of the parts: networks that train bring theirs along."""
+    if isinstance(pipeline, diffusers.KandinskyV22InpaintPipeline):
+        return inpainting.fill(pipeline, embeds, *inpainting.nothing_kept(len(embeds[0]), settings), settings)
     images: list[Image.Image] = []
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
     for start in range(0, len(embeds[0]), settings.batch_size):
@@ -193,6 +181,12 @@ def _pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     pixels = (pipeline.movq.decode(latents, force_not_quantize=True).sample * 0.5 + 0.5).clamp(0, 1)
     pictures: list[Image.Image] = pipeline.numpy_to_pil(pixels.cpu().permute(0, 2, 3, 1).float().numpy())
     return pictures
+
+
+def result_class(half: PipelineHalf, network: Any) -> str:
+    """Name of the pipeline that a network of this half belongs into."""
+    fills = half == "decoder" and inpainting.is_for_inpainting(network)
+    return INPAINTING if fills else RESULTS[half]
 
 
 def save_result(

@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from kandinsky_exp.errors import CheckpointError
-from kandinsky_exp.models import adapter_files, adapters, compatibility, weight_files
-from kandinsky_exp.models.components import PARTS
-from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.models import adapter_files, adapters, weight_files
+from kandinsky_exp.models.components import PARTS, PipelineHalf
 from kandinsky_exp.runs import integrity
 from kandinsky_exp.system.files import setting
 
@@ -20,10 +19,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 def check(
     start: Path,
-    weights: Weights,
     part: str,
     adapter: Mapping[str, Any],
-    attach: Callable[[nn.Module], object],
+    bare: Callable[[], nn.Module],
     optimizer: str,
 ) -> None:
     """Compare what a checkpoint holds with what the run would put it into; its stage, the config's check has compared.
@@ -32,18 +30,18 @@ def check(
         start: the checkpoint.
         part: the network that the run trains.
         adapter: the settings of its adapter.
-        attach: puts that onto the network.
+        bare: makes the network, with the adapter if there is one, without data.
         optimizer: name of the class that the run trains with.
 
     Raises:
         CheckpointError: with all that does not fit, and how to start from the other run's weights instead.
     """
-    problems = list(_misfits(start / part, weights, part, adapter, attach))
+    side = PARTS[part][0]
+    problems = list(_misfits(start / part, side, adapter, bare))
     used = integrity.read_state(start).get("optimizer")
     if used not in (None, optimizer):
         problems.append(f"optimizer: it was made with {used}, and this run trains with {optimizer}")
     if problems:
-        side = PARTS[part][0]
         listed = "\n  ".join(problems)
         raise CheckpointError(
             f"checkpoint.resume: a run with these settings cannot go on from {start}\n  {listed}\nSet these as they "
@@ -67,7 +65,7 @@ def check_length(start: Path, steps: int) -> None:
 
 
 def _misfits(
-    folder: Path, weights: Weights, part: str, adapter: Mapping[str, Any], attach: Callable[[nn.Module], object]
+    folder: Path, side: PipelineHalf, adapter: Mapping[str, Any], bare: Callable[[], nn.Module]
 ) -> Iterator[str]:
     """What keeps the network of the run from taking the weights in a folder."""
     has_adapter, adapts = adapter_files.is_adapter(folder), adapter["name"] != "none"
@@ -78,15 +76,15 @@ def _misfits(
             else f"adapter: it holds all weights of a run without one, and this run trains a {adapter['name']}"
         )
         return
-    network = compatibility.without_data(part, weights.folder(part))
-    if adapts:
-        attach(network)
-    files = adapters.snapshot(network, {})
+    files = adapters.snapshot(bare(), {})
     ours = {name: tuple(value.shape) for name, value in files.tensors.items()}
     if not adapts:
         headers = map(weight_files.header, folder.glob("*.safetensors"))
         theirs: Shapes = {name: shape for header in headers for name, shape in header.items()}
-        yield from _difference(f"weights.{PARTS[part][0]}: its network is another", ours, theirs)
+        yield from _difference(f"weights.{side}: its network is another", ours, theirs)
+        return
+    if bool(files.apart) != (adapter_files.whole_file(folder) is not None):
+        yield "model: one of the two is inpaint, which trains a layer as a whole beside the adapter, the other is not"
         return
     theirs = weight_files.header(folder / adapter_files.WEIGHTS_NAME)
     times = 2 if adapter["init"] in adapters.TAKEN_FROM_WEIGHTS else 1  # what it began with is in the file too

@@ -8,7 +8,8 @@ from typing import Any
 
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, RunFailure, first_line
-from kandinsky_exp.models.components import PARTS, is_combined, read_object, side_parts
+from kandinsky_exp.models import adapter_files
+from kandinsky_exp.models.components import INPAINTING, PARTS, is_combined, read_object, side_parts
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.runs import lookup
 from kandinsky_exp.runs.model_card import Result, model_card
@@ -139,7 +140,11 @@ def read_result(run_folder: Path) -> Result:
     is_adapter = (run_folder / "adapter").is_dir()
     if record.status != "FINISHED" or not (is_adapter or (run_folder / "pipeline").is_dir()):
         raise ConfigError(f"run: {lookup.no_result(run_folder, None, '')}")
-    return Result(saved_config.flatten_saved(run_folder), record, is_adapter)
+    index = {} if is_adapter else read_object(run_folder / "pipeline" / "model_index.json")
+    fills = index.get("_class_name") == INPAINTING or (
+        is_adapter and adapter_files.whole_file(run_folder / "adapter") is not None
+    )
+    return Result(saved_config.flatten_saved(run_folder), record, is_adapter, fills)
 
 
 def _files(run_folder: Path, result: Result) -> dict[str, Path | bytes]:

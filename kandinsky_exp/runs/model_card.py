@@ -39,11 +39,13 @@ class Result:
         params: the flattened config of the run.
         record: how far the run came.
         is_adapter: the result is an adapter's weights, not a pipeline.
+        fills: it fills holes in pictures; an adapter's is then beside a layer that trained as a whole.
     """
 
     params: Values
     record: Record
     is_adapter: bool
+    fills: bool = False
 
     @property
     def half(self) -> PipelineHalf:
@@ -96,8 +98,9 @@ def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> ModelCardDat
         datasets=[data] if data else None,
         license=LICENCE,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["kandinsky", "text-to-image", "diffusers", *(["lora"] if result.is_adapter else [])],
+        pipeline_tag=(task := "image-to-image" if result.fills else "text-to-image"),
+        tags=["kandinsky", task, *(["inpainting"] if result.fills else []), "diffusers"]
+        + (["lora"] if result.is_adapter else []),
         widget=[{"text": prompt, "output": {"url": path}} for path, prompt in images if prompt] or None,
     )
 
@@ -158,6 +161,9 @@ def _code(repo: str, result: Result) -> Iterator[str]:
     params = result.params
     side, steps = params.get("data.resolution", 512), params.get("validation.inference_steps", 25)
     drawing = f"height={side!r}, width={side!r}, num_inference_steps={steps!r}"
+    if result.fills:
+        yield from _code_that_fills(repo, result, f"{drawing}, prior_num_inference_steps={steps!r}")
+        return
     if result.half == "decoder" and not result.is_adapter:
         yield from ("from diffusers import AutoPipelineForText2Image", "")
         yield f'pipeline = AutoPipelineForText2Image.from_pretrained("{repo}")'
@@ -175,3 +181,18 @@ def _code(repo: str, result: Result) -> Iterator[str]:
         network = f"{result.half}.{NETWORKS[result.half]}"
         yield f'{network}.load_lora_adapter("{repo}", weight_name="pytorch_lora_weights.safetensors", prefix=None)'
     yield f'image = decoder(**prior("{PROMPT}", num_inference_steps={steps!r}), {drawing}).images[0]'
+
+
+def _code_that_fills(repo: str, result: Result, drawing: str) -> Iterator[str]:
+    yield from ("from diffusers import AutoPipelineForInpainting", "from diffusers.utils import load_image", "")
+    source = repr(repo)
+    if result.is_adapter:  # diffusers reads no layer that trained as a whole
+        revision = result.params.get("weights.decoder_revision")
+        base = result.base("decoder") or "path/to/the/decoder"  # what it was trained with
+        at = f" weights.decoder_revision={revision}" if revision else ""
+        merge = f"kandinsky-exp export adapter={repo} base={base}{at} name=merged"
+        yield f"# Merge the adapter and conv_in.safetensors first: {merge}"
+        source = "'outputs/export/merged/pipeline'"
+    yield f"pipeline = AutoPipelineForInpainting.from_pretrained({source})"
+    yield 'picture, hole = load_image("picture.png"), load_image("hole.png")  # what is white in the hole is filled'
+    yield f'image = pipeline("{PROMPT}", picture, hole, {drawing}).images[0]'

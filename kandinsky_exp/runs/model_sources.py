@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
-from kandinsky_exp.models import adapter_files, adapters, compatibility
+from kandinsky_exp.models import adapter_files, adapters, compatibility, weight_files
 from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
@@ -233,8 +233,25 @@ def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str
             shapes = compatibility.expected_shapes(part, origin.network or weights.folder(part))
         for one in origin.adapters:
             key = keys.format(side=side)
-            if (problem := adapter_files.base_problem(_shapes(one.folder, key), shapes)) is not None:
+            problem = adapter_files.base_problem(_shapes(one.folder, key), shapes)
+            if (problem := problem or _whole_problem(one.folder, shapes)) is not None:
                 raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
+
+
+def _whole_problem(folder: Path, base: adapter_files.Shapes) -> str | None:
+    """What is wrong with the layer that trained as a whole beside an adapter, where there is one."""
+    if (file := adapter_files.whole_file(folder)) is None:
+        return None
+    try:
+        shapes = weight_files.header(file)
+    except (OSError, ValueError):
+        return f"it belongs together with {file.name}, which is not beside it, or damaged"
+    name, bias = f"{adapter_files.CONV_IN}.weight", f"{adapter_files.CONV_IN}.bias"
+    theirs, ours = shapes.get(name, ()), base.get(name, ())
+    fits = len(theirs) == len(ours) == 4 and theirs[1] in (ours[1], compatibility.inpainting_channels(ours[1]))
+    if fits and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:]) and shapes.keys() == {name, bias}:
+        return None
+    return f"its {name} is {list(theirs)}, the base's {list(ours)}: it was trained on another base"
 
 
 def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> Any:

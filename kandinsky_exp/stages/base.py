@@ -10,9 +10,8 @@ import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,31 +20,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.models import adapters, components
+from kandinsky_exp.models import adapters, compatibility, components
 from kandinsky_exp.models.adapters import NetworkFiles
 from kandinsky_exp.models.compatibility import REQUIRED, Requirement
 from kandinsky_exp.models.pipelines import WHOLE, SampleSettings
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.stages import diffusion
+from kandinsky_exp.stages import compiling, diffusion
 from kandinsky_exp.stages.attention import enable_attention
 from kandinsky_exp.stages.diffusion import Generators
+from kandinsky_exp.stages.stage_loss import StageLoss as StageLoss
 
 Features = dict[str, Tensor]
-
-
-@dataclass
-class StageLoss:
-    """What one batch says.
-
-    Args:
-        loss: scalar with a gradient: weighted, with every term.
-        per_sample: (B,), detached: the plain squared error, comparable between runs whatever their weighting.
-        timesteps: (B,).
-    """
-
-    loss: Tensor
-    per_sample: Tensor
-    timesteps: Tensor
 
 
 class DiffusionStage(ABC):
@@ -75,6 +60,9 @@ class DiffusionStage(ABC):
     unfit_attention: ClassVar[Mapping[str, str]] = {}  # values of `trainer.attention`, and why they cannot be
     regions: ClassVar[tuple[type[nn.Module], ...]] = ()  # blocks that `trainer.compile=regional` compiles one by one
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
+    encodes_as: ClassVar[str]  # the stage whose encoded features serve it too; its own name, unless it is given
+    trains_whole: ClassVar[tuple[str, ...]] = ()  # layers that train as they are beside an adapter
+    measures: ClassVar[tuple[str, ...]] = ()  # parts of the loss that are metrics: `train/loss_hole`, if `hole` is one
     preprocess: Preprocess
     alphas_cumprod: Tensor
     prediction_type: diffusion.PredictionType
@@ -87,6 +75,8 @@ class DiffusionStage(ABC):
         self._null: Features | None = None
 
     def __init_subclass__(cls) -> None:
+        if "name" in vars(cls) and "encodes_as" not in vars(cls):
+            cls.encodes_as = cls.name
         if "part" in vars(cls):
             half = components.PARTS[cls.part][0]
             declared = {"half": half, "requires": REQUIRED[half], "result_pipeline": components.RESULTS[half]}
@@ -101,6 +91,11 @@ class DiffusionStage(ABC):
     def reads_pixels(cls) -> bool:
         """Whether `data.resolution` changes what trains."""
         return "movq" in cls.encoders
+
+    @classmethod
+    def setting_problems(cls, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """What is wrong with settings of the stage's own whose types are right, by name."""
+        return {}
 
     @cached_property
     def network(self) -> nn.Module:
@@ -117,6 +112,12 @@ class DiffusionStage(ABC):
 
     def load_network(self) -> nn.Module:
         network: nn.Module = self.weights.load_trainable(self.part)
+        return network
+
+    @classmethod
+    def network_without_data(cls, weights: Weights) -> nn.Module:
+        """The network on the meta device, where nothing takes memory or time."""
+        network: nn.Module = compatibility.without_data(cls.part, weights.folder(cls.part))
         return network
 
     @property
@@ -162,12 +163,20 @@ class DiffusionStage(ABC):
         rows = [self.preprocess(Image.new("RGB", (side, side)), None, extra), self.preprocess(None, "")]
         return [{key: torch.empty((batch, *x.shape), dtype=x.dtype) for key, x in row.items()} for row in rows if row]
 
+    def shown_inputs(self, picture: Image.Image, index: int, settings: SampleSettings) -> dict[str, Image.Image]:
+        """What else `reconstruct` draws the held-out picture of that number from, by what the grid calls it."""
+        return {}
+
     @abstractmethod
     def sample(self, network: nn.Module, prompts: list[str], settings: SampleSettings) -> list[Image.Image]:
         """Images for prompts, through the whole of Kandinsky."""
 
     def reconstruct(self, network: nn.Module, features: Features, settings: SampleSettings) -> list[Image.Image]:
-        """Images from the features of real ones; none where the network has no say in what those look like."""
+        """Images from the features of real ones; none where the network has no say in what those look like.
+
+        Args:
+            features: among them `pixels` (B, 3, H, W), the pictures themselves, in [-1, 1].
+        """
         return []
 
     def set_attention(self, attention: str) -> None:
@@ -176,14 +185,7 @@ class DiffusionStage(ABC):
 
     def compile(self, regional: bool) -> None:
         """Have the network compiled when it is first asked: as a whole, or its blocks, those of the same shape once."""
-        if not regional:
-            self.network.compile()
-            return
-        found = [module for module in self.network.modules() if isinstance(module, self.regions)]
-        settings = torch._dynamo.config  # of one kind of block, more versions than it allows by itself
-        settings.recompile_limit = max(settings.recompile_limit, 2 * len(found))
-        for module in found:
-            module.compile()
+        compiling.compile_blocks(self.network, self.regions) if regional else self.network.compile()
 
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
@@ -212,6 +214,7 @@ class DiffusionStage(ABC):
             generator: one for the batch, or one per sample (then `timesteps` must be given).
             timesteps: (B,); drawn uniformly when None.
         """
+        features = self.with_drawn(features, generator)
         clean = self.clean(features)
         noise = randn_tensor(tuple(clean.shape), generator=generator, device=clean.device, dtype=clean.dtype)
         if timesteps is None:
@@ -222,11 +225,21 @@ class DiffusionStage(ABC):
         noisy = diffusion.add_noise(clean, noise, timesteps, self.alphas_cumprod)
         output = self.predict(network, noisy, timesteps, features).float()
         target = diffusion.training_target(clean, noise, timesteps, self.alphas_cumprod, self.prediction_type)
-        per_sample = (output[:, : clean.shape[1]] - target).square().flatten(1).mean(1)
+        errors = (output[:, : clean.shape[1]] - target).square()
+        per_sample = errors.flatten(1).mean(1)
         weights = features.get("loss_weight")
         loss = diffusion.weighted_mean(self.weigh(per_sample, timesteps, features), weights)
         extra = self.variance_term(output, clean, noisy, timesteps, weights)
-        return StageLoss(loss if extra is None else loss + extra, per_sample.detach(), timesteps)
+        measured = self.measure(errors.detach(), features)
+        return StageLoss(loss if extra is None else loss + extra, per_sample.detach(), timesteps, measured)
+
+    def with_drawn(self, features: Features, generator: Generators) -> Features:
+        """The features, and what a stage draws anew for each batch beside noise and timesteps: holes, say."""
+        return features
+
+    def measure(self, errors: Tensor, features: Features) -> dict[str, Tensor]:
+        """The `measured` of a `StageLoss`, from the squared errors (B, …)."""
+        return {}
 
     def variance_term(
         self, output: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, weights: Tensor | None
@@ -284,8 +297,3 @@ class DiffusionStage(ABC):
             trained: takes the place of the parameters of these names.
         """
         return adapters.snapshot(network, trained)
-
-
-def is_compiled(network: nn.Module) -> bool:
-    """Whether `trainer.compile` compiles it, or a part of it."""
-    return any(module._compiled_call_impl is not None for module in network.modules())

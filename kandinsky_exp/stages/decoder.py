@@ -30,6 +30,7 @@ class DecoderStage(DiffusionStage):
 
     name = "decoder"
     part = "unet"
+    requires = compatibility.PLAIN["decoder"]
     encoders = ("image_encoder", "movq")
     draws_with = (("text_encoder", "prior"), ("unet", "movq"))
     stays_loaded = ("movq",)

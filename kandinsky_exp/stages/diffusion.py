@@ -13,11 +13,11 @@ PredictionType = Literal["sample", "epsilon", "v_prediction"]
 Generators = torch.Generator | list[torch.Generator]  # one for the batch, or one per sample
 
 
-def uniform(size: int, generator: Generators, device: torch.device) -> Tensor:
-    """(size,) numbers in [0, 1)."""
+def uniform(size: int, generator: Generators, device: torch.device, *each: int) -> Tensor:
+    """(size, *each) numbers in [0, 1)."""
     if isinstance(generator, list):
-        return torch.cat([torch.rand(1, generator=one, device=one.device) for one in generator]).to(device)
-    return torch.rand(size, generator=generator, device=device)
+        return torch.cat([torch.rand(1, *each, generator=one, device=one.device) for one in generator]).to(device)
+    return torch.rand(size, *each, generator=generator, device=device)
 
 
 def at_timesteps(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:

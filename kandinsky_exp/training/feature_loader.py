@@ -151,7 +151,7 @@ class _Opener:
         """Make the parts of its table that are not there, or one; processes meet in files alone."""
         stage, how = self.stage, self.settings.how
         encoders = stage.weights.on_device(stage.encoders, self.accelerator.device)
-        about = {"stage": stage.name, "source": source.name}
+        about = {"stage": stage.encodes_as, "source": source.name}
         folder = self._folder(source, fingerprint)
         encode_table(source, stage, folder, how, self.log, only=only, encoders=encoders, about=about)
 

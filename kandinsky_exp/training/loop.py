@@ -221,7 +221,7 @@ def optimizer_step(
     settings: LoopSettings,
 ) -> StepResult:
     """One optimizer step; nothing in it waits for the device."""
-    losses, rows, samples = [], [], []
+    losses, rows, samples, measured = [], [], [], []
     norm: Any = None
     waited = 0.0
     for micro in range(settings.grad_accumulation):
@@ -236,6 +236,7 @@ def optimizer_step(
                 norm = clip(training.trainable, training.optimizer.optimizer, accelerator, settings.max_grad_norm)
         losses.append(result.loss.detach())
         samples.append((result.per_sample, result.timesteps))
+        measured.append(result.measured)
     # Accelerate's own `step` looks for a package on the disk whenever it is called; only a loss scaler needs it.
     training.note_rate()
     training.is_whole = False
@@ -246,7 +247,7 @@ def optimizer_step(
     if training.ema is not None:
         training.ema.step(training.trainable)
     training.is_whole = True
-    return StepResult(torch.stack(losses).mean(), norm, rows, samples, waited)
+    return StepResult(torch.stack(losses).mean(), norm, rows, samples, waited, measured)
 
 
 def validated_or_stopped(

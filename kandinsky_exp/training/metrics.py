@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ class StepResult:
         rows: row numbers of each micro-step, on the host.
         samples: (per-sample squared errors, timesteps) of each micro-step, both (B,).
         waited: seconds until the batches were there.
+        measured: of each micro-step, see `StageLoss`.
     """
 
     loss: Tensor
@@ -36,6 +37,7 @@ class StepResult:
     rows: list[Tensor]
     samples: list[tuple[Tensor, Tensor]]
     waited: float
+    measured: list[Mapping[str, Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Meter:
     _results: list[StepResult] = field(default_factory=list)
     _samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _by_part: Tensor | None = None
+    _measured: dict[str, Tensor] = field(default_factory=dict)
     _unchecked: int = 0
     _skipped: int = 0  # the last steps that were checked, in a row, whose gradient was not finite
     _started: float = field(default_factory=time.monotonic)
@@ -68,7 +71,10 @@ class Meter:
         self._samples += result.samples
         if len(self._samples) >= FOLD:
             self._fold()
-        result.samples = []
+        for found in result.measured:
+            for name, pair in found.items():
+                self._measured[name] = self._measured[name] + pair if name in self._measured else pair
+        result.samples, result.measured = [], []
         self._results.append(result)
         self._unchecked += 1
 
@@ -80,6 +86,7 @@ class Meter:
             "waited": sum(result.waited for result in self._results),
             "samples": [list(pair) for pair in self._samples],
             "by_part": self._by_part,
+            "measured": dict(self._measured),
             "elapsed": (self._paused_at or time.monotonic()) - self._started,
             "skipped": self._skipped,
             "last_loss": self.last_loss,
@@ -108,6 +115,7 @@ class Meter:
             self._results[0].waited = mine["waited"]
         self._samples = [(errors, timesteps) for errors, timesteps in mine["samples"]]
         self._by_part, self._skipped, self.last_loss = mine["by_part"], mine["skipped"], mine["last_loss"]
+        self._measured = dict(mine.get("measured", {}))
         self._started = time.monotonic() - mine["elapsed"]
 
     def check(self, step: int, rate: float) -> None:
@@ -134,21 +142,24 @@ class Meter:
         steps, waited = len(self._results), sum(result.waited for result in self._results)
         losses, norms = self._stacked()
         bad, skipped = self._judged(losses, norms)
+        names = list(self._measured)
         found, loss, norm, *parts = self._totals(bad, losses, norms)
         if found > 0:
             self._raise(step, rate, bad.tolist(), skipped)
         elapsed = max(time.monotonic() - self._started, 1e-9)
         self.last_loss = loss
-        self._results, self._by_part, self._unchecked, self._skipped = [], None, 0, skipped
+        self._results, self._by_part, self._measured, self._unchecked, self._skipped = [], None, {}, 0, skipped
         self._started = time.monotonic()
         by_part = {
             f"train/loss_t{part}": error / count
-            for part, (error, count) in enumerate(zip(parts[:PARTS], parts[PARTS:], strict=True))
+            for part, (error, count) in enumerate(zip(parts[:PARTS], parts[PARTS : 2 * PARTS], strict=True))
             if count > 0
         }
+        measured = means(names, parts[2 * PARTS :], "train/loss_")
         return {
             "train/loss": loss,
             **by_part,
+            **measured,
             "train/lr": rate,
             "train/grad_norm": norm,
             "train/samples_per_second": steps * self.total_batch / elapsed,
@@ -165,12 +176,13 @@ class Meter:
         )
 
     def _totals(self, bad: Tensor, losses: Tensor, norms: Tensor) -> list[float]:
-        """Non-finite or not, mean loss, mean norm, and of each quarter of the timesteps the summed error and count."""
+        """Non-finite or not, mean loss, mean norm; of each quarter of the timesteps the summed error and count; what
+        the stage measured."""
         self._fold()
         by_part = torch.zeros(2 * PARTS, device=self.accelerator.device) if self._by_part is None else self._by_part
         means = torch.stack([losses.mean(), norms.mean().float()]) / self.accelerator.num_processes
         flag = bad.any().float().reshape(1)
-        mine = torch.cat([flag, means, by_part])
+        mine = torch.cat([flag, means, by_part, *self._measured.values()])
         totals: list[float] = self.accelerator.reduce(mine, reduction="sum").tolist()
         return totals
 
@@ -248,8 +260,18 @@ def _shared(found: list[dict[str, Any]], *, is_first: bool) -> dict[str, Any]:
     summed = {
         "samples": [pair for one in found for pair in one["samples"]] if is_first else [],
         "by_part": torch.stack(parts).sum(0) if parts and is_first else None,
+        "measured": {
+            name: torch.stack([one["measured"][name] for one in found]).sum(0)
+            for name in (found[0].get("measured", {}) if is_first else {})
+        },
     }
     return {**found[0], "losses": losses, **summed}
+
+
+def means(names: Iterable[str], totals: Sequence[float], prefix: str) -> dict[str, float]:
+    """Metrics of what a stage measures, from a sum and a number for each; none where there was nothing to measure."""
+    pairs = zip(names, totals[::2], totals[1::2], strict=True)
+    return {f"{prefix}{name}": total / count for name, total, count in pairs if count > 0}
 
 
 def peak_memory(device: torch.device) -> int:

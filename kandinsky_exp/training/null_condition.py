@@ -20,7 +20,7 @@ def null_condition(stage: DiffusionStage, cache: Path, encoders: str, device: to
     It is encoded where the features are: numbers of another device would differ a little from theirs.
     """
     key = hashlib.sha256(f"{encoders} {stage.preprocess.fingerprint}".encode()).hexdigest()[:32]
-    file = cache / f"null-{stage.name}-{key}.safetensors"
+    file = cache / f"null-{stage.encodes_as}-{key}.safetensors"
     if (features := _kept(file)) is not None:
         return features
     with contextlib.ExitStack() as held:

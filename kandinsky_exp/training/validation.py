@@ -1,6 +1,7 @@
 """Validation: the fixed-noise loss on held-out rows, images for prompts, reconstructions and a labelled grid."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,14 +12,15 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp.data.preprocess import center_crop_resize
+from kandinsky_exp.data.preprocess import center_crop_resize, to_picture
 from kandinsky_exp.models.pipelines import SampleSettings
-from kandinsky_exp.stages.base import DiffusionStage, Features, is_compiled
+from kandinsky_exp.stages.base import DiffusionStage, Features
+from kandinsky_exp.stages.compiling import is_compiled
 from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking.tracker import Tracker
-from kandinsky_exp.training import ema, loop
+from kandinsky_exp.training import ema, loop, metrics
 from kandinsky_exp.training.feature_reader import FeatureReader
 from kandinsky_exp.training.seeding import derive_seed, validation_generator
 
@@ -44,7 +46,8 @@ class Validator:
     draws: int
     reconstructions: int
     loss: float | None = None
-    _originals: list[Image.Image] | None = None
+    _parts: dict[str, float] = field(default_factory=dict)
+    _originals: list[Image.Image] = field(default_factory=list)
     _measured: Halving = field(init=False)
     _drawn: Halving = field(init=False)
 
@@ -55,7 +58,7 @@ class Validator:
     def __call__(self, step: int) -> None:
         with ema.averaged_weights(self.training), uncompiled(self._network):
             if self.held_out is not None:
-                self.loss = fixed_noise_loss(
+                self.loss, self._parts = fixed_noise_loss(
                     self.training.stage,
                     self._network,
                     self.held_out,
@@ -73,7 +76,7 @@ class Validator:
 
     def _show(self, step: int) -> None:
         if self.held_out is not None and self.loss is not None:
-            self.tracker.log_metrics({"validation/loss": self.loss}, step)
+            self.tracker.log_metrics({"validation/loss": self.loss, **self._parts}, step)
             logger.info("step %d: validation loss %.5f", step, self.loss)
         network = self._network.eval()
         drawn: list[Image.Image] = []
@@ -93,7 +96,7 @@ class Validator:
         for index, (image, prompt) in enumerate(zip(drawn, self.prompts, strict=True)):
             image.save(folder / f"{index:02d}.png")
             self.tracker.log_image(f"validation/{index:02d}", image, step, prompt)
-        for index, (image, _) in enumerate(redrawn):
+        for index, image in enumerate(redrawn):
             image.save(folder / f"reconstruction-{index:02d}.png")
             self.tracker.log_image(f"reconstruction/{index:02d}", image, step, f"held-out image {index}")
         lines = [" ".join(prompt.split()) for prompt in self.prompts[: len(drawn)]]
@@ -102,29 +105,37 @@ class Validator:
         grid.save(folder / "grid.png")
         self.tracker.log_image("validation/grid", grid, step)
 
-    def _reconstruct(self) -> list[tuple[Image.Image, Image.Image]]:
-        """(redrawn, original) pairs, where the stage redraws at all."""
-        if self.held_out is None or self.reconstructions == 0:
+    def _reconstruct(self) -> list[Image.Image]:
+        """The first held-out pictures, where the stage redraws at all."""
+        if self.held_out is None or self.reconstructions == 0 or not self.training.stage.redraws:
             return []
         rows = list(range(min(self.reconstructions, len(self.held_out))))
-        # Other noise than the prompts have, so that a shared flaw of the noise cannot pass for a success.
-        settings = replace(self.settings, seed=self.settings.seed + 1)
-        network, features = self._network, alike_features(self.held_out, rows)
-        images = self._drawn.run(
-            lambda size: self.training.stage.reconstruct(network, features, replace(settings, batch_size=size))
-        )
-        if not images:
-            return []
-        if self._originals is None:  # once: a streamed source has to be walked for them
+        if not self._originals:  # once: a streamed source has to be walked for them
             self._originals = [to_image(self.held_out.picture(row), self.settings.width) for row in rows]
-        return list(zip(images, self._originals, strict=True))
+        network, features = self._network, alike_features(self.held_out, rows)
+        features["pixels"] = torch.stack([center_crop_resize(image, image.width) for image in self._originals])
+        return self._drawn.run(
+            lambda size: self.training.stage.reconstruct(network, features, replace(self._other_noise, batch_size=size))
+        )
 
-    def _grid(self, drawn: list[Image.Image], redrawn: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
-        images, labels = list(drawn), list(self.prompts[: len(drawn)])
-        for index, (image, original) in enumerate(redrawn):
-            images += [original, image]
-            labels += [f"held out {index}", f"held out {index}, redrawn"]
-        return labelled_grid(images, labels)
+    @property
+    def _other_noise(self) -> SampleSettings:
+        """Than the prompts have, so that a shared flaw of the noise cannot pass for a success."""
+        return replace(self.settings, seed=self.settings.seed + 1)
+
+    def _grid(self, drawn: list[Image.Image], redrawn: list[Image.Image]) -> Image.Image:
+        """Pictures of the prompts, and below them the held-out ones, what belongs to one of them in one row."""
+        images, labels, columns = list(drawn), list(self.prompts[: len(drawn)]), None
+        for index, (original, image) in enumerate(zip(self._originals if redrawn else [], redrawn, strict=True)):
+            inputs = self.training.stage.shown_inputs(original, index, self._other_noise)
+            together = 2 + len(inputs)
+            if columns is None:
+                columns = together * max(1, round(math.sqrt(len(drawn) + together * len(redrawn)) / together))
+                empty = -len(drawn) % columns
+                images, labels = [*images, *[Image.new("RGB", image.size, "white")] * empty], labels + [""] * empty
+            images += [original, *inputs.values(), image]
+            labels += [f"held out {index}{what}" for what in ("", *(f", {name}" for name in inputs), ", redrawn")]
+        return labelled_grid(images, labels, columns)
 
 
 def alike_features(held_out: FeatureReader, rows: list[int]) -> Features:
@@ -136,8 +147,7 @@ def alike_features(held_out: FeatureReader, rows: list[int]) -> Features:
 
 def to_image(image: Image.Image, resolution: int) -> Image.Image:
     """The picture as the decoder is trained to draw it: centre square, bicubic."""
-    pixels = ((center_crop_resize(image, resolution) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return to_picture(center_crop_resize(image, resolution))
 
 
 def uncompiled(network: nn.Module) -> AbstractContextManager[object]:
@@ -159,31 +169,34 @@ def fixed_noise_loss(
     seed: int,
     draws: int,
     batches: Halving,
-) -> float:
-    """Mean unweighted loss over held-out rows, with noise and timesteps that depend on (seed, row, draw) alone.
+) -> tuple[float, dict[str, float]]:
+    """Mean unweighted loss over held-out rows, and metrics of what the stage measures.
 
-    The draws of a row fall into equal parts of the timestep range, so that the estimate falls smoothly. It does not
-    depend on batch size or number of processes (beyond rounding), nor on a run's loss weighting or dropped conditions.
+    Noise and timesteps depend on (seed, row, draw) alone, and the draws of a row fall into equal parts of the timestep
+    range, so that the estimate falls smoothly. It does not depend on batch size or number of processes (beyond
+    rounding), nor on a run's loss weighting or dropped conditions.
     """
     mine = list(range(accelerator.process_index, len(held_out), accelerator.num_processes))
 
     def summed(size: int) -> Tensor:
-        """(sum of losses, their number) over the rows of this process."""
-        total = torch.zeros(2, device=accelerator.device)
+        """Sum of losses and their number over the rows of this process, and those of what the stage measures."""
+        total = torch.zeros(2 + 2 * len(stage.measures), device=accelerator.device)
         for chunk in held_out.batches(mine, size):
             features = held_out.rows(chunk)
             for draw in range(draws):
                 generators = [validation_generator(seed, row, draw) for row in chunk]
                 timesteps = spread_timesteps(seed, chunk, draw, draws, stage.num_timesteps).to(accelerator.device)
-                losses = stage.loss(network, features, generators, timesteps).per_sample
-                total += torch.stack([losses.sum(), torch.tensor(float(len(chunk)), device=accelerator.device)])
+                found = stage.loss(network, features, generators, timesteps)
+                number = torch.tensor(float(len(chunk)), device=accelerator.device)
+                measured = [found.measured.get(name, torch.zeros_like(total[:2])) for name in stage.measures]
+                total += torch.cat([torch.stack([found.per_sample.sum(), number]), *measured])
         return total
 
     network.eval()
     total = distributed.on_all_processes(lambda: batches.run(summed))
     network.train()
-    everywhere: Tensor = accelerator.reduce(total, reduction="sum")
-    return float(everywhere[0] / everywhere[1])
+    loss, number, *parts = accelerator.reduce(total, reduction="sum").tolist()
+    return loss / number, metrics.means(stage.measures, parts, "validation/loss_")
 
 
 def spread_timesteps(seed: int, rows: list[int], draw: int, draws: int, num_timesteps: int) -> Tensor:

@@ -12,7 +12,7 @@ from kandinsky_exp import build
 from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
-from kandinsky_exp.models.components import NETWORKS, RESULTS, PipelineHalf
+from kandinsky_exp.models.components import NETWORKS, PipelineHalf
 from kandinsky_exp.runs.lookup import names_of
 from kandinsky_exp.runs.model_sources import (
     Adapter,
@@ -74,6 +74,8 @@ def alone(cfg: DictConfig, adapter: Adapter, root: Path, name: str) -> None:
         tensors, _ = adapter_tensors.read(adapter.folder, adapter_tensors.layers(network))
     folder = files.fresh_folder(root, name)
     (target := folder / "adapter" / adapter_files.WEIGHTS_NAME).parent.mkdir()
+    if (whole := adapter_files.whole_file(adapter.folder)) is not None:
+        shutil.copyfile(whole, target.with_name(whole.name))
     if tensors is None:
         shutil.copyfile(source, target)
     else:
@@ -96,7 +98,7 @@ def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None
     def save(place: Path) -> None:
         network.to(dtype).save_pretrained(place)
 
-    pipelines.save_result(weights, side, RESULTS[side], folder / "pipeline", save)
+    pipelines.save_result(weights, side, pipelines.result_class(side, network), folder / "pipeline", save)
     files.write_atomically(folder / "config.yaml", saved_config.to_yaml(cfg))
     print(folder)
 

@@ -282,7 +282,7 @@ TABLE["command lines"] = [
     Bad(["encode", "list=3"], "list: has to be true or false"),
 ]
 TABLE["keys and groups"] = [
-    Bad(["model=decodr", *EMOJI], "there is no model=decodr; the choices are decoder, prior; did you mean decoder?"),
+    Bad(["model=decodr", *EMOJI], "there is no model=decodr; the choices are decoder, inpaint, prior; did you mean"),
     Bad(["experiment=demo_prio"], "did you mean demo_prior?"),
     Bad(["sweep=lrs", *EMOJI], "sweep: there is no sweep=lrs; the choices are lora_rank, lr, precision, snr"),
     Bad(["trainer=3", *EMOJI], "trainer: needs a name; choose one of default"),
@@ -666,7 +666,11 @@ TABLE["weights"] = [
         "its unet has encoder_hid_dim=48, but image_encoder of weights.prior",
         whole(other_part("unet", UNET, encoder_hid_dim=48)),
     ),
-    Bad(DECODER_WEIGHTS, "its unet has in_channels=9, but movq", whole(other_part("unet", UNET, in_channels=9))),
+    Bad(
+        DECODER_WEIGHTS,
+        "in_channels=9: it is a decoder for inpainting; set model=",
+        whole(other_part("unet", UNET, in_channels=9)),
+    ),
     Bad(
         DECODER_WEIGHTS,
         "has addition_embed_type=null, not image",

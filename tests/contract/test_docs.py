@@ -61,6 +61,10 @@ TINY = {
 }
 TINY_SNIPPETS = {
     r'pipeline\("(.+)"\)': (r'pipeline("\1", height=64, width=64, num_inference_steps=2, prior_num_inference_steps=2)'),
+    r'pipeline\("(.+)", picture, hole\)': (
+        r'pipeline("\1", picture, hole, height=64, width=64, num_inference_steps=2, prior_num_inference_steps=2)'
+    ),
+    r"\(\(512, 512\)\)": "((64, 64))",
     r"trainer\.max_steps=\d+": "trainer.max_steps=2",
 }
 STEPS = 5000  # of a real run are one here

@@ -14,6 +14,7 @@ import yaml
 from diffusers import AutoPipelineForText2Image
 from hub_server import Hub, Repository, read_again, running
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 from running import PROMPTS, client, composed, mlflow, network, runs, same, stopped_at, train
 from safetensors.torch import load_file
 
@@ -144,6 +145,26 @@ def test_the_code_of_the_cards_runs(hub: Hub, published: dict[str, Path]) -> Non
         loaded = {key.replace(".default_0", ""): value for key, value in part.state_dict().items() if "lora_" in key}
         assert same(saved, loaded), repo
     assert not hub.unknown, "the stand-in lacks something"
+
+
+@pytest.mark.parametrize("adapter", [[], ["adapter=lora", "adapter.rank=2"]], ids=["whole", "lora"])
+def test_a_result_that_fills_holes(
+    adapter: list[str], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["model=inpaint", *adapter, *ON_HUB, "trainer.max_steps=1", "tracker=none"]
+    train(tmp_path, *words, "hub.push=true", f"hub.repo_id=me/i{len(adapter)}", "name=fill")
+    held = hub.repositories[f"me/i{len(adapter)}"]
+    head, body = card_of(hub, f"me/i{len(adapter)}")
+    assert "inpainting" in head["tags"]
+    if adapter:
+        assert "conv_in.safetensors" in held.files
+        monkeypatch.chdir(tmp_path)
+        verb = next(line for line in body.splitlines() if "kandinsky-exp export" in line).partition("kandinsky-exp ")[2]
+        cli.main([*verb.split(), *ON_HUB])
+    for name, mode in (("picture", "RGB"), ("hole", "L")):
+        Image.new(mode, (64, 64), "white").save(tmp_path / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    assert executed(body)["image"].size == (64, 64)
 
 
 def test_generate_takes_an_adapter_by_its_repository(hub: Hub, published: dict[str, Path], tmp_path: Path) -> None:

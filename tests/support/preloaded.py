@@ -12,7 +12,7 @@ import sqlalchemy.orm
 import transformers.models.clip.image_processing_pil_clip
 import transformers.models.clip.modeling_clip  # noqa: F401
 
-from kandinsky_exp.stages import decoder, prior  # noqa: F401
+from kandinsky_exp.stages import decoder, inpaint, prior  # noqa: F401
 from kandinsky_exp.tracking import store_schema
 from kandinsky_exp.verbs import generate, plan  # noqa: F401
 

@@ -164,6 +164,8 @@ class MappedColumns:
         batch = bisect_right(self._starts, index) - 1
         try:
             return self._views(batch), index - self._starts[batch]
+        except MemoryError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{self.path}: row {index} cannot be read ({error}); {cure(self.path.parent)}") from error
 
