@@ -10,6 +10,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
+import fork_server
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -92,6 +93,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if "TESTS_SHARE" not in os.environ:
         os.environ["TESTS_SHARE"] = tempfile.mkdtemp(prefix="tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("TESTS_SHARE"), ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(fork_server.ADDRESS, None))
+        if getattr(config.option, "numprocesses", 0) and not (config.option.collectonly or config.option.quick):
+            fork_server.start()  # while the workers import what they need
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
