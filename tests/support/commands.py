@@ -32,14 +32,18 @@ def main(
     function: Callable[..., object], arguments: tuple[Any, ...], output: Path, environment: dict[str, str]
 ) -> None:
     """What the forked process does."""
-    with output.open("a") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+    print_into(output)
     assert fork_server.PRELOADED in sys.modules  # a server that cannot import it says nothing
     os.environ.clear()
     os.environ.update(environment)
     start_server()
     function(*arguments)
+
+
+def print_into(output: Path) -> None:
+    with output.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
 
 
 @functools.cache

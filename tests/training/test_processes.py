@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fork_server
 import pytest
-from commands import USE_CPU, Forked, command, start, start_server, start_two
+from commands import USE_CPU, Forked, command, print_into, start, start_server, start_two
 from PIL import Image
 from running import SMALL, history, prepare, runs, train
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -68,11 +68,12 @@ def launch(arguments: list[str]) -> None:
     """What `LAUNCH` does with a command, but for imports: torch's agent starts two processes and watches over them."""
     settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "rdzv_configs": {"timeout": 60}}
     config = LaunchConfig(1, 1, 2, run_id="two", start_method="forkserver", monitor_interval=0.1, **settings)
-    elastic_launch(config, launched_one)(arguments, dict(os.environ))
+    elastic_launch(config, launched_one)(arguments, Path("/dev/stdout").resolve(), dict(os.environ))
 
 
-def launched_one(arguments: list[str], environment: dict[str, str]) -> None:
+def launched_one(arguments: list[str], output: Path, environment: dict[str, str]) -> None:
     """One of them, which has its agent's variables and those that the agent set for it."""
+    print_into(output)
     assert fork_server.PRELOADED in sys.modules  # it comes from the tests' own server
     os.environ.update(environment | os.environ)
     command(arguments)
