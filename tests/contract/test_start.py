@@ -1,4 +1,4 @@
-"""What a start imports, up to the end of the first step of a run whose features are cached."""
+"""What a start imports, up to the end of the first step of a run with cached features, and what that run needs."""
 
 import os
 import subprocess
@@ -20,33 +20,43 @@ UNNEEDED = {
     "transformers.models.clip.modeling_clip",
 }
 SCHEDULE = """
-import os, pathlib, sys
+import pathlib, sys
 from torch.optim.lr_scheduler import LambdaLR
 
-class Ending(LambdaLR):
+class Noting(LambdaLR):
     def step(self, epoch=None):
         super().step()
-        if self.last_epoch:
+        if self.last_epoch == 1:
             pathlib.Path("imported").write_text("\\n".join(sys.modules))
-            os._exit(0)
 
-def ending(optimizer, total_steps, *, warmup_steps=0):
-    return Ending(optimizer, lambda step: 1.0)
+def noting(optimizer, total_steps, *, warmup_steps=0):
+    return Noting(optimizer, lambda step: 1.0)
+"""
+BLOCKED = """
+import pathlib
+pathlib.Path("looked_for").open("a").write(__name__)
+raise ModuleNotFoundError(f"no {__name__} here", name=__name__)
 """
 
 
 def test_a_start_imports_nothing_that_its_first_step_does_not_need(tmp_path: Path) -> None:
-    """A process that starts from nothing: six CPU seconds, for others have all of it imported."""
+    """And training from encoded features needs neither MLflow nor datasets up to its end. A process that starts from
+    nothing: six CPU seconds, for others have all of it imported."""
     root = tmp_path / "root"
-    prepare(root, ["model=prior"], encoded=True)
-    (tmp_path / "ending.py").write_text(SCHEDULE)
-    hook = ["scheduler._target_=ending.ending", "trusted_modules=[ending]"]
+    prepare(root, ["model=prior", "tracker=none"], encoded=True)
+    (tmp_path / "noting.py").write_text(SCHEDULE)
+    for name in ("mlflow", "datasets"):
+        (tmp_path / f"{name}.py").write_text(BLOCKED)
+    hook = ["scheduler._target_=noting.noting", "trusted_modules=[noting]"]
     words = [*SMALL, "model=prior", "tracker=none", "validation.fraction=0.25", f"output_root={root}", "name=start"]
     command = [sys.executable, "-m", "kandinsky_exp", *words, *hook]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "looked_for").exists()
     imported = set((tmp_path / "imported").read_text().split())
     assert "torch" in imported
     assert not UNNEEDED & imported
+    assert not (root / "mlflow.db").exists()
+    assert (root / "start" / "pipeline" / "model_index.json").is_file()

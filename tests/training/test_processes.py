@@ -221,20 +221,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert [process.code for process in both] == [2, 2]
 
 
-def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_path: Path) -> None:
-    train(tmp_path, "model=prior", "tracker=none", "name=encodes")
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    for name in ("mlflow", "datasets"):
-        (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name='{name}')\n")
-    paths = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
-    settings = [*SMALL, "model=prior", "tracker=none", "name=p", f"output_root={tmp_path}"]
-    code, output, _ = real([*COMMAND, *settings], PYTHONPATH=paths)
-    assert code == 0, output
-    assert not (tmp_path / "mlflow.db").exists()
-    assert (tmp_path / "p" / "pipeline" / "model_index.json").is_file()
-
-
 @pytest.mark.slow
 def test_multirun_leaves_one_parent_and_a_folder_per_job(tmp_path: Path) -> None:
     prepare(tmp_path, [], encoded=True)
