@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.tiny import architecture
 from tests.support.running import SMALL, prepare
 
 # The first step of such a run needs none of these, and most of them take 0.1 to 2 s.
@@ -28,6 +30,10 @@ class Noting(LambdaLR):
         super().step()
         if self.last_epoch == 1:
             pathlib.Path("imported").write_text("\\n".join(sys.modules))
+        if self.last_epoch == 2:
+            from kandinsky_exp.data.preprocess import Preprocess
+            from kandinsky_exp.tiny import architecture
+            pathlib.Path("fingerprint").write_text(Preprocess(None, architecture.tokenizer(), None).fingerprint)
 
 def noting(optimizer, total_steps, *, warmup_steps=0):
     return Noting(optimizer, lambda step: 1.0)
@@ -40,8 +46,10 @@ raise ModuleNotFoundError(f"no {__name__} here", name=__name__)
 
 
 def test_a_start_imports_nothing_that_its_first_step_does_not_need(tmp_path: Path) -> None:
-    """And training from encoded features needs neither MLflow nor datasets up to its end. A process that starts from
-    nothing: six CPU seconds, for others have all of it imported."""
+    """And training from encoded features needs neither MLflow nor datasets up to its end, and no order of sets counts
+    in what names such features. A process that starts from nothing takes six CPU
+    seconds, for others have all of it imported.
+    """
     root = tmp_path / "root"
     prepare(root, ["model=prior", "tracker=none"], encoded=True)
     (tmp_path / "noting.py").write_text(SCHEDULE)
@@ -50,13 +58,13 @@ def test_a_start_imports_nothing_that_its_first_step_does_not_need(tmp_path: Pat
     hook = ["scheduler._target_=noting.noting", "trusted_modules=[noting]"]
     words = [*SMALL, "model=prior", "tracker=none", "validation.fraction=0.25", f"output_root={root}", "name=start"]
     command = [sys.executable, "-m", "kandinsky_exp", *words, *hook]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONHASHSEED": "3"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "looked_for").exists()
     imported = set((tmp_path / "imported").read_text().split())
     assert "torch" in imported
     assert not UNNEEDED & imported
+    assert (tmp_path / "fingerprint").read_text() == Preprocess(None, architecture.tokenizer(), None).fingerprint
     assert not (root / "mlflow.db").exists()
     assert (root / "start" / "pipeline" / "model_index.json").is_file()
