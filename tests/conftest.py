@@ -10,6 +10,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
+import fork_server
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,13 @@ LONG = (
     "test_memory_does_not_grow_with_the_members",
     "test_a_run_goes_on_as_if_nothing_had_changed",
     "test_validation_halves_its_batch",
+    "test_the_measurement_compares_what_was_trained_with_and_without_the_class",
+    "test_lengths_of_a_compiled_prior_are_few",
+    "test_a_part_that_is_missing_or_damaged_is_made_again_alone",
+    "test_processes_that_would_not_make_the_same_parts_are_refused",
+    "test_ten_thousand_parts_open_at_once_and_few_stay_open",
+    "test_without_a_cache_they_are_named_too",
+    "test_a_step_has_captions_of_similar_length_and_a_stopped_run_ends_the_same",
 )
 ONE_RUN_OF_EACH_STAGE = ("golden_ones[prior-True-False]", "golden_ones[decoder-True-False]")
 
@@ -92,6 +100,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if "TESTS_SHARE" not in os.environ:
         os.environ["TESTS_SHARE"] = tempfile.mkdtemp(prefix="tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("TESTS_SHARE"), ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(fork_server.ADDRESS, None))
+        if getattr(config.option, "numprocesses", 0) and not (config.option.collectonly or config.option.quick):
+            fork_server.start()  # while the workers import what they need
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

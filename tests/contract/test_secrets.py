@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pytest
 from commands import Forked, command
 from hydra import compose, initialize_config_module
+from running import prepare
 
 from kandinsky_exp import cli
 from kandinsky_exp.config import saved_config
@@ -320,6 +321,7 @@ def test_a_run_with_secrets_leaves_none_behind(serve, tmp_path: Path) -> None:
         "tracker.uri=${oc.env:MY_URI}", f"output_root={root}", "name=r", "trainer.max_steps=2", "trainer.batch_size=4",
         "trainer.log_every=1", "checkpoint.every=1", "validation.every=2", "data.encode_workers=1",
     ]  # fmt: skip
+    prepare(root, [])
     run = Forked(command, typed, environment={**given, **secrets_of_environment})
     lines: set[str] = set()
     while run.code is None:

@@ -14,15 +14,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import pytest
+import fork_server
 import torch
 from running import SMALL, prepare
 
 from kandinsky_exp import cli
 
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = "preloaded"
-FORKS.set_forkserver_preload([PRELOADED])
 # Said only where there is a GPU: several processes without one are to find that out by themselves.
 USE_CPU = str(torch.cuda.is_available()).lower()
 PATIENCE = 240.0  # seconds until a test gives up
@@ -34,22 +32,30 @@ def main(
     function: Callable[..., object], arguments: tuple[Any, ...], output: Path, environment: dict[str, str]
 ) -> None:
     """What the forked process does."""
+    print_into(output)
+    assert fork_server.PRELOADED in sys.modules  # a server that cannot import it says nothing
+    os.environ.clear()
+    os.environ.update(environment)
+    start_server()
+    function(*arguments)
+
+
+def print_into(output: Path) -> None:
     with output.open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    assert PRELOADED in sys.modules  # a server that cannot import it says nothing
-    os.environ.clear()
-    os.environ.update(environment)
-    function(*arguments)
 
 
 @functools.cache
 def start_server() -> None:
-    """What it imports beforehand it looks for in PYTHONPATH only."""
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        forkserver.ensure_running()
+    """The server, one for all workers of the tests and for all processes that come from it: of each its own, which
+    Python would start, imports all anew."""
+    fork_server.start()
+    server = forkserver._forkserver
+    if server._forkserver_pid is None:  # another process has started it
+        server._forkserver_address = os.environ[fork_server.ADDRESS]
+        server._forkserver_alive_fd = server._forkserver_alive_fd or os.open(os.devnull, os.O_RDONLY)
+        server.ensure_running = forkserver.ensure_running = lambda: None
 
 
 def command(arguments: Sequence[str], limit: Callable[[], object] | None = None) -> None:

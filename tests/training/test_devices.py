@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from commands import Forked
 from PIL import Image, ImageChops
-from running import composed, prepare
+from running import composed, prepare, shared
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.errors import ConfigError
@@ -196,10 +196,15 @@ def encoded(stage: DiffusionStage, device: torch.device) -> Features:
 def printed(tiny_folder: Path) -> str:
     if reason := fake_cuda.missing():
         pytest.skip(f"LOUD: no CUDA device without a GPU: {reason}")
-    process = Forked(on_fake_cuda, tiny_folder)
-    found = process.finish()
-    assert process.code == 0, found
-    return found
+
+    def make(folder: Path) -> None:
+        process = Forked(on_fake_cuda, tiny_folder)
+        found = process.finish()
+        assert process.code == 0, found
+        folder.mkdir()
+        (folder / "printed.txt").write_text(found)
+
+    return (shared("fake-cuda", make) / "printed.txt").read_text()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fork_server
 import pytest
-from commands import USE_CPU, Forked, command, start, start_server, start_two
+from commands import USE_CPU, Forked, command, print_into, start, start_server, start_two
 from PIL import Image
 from running import SMALL, history, prepare, runs, train
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -67,7 +68,15 @@ def launch(arguments: list[str]) -> None:
     """What `LAUNCH` does with a command, but for imports: torch's agent starts two processes and watches over them."""
     settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "rdzv_configs": {"timeout": 60}}
     config = LaunchConfig(1, 1, 2, run_id="two", start_method="forkserver", monitor_interval=0.1, **settings)
-    elastic_launch(config, command)(arguments)
+    elastic_launch(config, launched_one)(arguments, Path("/dev/stdout").resolve(), dict(os.environ))
+
+
+def launched_one(arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+    """One of them, which has its agent's variables and those that the agent set for it."""
+    print_into(output)
+    assert fork_server.PRELOADED in sys.modules  # it comes from the tests' own server
+    os.environ.update(environment | os.environ)
+    command(arguments)
 
 
 def started(root: Path, *settings: str) -> str:
@@ -210,20 +219,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     refused = "".join(process.finish() for process in both)
     assert "× processes: was 4, is 8; images would be left out or seen twice" in refused
     assert [process.code for process in both] == [2, 2]
-
-
-def test_training_from_encoded_features_needs_neither_mlflow_nor_datasets(tmp_path: Path) -> None:
-    train(tmp_path, "model=prior", "tracker=none", "name=encodes")
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    for name in ("mlflow", "datasets"):
-        (blocked / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name='{name}')\n")
-    paths = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
-    settings = [*SMALL, "model=prior", "tracker=none", "name=p", f"output_root={tmp_path}"]
-    code, output, _ = real([*COMMAND, *settings], PYTHONPATH=paths)
-    assert code == 0, output
-    assert not (tmp_path / "mlflow.db").exists()
-    assert (tmp_path / "p" / "pipeline" / "model_index.json").is_file()
 
 
 @pytest.mark.slow
