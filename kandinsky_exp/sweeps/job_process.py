@@ -137,6 +137,8 @@ def _work(task: Task, sending: connection.Connection, output: list[connection.Co
     """What the process of a job does."""
     for number, copied in zip((1, 2), output, strict=True):
         os.dup2(copied.fileno(), number)
+    # Its own is how this one was started: workers that read images would import all anew, which takes seconds each.
+    multiprocessing.set_start_method(None, force=True)
     os.setpgid(0, 0)  # Ctrl-C reaches the sweep, which hands it on: twice would mean `at once`
     os.environ.update(task.variables)
     if "MASTER_PORT" in os.environ:  # several processes a job; the launcher's store is full of an earlier job's keys

@@ -37,6 +37,7 @@ def main(
     os.environ.clear()
     os.environ.update(environment)
     start_server()
+    multiprocessing.set_start_method(None, force=True)  # of what it starts: as in a process that nobody forked
     function(*arguments)
 
 

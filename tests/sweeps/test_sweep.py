@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import multiprocessing
 import os
 import re
 import shutil
@@ -30,10 +31,11 @@ from kandinsky_exp.tracking import mlflow_names
 
 # A schedule whose jobs come to different ends, until they are mended.
 FAULTS = """
-import os, pathlib, signal, sys, time
+import multiprocessing, os, pathlib, signal, sys, time
 from torch.optim.lr_scheduler import LambdaLR
 
 def faulty(optimizer, total_steps, how, mended):
+    pathlib.Path(mended).with_name("start_method").write_text(multiprocessing.get_start_method())
     def factor(step):
         if step == 3 and not pathlib.Path(mended).exists():
             if how == "raise": raise RuntimeError("out of luck")
@@ -97,6 +99,9 @@ def test_one_crashed_job_costs_one_job(tmp_path: Path, capfd: pytest.CaptureFixt
     assert {path.name for path in (root / "six").iterdir() if not path.name.startswith(".")} >= {
         f"+scheduler.how={way}" for way in WAYS
     }
+
+    # A job starts the workers that read its images as a run by itself does: others would import all anew.
+    assert (tmp_path / "start_method").read_text() == multiprocessing.get_start_method()
 
     first = (root / "six" / "+scheduler.how=first" / "train.log").read_text()
     assert swept(root, *overrides, *LAUNCHERS["joblib"]) == 1
