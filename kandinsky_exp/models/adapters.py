@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,9 +51,12 @@ def attach_lora(
 
     Raises:
         ConfigError: as `problems` has it.
+        ValueError: a layer is to train as a whole whose weights nothing could read again.
     """
     from peft import LoraConfig
 
+    if unknown := set(whole) - {adapter_files.CONV_IN}:  # nobody would read what was trained
+        raise ValueError(f"trains_whole: {', '.join(sorted(unknown))} has no file beside an adapter")
     if found := problems(network, rank, target_modules, init, whole):
         raise ConfigError(found)
     network.requires_grad_(False)
@@ -263,7 +266,8 @@ def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
     from safetensors.torch import load_file
 
     found = list(found)
-    inpainting.add_trained(network, [(load_file(file), scale) for file, scale in _whole_layers(found)])
+    beside = ((adapter_files.whole_file(place), scale) for place, scale in found)
+    inpainting.add_trained(network, [(load_file(file), scale) for file, scale in beside if file is not None])
     scales, layers = {}, adapter_tensors.layers(network)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
@@ -279,13 +283,6 @@ def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
                 if name in module.lora_magnitude_vector:
                     _scale_magnitude(module, name, scale)
     network.requires_grad_(False)
-
-
-def _whole_layers(found: Iterable[tuple[Path, float]]) -> Iterator[tuple[Path, float]]:
-    """Files of layers that trained as a whole, beside those of adapters."""
-    for place, scale in found:
-        if (file := adapter_files.whole_file(place)) is not None:
-            yield file, scale
 
 
 def _scale_magnitude(module: Any, name: str, scale: float) -> None:

@@ -47,7 +47,7 @@ def add_trained(network: Any, found: Sequence[tuple[Mapping[str, Tensor], float]
         found: weights of the layer, and how far: 0 = not at all, 1 = all the way.
 
     Raises:
-        ValueError: they are another decoder's.
+        RuntimeError: they are another decoder's.
     """
     if not found:
         return
@@ -79,18 +79,7 @@ def fill(
     with _widened_dtype(pipeline.movq, dtype):  # the pipeline knows one type for both
         for index, (picture, hole) in enumerate(zip(pictures, holes, strict=True)):
             one, null = (part[index : index + 1].to(device, dtype) for part in embeds)
-            ((drawn,),) = pipeline(
-                one,
-                picture,
-                hole,
-                null,
-                height=settings.height,
-                width=settings.width,
-                num_inference_steps=settings.inference_steps,
-                guidance_scale=settings.guidance_scale,
-                generator=[settings.generator(index)],
-                return_dict=False,
-            )
+            ((drawn,),) = pipeline(one, picture, hole, null, **settings.asked([index]))
             filled.append(Image.composite(drawn, picture, hole))
     return filled
 

@@ -120,17 +120,8 @@ def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Imag
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
     for start in range(0, len(embeds[0]), settings.batch_size):
         chunk, null = (part[start : start + settings.batch_size].to(device, dtype) for part in embeds)
-        (latents,) = pipeline(
-            chunk,
-            null,
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generator=[settings.generator(index) for index in range(start, start + len(chunk))],
-            output_type="latent",
-            return_dict=False,
-        )
+        asked = settings.asked(range(start, start + len(chunk)))
+        (latents,) = pipeline(chunk, null, output_type="latent", **asked)
         for some in latents.to(pipeline.movq.dtype).tensor_split(slices(len(latents))):
             images += _pictures(pipeline, some)
     return images

@@ -1,6 +1,8 @@
 """How images are drawn, whatever draws them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,17 @@ class SampleSettings:
     height: int = 512
     width: int = 512
     first: int = 0
+
+    def asked(self, images: Iterable[int]) -> dict[str, Any]:
+        """What a decoder's pipeline is told of the images of these numbers."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "generator": [self.generator(index) for index in images],
+            "return_dict": False,
+        }
 
     def generator(self, index: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.first + index) % (1 << 63))

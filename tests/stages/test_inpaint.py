@@ -159,7 +159,7 @@ def test_a_run_records_both_parts_of_the_loss_and_draws_what_it_fills(trained: P
     assert (record["stage"], record["part"]) == ("inpaint", "unet")
 
 
-def test_the_result_is_a_pipeline_for_inpainting_that_keeps_what_is_kept(trained: Path) -> None:
+def test_the_result_is_a_pipeline_for_inpainting(trained: Path) -> None:
     pipeline = AutoPipelineForInpainting.from_pretrained(trained / "fill" / "pipeline", local_files_only=True)
     assert type(pipeline).__name__ == INPAINTING
     pipeline.set_progress_bar_config(disable=True)
