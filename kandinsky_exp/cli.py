@@ -64,7 +64,7 @@ VERBS: dict[str, Verb] = {
         "kandinsky_exp.verbs.plan:plan", "will it fit? memory, disk and steps of a run, before anything loads"
     ),
     "encode": Verb("kandinsky_exp.verbs.encode:encode", "encode a data set once, for all runs; list and remove"),
-    "generate": Verb("kandinsky_exp.verbs.generate:generate", "make images from prompts"),
+    "generate": Verb("kandinsky_exp.verbs.generate:generate", "make images from prompts, pictures, masks and mixtures"),
     "export": Verb(
         "kandinsky_exp.verbs.export:export",
         "merge an adapter with its base into a pipeline",

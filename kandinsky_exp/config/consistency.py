@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp.config import targets
+from kandinsky_exp.config import drawing_tasks, targets
 from kandinsky_exp.data.source_facts import SourceFacts
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models import compatibility, components, weight_files
@@ -41,6 +41,7 @@ def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
     for key in ("validation.prompts", "prompts"):
         if key in good and (problem := _prompts(key, good[key])):
             yield key, problem
+    yield from drawing_tasks.problems(good)
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
         found = list(_weights(good, components.NETWORKS, compatibility.PLAIN))
         # What is wrong with the prior's source itself is wrong for every stage, which encodes with what is in there.
@@ -111,8 +112,7 @@ def _data(good: Values, source: SourceFacts) -> Found:
 
 def _prompts(key: str, prompts: Any) -> str | None:
     if isinstance(prompts, list):
-        nothing = key == "prompts" and not prompts
-        return "is empty; give a list, or a text file with one prompt per line" if nothing else None
+        return None
     if not is_file(prompts):
         text = cut(prompts)
         return f"there is no text file '{text}'; a list of prompts is written '{key}=[\"{text}\"]'"

@@ -6,11 +6,13 @@ from typing import Any
 
 from kandinsky_exp.system import files
 
-PATHS = frozenset({"output_root", "data.path", "data.validation_path", "data.instance_path", "data.class_path"})
+PATHS = frozenset(
+    {"output_root", "data.path", "data.validation_path", "data.instance_path", "data.class_path", "image", "mask"}
+)
 # What may be something else as well (a hub id, `auto`, a list of prompts): paths where there is such a file or folder.
 WHERE_THERE = frozenset(
     {"weights.prior", "weights.decoder", "data.name", "checkpoint.resume", "validation.prompts", "prompts", "base"}
-    | {"prior", "decoder", "prior_adapter", "decoder_adapter", "adapter.source"}
+    | {"prior", "decoder", "prior_adapter", "decoder_adapter", "adapter.source", "mix"}
 )
 WORDS = frozenset({"tiny", "auto", "never", "???"})
 Values = Mapping[str, Any]

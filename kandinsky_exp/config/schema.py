@@ -24,6 +24,7 @@ Port = Annotated[int, Rule(lambda value: 0 < value < 2**16, "between 1 and 65535
 Side = Annotated[int, Rule(lambda value: value > 0 and value % 8 == 0, "a multiple of 8, such as 512 or 768")]
 Number = Annotated[float, Rule(lambda value: abs(value) <= LARGEST, "finite")]
 Positive = Annotated[float, Rule(lambda value: 0 < value <= LARGEST, "above 0")]
+Strength = Annotated[float, Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")]
 PositiveOrZero = Annotated[float, at_least(0)]
 Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "between 0 and 1")]
 BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")]

@@ -1,5 +1,7 @@
 """The root config of each verb, of the groups in `schema`."""
 
+from typing import Literal
+
 from kandinsky_exp.config import schema
 
 
@@ -39,7 +41,13 @@ class Generate(schema.Group):
     prior_adapter: schema.Names | None
     decoder_adapter: schema.Names | None
     adapter_scale: schema.Number | list[schema.Number]
+    task: Literal["text", "image", "inpaint", "mix"]
     prompts: schema.Prompts
+    image: schema.Text | None
+    mask: schema.Text | None
+    strength: schema.Strength | None
+    mix: list[schema.Text]
+    mix_weights: list[schema.Number] | None
     negative_prompt: str
     num_images: schema.Count
     guidance_scale: schema.PositiveOrZero

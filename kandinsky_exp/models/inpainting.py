@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -79,7 +80,8 @@ def fill(
     with _widened_dtype(pipeline.movq, dtype):  # the pipeline knows one type for both
         for index, (picture, hole) in enumerate(zip(pictures, holes, strict=True)):
             one, null = (part[index : index + 1].to(device, dtype) for part in embeds)
-            ((drawn,),) = pipeline(one, picture, hole, null, **settings.asked([index]))
+            whole = whole_cells(hole, pipeline.movq_scale_factor)
+            ((drawn,),) = pipeline(one, picture, whole, null, **settings.asked([index]))
             filled.append(Image.composite(drawn, picture, hole))
     return filled
 
@@ -95,10 +97,25 @@ def _widened_dtype(network: Any, dtype: torch.dtype) -> Iterator[None]:
         nn.Module.to(network, own)
 
 
-def nothing_kept(count: int, settings: SampleSettings) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Empty pictures, and holes that are all of them: the prompt alone says what is drawn."""
+def whole_cells(hole: Image.Image, scale: int) -> Image.Image:
+    """The hole, grown to all pixels of each latent that it touches: the pipeline looks at one pixel of each.
+
+    Args:
+        scale: pixels per latent, along each side.
+    """
+    white = np.asarray(hole) >= 128
+    height, width = white.shape
+    touched = white.reshape(height // scale, scale, width // scale, scale).any((1, 3))
+    return Image.fromarray(np.kron(touched, np.full((scale, scale), 255, np.uint8)))
+
+
+def to_fill(count: int, settings: SampleSettings) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Pictures and their holes; where none are given, empty ones: the prompt alone says what is drawn."""
     size = settings.width, settings.height
-    return [Image.new("RGB", size, EMPTY)] * count, [Image.new("L", size, 255)] * count
+    picture, hole = settings.picture, settings.hole
+    if picture is None or hole is None:
+        picture, hole = Image.new("RGB", size, EMPTY), Image.new("L", size, 255)
+    return [picture] * count, [hole] * count
 
 
 def hole_shown(picture: Image.Image, hole: Image.Image) -> Image.Image:

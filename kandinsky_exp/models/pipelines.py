@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp.models import inpainting, unpadded_prior, weight_files
+from kandinsky_exp.models import image_to_image, inpainting, unpadded_prior, weight_files
 from kandinsky_exp.models.components import (
     INPAINTING,
     MODELS,
@@ -87,15 +87,13 @@ def decoder_pipeline(weights: Weights, network: Any = None) -> Any:
     return pipeline
 
 
-def embed_prompts(
-    pipeline: Any, prompts: list[str], settings: SampleSettings, negative_prompt: str | None = None
-) -> Embeds:
+def embed_prompts(pipeline: Any, prompts: list[str], settings: SampleSettings) -> Embeds:
     """Prompts to image embeddings (N, E) and the embeddings to guide away from (N, E)."""
     embeds, negatives = [], []
     for start in range(0, len(prompts), settings.batch_size):
         chunk = prompts[start : start + settings.batch_size]
         generators = [settings.generator(index) for index in range(start, start + len(chunk))]
-        negative = None if negative_prompt is None else [negative_prompt] * len(chunk)
+        negative = None if settings.negative_prompt is None else [settings.negative_prompt] * len(chunk)
         if negative is not None:
             # The pipeline draws the negative prompts in the same batch: they need noise of their own.
             generators += [settings.generator(-1 - index) for index in range(start, start + len(chunk))]
@@ -114,8 +112,13 @@ def embed_prompts(
 
 def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Image.Image]:
     """Image embeddings to images, in the precision of the parts: networks that train bring theirs along."""
+    with image_to_image.begun(pipeline, settings) as begun:
+        return _drawn(pipeline, embeds, begun)
+
+
+def _drawn(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Image.Image]:
     if isinstance(pipeline, diffusers.KandinskyV22InpaintPipeline):
-        return inpainting.fill(pipeline, embeds, *inpainting.nothing_kept(len(embeds[0]), settings), settings)
+        return inpainting.fill(pipeline, embeds, *inpainting.to_fill(len(embeds[0]), settings), settings)
     images: list[Image.Image] = []
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
     for start in range(0, len(embeds[0]), settings.batch_size):

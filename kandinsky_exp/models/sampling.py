@@ -1,10 +1,11 @@
 """How images are drawn, whatever draws them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 Embeds = tuple[Tensor, Tensor]  # image embeddings (N, E), and those to guide away from (N, E)
@@ -19,6 +20,11 @@ class SampleSettings:
         first: number i of the first prompt.
         batch_size: prompts drawn at once.
         height, width: in pixels.
+        negative_prompt: what the images should not show.
+        picture: of this size, that all of them are drawn from.
+        strength: part of the steps that are drawn, from the noised picture on; None = all of them.
+        hole: of mode L and this size; a decoder for inpainting fills the white of it and keeps the rest.
+        begin: latents to begin with, of the images of these generators; None = their noise.
     """
 
     inference_steps: int = 25
@@ -28,16 +34,23 @@ class SampleSettings:
     height: int = 512
     width: int = 512
     first: int = 0
+    negative_prompt: str | None = None
+    picture: Image.Image | None = field(default=None, compare=False)  # no prompt's embedding depends on it
+    hole: Image.Image | None = field(default=None, compare=False)
+    strength: float | None = field(default=None, compare=False)
+    begin: Callable[[list[torch.Generator]], Tensor] | None = field(default=None, compare=False)
 
     def asked(self, images: Iterable[int]) -> dict[str, Any]:
         """What a decoder's pipeline is told of the images of these numbers."""
+        generators = [self.generator(index) for index in images]
         return {
             "height": self.height,
             "width": self.width,
             "num_inference_steps": self.inference_steps,
             "guidance_scale": self.guidance_scale,
-            "generator": [self.generator(index) for index in images],
+            "generator": generators,
             "return_dict": False,
+            **({} if self.begin is None else {"latents": self.begin(generators)}),
         }
 
     def generator(self, index: int) -> torch.Generator:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
 from kandinsky_exp.models import adapter_files, adapters, compatibility, weight_files
-from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id
+from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id, read_object
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
 from kandinsky_exp.runs.lookup import located, names_of, no_adapter, recorded_id, run_of, source_of, trained_network
@@ -269,3 +269,18 @@ def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> A
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{side}: {source} cannot be loaded: {first_line(error)}") from error
     return network
+
+
+def decoder_folder(weights: Weights, origin: ModelSource) -> Path:
+    """Of the decoder's network, without its adapters."""
+    return origin.network or weights.folder(NETWORKS["decoder"])
+
+
+def fills_holes(weights: Weights, origin: ModelSource) -> bool:
+    """Whether a decoder is one for inpainting: by itself, or by the first layer that an adapter brings along."""
+    channels = {read_object(decoder_folder(weights, origin) / "config.json")["in_channels"]}
+    for one in origin.adapters:
+        if (file := adapter_files.whole_file(one.folder)) is not None:
+            channels.add(weight_files.header(file)[f"{adapter_files.CONV_IN}.weight"][1])
+    latents = read_object(weights.folder("movq") / "config.json")["latent_channels"]
+    return compatibility.inpainting_channels(latents) in channels

@@ -238,6 +238,20 @@ def checkpoint(*harm: Callable[[Path], object]) -> Callable[[Path], None]:
     return make
 
 
+def both(white: int, size: tuple[int, int] = (32, 24)) -> Callable[[Path], object]:
+    """A picture of 32 x 24 pixels, {tmp}/a.png, and a mask of one colour, {tmp}/m.png."""
+
+    def make(tmp: Path) -> None:
+        write(tmp / "a.png", picture())
+        Image.new("L", size, white).save(tmp / "m.png")
+
+    return make
+
+
+SQUARE = file("a.png", picture())
+IMAGE = [*DRAW, "task=image", "image={tmp}/a.png"]
+FILL = [*DRAW, "task=inpaint", "image={tmp}/a.png", "mask={tmp}/m.png"]
+MIX = ["generate", "weights=tiny", "task=mix"]
 SAFE = "diffusion_pytorch_model.safetensors"
 UNET = "UNet2DConditionModel"
 PRIOR_WEIGHTS = [*PRIOR, "weights.prior={tmp}/weights"]
@@ -341,6 +355,11 @@ TABLE["values"] = [
     Bad(['output_root="~nobody-is-called-so/x"', *EMOJI], "output_root: "),
     Bad(["encode", "output_root={tmp}/file/out", *EMOJI], "output_root: ", file("file")),
     Bad([*DRAW, "height=72"], "height: has to be a multiple of 16 for this decoder, not 72"),
+    Bad([*DRAW, "task=images"], "task: has to be one of text, image, inpaint, mix, not 'images'"),
+    Bad(
+        [*DRAW, "task=image", "image={tmp}/a.png", "strength=0"], "strength: has to be a number, above 0 and at most 1"
+    ),
+    Bad([*DRAW, "task=image", "image={tmp}/a.png", "strength=1.2"], "at most 1, or null, not 1.2"),
     Bad([*DRAW, "prompts={tmp}/p.txt"], "is not a text file in UTF-8", file("p.txt", b"\xff\xfe\x00")),
     Bad([*DRAW, "prompts={tmp}/p.txt"], "is empty; write one prompt per line", file("p.txt", "\n \n")),
 ]
@@ -397,6 +416,32 @@ TABLE["contradictions"] = [
     Bad(["tracker.uri=file:///tmp/x", *EMOJI], "tracker.uri: "),
     Bad(["tracker.uri=http://localhost:1", *EMOJI], "tracker.uri: "),
     Bad(["tracker.uri=http://[::1", *EMOJI], "tracker.uri"),
+]
+TABLE["pictures to draw from"] = [
+    Bad([*DRAW, "image=a.png"], "image: task=text does not draw from it; remove it, or set task=image"),
+    Bad([*DRAW, "task=image"], "image: is not set; give the file of a picture"),
+    Bad([*DRAW, "task=image", "image=nowhere.png"], "image: there is no file 'nowhere.png' here; check the path"),
+    Bad(
+        [*IMAGE, "strength=0.03"],
+        "strength: 0.03, leaves none of 25 inference_steps to draw; give at least 0.04",
+        SQUARE,
+    ),
+    Bad([*IMAGE, "mask={tmp}/a.png"], "mask: task=image does not draw from it", SQUARE),
+    Bad([*IMAGE], "a.png': not an image that Pillow can read as PNG", file("a.png", "text")),
+    Bad([*IMAGE], "a.png': ", file("a.png", picture()[:-200])),
+    Bad([*IMAGE, "width=72"], "width: has to be a multiple of 16 for this decoder, not 72", SQUARE),
+    Bad([*FILL], "decoder: tiny is no decoder for inpainting, which task=inpaint needs; give one", both(255)),
+    Bad([*FILL], "is 16 x 16 pixels and the picture 32 x 24; give one of the same size", both(255, (16, 16))),
+    Bad([*FILL], "is white, so nothing would be drawn; paint white what shall", both(0)),
+    Bad([*FILL[:-1]], "mask: is not set; give a picture of the size of image, white where", SQUARE),
+    Bad([*MIX], "mix: is empty; give pictures and texts, such as 'mix=[photo.jpg, \"a watercolour\"]'"),
+    Bad([*MIX, "mix=a.png"], "mix: has to be a list of texts, not 'a.png'; a list is written [a.png]"),
+    Bad([*MIX, "mix=[a.png]"], "mix: there is no file 'a.png' here; check the path"),
+    Bad([*MIX, "mix=[{tmp}/a.png]"], "mix: '", file("a.png", "text")),
+    Bad([*MIX, "mix=[a,b]", "mix_weights=[1]"], "mix_weights: 1 for 2 entries of mix; give one for each"),
+    Bad([*MIX, "mix=[a,b]", "mix_weights=[1,-1]"], "mix_weights: they add up to 0; give numbers whose sum is above 0"),
+    Bad([*MIX, "mix=[a,b]", "mix_weights=[1,.inf]"], "mix_weights: has to be a list of a number, finite"),
+    Bad([*MIX, "mix=[a]", "prompts=[a]"], "prompts: task=mix does not draw from it; remove it, or set task=text"),
 ]
 MINE = ["--config-dir", "{tmp}/mine"]
 TABLE["config files"] = [

@@ -222,6 +222,10 @@ def folder(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     rows = [f"my_pictures/{colour}.png,{colour}" for colour in colours]
     (tmp_path / "pictures.csv").write_text("\n".join(["image,text", *rows]))
     (tmp_path / "prompts.txt").write_text("a red heart\na dog, small\n")
+    Image.new("RGB", (80, 64), "green").save(tmp_path / "photo.jpg")
+    mask = Image.new("L", (80, 64))
+    mask.paste(255, (20, 20, 60, 60))
+    mask.save(tmp_path / "mask.png")
     (tmp_path / "shards").mkdir()
     for number in range(8):
         with tarfile.open(tmp_path / "shards" / f"{number:03}.tar", "w") as shard:

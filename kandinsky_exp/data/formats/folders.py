@@ -10,18 +10,8 @@ import pyarrow.compute as pc
 
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.system.picture_names import PICTURES, endings
 
-
-def _endings(names: str) -> frozenset[str]:
-    return frozenset(f".{name}" for name in names.split())
-
-
-# Of what Pillow decodes here, of what it does not, and of cameras' raw files: all that users take for a picture.
-PICTURES = _endings("""
-    png apng jpg jpeg jpe jfif jif webp gif bmp dib tif tiff avif avifs ppm pgm pbm pnm pfm jp2 j2k j2c jpc jpf jpx
-    heic heif hif jxl svg svgz psd psb xcf tga dds exr hdr ico icns pcx qoi xbm xpm eps ai
-    dng raw cr2 cr3 nef arw orf rw2 raf pef srw
-""")
 # How files of such formats begin.
 SIGNATURE = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|II[*+]\0|MM\0[*+]"
@@ -31,7 +21,7 @@ SIGNATURE = re.compile(
 )
 HEAD = 32  # bytes, enough for each of these
 # Files that lie beside pictures in great numbers, and need not be opened to know what they are.
-OTHERS = _endings("txt caption json jsonl csv tsv parquet md yaml yml xml html npy npz pt pth pkl cls log tar")
+OTHERS = endings("txt caption json jsonl csv tsv parquet md yaml yml xml html npy npz pt pth pkl cls log tar")
 SYSTEM = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__macosx", "$recycle.bin", "#recycle"})
 NO_PICTURES = "not used, files that are no pictures"
 

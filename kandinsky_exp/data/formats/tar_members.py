@@ -12,8 +12,9 @@ from functools import cached_property
 from typing import IO
 
 from kandinsky_exp.data import tally
-from kandinsky_exp.data.formats.folders import HEAD, OTHERS, PICTURES, SYSTEM, begins_as_picture, is_systems
+from kandinsky_exp.data.formats.folders import HEAD, OTHERS, SYSTEM, begins_as_picture, is_systems
 from kandinsky_exp.data.tally import Tally
+from kandinsky_exp.system.picture_names import PICTURES
 
 MANY = 16  # pictures with names that share their beginning up to the first dot: no example has so many
 BESIDE = "not used, members beside the picture of an example"
