@@ -17,6 +17,7 @@ from kandinsky_exp.config import targets
 from kandinsky_exp.data.source_facts import SourceFacts
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models import compatibility, components, weight_files
+from kandinsky_exp.models.decoder_kinds import PLAIN
 from kandinsky_exp.system import text_files
 from kandinsky_exp.system.files import exists, expanded, is_file, is_folder, looks_local
 
@@ -42,7 +43,8 @@ def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
         if key in good and (problem := _prompts(key, good[key])):
             yield key, problem
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
-        found = list(_weights(good, components.NETWORKS, compatibility.PLAIN))
+        strict = {**compatibility.REQUIRED, "decoder": compatibility.starting_from(PLAIN)}
+        found = list(_weights(good, components.NETWORKS, strict))
         # What is wrong with the prior's source itself is wrong for every stage, which encodes with what is in there.
         if found != list(_weights(good, ["prior"], {})) and (made := stage()) is not None:
             sides = {components.PARTS[part][0] for part in (made.part, *made.encoders)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import adapter_files, adapter_tensors, inpainting
+from kandinsky_exp.models import adapter_files, adapter_tensors, widening
 from kandinsky_exp.models.adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def attach_lora(
     """
     from peft import LoraConfig
 
-    if unknown := set(whole) - {adapter_files.CONV_IN}:  # nobody would read what was trained
+    if unknown := set(whole) - {adapter_files.CONV_IN, adapter_files.HINT_BLOCK}:  # nobody would read what was trained
         raise ValueError(f"trains_whole: {', '.join(sorted(unknown))} has no file beside an adapter")
     if found := problems(network, rank, target_modules, init, whole):
         raise ConfigError(found)
@@ -115,7 +115,7 @@ def problems(
             f"adapter.target_modules: {', '.join(missing)} match no module of {type(network).__name__}; use names such "
             f"as {', '.join(ATTENTION)}, or a preset: {', '.join(PRESETS)}"
         ]
-    if twice := sorted(layers.keys() & set(whole)):
+    if twice := sorted(name for name in layers if _is_in(name, whole)):
         return [f"adapter.target_modules: {twice[0]} trains as a whole here; leave it out"]
     fit = nn.Linear if init in TAKEN_FROM_WEIGHTS else (nn.Linear, nn.Conv2d)
     odd = [f"{name} ({type(module).__name__})" for name, module in layers.items() if not isinstance(module, fit)]
@@ -168,8 +168,8 @@ class NetworkFiles:
         # To the host before anything else: the device may have no room for a copy in the file's order.
         tensors = {key: value.detach().to("cpu").contiguous() for key, value in self.tensors.items()}
         for layer in self.apart:
-            own = {name: tensors.pop(name) for name in list(tensors) if name.rpartition(".")[0] == layer}
-            save_file(own, folder / f"{layer}.safetensors", metadata={"format": "pt"})
+            own = {name: tensors.pop(name) for name in list(tensors) if _is_in(name, [layer])}
+            save_file(own, adapter_files.whole_file(folder, layer), metadata={"format": "pt"})
         save_file(tensors, folder / self.name, metadata=self.metadata)
 
 
@@ -194,7 +194,7 @@ def snapshot(network: Any, trained: Mapping[str, Tensor]) -> NetworkFiles:
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
     if network.trained_whole:
         metadata[adapter_files.WHOLE] = ",".join(network.trained_whole)
-    tensors |= {name: value for name, value in state.items() if name.rpartition(".")[0] in network.trained_whole}
+    tensors |= {name: value for name, value in state.items() if _is_in(name, network.trained_whole)}
     return NetworkFiles(WEIGHTS_NAME, tensors, metadata, None, network.trained_whole)
 
 
@@ -234,11 +234,23 @@ def load(network: Any, folder: Path) -> None:
         if lost:
             raise ValueError(f"{folder / WEIGHTS_NAME} is another adapter: {len(lost)} tensors such as {lost[0]}")
         for layer in network.trained_whole:
-            own = load_file(folder / f"{layer}.safetensors")
-            network.get_submodule(layer).load_state_dict({name.rpartition(".")[2]: own[name] for name in own})
+            network.get_submodule(layer).load_state_dict(_own_tensors(folder, layer))
     else:
         source = type(network).from_pretrained(folder, use_safetensors=True, local_files_only=True)
         network.load_state_dict(source.state_dict())
+
+
+def _own_tensors(folder: Path, layer: str) -> dict[str, Tensor]:
+    """Of a layer that trained as a whole, by its own names."""
+    from safetensors.torch import load_file
+
+    stored = load_file(adapter_files.whole_file(folder, layer))
+    return {name.removeprefix(f"{layer}."): value for name, value in stored.items()}
+
+
+def _is_in(name: str, layers: Collection[str]) -> bool:
+    """Whether a module or tensor is one of these layers, or in one."""
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
 
 
 def _first_half(key: str, value: Tensor) -> Tensor:
@@ -263,11 +275,13 @@ def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
         OSError, ValueError, RuntimeError, SafetensorError: a file is damaged, or does not fit.
     """
     from peft.tuners.lora import LoraLayer
-    from safetensors.torch import load_file
 
     found = list(found)
-    beside = ((adapter_files.whole_file(place), scale) for place, scale in found)
-    inpainting.add_trained(network, [(load_file(file), scale) for file, scale in beside if file is not None])
+    beside = [
+        ({layer: _own_tensors(file.parent, layer) for layer, file in adapter_files.whole_files(place).items()}, scale)
+        for place, scale in found
+    ]
+    widening.add_trained(network, [(layers, scale) for layers, scale in beside if layers])
     scales, layers = {}, adapter_tensors.layers(network)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted

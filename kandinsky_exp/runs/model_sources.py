@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
 from kandinsky_exp.models import adapter_files, adapters, compatibility, weight_files
+from kandinsky_exp.models.adapter_files import CONV_IN, HINT_BLOCK
 from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id
+from kandinsky_exp.models.decoder_kinds import KINDS
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
 from kandinsky_exp.runs.lookup import located, names_of, no_adapter, recorded_id, run_of, source_of, trained_network
@@ -239,19 +241,31 @@ def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str
 
 
 def _whole_problem(folder: Path, base: adapter_files.Shapes) -> str | None:
-    """What is wrong with the layer that trained as a whole beside an adapter, where there is one."""
-    if (file := adapter_files.whole_file(folder)) is None:
-        return None
-    try:
-        shapes = weight_files.header(file)
-    except (OSError, ValueError):
-        return f"it belongs together with {file.name}, which is not beside it, or damaged"
-    name, bias = f"{adapter_files.CONV_IN}.weight", f"{adapter_files.CONV_IN}.bias"
-    theirs, ours = shapes.get(name, ()), base.get(name, ())
-    fits = len(theirs) == len(ours) == 4 and theirs[1] in (ours[1], compatibility.inpainting_channels(ours[1]))
-    if fits and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:]) and shapes.keys() == {name, bias}:
-        return None
-    return f"its {name} is {list(theirs)}, the base's {list(ours)}: it was trained on another base"
+    """What is wrong with the layers that trained as a whole beside an adapter, or with their absence."""
+    files = adapter_files.whole_files(folder)
+    reads_hints = bool(_of_layer(base, HINT_BLOCK))
+    if reads_hints and HINT_BLOCK not in files:
+        return "it was trained on a decoder without hints; train one with model=control, or give a plain decoder"
+    for layer, file in files.items():
+        try:
+            theirs = weight_files.header(file)
+        except (OSError, ValueError):
+            return f"it belongs together with {file.name}, which is not beside it, or damaged"
+        if layer == HINT_BLOCK and not reads_hints:
+            continue  # the base gets this one
+        ours, weight = _of_layer(base, layer), f"{layer}.weight"
+        inputs = theirs.get(weight, (0, 0))[1:2]
+        if layer == CONV_IN and not reads_hints and any(inputs == (kind.inputs(ours[weight][1]),) for kind in KINDS):
+            ours[weight] = (ours[weight][0], *inputs, *ours[weight][2:])  # a plain decoder is widened
+        for name in sorted({*theirs, *ours}, reverse=True):  # weights before biases
+            if theirs.get(name) != ours.get(name):
+                shown = f"{list(theirs.get(name, ()))}, the base's {list(base.get(name, ()))}"
+                return f"its {name} is {shown}: it was trained on another base"
+    return None
+
+
+def _of_layer(shapes: adapter_files.Shapes, layer: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if name.startswith(f"{layer}.")}
 
 
 def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.models import compatibility, pipelines
+from kandinsky_exp.models.decoder_kinds import PLAIN
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
 from kandinsky_exp.stages.base import DiffusionStage, Features
@@ -30,7 +31,7 @@ class DecoderStage(DiffusionStage):
 
     name = "decoder"
     part = "unet"
-    requires = compatibility.PLAIN["decoder"]
+    requires = compatibility.starting_from(PLAIN)
     encoders = ("image_encoder", "movq")
     draws_with = (("text_encoder", "prior"), ("unet", "movq"))
     stays_loaded = ("movq",)

@@ -1,7 +1,7 @@
 """The inpainting decoder: from a CLIP image embedding and what is kept of a picture to the whole of it."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import to_picture
 from kandinsky_exp.models import adapter_files, compatibility, inpainting, pipelines
-from kandinsky_exp.models.components import INPAINTING
+from kandinsky_exp.models.decoder_kinds import INPAINTING, PLAIN
 from kandinsky_exp.models.sampling import SampleSettings
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.models.widening import widened
 from kandinsky_exp.stages import holes
 from kandinsky_exp.stages.base import Features
 from kandinsky_exp.stages.decoder import DecoderStage
@@ -33,8 +34,8 @@ class InpaintStage(DecoderStage):
 
     name = "inpaint"
     part = "unet"
-    requires = compatibility.REQUIRED["decoder"]
-    result_pipeline = INPAINTING
+    requires = compatibility.starting_from(PLAIN, INPAINTING)
+    result_pipeline = INPAINTING.result
     encodes_as = "decoder"
     measures = ("hole", "kept")
     trains_whole = (adapter_files.CONV_IN,)  # what it sees more than a plain one comes in there
@@ -50,10 +51,10 @@ class InpaintStage(DecoderStage):
 
     @classmethod
     def network_without_data(cls, weights: Weights) -> nn.Module:
-        return _widened(super().network_without_data(weights))
+        return widened(super().network_without_data(weights), INPAINTING)
 
     def load_network(self) -> nn.Module:
-        return _widened(super().load_network())
+        return widened(super().load_network(), INPAINTING)
 
     def with_drawn(self, features: Features, generator: Generators) -> Features:
         count, _, height, width = features["latents"].shape
@@ -93,9 +94,3 @@ class InpaintStage(DecoderStage):
             torch.device("cpu"),
         )
         return Image.fromarray(hole[0, 0].byte().numpy() * 255).resize(size, Image.Resampling.NEAREST)
-
-
-def _widened(network: Any) -> nn.Module:
-    if not inpainting.is_for_inpainting(network):
-        inpainting.widen(network, network.config.in_channels)
-    return cast(nn.Module, network)

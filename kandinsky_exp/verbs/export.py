@@ -74,7 +74,7 @@ def alone(cfg: DictConfig, adapter: Adapter, root: Path, name: str) -> None:
         tensors, _ = adapter_tensors.read(adapter.folder, adapter_tensors.layers(network))
     folder = files.fresh_folder(root, name)
     (target := folder / "adapter" / adapter_files.WEIGHTS_NAME).parent.mkdir()
-    if (whole := adapter_files.whole_file(adapter.folder)) is not None:
+    for whole in adapter_files.whole_files(adapter.folder).values():
         shutil.copyfile(whole, target.with_name(whole.name))
     if tensors is None:
         shutil.copyfile(source, target)
