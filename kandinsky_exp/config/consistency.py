@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp.config import targets
+from kandinsky_exp.config import companions, targets
 from kandinsky_exp.data.source_facts import SourceFacts
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models import compatibility, components, weight_files
@@ -155,6 +155,7 @@ def together(good: Values, stage: Stage, source: SourceFacts) -> Found:
     yield from _training(good, stage)
     yield from _optimizer(good)
     yield from _reading(good, source)
+    yield from companions.problems(good, stage)
     yield from _tracking(good)
 
 
@@ -236,6 +237,8 @@ def _optimizer(good: Values) -> Found:
             yield "scheduler.warmup_steps", f"{what} warms up by itself; set optimizer.warmup_steps={warmup} instead"
         if good.get("trainer.ema_decay") is not None:
             yield "trainer.ema_decay", f"{what} averages by itself, for validation and for the result; remove it"
+        if good.get("model.new_lr_factor", 1) != 1:
+            yield "model.new_lr_factor", f"{what} averages what its steps lead to, with one rate for all; set it to 1"
     lr = good.get("optimizer.lr", 1.0)
     if target.startswith("prodigyopt.") and lr < LEAST_FACTOR:
         yield "optimizer.lr", f"{lr} is a factor on the rate that Prodigy finds by itself; leave it at 1"

@@ -3,8 +3,7 @@
 import json
 import logging
 import math
-import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import adapter_files, adapter_tensors, widening
+from kandinsky_exp.models import adapter_files, adapter_tensors
 from kandinsky_exp.models.adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -234,18 +233,10 @@ def load(network: Any, folder: Path) -> None:
         if lost:
             raise ValueError(f"{folder / WEIGHTS_NAME} is another adapter: {len(lost)} tensors such as {lost[0]}")
         for layer in network.trained_whole:
-            network.get_submodule(layer).load_state_dict(_own_tensors(folder, layer))
+            network.get_submodule(layer).load_state_dict(adapter_tensors.of_layer(folder, layer))
     else:
         source = type(network).from_pretrained(folder, use_safetensors=True, local_files_only=True)
         network.load_state_dict(source.state_dict())
-
-
-def _own_tensors(folder: Path, layer: str) -> dict[str, Tensor]:
-    """Of a layer that trained as a whole, by its own names."""
-    from safetensors.torch import load_file
-
-    stored = load_file(adapter_files.whole_file(folder, layer))
-    return {name.removeprefix(f"{layer}."): value for name, value in stored.items()}
 
 
 def _is_in(name: str, layers: Collection[str]) -> bool:
@@ -258,54 +249,3 @@ def _first_half(key: str, value: Tensor) -> Tensor:
     if ".lora_A." in key:
         return value[: len(value) // 2].contiguous()
     return value[:, : value.shape[1] // 2].contiguous() if ".lora_B." in key else value
-
-
-# --- adapters that were trained, on a network that does not train
-
-
-@torch.no_grad()
-def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
-    """Put adapters that this or another trainer wrote onto a network.
-
-    Args:
-        found: folders, and what each adapter's own scale is multiplied by; with 0 the network is what it was. Of a DoRA
-            the magnitudes, too, go that part of the way from the network's own.
-
-    Raises:
-        OSError, ValueError, RuntimeError, SafetensorError: a file is damaged, or does not fit.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    found = list(found)
-    beside = [
-        ({layer: _own_tensors(file.parent, layer) for layer, file in adapter_files.whole_files(place).items()}, scale)
-        for place, scale in found
-    ]
-    widening.add_trained(network, [(layers, scale) for layers, scale in beside if layers])
-    scales, layers = {}, adapter_tensors.layers(network)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
-        for index, (folder, scale) in enumerate(found):
-            scales[name := f"adapter_{index}"] = scale
-            tensors, settings = adapter_tensors.read(folder, layers)
-            network.load_lora_adapter(tensors, prefix=None, adapter_name=name, metadata=settings)
-    for module in network.modules():
-        if isinstance(module, LoraLayer):
-            module.set_adapter(list(scales))
-            for name, scale in scales.items():
-                module.set_scale(name, scale)
-                if name in module.lora_magnitude_vector:
-                    _scale_magnitude(module, name, scale)
-    network.requires_grad_(False)
-
-
-def _scale_magnitude(module: Any, name: str, scale: float) -> None:
-    layer, weight = module.lora_magnitude_vector[name], module.get_base_layer().weight
-    own = layer.get_weight_norm(weight, torch.zeros_like(weight), 0.0)
-    layer.weight.copy_(torch.lerp(own.to(layer.weight), layer.weight, scale))
-
-
-def merge(network: Any) -> None:
-    """Make what `apply` put on a network part of its weights."""
-    network.fuse_lora(safe_fusing=True)
-    network.unload_lora()

@@ -6,9 +6,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kandinsky_exp.models.decoder_kinds import HINT, kind_of_network
 from kandinsky_exp.models.sampling import Embeds, SampleSettings, widened_dtype
 
 SCALE = 8  # pixels of a hint per latent, along each side: its block halves three times, whatever MoVQ does
+
+
+def reads_hints(network: Any) -> bool:
+    return kind_of_network(network) is HINT
 
 
 def draw(pipeline: Any, embeds: Embeds, hints: Tensor, settings: SampleSettings) -> list[Image.Image]:

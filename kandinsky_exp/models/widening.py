@@ -1,7 +1,7 @@
 """Make a decoder that sees more of a plain one: it begins as the plain one, and at first does not heed the rest."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import ImageHintTimeEmbedding
@@ -15,13 +15,13 @@ SEED = 2022  # of the hint block: what a network begins with hangs on no run's s
 Layers = Mapping[str, Mapping[str, Tensor]]  # tensors of layers that trained as a whole, by layer and own name
 
 
-def widened(network: Any, kind: DecoderKind) -> Any:
+def widened(network: Any, kind: DecoderKind) -> nn.Module:
     """Let a plain decoder see what one of another kind does; one of that kind stays as it is. It is returned.
 
     The new weights of its first layer are zero. Those of a hint block are not: were both zero, neither would learn.
     """
     if kind_of_network(network) is kind:
-        return network
+        return cast(nn.Module, network)
     old, latents = network.conv_in, network.config.in_channels
     device, dtype = old.weight.device, old.weight.dtype
     new = nn.Conv2d(
@@ -35,16 +35,15 @@ def widened(network: Any, kind: DecoderKind) -> Any:
     network.register_to_config(in_channels=kind.inputs(latents), **{EMBEDDING: kind.embedding})
     if kind is HINT:
         network.add_embedding = _with_hints(network.add_embedding, device, dtype)
-    return network
+    return cast(nn.Module, network)
 
 
 def _with_hints(old: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(SEED)
-        new = ImageHintTimeEmbedding(old.image_proj.in_features, old.image_proj.out_features).to(dtype)
+        new: nn.Module = ImageHintTimeEmbedding(old.image_proj.in_features, old.image_proj.out_features).to(dtype)
     new.image_proj, new.image_norm = old.image_proj, old.image_norm
-    new.train(old.training)
-    return new
+    return new.train(old.training)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
-from kandinsky_exp.models import adapter_files, adapters, compatibility, weight_files
+from kandinsky_exp.models import adapter_files, adapter_tensors, compatibility, weight_files
 from kandinsky_exp.models.adapter_files import CONV_IN, HINT_BLOCK
 from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id
 from kandinsky_exp.models.decoder_kinds import KINDS
@@ -279,7 +279,7 @@ def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> A
         network = weights.load(part) if source is None else weights.read_model(part, source)
         if origin.adapters:
             source = origin.adapters[0].folder
-            adapters.apply(network, [(one.folder, one.scale) for one in origin.adapters])
+            adapter_tensors.apply(network, [(one.folder, one.scale) for one in origin.adapters])
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{side}: {source} cannot be loaded: {first_line(error)}") from error
     return network

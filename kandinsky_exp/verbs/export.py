@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from kandinsky_exp import build
 from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
+from kandinsky_exp.models import adapter_files, adapter_tensors, compatibility, pipelines
 from kandinsky_exp.models.components import NETWORKS, PipelineHalf
 from kandinsky_exp.runs.lookup import names_of
 from kandinsky_exp.runs.model_sources import (
@@ -92,7 +92,7 @@ def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None
     use(weights, origins, keys="adapter")
     dtype, weights.frozen_dtype = getattr(torch, weights.frozen_dtype), "float32"
     network = load_network(weights, side, origins[side])
-    adapters.merge(network)
+    adapter_tensors.merge(network)
     folder = files.fresh_folder(root, name)
 
     def save(place: Path) -> None:

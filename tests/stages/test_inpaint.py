@@ -256,7 +256,7 @@ def test_an_adapter_of_another_task_goes_not_on(tmp_path: Path) -> None:
     train(tmp_path, "model=decoder", *lora, "name=plain", "trainer.max_steps=1")
     with pytest.raises(
         CheckpointError,
-        match="model: another one; layers that train as a whole beside the adapter are none there, conv_in here",
+        match=r"model: another one; layers .* are none there, conv_in here",
     ):
         train(tmp_path, "model=inpaint", *lora, "name=fill", f"checkpoint.resume={tmp_path / 'plain'}")
 
@@ -298,7 +298,7 @@ def other_bases(trained: Path, tmp_path: Path) -> dict[str, Path]:
         (
             "decoder",
             "9",
-            "has in_channels=9: it is a decoder for inpainting; set model=inpaint, or give a plain decoder",
+            "has in_channels=9: it is a decoder for inpainting; set model=inpaint, or give a plain",
         ),
         ("inpaint", "5", "in_channels=5, neither the 4 of a plain decoder nor the 9 of a decoder for inpainting"),
         ("inpaint", "hint", "in_channels=8: it is a decoder for hints; set model=control"),
