@@ -32,6 +32,7 @@ from kandinsky_exp.system import accelerators, files, host_memory
 from kandinsky_exp.training.ema import is_schedule_free
 from kandinsky_exp.training.feature_reader import ReadSettings
 from kandinsky_exp.training.loop import Training
+from kandinsky_exp.training.new_parts import learn_faster
 
 
 def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
@@ -121,7 +122,21 @@ def data(cfg: DictConfig) -> Splits:
     if columns := sorted(stage_class(cfg).extra_inputs):
         splits.train = splits.train.with_columns(columns)
         splits.validation = splits.validation and splits.validation.with_columns(columns)
+    _add_companions(splits, settings, stage_class(cfg))
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
+
+
+def _add_companions(splits: Splits, settings: dict[str, Any], cls: type[DiffusionStage]) -> None:
+    """Let the sources give the pictures that belong to theirs, from the folders or columns of the settings."""
+    read = [name for name, kind in cls.companions(settings).items() if kind.is_read]
+    folders = {name: files.expanded(settings[f"{name}s"]).absolute() for name in read if settings.get(f"{name}s")}
+    columns = {name: settings[f"{name}_column"] for name in read if name not in folders}
+    if not read:
+        return
+    if splits.class_images is not None:
+        raise ConfigError(f"data.class_prompt: class images have no {read[0]} of their own; leave it out")
+    splits.train = splits.train.with_companions(columns, folders)
+    splits.validation = splits.validation and splits.validation.with_companions(columns, folders)
 
 
 def check_data(cfg: DictConfig, splits: Splits) -> checks.DataSummary:
@@ -148,6 +163,9 @@ def bare_stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     )
     if cfg.data.buckets and made.preprocess.resolution is not None:
         made.preprocess = replace(made.preprocess, buckets=bucket_sizes(cfg.data.resolution))
+    if kinds := made.companions(target_settings(cfg, "data")):
+        companions = {name: kind(parts.latent_scale()) for name, kind in kinds.items()}
+        made.preprocess = replace(made.preprocess, companions=companions)
     return made
 
 
@@ -204,6 +222,8 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     network = made.place(device.device)
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(cfg, trainable, device.device)
+    factor, parts = made.faster()
+    learn_faster(optimizer, network, parts, factor)
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
     scheduler = instantiate(target_settings(cfg, "scheduler"), _convert_="all")(optimizer, total_steps=total_steps)
     ema = None

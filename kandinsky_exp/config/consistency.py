@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp.config import drawing_tasks, targets
+from kandinsky_exp.config import companions, drawing_tasks, targets
 from kandinsky_exp.data.source_facts import SourceFacts
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models import compatibility, components, weight_files
+from kandinsky_exp.models.decoder_kinds import PLAIN
 from kandinsky_exp.system import text_files
 from kandinsky_exp.system.files import exists, expanded, is_file, is_folder, looks_local
 
@@ -43,7 +44,8 @@ def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
             yield key, problem
     yield from drawing_tasks.problems(good)
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
-        found = list(_weights(good, components.NETWORKS, compatibility.PLAIN))
+        strict = {**compatibility.REQUIRED, "decoder": compatibility.starting_from(PLAIN)}
+        found = list(_weights(good, components.NETWORKS, strict))
         # What is wrong with the prior's source itself is wrong for every stage, which encodes with what is in there.
         if found != list(_weights(good, ["prior"], {})) and (made := stage()) is not None:
             sides = {components.PARTS[part][0] for part in (made.part, *made.encoders)}
@@ -153,6 +155,7 @@ def together(good: Values, stage: Stage, source: SourceFacts) -> Found:
     yield from _training(good, stage)
     yield from _optimizer(good)
     yield from _reading(good, source)
+    yield from companions.problems(good, stage)
     yield from _tracking(good)
 
 
@@ -234,6 +237,8 @@ def _optimizer(good: Values) -> Found:
             yield "scheduler.warmup_steps", f"{what} warms up by itself; set optimizer.warmup_steps={warmup} instead"
         if good.get("trainer.ema_decay") is not None:
             yield "trainer.ema_decay", f"{what} averages by itself, for validation and for the result; remove it"
+        if good.get("model.new_lr_factor", 1) != 1:
+            yield "model.new_lr_factor", f"{what} averages what its steps lead to, with one rate for all; set it to 1"
     lr = good.get("optimizer.lr", 1.0)
     if target.startswith("prodigyopt.") and lr < LEAST_FACTOR:
         yield "optimizer.lr", f"{lr} is a factor on the rate that Prodigy finds by itself; leave it at 1"

@@ -7,7 +7,8 @@ from typing import Any
 from kandinsky_exp.system import files
 
 PATHS = frozenset(
-    {"output_root", "data.path", "data.validation_path", "data.instance_path", "data.class_path", "image", "mask"}
+    {"output_root", "data.path", "data.validation_path", "data.instance_path", "data.class_path"}
+    | {"data.holes", "data.hints", "image", "mask"}
 )
 # What may be something else as well (a hub id, `auto`, a list of prompts): paths where there is such a file or folder.
 WHERE_THERE = frozenset(

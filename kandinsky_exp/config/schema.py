@@ -76,6 +76,7 @@ class Model(OpenNode):
     snr_gamma: Positive | None = None
     condition_dropout: Fraction = 0.0
     vlb_weight: PositiveOrZero = 0.0
+    new_lr_factor: Positive = 1.0
 
 
 class Optimizer(OpenNode):
@@ -113,6 +114,11 @@ class _DataKeys(Group):
     flip: bool
     buckets: bool
     on_error: Literal["raise", "skip"]
+    hole_column: Text | None = None
+    holes: Text | None = None
+    hint: Literal["canny", "column"] = "canny"
+    hint_column: Text = "hint"
+    hints: Text | None = None
 
 
 class Data(OpenNode, _DataKeys):

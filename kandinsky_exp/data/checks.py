@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
 from kandinsky_exp.data.pictures import NOTE
+from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.data.tally import Tally, first_few
 from kandinsky_exp.errors import DataError
@@ -84,20 +85,25 @@ def problem_of(example: Example, requires_captions: bool) -> str | None:
     return f"{example.where}: {reason}" if reason else None
 
 
-def find_bad(source: Indexed, requires_captions: bool, noted: Tally | None = None) -> list[tuple[int, str]]:
+def find_bad(source: Indexed, preprocess: Preprocess, noted: Tally | None = None) -> list[tuple[int, str]]:
     """Decode every image, several at a time: (row, problem) of every row that cannot be used.
 
     Args:
+        preprocess: tells whether captions are read, and what belongs to an image.
         noted: gets what of the others' files was not used.
     """
 
     def decode(row: int) -> tuple[str | None, str]:
         example = source[row]
         try:
-            note = example.image().info.get(NOTE, "")
+            image = example.image()
+            if preprocess.companions:
+                preprocess.beside(image, example.companions())
         except DataError as error:
             return str(error), ""
-        return problem_of(example, requires_captions), note
+        except ValueError as error:
+            return f"{example.where}: image {example.id}: {error}", ""
+        return problem_of(example, preprocess.tokenizer is not None), image.info.get(NOTE, "")
 
     bad = []
     for row, (problem, note) in enumerate(in_threads(decode, len(source))):

@@ -37,6 +37,7 @@ class Example:
         caption_problem: why `captions` is empty.
         problem: why there is no image; `read` has nothing to read then.
         extra: cells of further columns, by name, where a stage reads some.
+        beside: likewise, the bytes of pictures that belong to the image.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Example:
     caption_problem: str = ""
     problem: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
     def image(self) -> Image.Image:
         """The picture, RGB, upright, transparency over white.
@@ -55,11 +57,22 @@ class Example:
         """
         if self.problem:
             raise DataError(f"{self.where}: {self.problem}")
+        return self._picture("image", self.read)
+
+    def companions(self) -> dict[str, Image.Image]:
+        """The pictures that belong to it, by name, likewise.
+
+        Raises:
+            DataError: as above.
+        """
+        return {name: self._picture(f"{name} of", read) for name, read in self.beside.items()}
+
+    def _picture(self, what: str, read: Callable[[], bytes]) -> Image.Image:
         try:
-            return open_rgb(io.BytesIO(self.read()))
+            return open_rgb(io.BytesIO(read()))
         except Exception as error:  # Pillow's format plug-ins raise whatever a damaged file makes them raise
             reason = cause_of(error)
-        raise DataError(f"{self.where}: image {self.id}: {reason}; mend it or take the row out")
+        raise DataError(f"{self.where}: {what} {self.id}: {reason}; mend it or take the row out")
 
 
 def read_file(path: str, limit: int = MAX_BYTES) -> bytes:
@@ -123,6 +136,18 @@ class Source(ABC):
             DataError: there are none of these names.
         """
         raise no_columns(self.name, names)
+
+    def with_companions(self, columns: Mapping[str, str], folders: Mapping[str, Path]) -> "Source":
+        """The same with pictures that belong to its own, as `Example.beside`.
+
+        Args:
+            columns: of its metadata, by the names of the pictures.
+            folders: that hold a picture of the same name for each of its own, likewise.
+
+        Raises:
+            DataError: there are none, or this kind of source has no such pictures.
+        """
+        raise DataError(f"{self.name}: pictures that belong to its own cannot be read of it; take data=folder or list")
 
     def left_out(self) -> Tally:
         """What lies where the examples do and is none."""

@@ -2,14 +2,13 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,7 +17,7 @@ from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import Features
 from kandinsky_exp.data.examples import Indexed, Source, in_threads
 from kandinsky_exp.data.file_hashes import of_content
-from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.preprocess import Preprocess, mirrored
 from kandinsky_exp.data.row_numbers import AllBut, kept
 from kandinsky_exp.data.sampler import Visit, choose_caption, choose_mirror
 from kandinsky_exp.errors import DataError, cause_of
@@ -139,8 +138,9 @@ class OnlineExamples(VisitedRows):
             if not example.captions:
                 raise DataError(f"{example.where}: {example.caption_problem}")
             caption = example.captions[choose_caption(self.seed, epoch, index, len(example.captions))]
-        image = example.image()
-        return self.preprocess(ImageOps.mirror(image) if mirror else image, caption, example.extra)
+        shown: tuple[Any, Mapping[str, Any]] = example.image(), example.companions()
+        image, beside = mirrored(*shown) if mirror else shown
+        return self.preprocess(image, caption, example.extra, beside)
 
     def id(self, index: int) -> str:
         return self.source[self.source_row(index)].id

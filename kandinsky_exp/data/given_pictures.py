@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from kandinsky_exp.data.companions import GREY
 from kandinsky_exp.data.pictures import open_rgb
-from kandinsky_exp.data.preprocess import crop_resize, to_picture
+from kandinsky_exp.data.preprocess import cropped
 from kandinsky_exp.errors import ConfigError, cause_of, cut
 from kandinsky_exp.system.files import expanded
 
@@ -47,7 +48,7 @@ def open_hole(key: str, path: str, size: tuple[int, int]) -> tuple[Image.Image, 
         found, wanted = ("{} x {}".format(*pair) for pair in (grey.shape[::-1], size))
         raise ConfigError(f"{key}: '{cut(path)}' is {found} pixels and the picture {wanted}; give one of the same size")
     white, notes = grey >= HALF, []
-    if between := int(((grey > 0) & (grey < 255)).sum()):
+    if between := int(((grey > GREY[0]) & (grey < GREY[1])).sum()):
         part = f"{between:,} of {grey.size:,} pixels of '{cut(path)}' are neither black nor white"
         notes.append(f"{key}: {part}; from half grey on they count as white")
     if not white.any():
@@ -67,7 +68,7 @@ def _is_see_through(file: Path) -> bool:
 
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The largest middle part of the shape that is drawn, in its size: as training takes pictures."""
-    return to_picture(crop_resize(picture, *size))
+    return cropped(picture, *size)
 
 
 def fitted_hole(key: str, hole: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -76,7 +77,7 @@ def fitted_hole(key: str, hole: Image.Image, size: tuple[int, int]) -> Image.Ima
     Raises:
         ConfigError: all white lies outside of it, or is too small to be left of.
     """
-    cut_out = fitted(hole.convert("RGB"), size).convert("L").point(lambda value: 255 if value >= HALF else 0)
+    cut_out = fitted(hole, size).point(lambda value: 255 if value >= HALF else 0)
     if cut_out.getbbox() is None:
         shape = "{} x {}".format(*size)
         raise ConfigError(

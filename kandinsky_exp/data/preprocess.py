@@ -5,11 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from kandinsky_exp.data.buckets import Size, nearest_bucket
@@ -21,11 +21,7 @@ def center_crop_resize(image: Image.Image, resolution: int) -> Tensor:
 
     Crop box, filter and `reducing_gap` are those of the published Kandinsky 2.2 fine-tuning guide, to the last bit.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    square = image.crop((left, top, left + side, top + side))  # Pillow rounds the box
-    return _to_tensor(square.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1))
+    return _to_tensor(cropped(image, resolution, resolution))
 
 
 def crop_resize(image: Image.Image, width: int, height: int) -> Tensor:
@@ -33,12 +29,22 @@ def crop_resize(image: Image.Image, width: int, height: int) -> Tensor:
 
     Nothing is stretched, not even by the part of a pixel: the box has fractions. A square is `center_crop_resize`.
     """
+    return _to_tensor(cropped(image, width, height))
+
+
+def cropped(
+    image: Image.Image, width: int, height: int, filter_: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The largest middle part of a picture that has this shape, at this size."""
     if width == height:
-        return center_crop_resize(image, width)
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        square = image.crop((left, top, left + side, top + side))  # Pillow rounds the box
+        return square.resize((width, width), filter_, reducing_gap=1)
     scale = min(image.width / width, image.height / height)
     left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
     box = (left, top, image.width - left, image.height - top)
-    return _to_tensor(image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=1))
+    return image.resize((width, height), filter_, box, reducing_gap=1)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -46,10 +52,26 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
+def mirrored(image: Image.Image, beside: Mapping[str, Image.Image]) -> tuple[Image.Image, Mapping[str, Image.Image]]:
+    """An image and what belongs to it, left and right exchanged."""
+    return ImageOps.mirror(image), {name: ImageOps.mirror(own) for name, own in beside.items()}
+
+
 def to_picture(pixels: Tensor) -> Image.Image:
     """The picture of a (3, H, W) tensor in [-1, 1]."""
     numbers = ((pixels + 1) * 127.5).round().byte()
     return Image.fromarray(numbers.permute(1, 2, 0).cpu().numpy())
+
+
+class Companion(Protocol):
+    """How a picture that belongs to a picture becomes a tensor, see `companions`."""
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it has a file of its own; it is made of the picture otherwise, and `own` is None."""
+
+    def shape(self, size: Size) -> tuple[int, ...]: ...
+    def __call__(self, own: Any, picture: Image.Image, size: Size) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,7 @@ class Preprocess:
         resolution: side of `pixels` (3, R, R) in [-1, 1], for the image autoencoder.
         buckets: sizes (width, height) of which an image takes the nearest in shape: `pixels` (3, height, width).
         extra_inputs: further columns of the data set, as tensors of these shapes beside those of the image.
+        companions: pictures that belong to the image, by the names of their tensors.
     """
 
     image_processor: Any | None
@@ -69,17 +92,23 @@ class Preprocess:
     resolution: int | None
     buckets: tuple[Size, ...] = ()
     extra_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    companions: Mapping[str, Companion] = field(default_factory=dict)
 
     def __call__(
-        self, image: Image.Image | None, caption: str | None, extra: Mapping[str, Any] | None = None
+        self,
+        image: Image.Image | None,
+        caption: str | None,
+        extra: Mapping[str, Any] | None = None,
+        beside: Mapping[str, Image.Image] | None = None,
     ) -> dict[str, Tensor]:
         """Tensors without a batch axis. `image` must be RGB; None for either leaves its keys out.
 
         Args:
             extra: cells of the columns that `extra_inputs` names; needed with an image.
+            beside: those of `companions` that are read; needed with an image.
 
         Raises:
-            ValueError: a cell holds no numbers of its shape.
+            ValueError: a cell holds no numbers of its shape, or what belongs to the image cannot be used.
         """
         tensors: dict[str, Tensor] = {}
         if image is not None and self.image_processor is not None:
@@ -88,9 +117,33 @@ class Preprocess:
             tensors["pixels"] = crop_resize(image, *self.size(image))
         if image is not None:
             tensors |= {name: _numbers(name, (extra or {})[name], size) for name, size in self.extra_inputs.items()}
+            tensors |= self.beside(image, beside or {})
         if caption is not None and self.tokenizer is not None:
             tensors |= self.tokenize([caption])[0][0]
         return tensors
+
+    def beside(self, image: Image.Image, read: Mapping[str, Image.Image]) -> dict[str, Tensor]:
+        """What belongs to an image, by name.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        tensors = {}
+        for name, companion in self.companions.items():
+            own = read[name] if companion.is_read else None
+            try:
+                if own is not None and own.size != image.size:
+                    theirs, ours = (f"{width} x {height}" for width, height in (own.size, image.size))
+                    raise ValueError(f"it has {theirs} pixels, its picture {ours}; make them of one size")
+                tensors[name] = companion(own, image, self.size(image))
+            except ValueError as error:
+                raise ValueError(f"its {name}: {error}") from None
+        return tensors
+
+    @property
+    def read_beside(self) -> list[str]:
+        """Names of the pictures that have files beside the image's."""
+        return [name for name, companion in self.companions.items() if companion.is_read]
 
     @property
     def text_length(self) -> int:
@@ -127,6 +180,8 @@ class Preprocess:
         parts = [PICTURE_RULES, processor, tokenizer, self.resolution, self.buckets]
         if self.extra_inputs:  # without, as it was before there were any
             parts.append(dict(self.extra_inputs))
+        if self.companions:  # likewise
+            parts.append({name: repr(companion) for name, companion in self.companions.items()})
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

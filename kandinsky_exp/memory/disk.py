@@ -54,12 +54,14 @@ def of_caches(cfg: DictConfig, dry_run: DryRun, splits: Splits | AnnouncedSplits
 
 def _cache(cfg: DictConfig, dry_run: DryRun, name: str, count: int | None, captions: float, tokens: float) -> Cache:
     """Of so many images, each with so many captions of so many tokens."""
-    about = f"{dry_run.stage.encodes_as} {name} {cfg.data.cache_dtype}"
+    about = f"{dry_run.stage.encoded} {name} {cfg.data.cache_dtype}"
     found = catalog.entries(build.cache_folder(cfg))
     is_there = any(entry.about == about and entry.images == count for entry in found)
     itemsize = np.dtype(DTYPES[cfg.data.cache_dtype]).itemsize
     images, *texts = dry_run.encoded()
-    total = float((sum(shape.numel() for shape in images.values()) * itemsize + OF_A_ROW) * (1 + cfg.data.flip))
+    sizes = {name: 1 if name in dry_run.stage.preprocess.companions else itemsize for name in images}
+    view = sum(shape.numel() * sizes[name] for name, shape in images.items()) + OF_A_ROW
+    total = float(view * (1 + cfg.data.flip))
     for shapes in texts:
         ragged = shapes.keys() & dry_run.stage.ragged_features
         numbers = sum(tokens * shapes[name][1:].numel() for name in ragged)

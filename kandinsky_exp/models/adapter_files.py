@@ -17,10 +17,11 @@ from kandinsky_exp.models.components import PipelineHalf
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CONV_IN = "conv_in"  # a layer that trains as a whole beside an adapter, and the file that it has there
-NAMES = (WEIGHTS_NAME, PEFT_NAME, PEFT_CONFIG, f"{CONV_IN}.safetensors")
+# Layers that train as a whole beside an adapter; each has a file of its last name there.
+CONV_IN, HINT_BLOCK = "conv_in", "add_embedding.input_hint_block"
+NAMES = (WEIGHTS_NAME, PEFT_NAME, PEFT_CONFIG, "conv_in.safetensors", "input_hint_block.safetensors")
 PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
-WHOLE = "trained_whole"  # in the header of an adapter's file: the layer that has a file of its own beside it
+WHOLE = "trained_whole"  # in the header of an adapter's file: the layers that have files of their own beside it
 METADATA = "lora_adapter_metadata"  # in the header: an adapter's settings, as diffusers writes them
 # Of peft and of diffusers' pipelines; of kohya-ss, which writes all dots of a module's name as `_`.
 PREFIX = re.compile(r"^((base_model\.model|unet|prior|transformer)\.)+")
@@ -52,14 +53,19 @@ def weights_file(place: Path) -> Path:
     return place / (PEFT_NAME if not (place / WEIGHTS_NAME).is_file() else WEIGHTS_NAME)
 
 
-def whole_file(place: Path) -> Path | None:
-    """The file beside an adapter's with a layer that trained as a whole, as its header says; it need not be there.
+def whole_files(place: Path) -> dict[str, Path]:
+    """The files beside an adapter's with layers that trained as a whole, as its header says; they need not be there.
 
     Raises:
         OSError, ValueError: the adapter's file cannot be read.
     """
     file = weights_file(place)
-    return file.with_name(f"{CONV_IN}.safetensors") if weight_files.metadata(file).get(WHOLE) == CONV_IN else None
+    named = weight_files.metadata(file).get(WHOLE, "").split(",")
+    return {layer: whole_file(file.parent, layer) for layer in (CONV_IN, HINT_BLOCK) if layer in named}
+
+
+def whole_file(folder: Path, layer: str) -> Path:
+    return folder / f"{layer.rpartition('.')[2]}.safetensors"
 
 
 def is_adapter(place: Path) -> bool:

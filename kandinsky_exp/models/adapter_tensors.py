@@ -1,13 +1,15 @@
 """The tensors of an adapter's file, whichever trainer wrote it, as the network that it goes onto calls them."""
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kandinsky_exp.models import adapter_files, weight_files
+from kandinsky_exp.models import adapter_files, weight_files, widening
 
 
 def read(place: Path, modules: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -52,3 +54,60 @@ def is_plain(place: Path) -> bool:
 def layers(network: nn.Module) -> set[str]:
     """The names of the modules that an adapter can change."""
     return {name for name, module in network.named_modules() if hasattr(module, "weight")}
+
+
+def of_layer(folder: Path, layer: str) -> dict[str, Tensor]:
+    """Of a layer that trained as a whole, by its own names."""
+    stored = load_file(adapter_files.whole_file(folder, layer))
+    return {name.removeprefix(f"{layer}."): value for name, value in stored.items()}
+
+
+# --- onto a network that does not train
+
+
+@torch.no_grad()
+def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
+    """Put adapters that this or another trainer wrote onto a network.
+
+    Args:
+        found: folders, and what each adapter's own scale is multiplied by; with 0 the network is what it was. Of a DoRA
+            the magnitudes, too, go that part of the way from the network's own.
+
+    Raises:
+        OSError, ValueError, RuntimeError, SafetensorError: a file is damaged, or does not fit.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = list(found)
+    beside: list[tuple[widening.Layers, float]] = [
+        ({layer: of_layer(file.parent, layer) for layer, file in adapter_files.whole_files(place).items()}, scale)
+        for place, scale in found
+    ]
+    widening.add_trained(network, [(own, scale) for own, scale in beside if own])
+    scales, modules = {}, layers(network)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+        for index, (folder, scale) in enumerate(found):
+            scales[name := f"adapter_{index}"] = scale
+            tensors, settings = read(folder, modules)
+            network.load_lora_adapter(tensors, prefix=None, adapter_name=name, metadata=settings)
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(list(scales))
+            for name, scale in scales.items():
+                module.set_scale(name, scale)
+                if name in module.lora_magnitude_vector:
+                    _scale_magnitude(module, name, scale)
+    network.requires_grad_(False)
+
+
+def _scale_magnitude(module: Any, name: str, scale: float) -> None:
+    layer, weight = module.lora_magnitude_vector[name], module.get_base_layer().weight
+    own = layer.get_weight_norm(weight, torch.zeros_like(weight), 0.0)
+    layer.weight.copy_(torch.lerp(own.to(layer.weight), layer.weight, scale))
+
+
+def merge(network: Any) -> None:
+    """Make what `apply` put on a network part of its weights."""
+    network.fuse_lora(safe_fusing=True)
+    network.unload_lora()

@@ -3,8 +3,7 @@
 import json
 import logging
 import math
-import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import adapter_files, adapter_tensors, inpainting
+from kandinsky_exp.models import adapter_files, adapter_tensors
 from kandinsky_exp.models.adapter_files import WEIGHTS_NAME as WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def attach_lora(
     """
     from peft import LoraConfig
 
-    if unknown := set(whole) - {adapter_files.CONV_IN}:  # nobody would read what was trained
+    if unknown := set(whole) - {adapter_files.CONV_IN, adapter_files.HINT_BLOCK}:  # nobody would read what was trained
         raise ValueError(f"trains_whole: {', '.join(sorted(unknown))} has no file beside an adapter")
     if found := problems(network, rank, target_modules, init, whole):
         raise ConfigError(found)
@@ -115,7 +114,7 @@ def problems(
             f"adapter.target_modules: {', '.join(missing)} match no module of {type(network).__name__}; use names such "
             f"as {', '.join(ATTENTION)}, or a preset: {', '.join(PRESETS)}"
         ]
-    if twice := sorted(layers.keys() & set(whole)):
+    if twice := sorted(name for name in layers if _is_in(name, whole)):
         return [f"adapter.target_modules: {twice[0]} trains as a whole here; leave it out"]
     fit = nn.Linear if init in TAKEN_FROM_WEIGHTS else (nn.Linear, nn.Conv2d)
     odd = [f"{name} ({type(module).__name__})" for name, module in layers.items() if not isinstance(module, fit)]
@@ -168,8 +167,8 @@ class NetworkFiles:
         # To the host before anything else: the device may have no room for a copy in the file's order.
         tensors = {key: value.detach().to("cpu").contiguous() for key, value in self.tensors.items()}
         for layer in self.apart:
-            own = {name: tensors.pop(name) for name in list(tensors) if name.rpartition(".")[0] == layer}
-            save_file(own, folder / f"{layer}.safetensors", metadata={"format": "pt"})
+            own = {name: tensors.pop(name) for name in list(tensors) if _is_in(name, [layer])}
+            save_file(own, adapter_files.whole_file(folder, layer), metadata={"format": "pt"})
         save_file(tensors, folder / self.name, metadata=self.metadata)
 
 
@@ -194,7 +193,7 @@ def snapshot(network: Any, trained: Mapping[str, Tensor]) -> NetworkFiles:
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
     if network.trained_whole:
         metadata[adapter_files.WHOLE] = ",".join(network.trained_whole)
-    tensors |= {name: value for name, value in state.items() if name.rpartition(".")[0] in network.trained_whole}
+    tensors |= {name: value for name, value in state.items() if _is_in(name, network.trained_whole)}
     return NetworkFiles(WEIGHTS_NAME, tensors, metadata, None, network.trained_whole)
 
 
@@ -234,11 +233,15 @@ def load(network: Any, folder: Path) -> None:
         if lost:
             raise ValueError(f"{folder / WEIGHTS_NAME} is another adapter: {len(lost)} tensors such as {lost[0]}")
         for layer in network.trained_whole:
-            own = load_file(folder / f"{layer}.safetensors")
-            network.get_submodule(layer).load_state_dict({name.rpartition(".")[2]: own[name] for name in own})
+            network.get_submodule(layer).load_state_dict(adapter_tensors.of_layer(folder, layer))
     else:
         source = type(network).from_pretrained(folder, use_safetensors=True, local_files_only=True)
         network.load_state_dict(source.state_dict())
+
+
+def _is_in(name: str, layers: Collection[str]) -> bool:
+    """Whether a module or tensor is one of these layers, or in one."""
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
 
 
 def _first_half(key: str, value: Tensor) -> Tensor:
@@ -246,52 +249,3 @@ def _first_half(key: str, value: Tensor) -> Tensor:
     if ".lora_A." in key:
         return value[: len(value) // 2].contiguous()
     return value[:, : value.shape[1] // 2].contiguous() if ".lora_B." in key else value
-
-
-# --- adapters that were trained, on a network that does not train
-
-
-@torch.no_grad()
-def apply(network: Any, found: Iterable[tuple[Path, float]]) -> None:
-    """Put adapters that this or another trainer wrote onto a network.
-
-    Args:
-        found: folders, and what each adapter's own scale is multiplied by; with 0 the network is what it was. Of a DoRA
-            the magnitudes, too, go that part of the way from the network's own.
-
-    Raises:
-        OSError, ValueError, RuntimeError, SafetensorError: a file is damaged, or does not fit.
-    """
-    from peft.tuners.lora import LoraLayer
-    from safetensors.torch import load_file
-
-    found = list(found)
-    beside = ((adapter_files.whole_file(place), scale) for place, scale in found)
-    inpainting.add_trained(network, [(load_file(file), scale) for file, scale in beside if file is not None])
-    scales, layers = {}, adapter_tensors.layers(network)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
-        for index, (folder, scale) in enumerate(found):
-            scales[name := f"adapter_{index}"] = scale
-            tensors, settings = adapter_tensors.read(folder, layers)
-            network.load_lora_adapter(tensors, prefix=None, adapter_name=name, metadata=settings)
-    for module in network.modules():
-        if isinstance(module, LoraLayer):
-            module.set_adapter(list(scales))
-            for name, scale in scales.items():
-                module.set_scale(name, scale)
-                if name in module.lora_magnitude_vector:
-                    _scale_magnitude(module, name, scale)
-    network.requires_grad_(False)
-
-
-def _scale_magnitude(module: Any, name: str, scale: float) -> None:
-    layer, weight = module.lora_magnitude_vector[name], module.get_base_layer().weight
-    own = layer.get_weight_norm(weight, torch.zeros_like(weight), 0.0)
-    layer.weight.copy_(torch.lerp(own.to(layer.weight), layer.weight, scale))
-
-
-def merge(network: Any) -> None:
-    """Make what `apply` put on a network part of its weights."""
-    network.fuse_lora(safe_fusing=True)
-    network.unload_lora()

@@ -6,32 +6,21 @@ random numbers, drop what a config has no place for, and say so in a log at best
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.models import weight_files
 from kandinsky_exp.models.components import MODELS, PARTS, PipelineHalf, pipeline_folder, side_parts, subfolder
+from kandinsky_exp.models.decoder_kinds import EMBEDDING, KINDS, PLAIN, DecoderKind, kind_of
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
 
-
-def inpainting_channels(latents: int) -> int:
-    """Of a decoder's input: noisy latents, kept latents, and where something is kept."""
-    return 2 * latents + 1
-
-
-# (part, key of its config), and what it has to equal: a value; another part's, or else what a function makes of it.
-Requirement = (
-    tuple[tuple[str, str], tuple[str, str] | str] | tuple[tuple[str, str], tuple[str, str], Callable[[int], int]]
-)
+# (part, key of its config), and which of another part's it has to equal; or the kinds of decoder of which it has to be.
+Requirement = tuple[tuple[str, str], tuple[str, str]] | tuple[DecoderKind, ...]
 Required = Mapping[PipelineHalf, tuple[Requirement, ...]]
-CHANNELS = (("unet", "in_channels"), ("movq", "latent_channels"))
-_DECODER: tuple[Requirement, ...] = (
-    (("unet", "addition_embed_type"), "image"),
-    (("unet", "encoder_hid_dim"), ("image_encoder", "projection_dim")),
-)
+_CONDITION: Requirement = (("unet", "encoder_hid_dim"), ("image_encoder", "projection_dim"))
 REQUIRED: Required = {
     "prior": (
         (("prior", "embedding_dim"), ("image_encoder", "projection_dim")),
@@ -39,9 +28,13 @@ REQUIRED: Required = {
         (("prior", "embedding_dim"), ("text_encoder", "hidden_size")),
         (("prior", "num_embeddings"), ("text_encoder", "max_position_embeddings")),
     ),
-    "decoder": (*_DECODER, (*CHANNELS, inpainting_channels)),
+    "decoder": (KINDS, _CONDITION),
 }
-PLAIN: Required = {**REQUIRED, "decoder": (*_DECODER, CHANNELS)}  # a decoder that sees nothing but noisy latents
+
+
+def starting_from(*kinds: DecoderKind) -> tuple[Requirement, ...]:
+    """What a decoder has to agree with that training begins with, where it may be of these kinds."""
+    return kinds, _CONDITION
 
 
 def local_folders(sources: Mapping[PipelineHalf, str]) -> dict[str, Path]:
@@ -70,30 +63,42 @@ def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) ->
     configs = {name: files.json_object(path / "config.json") or {} for name, path in folders.items() if name in MODELS}
     wrong = set()  # one number that is odd disagrees with many
     for side, requirements in required.items():
-        for (one, key), wanted, *otherwise in requirements:
-            config = configs.get(one, {})
-            if isinstance(wanted, str):
-                if (value := config.get(key, wanted)) != wanted:
-                    wrong.add(one)
-                    shown = f"{key}={json.dumps(value)}, not {wanted}"
-                    yield side, f"its {one} has {shown}: it is no Kandinsky 2.2 {side}; give one"
+        for requirement in requirements:
+            if isinstance(requirement[0], DecoderKind):
+                if (problem := _kind_problem(configs, requirement)) is not None:
+                    wrong.add("unet")
+                    yield side, problem
                 continue
-            first, second = config.get(key), configs.get(wanted[0], {}).get(wanted[1])
-            if first is None or second is None or one in wrong or first in (second, *(of(second) for of in otherwise)):
+            (one, key), (other, wanted) = requirement
+            first, second = configs.get(one, {}).get(key), configs.get(other, {}).get(wanted)
+            if first is None or second is None or one in wrong or first == second:
                 continue
             wrong.add(one)
-            yield side, f"its {one} has {key}={first}{_against(first, second, wanted, bool(otherwise))}"
+            yield side, f"its {one} has {key}={first}, but {_agree(other, wanted, second)}"
 
 
-def _against(first: int, second: int, wanted: tuple[str, str], is_any: bool) -> str:
-    """What a number disagrees with, and what to do."""
-    if wanted == CHANNELS[1] and is_any:
-        known = f"{second} of a plain decoder nor the {inpainting_channels(second)} of one for inpainting"
-        return f", neither the {known}; give one of these"
-    if wanted == CHANNELS[1] and first == inpainting_channels(second):
-        return ": it is a decoder for inpainting; set model=inpaint"
-    part, key = wanted
-    return f", but {part} of weights.{PARTS[part][0]} has {key}={second}; give what was made together"
+def _kind_problem(configs: Mapping[str, Any], kinds: tuple[DecoderKind, ...]) -> str | None:
+    """Why a decoder is of none of these kinds; None where its config or MoVQ's does not tell."""
+    config, latents = configs.get("unet", {}), configs.get("movq", {}).get("latent_channels")
+    embedding, channels = config.get(EMBEDDING, PLAIN.embedding), config.get("in_channels")
+    fitting = [kind for kind in KINDS if kind.embedding == embedding]
+    if not fitting:
+        return f"its unet has {EMBEDDING}={json.dumps(embedding)}, not image: it is no Kandinsky 2.2 decoder; give one"
+    if latents is None or channels is None:
+        return None
+    found = kind_of(config, latents)
+    if found is not None:
+        another = f"{found.told}; set model={found.model}, or give {' or '.join(kind.told for kind in kinds)}"
+        return None if found in kinds else f"its unet has in_channels={channels}: it is {another}"
+    known = [kind for kind in fitting if kind in kinds] or fitting
+    if len(known) == 1:
+        return f"its unet has in_channels={channels}, but {_agree('movq', 'latent_channels', latents)}"
+    numbers = " nor ".join(f"the {kind.inputs(latents)} of {kind.told}" for kind in known)
+    return f"its unet has in_channels={channels}, neither {numbers}; give one of these"
+
+
+def _agree(part: str, key: str, value: int) -> str:
+    return f"{part} of weights.{PARTS[part][0]} has {key}={value}; give what was made together"
 
 
 def check(

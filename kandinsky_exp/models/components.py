@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models import weight_files
+from kandinsky_exp.models.decoder_kinds import HINT, PLAIN
 from kandinsky_exp.system import files
 
 PipelineHalf = Literal["prior", "decoder"]
@@ -36,8 +37,8 @@ MODELS = {
 }
 NETWORKS: dict[PipelineHalf, str] = {"prior": "prior", "decoder": "unet"}  # the part of each half that can train
 # The pipelines that results are, by half. A combined one holds both halves.
-RESULTS: dict[PipelineHalf, str] = {"prior": "KandinskyV22PriorPipeline", "decoder": "KandinskyV22CombinedPipeline"}
-INPAINTING = "KandinskyV22InpaintCombinedPipeline"  # of a decoder that fills holes
+RESULTS: dict[PipelineHalf, str] = {"prior": "KandinskyV22PriorPipeline", "decoder": PLAIN.result}
+PRIOR_FOLDER = "prior"  # in the result of a decoder for hints, which no combined pipeline of diffusers takes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -51,7 +52,7 @@ def is_combined(pipeline: object) -> bool:
 
 def result_parts(half: PipelineHalf, pipeline: str) -> list[str]:
     """The parts of a result, by the half that trained and the class of its pipeline."""
-    return list(PARTS) if is_combined(pipeline) else side_parts(half)
+    return list(PARTS) if is_combined(pipeline) or pipeline == HINT.result else side_parts(half)
 
 
 def is_hub_id(source: str) -> bool:

@@ -1,62 +1,19 @@
-"""The inpainting decoder: made of a plain one, and asked for pictures."""
+"""The inpainting decoder asked for pictures."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
-from kandinsky_exp.models.compatibility import inpainting_channels as channels
-from kandinsky_exp.models.sampling import Embeds, SampleSettings
+from kandinsky_exp.models.decoder_kinds import INPAINTING, kind_of_network
+from kandinsky_exp.models.sampling import Embeds, SampleSettings, widened_dtype
 
 EMPTY = (128, 128, 128)  # what stands in a hole where a picture with one is shown
 
 
 def is_for_inpainting(network: Any) -> bool:
-    """Told by its channels."""
-    out = network.config.out_channels  # with a learned variance two for each latent's, or one
-    return network.config.in_channels in (channels(out // 2), channels(out))
-
-
-def widen(network: Any, latents: int) -> None:
-    """Make a plain decoder one that sees what is kept, and at first does not heed it: its new weights are zero."""
-    old: nn.Conv2d = network.conv_in
-    new = nn.Conv2d(
-        channels(latents),
-        old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]
-        padding=old.padding,  # type: ignore[arg-type]
-        device=old.weight.device,
-        dtype=old.weight.dtype,
-    )
-    with torch.no_grad():
-        new.weight.zero_()
-        new.weight[:, :latents] = old.weight
-        new.bias = old.bias
-    network.conv_in = new
-    network.register_to_config(in_channels=channels(latents))
-
-
-@torch.no_grad()
-def add_trained(network: Any, found: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
-    """Go from the network's first layer towards trained ones; a plain decoder is widened for it.
-
-    Args:
-        found: weights of the layer, and how far: 0 = not at all, 1 = all the way.
-
-    Raises:
-        RuntimeError: they are another decoder's.
-    """
-    if not found:
-        return
-    if found[0][0]["conv_in.weight"].shape[1] == channels(network.conv_in.in_channels):
-        widen(network, network.conv_in.in_channels)
-    for name, own in network.conv_in.named_parameters(prefix="conv_in"):
-        first, *others = (torch.lerp(own, trained[name].to(own), scale) for trained, scale in found)
-        own.copy_(first + sum(other - own for other in others) if others else first)
+    return kind_of_network(network) is INPAINTING
 
 
 def fill(
@@ -77,24 +34,13 @@ def fill(
     """
     filled = []
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
-    with _widened_dtype(pipeline.movq, dtype):  # the pipeline knows one type for both
+    with widened_dtype(pipeline.movq, dtype):  # the pipeline knows one type for both
         for index, (picture, hole) in enumerate(zip(pictures, holes, strict=True)):
             one, null = (part[index : index + 1].to(device, dtype) for part in embeds)
             whole = whole_cells(hole, pipeline.movq_scale_factor)
             ((drawn,),) = pipeline(one, picture, whole, null, **settings.asked([index]))
             filled.append(Image.composite(drawn, picture, hole))
     return filled
-
-
-@contextmanager
-def _widened_dtype(network: Any, dtype: torch.dtype) -> Iterator[None]:
-    """A network in a type that holds what its own does and, if it is no wider than that, this one; and back."""
-    own = network.dtype
-    try:
-        nn.Module.to(network, torch.promote_types(own, dtype))
-        yield
-    finally:
-        nn.Module.to(network, own)
 
 
 def whole_cells(hole: Image.Image, scale: int) -> Image.Image:

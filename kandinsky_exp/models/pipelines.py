@@ -13,17 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp.models import image_to_image, inpainting, unpadded_prior, weight_files
+from kandinsky_exp.models import hints, image_to_image, inpainting, unpadded_prior, weight_files
 from kandinsky_exp.models.components import (
-    INPAINTING,
     MODELS,
     NETWORKS,
     PARTS,
+    PRIOR_FOLDER,
     RESULTS,
     PipelineHalf,
     is_combined,
-    result_parts,
+    side_parts,
 )
+from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, kind_of_network
 from kandinsky_exp.models.sampling import Embeds as Embeds
 from kandinsky_exp.models.sampling import SampleSettings as SampleSettings
 from kandinsky_exp.models.weight_files import PART_FILES
@@ -80,8 +81,7 @@ def zero_embed(image_encoder: Any) -> Tensor:
 def decoder_pipeline(weights: Weights, network: Any = None) -> Any:
     """The decoder pipeline around a trained network, or around the base one: of the kind that the network is."""
     unet = weights.load("unet") if network is None else network
-    fills = inpainting.is_for_inpainting(unet)
-    cls = diffusers.KandinskyV22InpaintPipeline if fills else diffusers.KandinskyV22Pipeline
+    cls = getattr(diffusers, kind_of_network(unet).drawing)
     pipeline = cls(unet=unet, scheduler=weights.load("decoder_scheduler"), movq=weights.load("movq"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -117,8 +117,11 @@ def decode(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Imag
 
 
 def _drawn(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Image.Image]:
-    if isinstance(pipeline, diffusers.KandinskyV22InpaintPipeline):
+    kind = kind_of_network(pipeline.unet)
+    if kind is INPAINTING:
         return inpainting.fill(pipeline, embeds, *inpainting.to_fill(len(embeds[0]), settings), settings)
+    if kind is HINT:
+        return hints.draw(pipeline, embeds, hints.none(pipeline, len(embeds[0]), settings), settings)
     images: list[Image.Image] = []
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
     for start in range(0, len(embeds[0]), settings.batch_size):
@@ -158,6 +161,9 @@ def ask(part: str, network: Any, batch: int, side: int, device: torch.device) ->
     if part == "movq":
         return network.decode(some(config.latent_channels, side, side), force_not_quantize=True)
     condition = {"image_embeds": some(config.encoder_hid_dim)}
+    if config.addition_embed_type == HINT.embedding:
+        condition["hint"] = some(3, hints.SCALE * side, hints.SCALE * side)
+        return network(some(config.in_channels // 2, side, side), 0, None, added_cond_kwargs=condition)
     return network(some(config.in_channels, side, side), 0, None, added_cond_kwargs=condition)
 
 
@@ -179,8 +185,7 @@ def _pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
 
 def result_class(half: PipelineHalf, network: Any) -> str:
     """Name of the pipeline that a network of this half belongs into."""
-    fills = half == "decoder" and inpainting.is_for_inpainting(network)
-    return INPAINTING if fills else RESULTS[half]
+    return kind_of_network(network).result if half == "decoder" else RESULTS[half]
 
 
 def save_result(
@@ -189,23 +194,44 @@ def save_result(
     """Write a complete pipeline: the trained network, and everything else linked from where it was loaded.
 
     A prior becomes a prior pipeline (`DiffusionPipeline.from_pretrained`), a decoder a combined one: from a local
-    folder, `AutoPipelineForText2Image.from_pretrained` needs both halves.
+    folder, `AutoPipelineForText2Image.from_pretrained` needs both halves. A decoder for hints has no combined pipeline:
+    the prior's lies in `prior/`.
 
     Args:
         half: that trained.
         pipeline: name of the result's class.
     """
-    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
     with replacing_folder(folder) as aside:
-        for part in result_parts(half, pipeline):
-            owner, name = PARTS[part]
-            name = f"prior_{name}" if is_combined(pipeline) and owner == "prior" else name
-            index[name] = _index_entry(weights, part)
-            if part == NETWORKS[half]:
-                save_network(aside / name)
-            else:
-                link_part(weights.folder(part), aside / name, weights.variant)
-        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        parts = {part: PARTS[part][1] for part in side_parts(half)}
+        if is_combined(pipeline):
+            parts |= {part: f"prior_{PARTS[part][1]}" for part in side_parts("prior")}
+        _write(weights, pipeline, aside, parts, {NETWORKS[half]: save_network})
+        if pipeline == HINT.result:
+            own = {part: PARTS[part][1] for part in side_parts("prior")}
+            _write(weights, RESULTS["prior"], aside / PRIOR_FOLDER, own, {})
+
+
+def _write(
+    weights: Weights,
+    pipeline: str,
+    folder: Path,
+    parts: dict[str, str],
+    trained: dict[str, Callable[[Path], None]],
+) -> None:
+    """A pipeline of this class.
+
+    Args:
+        parts: and the names that they have there.
+        trained: parts that are no file's.
+    """
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    for part, name in parts.items():
+        index[name] = _index_entry(weights, part)
+        if part in trained:
+            trained[part](folder / name)
+        else:
+            link_part(weights.folder(part), folder / name, weights.variant)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _index_entry(weights: Weights, part: str) -> list[str]:

@@ -1,12 +1,13 @@
 """How images are drawn, whatever draws them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 Embeds = tuple[Tensor, Tensor]  # image embeddings (N, E), and those to guide away from (N, E)
 
@@ -55,3 +56,14 @@ class SampleSettings:
 
     def generator(self, index: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.first + index) % (1 << 63))
+
+
+@contextmanager
+def widened_dtype(network: Any, dtype: torch.dtype) -> Iterator[None]:
+    """A network in a type that holds what its own does and, if it is no wider than that, this one; and back."""
+    own = network.dtype
+    try:
+        nn.Module.to(network, torch.promote_types(own, dtype))
+        yield
+    finally:
+        nn.Module.to(network, own)

@@ -83,8 +83,9 @@ def _misfits(
         theirs: Shapes = {name: shape for header in headers for name, shape in header.items()}
         yield from _difference(f"weights.{side}: its network is another", ours, theirs)
         return
-    if bool(files.apart) != (adapter_files.whole_file(folder) is not None):
-        yield "model: one of the two is inpaint, which trains a layer as a whole beside the adapter, the other is not"
+    if set(files.apart) != adapter_files.whole_files(folder).keys():
+        shown = (", ".join(layers) or "none" for layers in (adapter_files.whole_files(folder), files.apart))
+        yield "model: another one; layers that train as a whole beside the adapter are {} there, {} here".format(*shown)
         return
     theirs = weight_files.header(folder / adapter_files.WEIGHTS_NAME)
     times = 2 if adapter["init"] in adapters.TAKEN_FROM_WEIGHTS else 1  # what it began with is in the file too

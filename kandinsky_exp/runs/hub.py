@@ -9,7 +9,8 @@ from typing import Any
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, RunFailure, first_line
 from kandinsky_exp.models import adapter_files
-from kandinsky_exp.models.components import INPAINTING, PARTS, is_combined, read_object, side_parts
+from kandinsky_exp.models.components import PARTS, PRIOR_FOLDER, is_combined, read_object, side_parts
+from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, PLAIN, by_result
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.runs import lookup
 from kandinsky_exp.runs.model_card import Result, model_card
@@ -141,10 +142,11 @@ def read_result(run_folder: Path) -> Result:
     if record.status != "FINISHED" or not (is_adapter or (run_folder / "pipeline").is_dir()):
         raise ConfigError(f"run: {lookup.no_result(run_folder, None, '')}")
     index = {} if is_adapter else read_object(run_folder / "pipeline" / "model_index.json")
-    fills = index.get("_class_name") == INPAINTING or (
-        is_adapter and adapter_files.whole_file(run_folder / "adapter") is not None
-    )
-    return Result(saved_config.flatten_saved(run_folder), record, is_adapter, fills)
+    kind = by_result(index.get("_class_name"))
+    if is_adapter:
+        whole = adapter_files.whole_files(run_folder / "adapter")
+        kind = HINT if adapter_files.HINT_BLOCK in whole else INPAINTING if whole else None
+    return Result(saved_config.flatten_saved(run_folder), record, is_adapter, kind or PLAIN)
 
 
 def _files(run_folder: Path, result: Result) -> dict[str, Path | bytes]:
@@ -156,7 +158,8 @@ def _files(run_folder: Path, result: Result) -> dict[str, Path | bytes]:
     }
     index = {} if result.is_adapter else read_object(root / "model_index.json")
     if result.linked_prior is None or not is_combined(index.get("_class_name")):
-        return files
+        linked = result.linked_prior is not None
+        return {path: file for path, file in files.items() if not (linked and path.startswith(f"{PRIOR_FOLDER}/"))}
     decoder = [PARTS[part][1] for part in side_parts("decoder")]
     own = {key: value for key, value in index.items() if key in ("_diffusers_version", *decoder)}
     files = {path: file for path, file in files.items() if path.partition("/")[0] in decoder}

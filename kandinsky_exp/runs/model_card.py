@@ -12,13 +12,15 @@ from huggingface_hub import ModelCardData
 
 from kandinsky_exp.config import targets
 from kandinsky_exp.errors import cut
-from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
+from kandinsky_exp.models.components import NETWORKS, PRIOR_FOLDER, PipelineHalf, is_hub_id
+from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, PLAIN, DecoderKind
 from kandinsky_exp.runs.run_folder import Record
 from kandinsky_exp.system import redaction
 
 HUB = "https://huggingface.co"
 LICENCE = "apache-2.0"  # of Kandinsky 2.2
 PROMPT = "a red fox in the snow"
+TAGS = {INPAINTING: ["inpainting"], HINT: ["controlnet"]}
 SHOWN = {  # settings, by group
     "optimizer": ("_target_", "lr", "weight_decay"),
     "scheduler": ("_target_", "warmup_steps"),
@@ -39,13 +41,13 @@ class Result:
         params: the flattened config of the run.
         record: how far the run came.
         is_adapter: the result is an adapter's weights, not a pipeline.
-        fills: it fills holes in pictures; an adapter's is then beside a layer that trained as a whole.
+        kind: of the decoder, where one trained.
     """
 
     params: Values
     record: Record
     is_adapter: bool
-    fills: bool = False
+    kind: DecoderKind = PLAIN
 
     @property
     def half(self) -> PipelineHalf:
@@ -98,9 +100,8 @@ def _metadata(result: Result, images: Sequence[tuple[str, str]]) -> ModelCardDat
         datasets=[data] if data else None,
         license=LICENCE,
         library_name="diffusers",
-        pipeline_tag=(task := "image-to-image" if result.fills else "text-to-image"),
-        tags=["kandinsky", task, *(["inpainting"] if result.fills else []), "diffusers"]
-        + (["lora"] if result.is_adapter else []),
+        pipeline_tag=(task := "text-to-image" if result.kind is PLAIN else "image-to-image"),
+        tags=["kandinsky", task, *TAGS.get(result.kind, []), "diffusers"] + (["lora"] if result.is_adapter else []),
         widget=[{"text": prompt, "output": {"url": path}} for path, prompt in images if prompt] or None,
     )
 
@@ -161,8 +162,11 @@ def _code(repo: str, result: Result) -> Iterator[str]:
     params = result.params
     side, steps = params.get("data.resolution", 512), params.get("validation.inference_steps", 25)
     drawing = f"height={side!r}, width={side!r}, num_inference_steps={steps!r}"
-    if result.fills:
+    if result.kind is INPAINTING:
         yield from _code_that_fills(repo, result, f"{drawing}, prior_num_inference_steps={steps!r}")
+        return
+    if result.kind is HINT:
+        yield from _code_with_hint(repo, result, drawing, side, steps)
         return
     if result.half == "decoder" and not result.is_adapter:
         yield from ("from diffusers import AutoPipelineForText2Image", "")
@@ -185,14 +189,41 @@ def _code(repo: str, result: Result) -> Iterator[str]:
 
 def _code_that_fills(repo: str, result: Result, drawing: str) -> Iterator[str]:
     yield from ("from diffusers import AutoPipelineForInpainting", "from diffusers.utils import load_image", "")
-    source = repr(repo)
-    if result.is_adapter:  # diffusers reads no layer that trained as a whole
-        revision = result.params.get("weights.decoder_revision")
-        base = result.base("decoder") or "path/to/the/decoder"  # what it was trained with
-        at = f" weights.decoder_revision={revision}" if revision else ""
-        merge = f"kandinsky-exp export adapter={repo} base={base}{at} name=merged"
-        yield f"# Merge the adapter and conv_in.safetensors first: {merge}"
-        source = "'outputs/export/merged/pipeline'"
-    yield f"pipeline = AutoPipelineForInpainting.from_pretrained({source})"
+    source, merging = _whole(repo, result)
+    yield from merging
+    yield f"pipeline = AutoPipelineForInpainting.from_pretrained({source!r})"
     yield 'picture, hole = load_image("picture.png"), load_image("hole.png")  # what is white in the hole is filled'
     yield f'image = pipeline("{PROMPT}", picture, hole, {drawing}).images[0]'
+
+
+def _code_with_hint(repo: str, result: Result, drawing: str, side: Any, steps: Any) -> Iterator[str]:
+    """A prior pipeline and a decoder pipeline: no pipeline of diffusers joins these two."""
+    yield from ("import numpy", "import torch")
+    yield "from diffusers import KandinskyV22ControlnetPipeline, KandinskyV22PriorPipeline"
+    yield "from diffusers.utils import load_image"
+    source, merging = _whole(repo, result)
+    if inside := result.linked_prior is None and not merging:
+        yield "from huggingface_hub import snapshot_download"
+    yield from ("", *merging)
+    prior = f'snapshot_download("{repo}") + "/{PRIOR_FOLDER}"' if inside else repr(result.linked_prior)
+    prior = f'"{source}/{PRIOR_FOLDER}"' if merging else prior
+    yield f"prior = KandinskyV22PriorPipeline.from_pretrained({prior})"
+    yield f"decoder = KandinskyV22ControlnetPipeline.from_pretrained({source!r})"
+    yield f"side = 8 * {side!r} // decoder.movq_scale_factor"
+    yield 'hint = load_image("hint.png").resize((side, side))'
+    yield "hint = torch.from_numpy(numpy.array(hint)).permute(2, 0, 1)[None] / 255"
+    yield f'embeds = prior("{PROMPT}", num_inference_steps={steps!r})'
+    yield f"image = decoder(**embeds, hint=hint, {drawing}).images[0]"
+
+
+def _whole(repo: str, result: Result) -> tuple[str, list[str]]:
+    """Where a whole pipeline is, and the comment that says how to make one of an adapter."""
+    if not result.is_adapter:
+        return repo, []
+    revision = result.params.get("weights.decoder_revision")
+    base = result.base("decoder") or "path/to/the/decoder"  # what it was trained with
+    at = f" weights.decoder_revision={revision}" if revision else ""
+    merge = f"kandinsky-exp export adapter={repo} base={base}{at} name=merged"
+    beside = "conv_in.safetensors" if result.kind is INPAINTING else "the files beside it"
+    # diffusers reads no layer that trained as a whole
+    return "outputs/export/merged/pipeline", [f"# Merge the adapter and {beside} first: {merge}"]

@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
-from kandinsky_exp.models import adapter_files, adapters, compatibility, weight_files
+from kandinsky_exp.models import adapter_files, adapter_tensors, compatibility, weight_files
+from kandinsky_exp.models.adapter_files import CONV_IN, HINT_BLOCK
 from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id, read_object
+from kandinsky_exp.models.decoder_kinds import INPAINTING, KINDS, kind_of
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
 from kandinsky_exp.runs.lookup import located, names_of, no_adapter, recorded_id, run_of, source_of, trained_network
@@ -239,19 +241,31 @@ def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str
 
 
 def _whole_problem(folder: Path, base: adapter_files.Shapes) -> str | None:
-    """What is wrong with the layer that trained as a whole beside an adapter, where there is one."""
-    if (file := adapter_files.whole_file(folder)) is None:
-        return None
-    try:
-        shapes = weight_files.header(file)
-    except (OSError, ValueError):
-        return f"it belongs together with {file.name}, which is not beside it, or damaged"
-    name, bias = f"{adapter_files.CONV_IN}.weight", f"{adapter_files.CONV_IN}.bias"
-    theirs, ours = shapes.get(name, ()), base.get(name, ())
-    fits = len(theirs) == len(ours) == 4 and theirs[1] in (ours[1], compatibility.inpainting_channels(ours[1]))
-    if fits and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:]) and shapes.keys() == {name, bias}:
-        return None
-    return f"its {name} is {list(theirs)}, the base's {list(ours)}: it was trained on another base"
+    """What is wrong with the layers that trained as a whole beside an adapter, or with their absence."""
+    files = adapter_files.whole_files(folder)
+    reads_hints = bool(_of_layer(base, HINT_BLOCK))
+    if reads_hints and HINT_BLOCK not in files:
+        return "it was trained on a decoder without hints; train one with model=control, or give a plain decoder"
+    for layer, file in files.items():
+        try:
+            theirs = weight_files.header(file)
+        except (OSError, ValueError):
+            return f"it belongs together with {file.name}, which is not beside it, or damaged"
+        if layer == HINT_BLOCK and not reads_hints:
+            continue  # the base gets this one
+        ours, weight = _of_layer(base, layer), f"{layer}.weight"
+        inputs = theirs.get(weight, (0, 0))[1:2]
+        if layer == CONV_IN and not reads_hints and any(inputs == (kind.inputs(ours[weight][1]),) for kind in KINDS):
+            ours[weight] = (ours[weight][0], *inputs, *ours[weight][2:])  # a plain decoder is widened
+        for name in sorted({*theirs, *ours}, reverse=True):  # weights before biases
+            if theirs.get(name) != ours.get(name):
+                shown = f"{list(theirs.get(name, ()))}, the base's {list(base.get(name, ()))}"
+                return f"its {name} is {shown}: it was trained on another base"
+    return None
+
+
+def _of_layer(shapes: adapter_files.Shapes, layer: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if name.startswith(f"{layer}.")}
 
 
 def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> Any:
@@ -265,7 +279,7 @@ def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> A
         network = weights.load(part) if source is None else weights.read_model(part, source)
         if origin.adapters:
             source = origin.adapters[0].folder
-            adapters.apply(network, [(one.folder, one.scale) for one in origin.adapters])
+            adapter_tensors.apply(network, [(one.folder, one.scale) for one in origin.adapters])
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{side}: {source} cannot be loaded: {first_line(error)}") from error
     return network
@@ -278,9 +292,8 @@ def decoder_folder(weights: Weights, origin: ModelSource) -> Path:
 
 def fills_holes(weights: Weights, origin: ModelSource) -> bool:
     """Whether a decoder is one for inpainting: by itself, or by the first layer that an adapter brings along."""
-    channels = {read_object(decoder_folder(weights, origin) / "config.json")["in_channels"]}
-    for one in origin.adapters:
-        if (file := adapter_files.whole_file(one.folder)) is not None:
-            channels.add(weight_files.header(file)[f"{adapter_files.CONV_IN}.weight"][1])
     latents = read_object(weights.folder("movq") / "config.json")["latent_channels"]
-    return compatibility.inpainting_channels(latents) in channels
+    files = [adapter_files.whole_files(one.folder).get(CONV_IN) for one in origin.adapters]
+    inputs = [weight_files.header(file)[f"{CONV_IN}.weight"][1] for file in files if file is not None]
+    itself = kind_of(read_object(decoder_folder(weights, origin) / "config.json"), latents)
+    return itself is INPAINTING or INPAINTING.inputs(latents) in inputs

@@ -8,10 +8,10 @@ declares, so that a further one is one subclass and one yaml.
 import contextlib
 import hashlib
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,23 +20,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.models import adapters, compatibility, components
+from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.models.adapters import NetworkFiles
-from kandinsky_exp.models.compatibility import REQUIRED, Requirement
-from kandinsky_exp.models.pipelines import WHOLE, SampleSettings
+from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import compiling, diffusion
 from kandinsky_exp.stages.attention import enable_attention
+from kandinsky_exp.stages.declarations import Declarations
 from kandinsky_exp.stages.diffusion import Generators
 from kandinsky_exp.stages.stage_loss import StageLoss as StageLoss
 
 Features = dict[str, Tensor]
 
 
-class DiffusionStage(ABC):
+class DiffusionStage(Declarations):
     """The shared objective: noise the clean features, ask the network, weigh the squared error.
 
-    A class declares `name`, `part`, `encoders`, and what of the rest is not as here.
+    A class declares `name`, `part`, `encoders`, and what of the rest is not as in `Declarations`.
 
     Args:
         weights: where the parts come from.
@@ -44,25 +44,6 @@ class DiffusionStage(ABC):
         condition_dropout: probability of the null condition per sample, for classifier-free guidance.
     """
 
-    name: ClassVar[str]
-    part: ClassVar[str]  # that trains: its name in `components.PARTS`, and its folder's in a checkpoint
-    half: ClassVar[components.PipelineHalf]  # of Kandinsky; this and the next two follow from `part`
-    requires: ClassVar[tuple[Requirement, ...]]  # what of the network's config has to agree with what
-    result_pipeline: ClassVar[str]  # class of the pipeline that a full run leaves
-    encoders: ClassVar[tuple[str, ...]]  # frozen parts that `encode` needs
-    draws_with: ClassVar[tuple[tuple[str, ...], ...]] = (
-        WHOLE  # parts that `sample` holds at a time, one after the other
-    )
-    stays_loaded: ClassVar[tuple[str, ...]] = ()  # of these, what is not forgotten when all is drawn
-    redraws: ClassVar[bool] = False  # whether `reconstruct` gives anything
-    ragged_features: ClassVar[tuple[str, ...]] = ()  # follow the caption's length, or with buckets the picture's shape
-    extra_inputs: ClassVar[Mapping[str, tuple[int, ...]]] = {}  # columns beside picture and caption: shapes of numbers
-    unfit_attention: ClassVar[Mapping[str, str]] = {}  # values of `trainer.attention`, and why they cannot be
-    regions: ClassVar[tuple[type[nn.Module], ...]] = ()  # blocks that `trainer.compile=regional` compiles one by one
-    memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
-    encodes_as: ClassVar[str]  # the stage whose encoded features serve it too; its own name, unless it is given
-    trains_whole: ClassVar[tuple[str, ...]] = ()  # layers that train as they are beside an adapter
-    measures: ClassVar[tuple[str, ...]] = ()  # parts of the loss that are metrics: `train/loss_hole`, if `hole` is one
     preprocess: Preprocess
     alphas_cumprod: Tensor
     prediction_type: diffusion.PredictionType
@@ -74,35 +55,17 @@ class DiffusionStage(ABC):
         self.device = torch.device("cpu")  # of the constants, and of features
         self._null: Features | None = None
 
-    def __init_subclass__(cls) -> None:
-        if "name" in vars(cls) and "encodes_as" not in vars(cls):
-            cls.encodes_as = cls.name
-        if "part" in vars(cls):
-            half = components.PARTS[cls.part][0]
-            declared = {"half": half, "requires": REQUIRED[half], "result_pipeline": components.RESULTS[half]}
-            for name in declared.keys() - vars(cls).keys():
-                setattr(cls, name, declared[name])
-
-    @classmethod
-    def reads_captions(cls) -> bool:
-        return "text_encoder" in cls.encoders
-
-    @classmethod
-    def reads_pixels(cls) -> bool:
-        """Whether `data.resolution` changes what trains."""
-        return "movq" in cls.encoders
-
-    @classmethod
-    def setting_problems(cls, settings: Mapping[str, Any]) -> Mapping[str, str]:
-        """What is wrong with settings of the stage's own whose types are right, by name."""
-        return {}
+    @property
+    def encoded(self) -> str:
+        """What a list of tables calls its features."""
+        return " with ".join([self.encodes_as, *self.preprocess.companions])
 
     @cached_property
     def network(self) -> nn.Module:
         """What trains; loaded when first asked for, which to encode is not."""
         return self.load_network()
 
-    @classmethod  # noqa: B027 - most stages have nothing to refuse
+    @classmethod
     def check_weights(cls, weights: Weights) -> None:
         """Refuse weights that cannot train, before anything loads.
 
@@ -160,11 +123,18 @@ class DiffusionStage(ABC):
     def dummy_inputs(self, batch: int) -> list[Features]:
         """What `encode` gets of `batch` examples, pictures and captions apart: tensors whose shapes alone count."""
         side, extra = self.preprocess.resolution or 64, {key: np.zeros(size) for key, size in self.extra_inputs.items()}
-        rows = [self.preprocess(Image.new("RGB", (side, side)), None, extra), self.preprocess(None, "")]
+        bare = replace(self.preprocess, companions={})
+        rows = [bare(Image.new("RGB", (side, side)), None, extra), bare(None, "")]
+        for name, companion in self.preprocess.companions.items():
+            rows[0][name] = torch.empty(companion.shape((side, side)), dtype=torch.uint8)
         return [{key: torch.empty((batch, *x.shape), dtype=x.dtype) for key, x in row.items()} for row in rows if row]
 
-    def shown_inputs(self, picture: Image.Image, index: int, settings: SampleSettings) -> dict[str, Image.Image]:
-        """What else `reconstruct` draws the held-out picture of that number from, by what the grid calls it."""
+    def shown_inputs(self, features: Features, settings: SampleSettings) -> dict[str, list[Image.Image]]:
+        """What else `reconstruct` draws these held-out pictures from, by what the grid calls it."""
+        return {}
+
+    def judge(self, network: nn.Module, features: Features, settings: SampleSettings) -> dict[str, float]:
+        """Metrics of what is drawn from the features of held-out pictures, by name; as `reconstruct` gets them."""
         return {}
 
     @abstractmethod
@@ -175,7 +145,7 @@ class DiffusionStage(ABC):
         """Images from the features of real ones; none where the network has no say in what those look like.
 
         Args:
-            features: among them `pixels` (B, 3, H, W), the pictures themselves, in [-1, 1].
+            features: among them `pixels` (B, 3, H, W), the pictures themselves, in [-1, 1], and what belongs to them.
         """
         return []
 
@@ -190,6 +160,10 @@ class DiffusionStage(ABC):
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
+
+    def faster(self) -> tuple[float, dict[str, int]]:
+        """What learns faster than the rest, and by which factor: names of parameters, and their first new input."""
+        return 1.0, {}
 
     def null_condition(self) -> Features:
         """The features that stand for «no condition», as single rows."""

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.models import compatibility, pipelines
+from kandinsky_exp.models.decoder_kinds import PLAIN
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.stages import diffusion
 from kandinsky_exp.stages.base import DiffusionStage, Features
@@ -30,12 +32,12 @@ class DecoderStage(DiffusionStage):
 
     name = "decoder"
     part = "unet"
-    requires = compatibility.PLAIN["decoder"]
+    requires = compatibility.starting_from(PLAIN)
     encoders = ("image_encoder", "movq")
     draws_with = (("text_encoder", "prior"), ("unet", "movq"))
     stays_loaded = ("movq",)
     redraws = True
-    ragged_features = ("latents",)
+    ragged_features: ClassVar[tuple[str, ...]] = ("latents",)
     regions = (ResnetBlock2D, Attention)
     memory_format = torch.channels_last  # convolutions: 5 to 8 % of a step on the CPU
 
@@ -62,7 +64,7 @@ class DecoderStage(DiffusionStage):
 
     @torch.no_grad()
     def encode(self, examples: dict[str, Tensor]) -> Features:
-        """`clip_pixels` (B, 3, S, S) → `image_embeds`; `pixels` (B, 3, R, R) → `latents`."""
+        """`clip_pixels` (B, 3, S, S) → `image_embeds`; `pixels` (B, 3, R, R) → `latents`; companions as they are."""
         features = {}
         if "clip_pixels" in examples:
             encoder = self.weights.load("image_encoder")
@@ -70,7 +72,7 @@ class DecoderStage(DiffusionStage):
         if "pixels" in examples:
             movq = self.weights.load("movq")
             features["latents"] = movq.encode(examples["pixels"].to(movq.device, movq.dtype)).latents
-        return features
+        return features | {name: examples[name] for name in self.preprocess.companions if name in examples}
 
     def encode_null(self) -> Features:
         """The embedding of the zero image, which is what the pipelines guide away from; not a zero vector."""

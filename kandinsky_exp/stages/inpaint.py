@@ -1,17 +1,20 @@
 """The inpainting decoder: from a CLIP image embedding and what is kept of a picture to the whole of it."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from kandinsky_exp.data.buckets import Size
+from kandinsky_exp.data.companions import Hole
 from kandinsky_exp.data.preprocess import to_picture
 from kandinsky_exp.models import adapter_files, compatibility, inpainting, pipelines
-from kandinsky_exp.models.components import INPAINTING
+from kandinsky_exp.models.decoder_kinds import INPAINTING, PLAIN
 from kandinsky_exp.models.sampling import SampleSettings
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.models.widening import widened
 from kandinsky_exp.stages import holes
 from kandinsky_exp.stages.base import Features
 from kandinsky_exp.stages.decoder import DecoderStage
@@ -24,7 +27,7 @@ class InpaintStage(DecoderStage):
     """Trains a decoder that also sees the latents outside of a hole, and where that is: 1 where they are kept.
 
     A plain decoder gets new input channels, whose weights are zero: its first answers are those that it gave before.
-    Features: the decoder's. Holes are drawn for each batch.
+    Features: the decoder's, and `hole` (B, 1, h, w) where the user gives holes; others are drawn for each batch.
 
     Args:
         hole_shapes: how often each shape of `holes.SHAPES` comes, in relation to the others.
@@ -33,8 +36,8 @@ class InpaintStage(DecoderStage):
 
     name = "inpaint"
     part = "unet"
-    requires = compatibility.REQUIRED["decoder"]
-    result_pipeline = INPAINTING
+    requires = compatibility.starting_from(PLAIN, INPAINTING)
+    result_pipeline = INPAINTING.result
     encodes_as = "decoder"
     measures = ("hole", "kept")
     trains_whole = (adapter_files.CONV_IN,)  # what it sees more than a plain one comes in there
@@ -49,13 +52,19 @@ class InpaintStage(DecoderStage):
         return {} if problem is None else {"hole_shapes": problem}
 
     @classmethod
+    def companions(cls, data: Mapping[str, Any]) -> Mapping[str, type[Hole]]:
+        return {"hole": Hole} if data.get("holes") or data.get("hole_column") else {}
+
+    @classmethod
     def network_without_data(cls, weights: Weights) -> nn.Module:
-        return _widened(super().network_without_data(weights))
+        return widened(super().network_without_data(weights), INPAINTING)
 
     def load_network(self) -> nn.Module:
-        return _widened(super().load_network())
+        return widened(super().load_network(), INPAINTING)
 
     def with_drawn(self, features: Features, generator: Generators) -> Features:
+        if "hole" in features:  # the user's
+            return features | {"hole": features["hole"].float()}
         count, _, height, width = features["latents"].shape
         hole = holes.draw(self.hole_shapes, (count, height, width), generator, features["latents"].device)
         return features | {"hole": hole}
@@ -69,21 +78,27 @@ class InpaintStage(DecoderStage):
         parts = {"hole": hole, "kept": 1 - hole}
         return {name: torch.stack([(per_place * part).sum(), part.sum()]) for name, part in parts.items()}
 
-    def shown_inputs(self, picture: Image.Image, index: int, settings: SampleSettings) -> dict[str, Image.Image]:
-        return {"hole": inpainting.hole_shown(picture, self._hole(picture.size, index, settings))}
+    def shown_inputs(self, features: Features, settings: SampleSettings) -> dict[str, list[Image.Image]]:
+        pictures, drawn = self._with_holes(features, settings)
+        return {"hole": list(map(inpainting.hole_shown, pictures, drawn))}
 
     def reconstruct(self, network: nn.Module, features: Features, settings: SampleSettings) -> list[Image.Image]:
-        """Each picture with a hole of its own, always the same, filled by the help of its own embedding."""
+        """Each picture with a hole, always the same, filled by the help of its own embedding."""
         embeds = features["image_embeds"]
         null = self.null_condition()["image_embeds"].to(embeds).expand_as(embeds)
-        pictures = [to_picture(pixels) for pixels in features["pixels"]]
-        drawn = [self._hole(picture.size, index, settings) for index, picture in enumerate(pictures)]
+        pictures, drawn = self._with_holes(features, settings)
         with self.weights.on_device(("movq",), next(network.parameters()).device):
             pipeline = pipelines.decoder_pipeline(self.weights, network)
             return inpainting.fill(pipeline, (embeds.float(), null.float()), pictures, drawn, settings)
 
-    def _hole(self, size: tuple[int, int], index: int, settings: SampleSettings) -> Image.Image:
-        """Of a held-out picture: the shapes that are not all of it."""
+    def _with_holes(self, features: Features, settings: SampleSettings) -> tuple[list[Image.Image], list[Image.Image]]:
+        """Held-out pictures, and for each the user's hole or one of those shapes that are not all of a picture."""
+        pictures = [to_picture(pixels) for pixels in features["pixels"]]
+        if "hole" in features:
+            return pictures, [_enlarged(hole, pictures[0].size) for hole in features["hole"]]
+        return pictures, [self._hole(picture.size, index, settings) for index, picture in enumerate(pictures)]
+
+    def _hole(self, size: Size, index: int, settings: SampleSettings) -> Image.Image:
         scale = self.weights.latent_scale()
         some = {name: share for name, share in self.hole_shapes.items() if name != "full" and share > 0}
         hole = holes.draw(
@@ -92,10 +107,9 @@ class InpaintStage(DecoderStage):
             settings.generator(index),
             torch.device("cpu"),
         )
-        return Image.fromarray(hole[0, 0].byte().numpy() * 255).resize(size, Image.Resampling.NEAREST)
+        return _enlarged(hole[0], size)
 
 
-def _widened(network: Any) -> nn.Module:
-    if not inpainting.is_for_inpainting(network):
-        inpainting.widen(network, network.config.in_channels)
-    return cast(nn.Module, network)
+def _enlarged(hole: Tensor, size: Size) -> Image.Image:
+    """A hole (1, h, w) as a picture of this size."""
+    return Image.fromarray(hole[0].byte().cpu().numpy() * 255).resize(size, Image.Resampling.NEAREST)

@@ -151,7 +151,7 @@ class _Opener:
         """Make the parts of its table that are not there, or one; processes meet in files alone."""
         stage, how = self.stage, self.settings.how
         encoders = stage.weights.on_device(stage.encoders, self.accelerator.device)
-        about = {"stage": stage.encodes_as, "source": source.name}
+        about = {"stage": stage.encoded, "source": source.name}
         folder = self._folder(source, fingerprint)
         encode_table(source, stage, folder, how, self.log, only=only, encoders=encoders, about=about)
 
@@ -177,9 +177,8 @@ class _Opener:
                 "data.cache=true"
             )
         distributed.on_all_processes(self._place_encoders)
-        reads_captions = self.stage.preprocess.tokenizer is not None
         noted: Tally = {}
-        bad, noted = distributed.on_main_process(lambda: (dict(find_bad(source, reads_captions, noted)), noted))
+        bad, noted = distributed.on_main_process(lambda: (dict(find_bad(source, self.stage.preprocess, noted)), noted))
         if bad and not self.settings.how.skip_bad:
             raise DataError(first_few(list(bad.values())))
         rows = np.setdiff1d(np.arange(len(source)), list(bad))

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.encoded.layout import MASK
 from kandinsky_exp.data.encoded.workers import collate, from_workers
-from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.examples import Example, Source
 from kandinsky_exp.data.features import CachedFeatures, Paired, VisitedRows, without_padding
 from kandinsky_exp.data.prefetch import changed, prefetch
 from kandinsky_exp.data.sampler import Order, PairedBatchSampler, StreamBatchSampler, Visit, order_of
@@ -101,9 +100,9 @@ class FeatureReader:
             for start in range(0, len(members), size):
                 yield members[start : start + size]
 
-    def picture(self, index: int) -> Image.Image:
-        """A row's image, as its file has it."""
-        return self.source[self.dataset.source_row(index)].image()
+    def example(self, index: int) -> Example:
+        """A row as its source has it."""
+        return self.source[self.dataset.source_row(index)]
 
     def stream(self, start_step: int, steps: int, accelerator: Accelerator) -> Generator[Features]:
         """Micro-batches from the first one after `start_step` on, read ahead of the step that needs them."""

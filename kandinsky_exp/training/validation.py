@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from kandinsky_exp.data.preprocess import center_crop_resize, to_picture
+from kandinsky_exp.data.encoded.workers import collate
+from kandinsky_exp.data.examples import Example
+from kandinsky_exp.data.preprocess import Preprocess, crop_resize, to_picture
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.stages.base import DiffusionStage, Features
 from kandinsky_exp.stages.compiling import is_compiled
@@ -47,7 +49,7 @@ class Validator:
     reconstructions: int
     loss: float | None = None
     _parts: dict[str, float] = field(default_factory=dict)
-    _originals: list[Image.Image] = field(default_factory=list)
+    _originals: Features = field(default_factory=dict)
     _measured: Halving = field(init=False)
     _drawn: Halving = field(init=False)
 
@@ -87,7 +89,10 @@ class Validator:
                     network, list(self.prompts), replace(self.settings, batch_size=size)
                 )
             )
-        redrawn = self._reconstruct()
+        held_out = self._shown()
+        redrawn = self._reconstruct(held_out)
+        if judged := self._judge(held_out):
+            self.tracker.log_metrics(judged, step)
         network.train()
         if not drawn and not redrawn:
             return
@@ -101,41 +106,57 @@ class Validator:
             self.tracker.log_image(f"reconstruction/{index:02d}", image, step, f"held-out image {index}")
         lines = [" ".join(prompt.split()) for prompt in self.prompts[: len(drawn)]]
         (folder / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8", "replace")
-        grid = self._grid(drawn, redrawn)
+        grid = self._grid(drawn, held_out if redrawn else {}, redrawn)
         grid.save(folder / "grid.png")
         self.tracker.log_image("validation/grid", grid, step)
 
-    def _reconstruct(self) -> list[Image.Image]:
-        """The first held-out pictures, where the stage redraws at all."""
-        if self.held_out is None or self.reconstructions == 0 or not self.training.stage.redraws:
-            return []
+    def _shown(self) -> Features:
+        """Features of the first held-out pictures, with their pixels and what belongs to them as they are drawn."""
+        stage = self.training.stage
+        if self.held_out is None or self.reconstructions == 0 or not stage.redraws:
+            return {}
         rows = list(range(min(self.reconstructions, len(self.held_out))))
         if not self._originals:  # once: a streamed source has to be walked for them
-            self._originals = [to_image(self.held_out.picture(row), self.settings.width) for row in rows]
-        network, features = self._network, alike_features(self.held_out, rows)
-        features["pixels"] = torch.stack([center_crop_resize(image, image.width) for image in self._originals])
-        return self._drawn.run(
-            lambda size: self.training.stage.reconstruct(network, features, replace(self._other_noise, batch_size=size))
-        )
+            how = replace(stage.preprocess, buckets=(), resolution=self.settings.width)
+            self._originals = collate([_as_drawn(self.held_out.example(row), how) for row in rows])
+        return alike_features(self.held_out, rows) | self._originals
+
+    def _reconstruct(self, held_out: Features) -> list[Image.Image]:
+        """Those pictures, drawn from their features."""
+        if not held_out:
+            return []
+        stage, how = self.training.stage, self._other_noise
+        return self._drawn.run(lambda size: stage.reconstruct(self._network, held_out, replace(how, batch_size=size)))
+
+    def _judge(self, held_out: Features) -> dict[str, float]:
+        found = self.training.stage.judge(self._network, held_out, self._other_noise) if held_out else {}
+        return {f"validation/{name}": value for name, value in found.items()}
 
     @property
     def _other_noise(self) -> SampleSettings:
         """Than the prompts have, so that a shared flaw of the noise cannot pass for a success."""
         return replace(self.settings, seed=self.settings.seed + 1)
 
-    def _grid(self, drawn: list[Image.Image], redrawn: list[Image.Image]) -> Image.Image:
+    def _grid(self, drawn: list[Image.Image], held_out: Features, redrawn: list[Image.Image]) -> Image.Image:
         """Pictures of the prompts, and below them the held-out ones, what belongs to one of them in one row."""
         images, labels, columns = list(drawn), list(self.prompts[: len(drawn)]), None
-        for index, (original, image) in enumerate(zip(self._originals if redrawn else [], redrawn, strict=True)):
-            inputs = self.training.stage.shown_inputs(original, index, self._other_noise)
+        if redrawn:
+            inputs = self.training.stage.shown_inputs(held_out, self._other_noise)
             together = 2 + len(inputs)
-            if columns is None:
-                columns = together * max(1, round(math.sqrt(len(drawn) + together * len(redrawn)) / together))
-                empty = -len(drawn) % columns
-                images, labels = [*images, *[Image.new("RGB", image.size, "white")] * empty], labels + [""] * empty
-            images += [original, *inputs.values(), image]
-            labels += [f"held out {index}{what}" for what in ("", *(f", {name}" for name in inputs), ", redrawn")]
+            columns = together * max(1, round(math.sqrt(len(drawn) + together * len(redrawn)) / together))
+            empty = -len(drawn) % columns
+            images, labels = [*images, *[Image.new("RGB", redrawn[0].size, "white")] * empty], labels + [""] * empty
+            names = ["", *(f", {name}" for name in inputs), ", redrawn"]
+            for index, image in enumerate(redrawn):
+                images += [to_picture(held_out["pixels"][index]), *(shown[index] for shown in inputs.values()), image]
+                labels += [f"held out {index}{name}" for name in names]
         return labelled_grid(images, labels, columns)
+
+
+def _as_drawn(example: Example, how: Preprocess) -> Features:
+    """The pixels of an example, and what belongs to it, as the network is asked to draw it: its middle square."""
+    image = example.image()
+    return {"pixels": crop_resize(image, *how.size(image)), **how.beside(image, example.companions())}
 
 
 def alike_features(held_out: FeatureReader, rows: list[int]) -> Features:
@@ -143,11 +164,6 @@ def alike_features(held_out: FeatureReader, rows: list[int]) -> Features:
     single = [held_out.rows([row]) for row in rows]
     alike = [name for name in single[0] if len({features[name].shape for features in single}) == 1]
     return {name: torch.cat([features[name] for features in single]) for name in alike}
-
-
-def to_image(image: Image.Image, resolution: int) -> Image.Image:
-    """The picture as the decoder is trained to draw it: centre square, bicubic."""
-    return to_picture(center_crop_resize(image, resolution))
 
 
 def uncompiled(network: nn.Module) -> AbstractContextManager[object]:

@@ -19,13 +19,13 @@ from PIL import Image
 
 from kandinsky_exp import cli
 from kandinsky_exp.data import sources
+from kandinsky_exp.data.preprocess import cropped
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.system import files, logs
 from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking import mlflow_names, store
-from kandinsky_exp.training.validation import to_image
 
 EXPERIMENTS = ("demo_prior", "demo_decoder")
 RESOLUTION = 64  # pixels
@@ -69,7 +69,7 @@ def run_demo(output_root: Path, overrides: Sequence[str] = (), captions: int | N
     examples = list(splits.train.examples())[:captions]
     texts = [example.captions[0] for example in examples]
     pictures = [
-        to_image(example.image(), RESOLUTION)
+        cropped(example.image(), RESOLUTION, RESOLUTION)
         for source in (splits.train, splits.validation)
         for example in source.examples()
     ]

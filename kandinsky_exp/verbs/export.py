@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from kandinsky_exp import build
 from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
+from kandinsky_exp.models import adapter_files, adapter_tensors, compatibility, pipelines
 from kandinsky_exp.models.components import NETWORKS, PipelineHalf
 from kandinsky_exp.runs.lookup import names_of
 from kandinsky_exp.runs.model_sources import (
@@ -74,7 +74,7 @@ def alone(cfg: DictConfig, adapter: Adapter, root: Path, name: str) -> None:
         tensors, _ = adapter_tensors.read(adapter.folder, adapter_tensors.layers(network))
     folder = files.fresh_folder(root, name)
     (target := folder / "adapter" / adapter_files.WEIGHTS_NAME).parent.mkdir()
-    if (whole := adapter_files.whole_file(adapter.folder)) is not None:
+    for whole in adapter_files.whole_files(adapter.folder).values():
         shutil.copyfile(whole, target.with_name(whole.name))
     if tensors is None:
         shutil.copyfile(source, target)
@@ -92,7 +92,7 @@ def merged(cfg: DictConfig, found: list[Adapter], root: Path, name: str) -> None
     use(weights, origins, keys="adapter")
     dtype, weights.frozen_dtype = getattr(torch, weights.frozen_dtype), "float32"
     network = load_network(weights, side, origins[side])
-    adapters.merge(network)
+    adapter_tensors.merge(network)
     folder = files.fresh_folder(root, name)
 
     def save(place: Path) -> None:

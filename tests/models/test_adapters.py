@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from kandinsky_exp.errors import ConfigError
-from kandinsky_exp.models import adapter_files, adapters, compatibility, pipelines
+from kandinsky_exp.models import adapter_files, adapter_tensors, adapters, compatibility, pipelines
 from kandinsky_exp.models.weights import Weights
 
 PARTS = ["prior", "unet"]
@@ -188,13 +188,13 @@ def test_a_merged_network_answers_as_the_base_with_its_adapter(part, use_dora, w
     adapters.snapshot(shake(attach(weights.load_trainable(part), use_dora=use_dora)), {}).write(tmp_path)
     network = weights.load_trainable(part).eval()
     names = network.state_dict().keys()
-    adapters.apply(network, [(tmp_path, 0.5)])
+    adapter_tensors.apply(network, [(tmp_path, 0.5)])
     expected, base = answer(part, network), answer(part, weights.load(part))
     assert not torch.allclose(expected, base, rtol=1e-2, atol=1e-3)
     without = weights.load_trainable(part)
-    adapters.apply(without, [(tmp_path, 0.0)])
+    adapter_tensors.apply(without, [(tmp_path, 0.0)])
     torch.testing.assert_close(answer(part, without), base, rtol=1e-3, atol=1e-4)
-    adapters.merge(network)
+    adapter_tensors.merge(network)
     assert network.state_dict().keys() == names
     torch.testing.assert_close(answer(part, network), expected, rtol=1e-3, atol=1e-4)
 
@@ -218,8 +218,8 @@ def plain(tiny_folder, tmp_path_factory):
 
 def merged(weights, part, place):
     network = weights.load_trainable(part)
-    adapters.apply(network, [(place, 1.0)])
-    adapters.merge(network)
+    adapter_tensors.apply(network, [(place, 1.0)])
+    adapter_tensors.merge(network)
     return network.state_dict()
 
 
@@ -294,8 +294,8 @@ def test_several_adapters_add_up(weights, tmp_path):
     for seed, folder in enumerate(folders):
         adapters.snapshot(shake(attach(weights.load_trainable("prior"), rank=2 + seed), seed), {}).write(folder)
     network, layer = weights.load_trainable("prior"), "transformer_blocks.0.attn1.to_q"
-    adapters.apply(network, [(folders[0], 0.5), (folders[1], -2.0)])
-    adapters.merge(network)
+    adapter_tensors.apply(network, [(folders[0], 0.5), (folders[1], -2.0)])
+    adapter_tensors.merge(network)
     factors = [load_file(folder / adapters.WEIGHTS_NAME) for folder in folders]
     change = [one[f"{layer}.lora_B.weight"] @ one[f"{layer}.lora_A.weight"] for one in factors]
     expected = weights.load("prior").get_submodule(layer).weight + 0.5 * change[0] - 2.0 * change[1]

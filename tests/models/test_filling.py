@@ -9,8 +9,10 @@ from PIL import Image, ImageDraw
 from running import prepare
 
 from kandinsky_exp.models import inpainting, pipelines
+from kandinsky_exp.models.decoder_kinds import INPAINTING
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.models.widening import widened
 
 SETTINGS = SampleSettings(inference_steps=2, height=64, width=64, seed=1)
 
@@ -24,8 +26,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 def test_masks_are_changed_in_place_and_ours_are_not(weights: Weights) -> None:
     """A mask as a tensor comes back with another hole, in which the next picture would be drawn."""
-    network = weights.load_trainable("unet").eval()
-    inpainting.widen(network, 4)
+    network = widened(weights.load_trainable("unet").eval(), INPAINTING)
     pipeline = pipelines.decoder_pipeline(weights, network)
     numbers = torch.Generator().manual_seed(0)
     embeds = tuple(torch.randn(2, network.config.encoder_hid_dim, generator=numbers) for _ in range(2))

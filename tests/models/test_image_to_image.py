@@ -1,7 +1,6 @@
 """Image to image against diffusers' own pipeline for it, and what that one does not do."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,11 @@ from diffusers import DPMSolverMultistepScheduler, KandinskyV22Img2ImgPipeline
 from PIL import Image
 from running import prepare
 
-from kandinsky_exp.models import inpainting, pipelines
+from kandinsky_exp.models import pipelines
+from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, DecoderKind
 from kandinsky_exp.models.pipelines import Embeds, SampleSettings
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.models.widening import widened
 
 SETTINGS = SampleSettings(inference_steps=4, height=64, width=64, seed=3, strength=0.5)
 
@@ -100,10 +101,10 @@ def test_the_less_strength_the_nearer_the_picture(weights: Weights, embeds: Embe
     assert distance(0.25) < distance(0.5) < distance(1.0)
 
 
-def test_a_decoder_for_inpainting_draws_it_too(weights: Weights, embeds: Embeds, tmp_path: Path) -> None:
-    """What it sees more than a plain one counts for nothing yet, so that it draws the same."""
-    network = weights.load_trainable("unet").eval()
-    inpainting.widen(network, 4)
+@pytest.mark.parametrize("kind", [INPAINTING, HINT], ids=["inpainting", "hint"])
+def test_decoders_of_other_kinds_draw_it_too(weights: Weights, embeds: Embeds, kind: DecoderKind) -> None:
+    """What they see more than a plain one counts for nothing yet, so that they draw the same."""
+    network = widened(weights.load_trainable("unet").eval(), kind)
     settings = replace(SETTINGS, picture=picture(), guidance_scale=2.0)
     expected = pipelines.decode(pipelines.decoder_pipeline(weights), embeds, settings)
     assert apart(pipelines.decode(pipelines.decoder_pipeline(weights, network), embeds, settings), expected) <= 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kandinsky_exp.data import tally
@@ -200,7 +201,12 @@ class EncodeLoop:
                 row.views.append(cells)
 
     def _array(self, name: str, tensor: Tensor, rows: Sequence[Row]) -> Array:
-        """A feature of a batch as stored. What the dtype cannot hold is refused, not stored as infinity."""
+        """A feature of a batch as stored: whole numbers as they are, others in the dtype of the table.
+
+        What that cannot hold is refused, not stored as infinity.
+        """
+        if tensor.dtype == torch.uint8:
+            return tensor.cpu().numpy()
         exact = tensor.detach().float().cpu().numpy()
         with np.errstate(over="ignore"):
             array: Array = exact.astype(DTYPES[self.how.dtype])

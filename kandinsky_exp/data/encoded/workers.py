@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.file_hashes import of_content
 from kandinsky_exp.data.pictures import NOTE
-from kandinsky_exp.data.preprocess import Preprocess
+from kandinsky_exp.data.preprocess import Preprocess, mirrored
 from kandinsky_exp.errors import DataError, first_line
 
 Features = dict[str, Tensor]
@@ -102,6 +101,8 @@ class Loader(Dataset[Loaded]):
             return self._load(example)
         except DataError as error:
             return Loaded(example.id, problem=str(error))
+        except ValueError as error:  # of what belongs to the image
+            return Loaded(example.id, problem=f"{example.where}: image {example.id}: {first_line(error)}")
         except Exception as error:  # whatever a processor or tokenizer stumbles over: it must be known at what
             reason = f"{type(error).__name__}: {first_line(error)}"
             return Loaded(example.id, problem=f"{example.where}: image {example.id}: {reason}")
@@ -111,12 +112,12 @@ class Loader(Dataset[Loaded]):
         wants_captions = self.preprocess.tokenizer is not None
         if wants_captions and example.caption_problem:
             raise DataError(f"{example.where}: {example.caption_problem}")
-        image = example.image()
-        views = [image, ImageOps.mirror(image)] if self.mirrored else [image]
+        image, beside = example.image(), example.companions()
+        views = [(image, beside)] + [mirrored(image, beside)] * self.mirrored
         captions = self.preprocess.tokenize(example.captions) if wants_captions else []
         return Loaded(
             example.id,
-            tuple(self.preprocess(view, None, example.extra) for view in views),
+            tuple(self.preprocess(view, None, example.extra, own) for view, own in views),
             tuple(tensors for tensors, _ in captions),
             tuple(beginning for _, beginning in captions if beginning is not None),
             picture=of_content(example.read()),

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import Example, Indexed, no_columns, nothing, read_file
 from kandinsky_exp.data.file_hashes import FileDigests, release, update
 from kandinsky_exp.data.formats import metadata
+from kandinsky_exp.data.formats.folders import NO_PICTURES, is_picture, walk
 from kandinsky_exp.data.formats.metadata import CHUNK, Row
 from kandinsky_exp.data.tally import SHOWN, Tally, first_few
 from kandinsky_exp.errors import DataError
@@ -48,6 +51,21 @@ class FileRow:
 
 
 @dataclass(frozen=True, eq=False)
+class Beside:
+    """Pictures that belong to those of the rows.
+
+    Args:
+        home: the folder that relative file names start from.
+        files: of each row, (n,); null where there is none.
+        absent: why.
+    """
+
+    home: str
+    files: pa.Array
+    absent: str
+
+
+@dataclass(frozen=True, eq=False)
 class FileRows(Indexed):
     """Examples whose images are files.
 
@@ -59,6 +77,7 @@ class FileRows(Indexed):
         columns: of `SCHEMA`.
         problems: that `columns.problems` points at; the first is none.
         unused: what lies in the folder and is no example.
+        beside: pictures that belong to those of the rows, by name.
     """
 
     name: str
@@ -68,6 +87,7 @@ class FileRows(Indexed):
     columns: pa.RecordBatch
     problems: tuple[Problems, ...]
     unused: Tally = field(default_factory=dict)
+    beside: Mapping[str, Beside] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.columns.num_rows)
@@ -77,9 +97,18 @@ class FileRows(Indexed):
         problem, caption_problem = self.problems[code]
         position = f"{self.unit} {number}"
         where = f"{self.origin}, {position}" if self.unit else self.origin
-        read = nothing if file is None else partial(read_file, os.path.join(self.home, file))  # noqa: PTH118 - NUL
-        cells = json.loads(extra[0]) if extra else {}
-        return Example(file or position, tuple(captions), read, where, caption_problem, problem, cells)
+        beside = {name: own.files[row].as_py() for name, own in self.beside.items()}
+        lacking = [f"it has no {name}: {self.beside[name].absent}" for name, found in beside.items() if found is None]
+        return Example(
+            file or position,
+            tuple(captions),
+            _reading(self.home, file),
+            where,
+            caption_problem,
+            problem or "; ".join(lacking),
+            json.loads(extra[0]) if extra else {},
+            {name: _reading(self.beside[name].home, found) for name, found in beside.items()},
+        )
 
     def with_columns(self, names: Sequence[str]) -> "FileRows":
         rows = dict(metadata.read(Path(self.origin), names)) if self.unit else {}
@@ -90,6 +119,49 @@ class FileRows(Indexed):
         extra = pa.array(map(json.dumps, cells), pa.large_string())
         return replace(self, columns=self.columns.append_column(EXTRA, extra))
 
+    def with_companions(self, columns: Mapping[str, str], folders: Mapping[str, Path]) -> "FileRows":
+        found = {name: self._named(column) for name, column in columns.items()}
+        unused = dict(self.unused)
+        for name, folder in folders.items():
+            found[name] = self._of_same_name(name, folder, unused)
+        return replace(self, beside=found, unused=unused)
+
+    def _named(self, column: str) -> Beside:
+        """Files that a column of the metadata names."""
+        if not self.unit:
+            raise DataError(
+                f"{self.origin}: no metadata file lists its pictures, and so none names a column {column!r}"
+            )
+        rows = dict(metadata.read(Path(self.origin), [column]))
+        cells = [rows.get(number) for number in self.columns.column("number").to_pylist()]
+        names = [row.get(column) if isinstance(row, dict) else None for row in cells]
+        files = [name if isinstance(name, str) and name else None for name in names]
+        if not any(files):
+            raise no_columns(self.origin, [column])
+        if self.name == self.home and (out := [file for file in files if file and LEADS_OUT.search(file)]):
+            raise DataError(f"{self.origin}: '{column}' names {out[0]}, which leads out of the folder; move it inside")
+        return Beside(self.home, pa.array(files, pa.large_string()), f"'{column}' names no file")
+
+    def _of_same_name(self, name: str, folder: Path, unused: Tally) -> Beside:
+        """Files of a folder, or of its part for this split, that are called as the rows' pictures are."""
+        home = folder / Path(self.home).name
+        home = home if home.name in ("train", "validation") and home.is_dir() else folder
+        there: dict[str, str] = {}
+        for inner, prefix, files in walk(home, (), unused):
+            for file in files:
+                if not is_picture(inner / file):
+                    tally.count(unused, NO_PICTURES, f"{home.name}/{prefix}{file}")
+                elif (other := there.setdefault(stem(prefix + file), prefix + file)) != prefix + file:
+                    raise DataError(f"{home} holds both {other} and {prefix}{file}; keep one of them")
+        asked = [
+            None if file is None else stem(Path(file).name if Path(file).is_absolute() else file)
+            for file in self.columns.column("file").to_pylist()
+        ]
+        for key in there.keys() - set(asked):
+            tally.count(unused, f"not used, {name}s of no picture's name", f"{home.name}/{there[key]}")
+        paths = pa.array([there.get(key or "") for key in asked], pa.large_string())
+        return Beside(str(home), paths, f"no picture of its name lies in {home}")
+
     def left_out(self) -> Tally:
         return self.unused
 
@@ -98,7 +170,10 @@ class FileRows(Indexed):
 
     def suspects(self, captions: bool) -> NDArray[np.int64]:
         bad = np.array([bool(problem or (captions and wordless)) for problem, wordless in self.problems])
-        return np.flatnonzero(bad[self.columns.column("problems").to_numpy()])
+        suspect = bad[self.columns.column("problems").to_numpy()]
+        for own in self.beside.values():
+            suspect = suspect | own.files.is_null().to_numpy(zero_copy_only=False)
+        return np.flatnonzero(suspect)
 
     def fingerprint(self, digests: FileDigests) -> str:
         files = self.columns.column("file")
@@ -109,8 +184,22 @@ class FileRows(Indexed):
         if EXTRA in self.columns.schema.names:
             update(total, self.columns.column(EXTRA))
         update(total, digests(f"{home} {self.origin}", _paths(str(home), files)))
+        for name, own in sorted(self.beside.items()):
+            place = str(Path(own.home).absolute())
+            total.update(name.encode())
+            update(total, own.files)
+            update(total, digests(f"{name} {place} {self.origin}", _paths(place, own.files)))
         release()
         return total.hexdigest()
+
+
+def _reading(home: str, file: str | None) -> Callable[[], bytes]:
+    return nothing if file is None else partial(read_file, os.path.join(home, file))  # noqa: PTH118 - NUL
+
+
+def stem(name: str) -> str:
+    """A relative path without its ending, equal for names that look the same: some systems take accents apart."""
+    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
 
 
 def _paths(home: str, files: pa.Array) -> pa.Array:

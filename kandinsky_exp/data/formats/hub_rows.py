@@ -4,8 +4,8 @@ import contextlib
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -35,6 +35,7 @@ class HubRows(Indexed):
         inside: whether they have to stay in there.
         whole: with all columns, of which a stage may read further ones.
         extra_columns: that one reads.
+        beside: columns of pictures that belong to the images, by the names of these.
     """
 
     name: str
@@ -45,6 +46,7 @@ class HubRows(Indexed):
     inside: bool = False
     whole: Any = None
     extra_columns: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,15 +54,32 @@ class HubRows(Indexed):
     def __getitem__(self, row: int) -> Example:
         values = self.rows[row]
         captions, problem = parse_captions(values, self.caption_column)
-        read = partial(_bytes, _parts(values[self.image_column]), self.home, self.inside)
+        read = self._reading(values[self.image_column])
         cells = {name: values[name] for name in self.extra_columns}
-        return Example(f"row {row}", captions, read, f"{self.name}, row {row}", problem, extra=cells)
+        beside = {name: self._reading(values[column]) for name, column in self.beside.items()}
+        lacking = [f"it has no {name} in '{column}'" for name, column in self.beside.items() if not values[column]]
+        where = f"{self.name}, row {row}"
+        return Example(f"row {row}", captions, read, where, problem, "; ".join(lacking), cells, beside)
+
+    def _reading(self, cell: Any) -> Callable[[], bytes]:
+        return partial(_bytes, _parts(cell), self.home, self.inside)
 
     def with_columns(self, names: Sequence[str]) -> "HubRows":
         if lacking := [name for name in names if name not in self.whole.column_names]:
             raise no_columns(self.name, lacking)
         rows = self.whole.select_columns(list(dict.fromkeys([*self.rows.column_names, *names])))
         return replace(self, rows=rows, extra_columns=tuple(names))
+
+    def with_companions(self, columns: Mapping[str, str], folders: Mapping[str, Path]) -> "HubRows":
+        for name in folders:
+            raise DataError(f"data.{name}s: the rows of {self.name} have no names of files; set data.{name}_column")
+        if lacking := [column for column in columns.values() if column not in self.whole.column_names]:
+            raise no_columns(self.name, lacking)
+        whole = self.whole
+        for name, column in columns.items():
+            whole = pictures_as_bytes(whole, self.name, column, f"data.{name}_column")
+        rows = whole.select_columns(list(dict.fromkeys([*self.rows.column_names, *columns.values()])))
+        return replace(self, rows=rows, whole=whole, beside=dict(columns))
 
     def caption_counts(self) -> NDArray[np.int64]:
         return self._about_captions[0]
@@ -81,7 +100,7 @@ class HubRows(Indexed):
         return counts, wrong
 
     def fingerprint(self, digests: FileDigests) -> str:
-        columns = (self.image_column, self.caption_column, *self.extra_columns)
+        columns = (self.image_column, self.caption_column, *self.extra_columns, *self.beside.values())
         total = hashlib.sha256(f"hub {len(self)} {' '.join(columns)}".encode())
         files = [file["filename"] for file in self.rows.cache_files]
         if files and self._holds_bytes():
@@ -89,8 +108,9 @@ class HubRows(Indexed):
             if self.rows._indices is not None:  # what `select` and `filter` leave
                 update(total, self.rows._indices.column(0).combine_chunks())
             return total.hexdigest()
-        paths = pa.concat_arrays([_paths(batch.column(self.image_column), self.home) for batch in self._batches()])
-        update(total, digests(f"images of hub {self.name}", paths))
+        for what, column in (("images", self.image_column), *sorted(self.beside.items())):
+            paths = pa.concat_arrays([_paths(batch.column(column), self.home) for batch in self._batches()])
+            update(total, digests(f"{what} of hub {self.name}", paths))
         for batch in self._batches():
             _hash_batch(total, batch, self.image_column)
         return total.hexdigest()
@@ -100,9 +120,11 @@ class HubRows(Indexed):
 
     def _holds_bytes(self) -> bool:
         """Whether the Arrow files hold all pictures themselves, not only paths."""
-        images = self.rows.data.column(self.image_column)
+        columns = [self.rows.data.column(column) for column in (self.image_column, *self.beside.values())]
         chunks = (
-            pc.struct_field(chunk, "bytes") if pa.types.is_struct(chunk.type) else chunk for chunk in images.chunks
+            pc.struct_field(chunk, "bytes") if pa.types.is_struct(chunk.type) else chunk
+            for column in columns
+            for chunk in column.chunks
         )
         return all(chunk.null_count == 0 for chunk in chunks)
 
@@ -219,20 +241,39 @@ def hub_rows(name: str, split: str, rows: Any, image_column: str, caption_column
     Raises:
         DataError: if it has no such column of images, or no rows.
     """
-    import datasets
-
-    feature, kinds = rows.features.get(image_column), rows.features.arrow_schema
-    of_files = feature is not None and not isinstance(feature, datasets.Image)
-    if feature is None or (of_files and not holds_pictures(kinds.field(image_column).type)):
-        columns = ", ".join(f"{column} ({_kind(feature)})" for column, feature in rows.features.items())
-        raise DataError(f"data.image_column: '{image_column}' is no column of images in {name}; it has {columns}")
     if not len(rows):
         raise DataError(f"data.name: split '{split}' of {name} has no rows")
-    if not of_files:
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    rows = pictures_as_bytes(rows, name, image_column, "data.image_column")
+    of_files = not _is_image(rows.features[image_column])
     keep = [column for column in (image_column, caption_column) if column in rows.column_names]
     home = str(Path(name).absolute()) if of_files else ""  # an image of `datasets` has whole paths
     return HubRows(f"{name}/{split}", rows.select_columns(keep), image_column, caption_column, home, of_files, rows)
+
+
+def pictures_as_bytes(rows: Any, name: str, column: str, key: str) -> Any:
+    """The rows, a column of pictures not decoded.
+
+    Args:
+        key: the setting that names it.
+
+    Raises:
+        DataError: it is no such column.
+    """
+    import datasets
+
+    feature, kinds = rows.features.get(column), rows.features.arrow_schema
+    if _is_image(feature):
+        return rows.cast_column(column, datasets.Image(decode=False))
+    if feature is None or not holds_pictures(kinds.field(column).type):
+        columns = ", ".join(f"{known} ({_kind(feature)})" for known, feature in rows.features.items())
+        raise DataError(f"{key}: '{column}' is no column of images in {name}; it has {columns}")
+    return rows
+
+
+def _is_image(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Image)
 
 
 def _kind(feature: Any) -> str:

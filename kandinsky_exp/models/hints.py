@@ -1,0 +1,45 @@
+"""The decoder for hints asked for pictures: ControlNet as Kandinsky 2.2 has it, a hint beside the noisy latents."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kandinsky_exp.models.decoder_kinds import HINT, kind_of_network
+from kandinsky_exp.models.sampling import Embeds, SampleSettings, widened_dtype
+
+SCALE = 8  # pixels of a hint per latent, along each side: its block halves three times, whatever MoVQ does
+
+
+def reads_hints(network: Any) -> bool:
+    return kind_of_network(network) is HINT
+
+
+def draw(pipeline: Any, embeds: Embeds, hints: Tensor, settings: SampleSettings) -> list[Image.Image]:
+    """Pictures for image embeddings, each with its hint.
+
+    Args:
+        embeds: image embeddings (N, E), and those to guide away from (N, E).
+        hints: (N, 3, 8h, 8w) in [0, 1], for latents of (h, w).
+    """
+    device, dtype = pipeline.unet.device, pipeline.unet.dtype
+    images: list[Image.Image] = []
+    with widened_dtype(pipeline.movq, dtype):  # the pipeline knows one type for both
+        for start in range(0, len(hints), settings.batch_size):
+            end = min(start + settings.batch_size, len(hints))
+            chunk, null, hint = (part[start:end].to(device, dtype) for part in (*embeds, hints))
+            (drawn,) = pipeline(chunk, null, hint, **settings.asked(range(start, end)))
+            images += drawn
+    return images
+
+
+def none(pipeline: Any, count: int, settings: SampleSettings) -> Tensor:
+    """Black hints (N, 3, 8h, 8w): without an edge."""
+    latents = [side // pipeline.movq_scale_factor for side in (settings.height, settings.width)]
+    return torch.zeros(count, 3, *(SCALE * side for side in latents))
+
+
+def shown(hint: Tensor) -> Image.Image:
+    """A hint (3, H, W) in [0, 1] as a picture."""
+    return Image.fromarray((hint * 255).round().byte().permute(1, 2, 0).cpu().numpy())
