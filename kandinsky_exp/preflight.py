@@ -26,7 +26,7 @@ from kandinsky_exp.runs import forking, hub, resuming, run_folder
 from kandinsky_exp.sweeps.outcomes import hydra_of_job
 from kandinsky_exp.system import distributed, files, launch_environment, logs, signals, terminal
 from kandinsky_exp.tracking.store_probe import probe
-from kandinsky_exp.training import class_images
+from kandinsky_exp.training import class_images, validation_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,10 @@ def prepare(
         probe(records.tracker_uri(cfg))
     unreachable = hub.check_access(cfg.hub.repo_id, cfg.hub.private) if cfg.hub.push else None
     notes = build.fetch(cfg, weights, class_images.needed_parts(splits.class_images, weights))
+    prompts, found = run_settings.drawn_prompts(cfg)
+    notes += found
+    if any(prompt.is_own for prompt in prompts):
+        validation_prompts.check_sizes(prompts, weights.size_multiple())
     how = class_images.settings(cfg.seed, cfg.data.resolution)
     splits = replace(splits, class_images=class_images.placed(splits.class_images, weights, how))
     class_images.refuse_others(splits.class_images, weights, how, lambda: has_trained_on(cfg, splits))

@@ -90,7 +90,7 @@ def set_up(opened: OpenRun, tracker: Tracker, stage: DiffusionStage, data: Reade
         tracker,
         space.folder / "samples",
         data.held_out,
-        run_settings.prompts(cfg.validation.prompts),
+        run_settings.drawn_prompts(cfg)[0],
         run_settings.sample_settings(cfg),
         draws=cfg.validation.draws,
         reconstructions=cfg.validation.reconstructions,

@@ -4,24 +4,42 @@ import sys
 from typing import Any
 
 from accelerate import Accelerator
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.system import host_memory, text_files
 from kandinsky_exp.system.files import expanded
+from kandinsky_exp.training import validation_prompts
 from kandinsky_exp.training.loop import LoopSettings
 
 
 def prompts(value: Any) -> list[str]:
-    """A list of prompts, or the lines of the text file that a string names."""
+    """The texts of a list of prompts, or the lines of the text file that a string names."""
+    return [str(entry["prompt"] if isinstance(entry, dict) else entry) for entry in entries(value)]
+
+
+def entries(value: Any) -> list[Any]:
+    """A list of texts and mappings, or the lines of the text file that a string names."""
     if isinstance(value, str):
         return text_files.lines(expanded(value))
-    return [str(prompt) for prompt in value]
+    plain: Any = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return list(plain)
+
+
+def drawn_prompts(cfg: DictConfig) -> tuple[list[validation_prompts.DrawnPrompt], list[str]]:
+    """What validation draws, and what the user should know of it.
+
+    Raises:
+        ConfigError: a picture or a mask cannot be used.
+    """
+    return validation_prompts.read(entries(cfg.validation.prompts), sample_settings(cfg))
 
 
 def asked(cfg: DictConfig, reads_captions: bool) -> list[tuple[str, str]]:
     """(setting, text) of all texts of a config that the text encoder reads."""
-    texts = [("validation.prompts", prompt) for prompt in prompts(cfg.validation.prompts)]
+    key, found = "validation.prompts", entries(cfg.validation.prompts)
+    negative = [entry.get("negative") for entry in found if isinstance(entry, dict)]
+    texts = [(key, text) for text in [*prompts(found), *negative] if text]
     if reads_captions and "instance_prompt" in cfg.data:
         texts.append(("data.instance_prompt", cfg.data.instance_prompt))
     return texts

@@ -9,6 +9,7 @@ from kandinsky_exp.system import files
 PATHS = frozenset(
     {"output_root", "data.path", "data.validation_path", "data.instance_path", "data.class_path"}
     | {"data.holes", "data.hints", "image", "mask"}
+    | {"validation.prompts.image", "validation.prompts.mask", "validation.prompts.hint"}
 )
 # What may be something else as well (a hub id, `auto`, a list of prompts): paths where there is such a file or folder.
 WHERE_THERE = frozenset(
@@ -23,8 +24,9 @@ def absolute(values: Any, key: str = "") -> Any:
     """Nested settings with absolute paths."""
     if isinstance(values, dict):
         return {name: absolute(value, f"{key}.{name}" if key else str(name)) for name, value in values.items()}
-    if isinstance(values, list) and key in PATHS | WHERE_THERE and not key.endswith("prompts"):
-        return [absolute(value, key) for value in values]
+    if isinstance(values, list) and key in PATHS | WHERE_THERE:
+        texts = not key.endswith("prompts")  # prompts are no paths, but mappings among them name some
+        return [absolute(value, key) if texts or isinstance(value, dict) else value for value in values]
     if not isinstance(values, str) or values in WORDS or "://" in values or values.startswith("pipe:"):
         return values
     return str(_whole(values)) if key in PATHS or (key in WHERE_THERE and files.exists(values)) else values
@@ -68,6 +70,8 @@ def news(now: Values, before: Values) -> dict[str, Any]:
 def _alike(was: Any, now: Any, roots: tuple[str, Path]) -> bool:
     if isinstance(was, list) and isinstance(now, list):
         return len(was) == len(now) and all(_alike(*pair, roots) for pair in zip(was, now, strict=True))
+    if isinstance(was, dict) and isinstance(now, dict):
+        return was.keys() == now.keys() and all(_alike(was[key], now[key], roots) for key in was)
     if was == now or not (isinstance(was, str) and isinstance(now, str)) or now in WORDS or "://" in now:
         return bool(was == now)
     return _whole(now) in (_whole(was), moved(was, *roots))

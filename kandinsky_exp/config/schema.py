@@ -44,6 +44,7 @@ Module = Annotated[
 Modules = list[Module]
 Names = list[Text] | Text
 Prompts = list[Text] | Text
+DrawnPrompts = list[Text | dict[str, Any]] | Text  # mappings: see `prompt_entries`
 
 
 # --- groups
@@ -195,7 +196,7 @@ class Checkpoint(Group):
 
 class Validation(Group):
     every: Count
-    prompts: Prompts
+    prompts: DrawnPrompts
     inference_steps: Steps
     guidance_scale: PositiveOrZero
     seed: Seed

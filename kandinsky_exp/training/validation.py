@@ -22,9 +22,10 @@ from kandinsky_exp.system import distributed
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
 from kandinsky_exp.tracking.tracker import Tracker
-from kandinsky_exp.training import ema, loop, metrics
+from kandinsky_exp.training import ema, loop, metrics, validation_prompts
 from kandinsky_exp.training.feature_reader import FeatureReader
 from kandinsky_exp.training.seeding import derive_seed, validation_generator
+from kandinsky_exp.training.validation_prompts import DrawnPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Validator:
     tracker: Tracker
     folder: Path
     held_out: FeatureReader | None
-    prompts: Sequence[str]
+    prompts: Sequence[DrawnPrompt]
     settings: SampleSettings
     draws: int
     reconstructions: int
@@ -84,11 +85,7 @@ class Validator:
         drawn: list[Image.Image] = []
         if self.prompts:
             # No autocast around it: the network that trains has its own, and frozen parts are in the type they need.
-            drawn = self._drawn.run(
-                lambda size: self.training.stage.sample(
-                    network, list(self.prompts), replace(self.settings, batch_size=size)
-                )
-            )
+            drawn = self._drawn.run(self._sample)
         held_out = self._shown()
         redrawn = self._reconstruct(held_out)
         if judged := self._judge(held_out):
@@ -100,15 +97,22 @@ class Validator:
         folder.mkdir(parents=True, exist_ok=True)
         for index, (image, prompt) in enumerate(zip(drawn, self.prompts, strict=True)):
             image.save(folder / f"{index:02d}.png")
-            self.tracker.log_image(f"validation/{index:02d}", image, step, prompt)
+            self.tracker.log_image(f"validation/{index:02d}", image, step, prompt.text)
         for index, image in enumerate(redrawn):
             image.save(folder / f"reconstruction-{index:02d}.png")
             self.tracker.log_image(f"reconstruction/{index:02d}", image, step, f"held-out image {index}")
-        lines = [" ".join(prompt.split()) for prompt in self.prompts[: len(drawn)]]
+        lines = [" ".join(prompt.text.split()) for prompt in self.prompts[: len(drawn)]]
         (folder / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8", "replace")
         grid = self._grid(drawn, held_out if redrawn else {}, redrawn)
         grid.save(folder / "grid.png")
         self.tracker.log_image("validation/grid", grid, step)
+
+    def _sample(self, size: int) -> list[Image.Image]:
+        """Images of all prompts, in batches of this size."""
+        network, stage, images = self._network, self.training.stage, list[Image.Image]()
+        for texts, settings in validation_prompts.alike(self.prompts):
+            images += stage.sample(network, texts, replace(settings, batch_size=size))
+        return images
 
     def _shown(self) -> Features:
         """Features of the first held-out pictures, with their pixels and what belongs to them as they are drawn."""
@@ -139,7 +143,7 @@ class Validator:
 
     def _grid(self, drawn: list[Image.Image], held_out: Features, redrawn: list[Image.Image]) -> Image.Image:
         """Pictures of the prompts, and below them the held-out ones, what belongs to one of them in one row."""
-        images, labels, columns = list(drawn), list(self.prompts[: len(drawn)]), None
+        images, labels, columns = list(drawn), [prompt.text for prompt in self.prompts[: len(drawn)]], None
         if redrawn:
             inputs = self.training.stage.shown_inputs(held_out, self._other_noise)
             together = 2 + len(inputs)

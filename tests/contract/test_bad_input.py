@@ -443,6 +443,23 @@ TABLE["pictures to draw from"] = [
     Bad([*MIX, "mix=[a,b]", "mix_weights=[1,.inf]"], "mix_weights: has to be a list of a number, finite"),
     Bad([*MIX, "mix=[a]", "prompts=[a]"], "prompts: task=mix does not draw from it; remove it, or set task=text"),
 ]
+TABLE["prompts with settings of their own"] = [
+    Bad(
+        ["validation.prompts=[{prompt: a, sed: 1}]", *EMOJI], "validation.prompts: entry 1: nothing reads sed; it takes"
+    ),
+    Bad(["validation.prompts=[a, {seed: 1}]", *EMOJI], "entry 2: has no prompt; write {prompt: a fox"),
+    Bad(["validation.prompts=[{prompt: a, seed: x}]", *EMOJI], "entry 1: seed has to be a whole number"),
+    Bad(["validation.prompts=[{prompt: a, mask: m.png}]", *EMOJI], "mask is nothing that model=decoder draws a prompt"),
+    Bad([*PRIOR, "validation.prompts=[{prompt: a, hint: m.png}]"], "entry 1: hint is nothing that model=prior draws a"),
+    Bad(
+        ["validation.prompts=[{prompt: a, height: 72}]", *EMOJI], "entry 1: height has to be a multiple of 16 for these"
+    ),
+    Bad(
+        ["model=inpaint", "validation.prompts=[{{prompt: a, image: {tmp}/a.png, mask: {tmp}/m.png}}]", *EMOJI],
+        "validation.prompts: entry 1: mask: '",
+        both(0),
+    ),
+]
 MINE = ["--config-dir", "{tmp}/mine"]
 TABLE["config files"] = [
     Bad([*MINE, "experiment=e", *EMOJI], 'e.yaml", line 1', file("mine/experiment/e.yaml", "a: [1\nb: }")),

@@ -341,7 +341,7 @@ def test_the_network_that_trains_draws_in_mixed_precision_and_frozen_parts_do_no
             note = lambda *_, part=part: seen[part].add(torch.is_autocast_enabled("cpu"))  # noqa: E731
             module.register_forward_pre_hook(note)
         held_out, how = Redrawn(torch.ones(2, 64)), run_settings.sample_settings(cfg)
-        prompts = run_settings.prompts(cfg.validation.prompts)
+        prompts, _ = run_settings.drawn_prompts(cfg)
         Validator(training, accelerator, NullTracker(), tmp_path, held_out, prompts, how, 1, 2)._show(0)
     assert seen == {part: {part == training.stage.part} for part in seen}
     assert len(list((tmp_path / "step-00000000").glob("0*.png"))) == 3
