@@ -456,7 +456,7 @@ TABLE["prompts with settings of their own"] = [
     ),
     Bad(
         ["model=inpaint", "validation.prompts=[{{prompt: a, image: {tmp}/a.png, mask: {tmp}/m.png}}]", *EMOJI],
-        "validation.prompts: entry 1: mask: '",
+        "validation.prompts: entry 1: mask: nothing of '",
         both(0),
     ),
 ]
