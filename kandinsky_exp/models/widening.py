@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kandinsky_exp.models.adapter_files import CONV_IN, HINT_BLOCK
 from kandinsky_exp.models.decoder_kinds import EMBEDDING, HINT, KINDS, PLAIN, DecoderKind, kind_of_network
 
+SILU_GAIN = 1.68  # 1/√E[silu(x)²] of a normal x
 SEED = 2022  # of the hint block: what a network begins with hangs on no run's seed
 
 Layers = Mapping[str, Mapping[str, Tensor]]  # tensors of layers that trained as a whole, by layer and own name
@@ -39,11 +40,20 @@ def widened(network: Any, kind: DecoderKind) -> nn.Module:
 
 
 def _with_hints(old: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The embedding of the image, with a block for hints beside it.
+
+    The block passes the variance of a hint on (He et al. 2015). As torch begins convolutions, eight in a row leave a
+    constant: their biases drown the hint, and hundreds of steps teach nothing.
+    """
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(SEED)
-        new: nn.Module = ImageHintTimeEmbedding(old.image_proj.in_features, old.image_proj.out_features).to(dtype)
+        new: Any = ImageHintTimeEmbedding(old.image_proj.in_features, old.image_proj.out_features).to(dtype)
+        for layer in new.input_hint_block:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=SILU_GAIN / layer.weight[0].numel() ** 0.5)
+                nn.init.zeros_(layer.bias)
     new.image_proj, new.image_norm = old.image_proj, old.image_norm
-    return new.train(old.training)
+    return cast(nn.Module, new.train(old.training))
 
 
 @torch.no_grad()
