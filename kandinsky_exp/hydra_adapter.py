@@ -5,6 +5,7 @@ it. Here Hydra gets the parsed words, raises its errors, and has its own section
 """
 
 import copy
+import logging
 import os
 import re
 from argparse import Namespace
@@ -202,11 +203,24 @@ def start(flags: Namespace, config_name: str, sweeps: bool, job: Callable[[DictC
         elif flags.shell_completion:
             hydra.shell_completion(**what)
         elif flags.info:
-            hydra.show_info(flags.info, **what)
+            with _logging_kept():
+                hydra.show_info(flags.info, **what)
         elif sweeps:
             hydra.multirun(**what, task_function=job)
         else:
             hydra.run(**what, task_function=job)
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Hydra shows what it knows by logging all there is, and leaves it at that."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def register(plugin: type[Sweeper]) -> None:
