@@ -153,13 +153,17 @@ def encoded_cache() -> Path:
 
 
 def shared(name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that the first of all workers makes, and that lasts as long as their tests."""
+    """A folder that the first of all workers makes, and that lasts as long as their tests.
+
+    It is made where it stays, for runs record absolute paths.
+    """
     folder = Path(os.environ["TESTS_SHARE"]) / name  # from conftest.py
+    whole = folder.with_name(f"{name}.whole")
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            aside = folder.with_name(f"{name}.part")
-            make(aside)
-            aside.rename(folder)
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a try that failed
+            make(folder)
+            whole.touch()
     return folder
 
 
