@@ -5,17 +5,21 @@ it. Here Hydra gets the parsed words, raises its errors, and has its own section
 """
 
 import copy
+import logging
 import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, NoReturn
 
 from hydra import version
+from hydra._internal import config_loader_impl
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository, IConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository, IConfigRepository
+from hydra._internal.defaults_list import DefaultsList, Overrides, _dfs_walk, create_defaults_list
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
@@ -23,6 +27,7 @@ from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.main import _get_rerun_conf
@@ -75,14 +80,15 @@ class Loader(ConfigLoaderImpl):
 
     def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
         """What a command composes twice or more differs in values, seldom in the files that are chosen."""
-        chosen = tuple((_origin(one, repo), one.config_path, one.package, one.primary) for one in defaults)
-        if not all(origin.startswith(OF_PACKAGES) for origin, *_ in chosen):
+        places = _of_packages(repo)  # they say where each file lies, unless there are others
+        origins = [OF_PACKAGES[0] if places else _origin(one, repo) for one in defaults]
+        if not all(origin.startswith(OF_PACKAGES) for origin in origins):
             return super()._compose_config_from_defaults_list(defaults, repo)
-        if chosen not in self._composed:
-            if len(self._composed) == LAST_COMPOSED:
-                del self._composed[next(iter(self._composed))]
-            self._composed[chosen] = super()._compose_config_from_defaults_list(defaults, repo)
-        return copy.deepcopy(self._composed[chosen])
+        files = [(one.config_path, one.package, one.primary) for one in defaults]
+        chosen = (places, *origins, *files)
+        cfg = self._composed.pop(chosen, None) or super()._compose_config_from_defaults_list(defaults, repo)
+        _keep(self._composed, chosen, cfg)
+        return copy.deepcopy(cfg)
 
 
 def _origin(default: ResultDefault, repo: IConfigRepository) -> str:
@@ -116,6 +122,49 @@ class _Repository(ConfigRepository):
 
     def __deepcopy__(self, memo: Any) -> "_Repository":
         return copy.copy(self)
+
+
+def _keep(kept: dict[Any, Any], key: object, value: object) -> None:
+    """Beside the few that were used last."""
+    kept[key] = value
+    if len(kept) > LAST_COMPOSED:
+        del kept[next(iter(kept))]
+
+
+def _of_packages(repo: IConfigRepository) -> tuple[tuple[str, str], ...] | None:
+    """The places in which all files are looked for; None where one of them is no package, so that files may change."""
+    places = tuple((source.scheme(), source.path) for source in repo.get_sources())
+    return places if all(f"{scheme}://".startswith(OF_PACKAGES) for scheme, _ in places) else None
+
+
+_defaults_lists: dict[tuple[Any, ...], DefaultsList] = {}
+
+
+def _defaults_list(
+    repo: IConfigRepository,
+    config_name: str | None,
+    overrides_list: list[Override],
+    prepend_hydra: bool,
+    skip_missing: bool,
+) -> DefaultsList:
+    """Which files a config consists of: most of the time of composing it, and the same for the same choices."""
+    whole = (repo, config_name, overrides_list, prepend_hydra, skip_missing)
+    ours = isinstance(repo, CachingConfigRepository) and isinstance(repo.delegate, _Repository)
+    if not ours or (places := _of_packages(repo)) is None:
+        return create_defaults_list(*whole)
+    values = Overrides(repo, overrides_list).config_overrides
+    choices = [one.input_line for one in overrides_list if not one.is_sweep_override() and one not in values]
+    chosen = (places, config_name, prepend_hydra, *choices)
+    found = _defaults_lists.pop(chosen, None) or create_defaults_list(*whole)
+    left_out: list[bool] = []
+    _dfs_walk(found.defaults_tree, lambda _, node: left_out.append(node.is_missing()))
+    if not any(left_out):  # it is the same whether or not `skip_missing` allows that
+        _keep(_defaults_lists, chosen, found)
+    return replace(found, config_overrides=values)
+
+
+# `load_configuration` looks for it here. Other repositories than ours get what they got before.
+vars(config_loader_impl)["create_defaults_list"] = _defaults_list
 
 
 @contextmanager
@@ -154,11 +203,24 @@ def start(flags: Namespace, config_name: str, sweeps: bool, job: Callable[[DictC
         elif flags.shell_completion:
             hydra.shell_completion(**what)
         elif flags.info:
-            hydra.show_info(flags.info, **what)
+            with _logging_kept():
+                hydra.show_info(flags.info, **what)
         elif sweeps:
             hydra.multirun(**what, task_function=job)
         else:
             hydra.run(**what, task_function=job)
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Hydra shows what it knows by logging all there is, and leaves it at that."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def register(plugin: type[Sweeper]) -> None:

@@ -1,6 +1,6 @@
 """Make the tiny weights and the shipped emoji from a folder of captioned pictures.
 
-    python tools/make_tiny.py FOLDER [--only pictures image_encoder movq unet prior] [--threads 2]
+    python tools/make_tiny.py FOLDER [--only pictures image_encoder movq unet prior hint_decoder] [--threads 2]
 
 FOLDER holds `train/` and `validation/`, each with `metadata.jsonl` (`file_name`, `text`) and square RGB pictures.
 Pictures that ship (64 spread evenly over the train split, 16 over the validation split) are never trained on here: the
@@ -11,13 +11,14 @@ import argparse
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import VQModel
+from diffusers import UNet2DConditionModel, VQModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -264,12 +265,49 @@ def encode_text(captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     return states, torch.cat([output.text_embeds for output in outputs]), tokens.attention_mask.bool()
 
 
+def make_hint_decoder(emoji: Emoji) -> None:
+    """The runner's own way: from the decoder above, with edges as hints."""
+    from kandinsky_exp import cli
+
+    with tempfile.TemporaryDirectory() as place:
+        for split in SHIPPED:
+            (target := Path(place, "pictures", split)).mkdir(parents=True)
+            rows = read_rows(emoji.folder / split)
+            kept = [row for index, row in enumerate(rows) if split != "train" or not is_shipped(emoji.folder, index)]
+            for row in kept:
+                shutil.copyfile(emoji.folder / split / row["file_name"], target / row["file_name"])
+            (target / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        data = ["data=folder", f"data.path={place}/pictures", "data.resolution=64", "data.encode_workers=0"]
+        model = ["model=control", "weights=tiny", "model.new_lr_factor=3", "model.condition_dropout=0.3"]
+        steps = ["optimizer.lr=1e-3", "trainer.batch_size=16", "trainer.max_steps=3000", "trainer.ema_decay=0.995"]
+        quiet = ["validation.every=3000", "validation.reconstructions=0", "tracker=none", f"output_root={place}"]
+        cli.main([*data, *model, *steps, *quiet, "name=control"])
+        save_hint_decoder(Path(place, "control", "pipeline", "unet"))
+
+
+def save_hint_decoder(folder: Path) -> None:
+    """A trained decoder for hints as the plain one's change, in whole numbers from -127 to 127 for each output."""
+    plain = architecture.trained("unet").state_dict()
+    tensors = {}
+    for name, value in UNet2DConditionModel.from_pretrained(folder).state_dict().items():
+        if name not in plain:
+            tensors[name] = value.half()
+            continue
+        change = value.clone()
+        (change[:, : plain[name].shape[1]] if value.ndim > 1 else change).sub_(plain[name])
+        scale = change.reshape(len(change), -1).abs().amax(1).clamp(min=1e-8) / 127
+        whole = (change / scale.view(-1, *[1] * (value.ndim - 1))).round()
+        tensors |= {f"{name}{architecture.CHANGE}": whole.to(torch.int8), f"{name}{architecture.SCALE}": scale}
+    save_file(tensors, architecture.ASSETS / "hint_decoder.safetensors")
+
+
 PARTS: Parts = {
     "pictures": make_pictures,
     "image_encoder": make_image_encoder,
     "movq": make_movq,
     "unet": make_unet,
     "prior": make_prior,
+    "hint_decoder": make_hint_decoder,
 }
 
 

@@ -16,7 +16,7 @@ WHERE_THERE = frozenset(
     {"weights.prior", "weights.decoder", "data.name", "checkpoint.resume", "validation.prompts", "prompts", "base"}
     | {"prior", "decoder", "prior_adapter", "decoder_adapter", "adapter.source", "mix"}
 )
-WORDS = frozenset({"tiny", "auto", "never", "???"})
+WORDS = frozenset({"tiny", "tiny_control", "auto", "never", "???"})
 Values = Mapping[str, Any]
 
 

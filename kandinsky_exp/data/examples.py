@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError, cause_of
 from kandinsky_exp.system.files import on_disk
+from kandinsky_exp.system.threads import usable_cores
 
 MAX_BYTES = 256 << 20  # of one image's file
 
@@ -218,5 +218,5 @@ class Subset(Indexed):
 
 def in_threads(function: Callable[[int], Any], rows: int) -> Iterator[Any]:
     """`function(0), function(1), …` in order, several at a time: reading and decoding release the interpreter lock."""
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPool(min(8, usable_cores())) as pool:
         yield from pool.imap(function, range(rows), chunksize=16)

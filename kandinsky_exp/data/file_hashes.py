@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.files import exists, on_disk, replacing
 from kandinsky_exp.system.logs import Log
+from kandinsky_exp.system.threads import usable_cores
 
 MISSING = bytes(32)  # stands for a file that cannot be read
 CHUNK = 4096
@@ -108,7 +109,7 @@ class FileDigests:
         reported = time.monotonic()
         for start in range(0, len(rows), FEW):
             some = rows[start : start + FEW]
-            with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the interpreter lock
+            with ThreadPool(min(8, usable_cores())) as pool:  # reading and hashing release the interpreter lock
                 hashes = pool.map(_hash_file, paths.take(pa.array(some)).to_pylist())
             digests[some] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
             if time.monotonic() - reported > REPORT_SECONDS:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.models import weight_files
-from kandinsky_exp.models.components import MODELS, PARTS, PipelineHalf, pipeline_folder, side_parts, subfolder
+from kandinsky_exp.models.components import MODELS, PARTS, SHIPPED, PipelineHalf, pipeline_folder, side_parts, subfolder
 from kandinsky_exp.models.decoder_kinds import EMBEDDING, KINDS, PLAIN, DecoderKind, kind_of
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
@@ -48,8 +48,8 @@ def local_folders(sources: Mapping[PipelineHalf, str]) -> dict[str, Path]:
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a folder of the user's, whatever folders may be called `tiny` here."""
-    return source != "tiny" and files.is_folder(source)
+    """Whether a source is a folder of the user's, whatever folders may be called as what ships is."""
+    return source not in SHIPPED and files.is_folder(source)
 
 
 def disagreements(folders: Mapping[str, Path], required: Required = REQUIRED) -> Iterator[tuple[PipelineHalf, str]]:
@@ -126,7 +126,7 @@ def check(
     found = [f"{keys.format(side=side)}: {problem}" for side, problem in disagreements(folders, required)]
     for part, folder in folders.items():
         side = PARTS[part][0]
-        is_ours = weights.sources[side] == "tiny" and part not in (network or {})
+        is_ours = weights.sources[side] in SHIPPED and part not in (network or {})
         problem = None if is_ours else weights_problem(part, folder, weights.variant)
         found += [f"{keys.format(side=side)}: {folder} {problem}"] if problem else []
     if found:

@@ -38,6 +38,7 @@ MODELS = {
 NETWORKS: dict[PipelineHalf, str] = {"prior": "prior", "decoder": "unet"}  # the part of each half that can train
 # The pipelines that results are, by half. A combined one holds both halves.
 RESULTS: dict[PipelineHalf, str] = {"prior": "KandinskyV22PriorPipeline", "decoder": PLAIN.result}
+SHIPPED = ("tiny", "tiny_control")  # sources that come with the package; the second is a decoder alone
 PRIOR_FOLDER = "prior"  # in the result of a decoder for hints, which no combined pipeline of diffusers takes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -61,7 +62,9 @@ def is_hub_id(source: str) -> bool:
 
 def check_source(source: str, side: PipelineHalf, variant: str | None = None) -> str | None:
     """What is wrong with a source of weights, or None. Reads small JSON files only and imports no torch."""
-    if source == "tiny" or is_hub_id(source):
+    if source in SHIPPED:
+        return None if source == "tiny" or side == "decoder" else f"'{source}' is a decoder alone; give tiny"
+    if is_hub_id(source):
         return None
     root = files.expanded(source)
     if not files.is_folder(root):

@@ -1,6 +1,7 @@
 """Which files a part of Kandinsky 2.2 is read from, and what they hold."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -242,7 +243,21 @@ def unreadable(folder: Path) -> str | None:
         if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
             return f"'{folder.name}' has no vocabulary ({name}, or vocab.json and merges.txt)"
         name = "vocab.json"
-    return f"'{folder.name}/{name}' cannot be read" if json_object(folder / name) is None else None
+    return None if _is_object(folder / name) else f"'{folder.name}/{name}' cannot be read"
+
+
+def _is_object(file: Path) -> bool:
+    """Whether a file holds one JSON object. A vocabulary takes long to read, and every check of a run looks at it."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return False
+    return _holds_object(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=32)
+def _holds_object(file: Path, *_changes: int) -> bool:
+    return json_object(file) is not None
 
 
 # --- what was written

@@ -15,6 +15,7 @@ from kandinsky_exp.models import weight_files
 from kandinsky_exp.models.components import (
     MODELS,
     PARTS,
+    SHIPPED,
     PipelineHalf,
     is_hub_id,
     pipeline_folder,
@@ -32,7 +33,8 @@ class Weights:
     """The parts of one prior and one decoder, each fetched and loaded once, when first asked for.
 
     Args:
-        prior, decoder: a hub id, a diffusers folder, the folder of an earlier run, or `tiny`.
+        prior, decoder: a hub id, a diffusers folder, the folder of an earlier run, or
+            what ships: `tiny`, or of a decoder `tiny_control`.
         cache_folder: where the tiny pipelines are built.
         frozen_dtype: torch dtype, by name, of what does not train.
         tf32: whether matrix products of float32 are rounded to it.
@@ -60,10 +62,10 @@ class Weights:
         """The local folder of a part; hub parts are downloaded when first asked for, each on its own."""
         side, name = PARTS[part]
         source = self.sources[side]
-        if source == "tiny":
+        if source in SHIPPED:
             from kandinsky_exp.tiny.pipelines import build
 
-            root = build(self.cache_folder)
+            root = build(self.cache_folder, source)
         elif is_hub_id(source):
             return self._download(source, side, name)
         else:

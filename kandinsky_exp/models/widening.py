@@ -51,7 +51,7 @@ def _with_hints(old: Any, device: torch.device, dtype: torch.dtype) -> nn.Module
         for layer in new.input_hint_block:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=SILU_GAIN / layer.weight[0].numel() ** 0.5)
-                nn.init.zeros_(layer.bias)
+                nn.init.zeros_(cast(Tensor, layer.bias))
     new.image_proj, new.image_norm = old.image_proj, old.image_norm
     return cast(nn.Module, new.train(old.training))
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, ListConfig
 
 from kandinsky_exp.config import recorded_paths, saved_config
 from kandinsky_exp.errors import CheckpointError, ConfigError, cut
-from kandinsky_exp.models.components import NETWORKS, PipelineHalf, is_hub_id
+from kandinsky_exp.models.components import NETWORKS, SHIPPED, PipelineHalf, is_hub_id
 from kandinsky_exp.models.weight_files import alone, untrusted
 from kandinsky_exp.runs import integrity
 from kandinsky_exp.runs.run_folder import Record, read_record
@@ -91,7 +91,7 @@ def source_of(run_folder: Path, side: PipelineHalf) -> str:
     source = saved_config.value(run_folder, f"weights.{side}")
     if source is None:
         raise ConfigError(f"{run_folder / 'config.yaml'} has no weights.{side}; mend it, or give other sources")
-    if source == "tiny" or (Path(source).is_absolute() and files.exists(source)):
+    if source in SHIPPED or (Path(source).is_absolute() and files.exists(source)):
         return source
     root = run_folder.absolute().parents[1 if is_sweep(run_folder.parent) else 0]
     place = recorded_paths.moved(source, saved_config.value(run_folder, "output_root") or "", root)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from kandinsky_exp.config import targets
 from kandinsky_exp.errors import cut
-from kandinsky_exp.models.components import NETWORKS, PRIOR_FOLDER, PipelineHalf, is_hub_id
+from kandinsky_exp.models.components import NETWORKS, PRIOR_FOLDER, SHIPPED, PipelineHalf, is_hub_id
 from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, PLAIN, DecoderKind
 from kandinsky_exp.runs.run_folder import Record
 from kandinsky_exp.system import redaction
@@ -127,7 +127,7 @@ def _origins(result: Result) -> Iterator[tuple[str, str]]:
             revision = result.record.revision or revision
         own = (
             "the tiny one that ships with kandinsky-exp"
-            if params.get(f"weights.{side}") == "tiny"
+            if params.get(f"weights.{side}") in SHIPPED
             else "not on the hub"
         )
         at = f" at {_escaped(revision)}" if base and revision else ""

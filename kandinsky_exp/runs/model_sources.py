@@ -13,7 +13,7 @@ from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
 from kandinsky_exp.models import adapter_files, adapter_tensors, compatibility, weight_files
 from kandinsky_exp.models.adapter_files import CONV_IN, HINT_BLOCK
-from kandinsky_exp.models.components import NETWORKS, PARTS, PipelineHalf, check_source, is_hub_id, read_object
+from kandinsky_exp.models.components import NETWORKS, PARTS, SHIPPED, PipelineHalf, check_source, is_hub_id, read_object
 from kandinsky_exp.models.decoder_kinds import INPAINTING, KINDS, kind_of
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
@@ -133,7 +133,7 @@ def find_origin(cfg: DictConfig, side: PipelineHalf, source: str, variant: str |
     Args:
         variant: of a diffusers folder's files, None = `weights.variant`.
     """
-    if source == "tiny" or is_hub_id(source):
+    if source in SHIPPED or is_hub_id(source):
         return ModelSource(source)
     folder = located(cfg, side, source, side)
     run_folder = run_of(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from kandinsky_exp.system import files
+from kandinsky_exp.system import files, threads
 
 POLL = 0.5  # seconds
 # Whoever set these has shared out the devices already.
@@ -61,11 +61,11 @@ def _shares(devices: str | Sequence[int | str] | None, parallel: int, slots: Pat
         # Another sweep on this machine must not take the same one.
         locks = Path(tempfile.gettempdir()) / f"kandinsky_exp-{os.getuid()}"
         return {locks / f"gpu-{gpu}.lock": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus}
-    count = min(parallel, cores := usable_cores())
+    count = min(parallel, cores := threads.usable_cores())
     if count <= 1:
         return {}
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count)))
-    return {slots / f"cores-{number}.lock": {"OMP_NUM_THREADS": str(threads)} for number in range(count)}
+    each = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count)))
+    return {slots / f"cores-{number}.lock": {"OMP_NUM_THREADS": str(each)} for number in range(count)}
 
 
 def visible_gpus() -> list[str]:
@@ -114,7 +114,3 @@ def problem(devices: str | Sequence[int | str] | None) -> str | None:
         return None
     has = f"the GPUs here are {', '.join(known)}" if known else "there is no GPU here"
     return f"{', '.join(strange)} is not there, {has} (nvidia-smi, CUDA_VISIBLE_DEVICES); name others, or leave it out"
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS

@@ -1,6 +1,7 @@
 """Python's search for garbage, which goes through all that was ever imported."""
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 
@@ -16,7 +17,12 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        if gc.get_freeze_count() == 0:  # once: what a run leaves has to be found
-            gc.freeze()
+        _freeze()
         if was_on:
             gc.enable()
+
+
+@functools.cache  # once: what a run leaves has to be found; and to count goes through all that is frozen
+def _freeze() -> None:
+    if gc.get_freeze_count() == 0:
+        gc.freeze()

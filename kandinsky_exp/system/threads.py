@@ -1,11 +1,17 @@
-"""Calls in threads of their own, with a time limit where one is wanted."""
+"""Calls in threads of their own, with a time limit where one is wanted; how many can work at a time."""
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent import futures
 from typing import TypeVar
 
 Result = TypeVar("Result")
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, which a scheduler or a container can make fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
 
 
 def started(call: Callable[[], Result], name: str) -> "futures.Future[Result]":

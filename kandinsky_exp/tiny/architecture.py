@@ -26,17 +26,18 @@ ASSETS = Path(__file__).parent / "assets"
 EMBEDDING = 64
 IMAGE_SIZE = 64
 SEED = 2023
+CHANGE, SCALE = ".change", ".scale"  # end the names of a change's tensors
 
 
 def prior() -> PriorTransformer:
     return PriorTransformer(num_attention_heads=4, attention_head_dim=16, num_layers=3, embedding_dim=EMBEDDING)
 
 
-def unet() -> UNet2DConditionModel:
+def unet(reads_hints: bool = False) -> UNet2DConditionModel:
     """The decoder: like the original, a resnet-only outer level and attention with image keys on the inner ones."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
+        in_channels=8 if reads_hints else 4,
         out_channels=8,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
@@ -48,7 +49,7 @@ def unet() -> UNet2DConditionModel:
         norm_num_groups=16,
         encoder_hid_dim=EMBEDDING,
         encoder_hid_dim_type="image_proj",
-        addition_embed_type="image",
+        addition_embed_type="image_hint" if reads_hints else "image",
         resnet_time_scale_shift="scale_shift",
     )
 
@@ -153,6 +154,23 @@ def decoder_scheduler() -> DDPMScheduler:
         variance_type="learned_range",
         prediction_type="epsilon",
     )
+
+
+def hint_decoder() -> UNet2DConditionModel:
+    """The decoder for hints. Of what the plain one has, its file holds the change: whole numbers times a scale."""
+    stored, plain = (load_file(ASSETS / f"{name}.safetensors") for name in ("hint_decoder", "unet"))
+    module = unet(reads_hints=True)
+    tensors = {}
+    for name, own in module.state_dict().items():
+        if name in stored:
+            tensors[name] = stored[name].float()
+            continue
+        base = torch.zeros_like(own)
+        (base[:, : plain[name].shape[1]] if own.ndim > 1 else base).copy_(plain[name])
+        change = stored[f"{name}{CHANGE}"].float()
+        tensors[name] = base + change * stored[f"{name}{SCALE}"].view(-1, *[1] * (own.ndim - 1))
+    module.load_state_dict(tensors)
+    return module.eval().requires_grad_(False)
 
 
 def trained(name: str) -> Any:

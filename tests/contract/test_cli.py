@@ -1,5 +1,6 @@
 """The command: verbs, exit codes, what is printed for a mistake, and what is not left behind."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -284,5 +285,8 @@ def test_a_mistake_in_a_process_of_its_own() -> None:
     ],
 )
 def test_other_flags_of_hydra(flags: list[str], text: str, is_there: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers))
     assert exit_code(*flags) == 0
     assert (text in capfd.readouterr().out) is is_there
+    assert (root.level, root.handlers) == before

@@ -128,3 +128,18 @@ def test_names_of_variants(name: str, expected: str, tmp_path: Path) -> None:
     assert weight_files.without_variant(name) == expected
     (tmp_path / name).touch()
     assert weight_files.variants(tmp_path) == ({"non_ema" if "ema" in name else "fp16"} if name != expected else set())
+
+
+def test_a_vocabulary_that_changes_is_read_again(tmp_path: Path) -> None:
+    folder = tmp_path / "prior_tokenizer"
+    folder.mkdir()
+    file = folder / "tokenizer.json"
+    for text, is_good in (("{}", True), ("{", False), ("[]", False), ('{"a": 1}', True)):
+        file.write_text(text)
+        assert (weight_files.unreadable(folder) is None) is is_good
+        assert (weight_files.unreadable(folder) is None) is is_good
+    file.unlink()
+    assert (
+        weight_files.unreadable(folder)
+        == "'prior_tokenizer' has no vocabulary (tokenizer.json, or vocab.json and merges.txt)"
+    )

@@ -18,6 +18,7 @@ from kandinsky_exp.errors import CheckpointError
 from kandinsky_exp.models import hints, pipelines
 from kandinsky_exp.models.decoder_kinds import HINT
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.models.widening import widened
 from kandinsky_exp.stages.control import ControlStage
 from kandinsky_exp.stages.decoder import DecoderStage
 from kandinsky_exp.training.new_parts import learn_faster
@@ -165,9 +166,8 @@ def test_the_result_is_two_pipelines_that_diffusers_loads(trained: Path) -> None
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_hints_are_moved_and_cast_whatever_the_guidance(guidance: float, weights: Weights) -> None:
     """The published pipeline leaves them as they are where there is no guidance."""
-    stage = ControlStage(weights, resolution=64)
-    half = torch.nn.Module.to(stage.network, torch.bfloat16).eval()
-    decoder = pipelines.decoder_pipeline(weights, half)
+    half = Weights("tiny", "tiny", weights.cache_folder, frozen_dtype="bfloat16")
+    decoder = pipelines.decoder_pipeline(half, widened(half.load("unet"), HINT))
     settings = pipelines.SampleSettings(inference_steps=2, height=64, width=64, batch_size=2, guidance_scale=guidance)
     embeds = tuple(torch.randn(3, 64, generator=seeded(number)) for number in range(2))
     drawn = hints.draw(decoder, embeds, hints.none(decoder, 3, settings), settings)

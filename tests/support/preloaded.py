@@ -11,13 +11,20 @@ import running
 import sqlalchemy.orm
 import transformers.models.clip.image_processing_pil_clip
 import transformers.models.clip.modeling_clip  # noqa: F401
+from hydra.types import RunMode
 
+from kandinsky_exp.config import command_line
 from kandinsky_exp.stages import decoder, inpaint, prior  # noqa: F401
+from kandinsky_exp.system import garbage
 from kandinsky_exp.tracking import store_schema
 from kandinsky_exp.verbs import generate, plan  # noqa: F401
 
 sqlalchemy.orm.configure_mappers()
 store_schema.problem("unknown", "")  # reads all of MLflow's migrations
-running.hydra_compose("train", running.SMALL)  # Hydra looks for its plugins
+for more in ([], ["model=prior"]):  # Hydra looks for its plugins, and which files most of the runs choose
+    line = command_line.parse("train", [*running.SMALL, *more], ["train"])
+    with line.composing() as loader:
+        loader.load_configuration("train", line.overrides, RunMode.RUN)
 gc.collect()
-gc.freeze()  # pages that no collection touches stay shared
+with garbage.uncollected():  # pages that no collection touches stay shared
+    pass

@@ -19,12 +19,13 @@ import mlflow
 import pytest
 import torch
 from filelock import FileLock
-from hydra import compose, initialize_config_module
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from mlflow import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.run import run
@@ -87,7 +88,9 @@ def of_groups(verb: str, words: tuple[str, ...]) -> DictConfig:
 
 
 def hydra_compose(verb: str, words: Sequence[str]) -> DictConfig:
-    with initialize_config_module("kandinsky_exp.conf", version_base="1.3"):
+    """As a command does, which remembers what files it has read."""
+    flags = hydra_adapter.parse([], refuse=pytest.fail)
+    with hydra_adapter.composing(flags, check=lambda _: None):
         return compose(verb, list(words))
 
 
@@ -150,13 +153,17 @@ def encoded_cache() -> Path:
 
 
 def shared(name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that the first of all workers makes, and that lasts as long as their tests."""
+    """A folder that the first of all workers makes, and that lasts as long as their tests.
+
+    It is made where it stays, for runs record absolute paths.
+    """
     folder = Path(os.environ["TESTS_SHARE"]) / name  # from conftest.py
+    whole = folder.with_name(f"{name}.whole")
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            aside = folder.with_name(f"{name}.part")
-            make(aside)
-            aside.rename(folder)
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a try that failed
+            make(folder)
+            whole.touch()
     return folder
 
 

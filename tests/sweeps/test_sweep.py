@@ -26,7 +26,7 @@ from kandinsky_exp import cli
 from kandinsky_exp.config import hydra_errors
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import devices, job_process, outcomes, session
-from kandinsky_exp.system import files
+from kandinsky_exp.system import files, threads
 from kandinsky_exp.tracking import mlflow_names
 
 # A schedule whose jobs come to different ends, until they are mended.
@@ -462,7 +462,7 @@ def test_gpus_that_are_hidden_are_not_there(monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_gpus_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cores = devices.usable_cores()
+    cores = threads.usable_cores()
     with devices.held("auto", cores, tmp_path, lambda: False) as share:
         assert share == ({"OMP_NUM_THREADS": "1"} if cores > 1 else {})
     with devices.held("auto", 1, tmp_path, lambda: False) as alone:

@@ -1,5 +1,6 @@
 """Calls in threads, signal handlers, and the folder that `output_root` means."""
 
+import os
 import signal
 import sys
 import threading
@@ -30,6 +31,17 @@ def test_a_call_that_takes_too_long_is_left_behind() -> None:
     assert time.monotonic() - began < 5
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "hangs")
     hanging.set()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="macOS has none")
+def test_usable_cores_are_those_that_the_process_may_run_on() -> None:
+    allowed = os.sched_getaffinity(0)
+    assert threads.usable_cores() == len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert threads.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_signals_are_handled_for_a_while() -> None:

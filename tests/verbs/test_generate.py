@@ -1,6 +1,7 @@
 """`kandinsky-exp generate`: every kind of source on either side."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from commands import Forked
 from drawing import STEPS, drawn
-from running import client, composed, runs, train
+from running import client, composed, runs, shared, train
 from safetensors.torch import load_file, save_file
 
 from kandinsky_exp.errors import ConfigError
@@ -21,16 +22,21 @@ from kandinsky_exp.models.components import PipelineHalf
 from kandinsky_exp.runs.model_sources import ModelSource, find_origins
 from kandinsky_exp.system.files import occupied
 
+BAD = f"bad-{os.getpid()}"  # the workers share the folder
+
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("generate")
-    unwatched = ["validation.every=100", "validation.reconstructions=0"]
-    for stage in ("prior", "decoder"):
-        train(folder, f"model={stage}", f"name={stage}", "trainer.ema_decay=0.5", *unwatched)
-    train(folder, "model=prior", "name=lora", "adapter=lora", "optimizer.lr=1", *unwatched)
-    train(folder, "model=decoder", "name=dora", "adapter=dora", "optimizer.lr=1", *unwatched)
-    return folder
+def root() -> Path:
+    """Four runs. A test draws there under names that no other test takes."""
+
+    def make(folder: Path) -> None:
+        unwatched = ["validation.every=100", "validation.reconstructions=0"]
+        for stage in ("prior", "decoder"):
+            train(folder, f"model={stage}", f"name={stage}", "trainer.ema_decay=0.5", *unwatched)
+        train(folder, "model=prior", "name=lora", "adapter=lora", "optimizer.lr=1", *unwatched)
+        train(folder, "model=decoder", "name=dora", "adapter=dora", "optimizer.lr=1", *unwatched)
+
+    return shared("generate", make)
 
 
 def test_tiny_pair(root: Path) -> None:
@@ -155,10 +161,10 @@ def test_an_adapter_of_another_base_is_refused(root: Path, tmp_path: Path) -> No
     for content, message in ((wide, "inputs, the base's has 64"), (strange, "attentions.9.* which the base has not")):
         save_file(content, tmp_path / WEIGHTS_NAME)
         with pytest.raises(ConfigError, match=f"decoder: .* does not fit tiny: .*{message}"):
-            drawn(root, "bad", "weights=tiny", f"decoder_adapter={tmp_path}")
+            drawn(root, BAD, "weights=tiny", f"decoder_adapter={tmp_path}")
     save_file({"some.weight": torch.zeros(2)}, tmp_path / WEIGHTS_NAME)
     with pytest.raises(ConfigError, match=r"decoder_adapter: .* holds no LoRA"):
-        drawn(root, "bad", "weights=tiny", f"decoder_adapter={tmp_path}")
+        drawn(root, BAD, "weights=tiny", f"decoder_adapter={tmp_path}")
 
 
 def test_negative_prompt_size_and_file_of_prompts(root: Path, tmp_path: Path) -> None:
@@ -208,7 +214,7 @@ def test_images_can_be_logged_to_the_run_that_made_them(root: Path) -> None:
 )
 def test_bad_sources(root: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        drawn(root, "bad", *(text.format(root=root) for text in overrides))
+        drawn(root, BAD, *(text.format(root=root) for text in overrides))
 
 
 @pytest.mark.parametrize(

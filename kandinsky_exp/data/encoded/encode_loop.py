@@ -1,6 +1,5 @@
 """The encode loop: batches of a source's images and captions through the encoders, part by part into a table."""
 
-import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from kandinsky_exp.data.preprocess import Preprocess
 from kandinsky_exp.data.tally import first_few
 from kandinsky_exp.errors import DataError
 from kandinsky_exp.system.logs import Log
+from kandinsky_exp.system.threads import usable_cores
 
 LOOK_ON_SECONDS = 5.0  # how long to look for further problems when one was found
 FEW = 64  # examples that are not worth starting worker processes for
@@ -68,8 +68,7 @@ class EncodeSettings:
     def processes(self, count: int | None) -> int:
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return 0 if count is not None and count <= FEW else max(0, min(8, cores // self.beside - 1))
+        return 0 if count is not None and count <= FEW else max(0, min(8, usable_cores() // self.beside - 1))
 
 
 @dataclass
