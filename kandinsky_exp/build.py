@@ -119,24 +119,10 @@ def data(cfg: DictConfig) -> Splits:
         splits = instantiate({"_target_": settings["_target_"], **arguments})
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-    if columns := sorted(stage_class(cfg).extra_inputs):
-        splits.train = splits.train.with_columns(columns)
-        splits.validation = splits.validation and splits.validation.with_columns(columns)
-    _add_companions(splits, settings, stage_class(cfg))
+    cls = stage_class(cfg)
+    splits = sources.with_columns(splits, sorted(cls.extra_inputs))
+    splits = sources.with_companions(splits, cls.companions(settings), settings)
     return sources.subset(splits, cfg.data.max_samples, cfg.seed)
-
-
-def _add_companions(splits: Splits, settings: dict[str, Any], cls: type[DiffusionStage]) -> None:
-    """Let the sources give the pictures that belong to theirs, from the folders or columns of the settings."""
-    read = [name for name, kind in cls.companions(settings).items() if kind.is_read]
-    folders = {name: files.expanded(settings[f"{name}s"]).absolute() for name in read if settings.get(f"{name}s")}
-    columns = {name: settings[f"{name}_column"] for name in read if name not in folders}
-    if not read:
-        return
-    if splits.class_images is not None:
-        raise ConfigError(f"data.class_prompt: class images have no {read[0]} of their own; leave it out")
-    splits.train = splits.train.with_companions(columns, folders)
-    splits.validation = splits.validation and splits.validation.with_companions(columns, folders)
 
 
 def check_data(cfg: DictConfig, splits: Splits) -> checks.DataSummary:
@@ -163,9 +149,7 @@ def bare_stage(cfg: DictConfig, parts: Weights) -> DiffusionStage:
     )
     if cfg.data.buckets and made.preprocess.resolution is not None:
         made.preprocess = replace(made.preprocess, buckets=bucket_sizes(cfg.data.resolution))
-    if kinds := made.companions(target_settings(cfg, "data")):
-        companions = {name: kind(parts.latent_scale()) for name, kind in kinds.items()}
-        made.preprocess = replace(made.preprocess, companions=companions)
+    made.read_companions(target_settings(cfg, "data"))
     return made
 
 
@@ -222,8 +206,7 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
     network = made.place(device.device)
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(cfg, trainable, device.device)
-    factor, parts = made.faster()
-    learn_faster(optimizer, network, parts, factor)
+    learn_faster(optimizer, network, *made.faster())
     # Not prepared: Accelerate would skip accumulated micro-steps and step once per process.
     scheduler = instantiate(target_settings(cfg, "scheduler"), _convert_="all")(optimizer, total_steps=total_steps)
     ema = None

@@ -18,7 +18,9 @@ TASKS = {
     "image": ("prompts", "image", "strength"),
     "inpaint": ("prompts", "image", "mask"),
     "mix": ("mix", "mix_weights"),
+    "control": ("prompts", "hint", "image"),
 }
+ONE_OF = {"control": ("hint", "image")}  # by task: of these settings one alone has to be given
 NEEDED = {  # and what to do where one of these is not given; the others need not be
     "prompts": "is empty; give a list, or a text file with one prompt per line",
     "image": "is not set; give the file of a picture",
@@ -38,14 +40,20 @@ def problems(good: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "task" not in good:
         return
     task = good["task"]
+    either = ONE_OF.get(task, ())
+    given = [key for key in either if good.get(key) is not None]
+    if either and not given and either[0] in good:
+        yield either[0], "is not set; give the file of a hint, or image=, a picture whose edges are the hint"
+    elif len(given) > 1:
+        yield given[0], f"and {given[1]} are both set; give one of them"
     for key in dict.fromkeys(key for keys in TASKS.values() for key in keys):
         is_given = good.get(key) not in (None, [])
         if is_given and key not in TASKS[task]:
             others = ", ".join(f"task={name}" for name, keys in TASKS.items() if key in keys)
             yield key, f"task={task} does not draw from it; remove it, or set {others}"
-        elif not is_given and key in NEEDED and key in TASKS[task] and key in good:
+        elif not is_given and key in NEEDED and key in TASKS[task] and key in good and key not in either:
             yield key, NEEDED[key]
-        elif is_given and key in ("image", "mask") and not is_file(good[key]):
+        elif is_given and key in ("image", "mask", "hint") and not is_file(good[key]):
             yield key, _missing(good[key])
     if task == "image":
         yield from _strength(good)

@@ -8,7 +8,7 @@ from kandinsky_exp.system import files
 
 PATHS = frozenset(
     {"output_root", "data.path", "data.validation_path", "data.instance_path", "data.class_path"}
-    | {"data.holes", "data.hints", "image", "mask"}
+    | {"data.holes", "data.hints", "image", "mask", "hint"}
     | {"validation.prompts.image", "validation.prompts.mask", "validation.prompts.hint"}
 )
 # What may be something else as well (a hub id, `auto`, a list of prompts): paths where there is such a file or folder.

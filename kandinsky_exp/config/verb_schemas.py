@@ -41,10 +41,11 @@ class Generate(schema.Group):
     prior_adapter: schema.Names | None
     decoder_adapter: schema.Names | None
     adapter_scale: schema.Number | list[schema.Number]
-    task: Literal["text", "image", "inpaint", "mix"]
+    task: Literal["text", "image", "inpaint", "mix", "control"]
     prompts: schema.Prompts
     image: schema.Text | None
     mask: schema.Text | None
+    hint: schema.Text | None
     strength: schema.Strength | None
     mix: list[schema.Text]
     mix_weights: list[schema.Number] | None

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from kandinsky_exp.data.companions import GREY
+from kandinsky_exp.data.edges import canny
 from kandinsky_exp.data.pictures import open_rgb
 from kandinsky_exp.data.preprocess import cropped
 from kandinsky_exp.errors import ConfigError, cause_of, cut
@@ -69,6 +70,19 @@ def _is_see_through(file: Path) -> bool:
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The largest middle part of the shape that is drawn, in its size: as training takes pictures."""
     return cropped(picture, *size)
+
+
+def shaped(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest middle part of the shape of this size, not scaled."""
+    scale = min(picture.width / size[0], picture.height / size[1])
+    width, height = (max(1, round(side * scale)) for side in size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def edges_of(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The edges of the middle part of a picture, at this size, as training finds them."""
+    return Image.fromarray(canny(np.asarray(fitted(picture, size)))).convert("RGB")
 
 
 def fitted_hole(key: str, hole: Image.Image, size: tuple[int, int]) -> Image.Image:

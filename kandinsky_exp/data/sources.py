@@ -1,8 +1,9 @@
 """Where images and captions come from: folders, lists, hub data sets, tar shards, or the emoji of the package."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,6 +199,38 @@ def dreambooth(
         refuse("data.class_prompt", class_prompt)
         class_images = ClassImages(class_folder, class_prompt, num_class_images, prior_loss_weight)
     return Splits(train, validation, class_images, dividable=False)
+
+
+def with_columns(splits: Splits, names: Sequence[str]) -> Splits:
+    """The same with further columns of its metadata.
+
+    Raises:
+        DataError: there are none of these names.
+    """
+    if not names:
+        return splits
+    validation = splits.validation and splits.validation.with_columns(names)
+    return replace(splits, train=splits.train.with_columns(names), validation=validation)
+
+
+def with_companions(splits: Splits, kinds: Mapping[str, type[Any]], settings: Mapping[str, Any]) -> Splits:
+    """The same with pictures that belong to its own, from the folders or else the columns that settings name.
+
+    Args:
+        kinds: of these pictures, by name; of some no file is read.
+
+    Raises:
+        DataError: there are none, or none for class images.
+    """
+    names = [name for name, kind in kinds.items() if kind.is_read]
+    if not names:
+        return splits
+    if splits.class_images is not None:
+        raise DataError(f"data.class_prompt: class images have no {names[0]} of their own; leave it out")
+    folders = {name: expanded(path).absolute() for name in names if (path := settings.get(f"{name}s"))}
+    columns = {name: settings[f"{name}_column"] for name in names if name not in folders}
+    validation = splits.validation and splits.validation.with_companions(columns, folders)
+    return replace(splits, train=splits.train.with_companions(columns, folders), validation=validation)
 
 
 def subset(splits: Splits, max_samples: int | None, seed: int) -> Splits:

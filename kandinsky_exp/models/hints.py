@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,10 +35,14 @@ def draw(pipeline: Any, embeds: Embeds, hints: Tensor, settings: SampleSettings)
     return images
 
 
-def none(pipeline: Any, count: int, settings: SampleSettings) -> Tensor:
-    """Black hints (N, 3, 8h, 8w): without an edge."""
-    latents = [side // pipeline.movq_scale_factor for side in (settings.height, settings.width)]
-    return torch.zeros(count, 3, *(SCALE * side for side in latents))
+def to_draw(pipeline: Any, count: int, settings: SampleSettings) -> Tensor:
+    """The hint of the settings for each image, (N, 3, 8h, 8w); black where there is none: without an edge."""
+    height, width = (side // pipeline.movq_scale_factor * SCALE for side in (settings.height, settings.width))
+    hint = settings.hint or Image.new("RGB", (width, height))
+    if hint.size != (width, height):
+        hint = hint.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
+    pixels = torch.from_numpy(np.array(hint.convert("RGB"))).permute(2, 0, 1)
+    return (pixels / 255).expand(count, -1, -1, -1)
 
 
 def shown(hint: Tensor) -> Image.Image:

@@ -121,7 +121,7 @@ def _drawn(pipeline: Any, embeds: Embeds, settings: SampleSettings) -> list[Imag
     if kind is INPAINTING:
         return inpainting.fill(pipeline, embeds, *inpainting.to_fill(len(embeds[0]), settings), settings)
     if kind is HINT:
-        return hints.draw(pipeline, embeds, hints.none(pipeline, len(embeds[0]), settings), settings)
+        return hints.draw(pipeline, embeds, hints.to_draw(pipeline, len(embeds[0]), settings), settings)
     images: list[Image.Image] = []
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
     for start in range(0, len(embeds[0]), settings.batch_size):

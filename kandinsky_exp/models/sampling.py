@@ -25,6 +25,7 @@ class SampleSettings:
         picture: of this size, that all of them are drawn from.
         strength: part of the steps that are drawn, from the noised picture on; None = all of them.
         hole: of mode L and this size; a decoder for inpainting fills the white of it and keeps the rest.
+        hint: a picture in the shape that is drawn, of any size, which a decoder for hints draws from.
         begin: latents to begin with, of the images of these generators; None = their noise.
     """
 
@@ -38,6 +39,7 @@ class SampleSettings:
     negative_prompt: str | None = None
     picture: Image.Image | None = field(default=None, compare=False)  # no prompt's embedding depends on it
     hole: Image.Image | None = field(default=None, compare=False)
+    hint: Image.Image | None = field(default=None, compare=False)
     strength: float | None = field(default=None, compare=False)
     begin: Callable[[list[torch.Generator]], Tensor] | None = field(default=None, compare=False)
 

@@ -14,7 +14,7 @@ from kandinsky_exp.errors import ConfigError, cut, first_line
 from kandinsky_exp.models import adapter_files, adapter_tensors, compatibility, weight_files
 from kandinsky_exp.models.adapter_files import CONV_IN, HINT_BLOCK
 from kandinsky_exp.models.components import NETWORKS, PARTS, SHIPPED, PipelineHalf, check_source, is_hub_id, read_object
-from kandinsky_exp.models.decoder_kinds import INPAINTING, KINDS, kind_of
+from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, KINDS, PLAIN, DecoderKind, kind_of
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
 from kandinsky_exp.runs.lookup import located, names_of, no_adapter, recorded_id, run_of, source_of, trained_network
@@ -134,7 +134,7 @@ def find_origin(cfg: DictConfig, side: PipelineHalf, source: str, variant: str |
         variant: of a diffusers folder's files, None = `weights.variant`.
     """
     if source in SHIPPED or is_hub_id(source):
-        return ModelSource(source)
+        return ModelSource(checked(source, side, variant))
     folder = located(cfg, side, source, side)
     run_folder = run_of(folder)
     if run_folder is None or (folder / "model_index.json").is_file():
@@ -290,10 +290,9 @@ def decoder_folder(weights: Weights, origin: ModelSource) -> Path:
     return origin.network or weights.folder(NETWORKS["decoder"])
 
 
-def fills_holes(weights: Weights, origin: ModelSource) -> bool:
-    """Whether a decoder is one for inpainting: by itself, or by the first layer that an adapter brings along."""
+def decoder_kind(weights: Weights, origin: ModelSource) -> DecoderKind:
+    """What a decoder is: by itself, or by the layers that an adapter brings along."""
     latents = read_object(weights.folder("movq") / "config.json")["latent_channels"]
-    files = [adapter_files.whole_files(one.folder).get(CONV_IN) for one in origin.adapters]
-    inputs = [weight_files.header(file)[f"{CONV_IN}.weight"][1] for file in files if file is not None]
-    itself = kind_of(read_object(decoder_folder(weights, origin) / "config.json"), latents)
-    return itself is INPAINTING or INPAINTING.inputs(latents) in inputs
+    itself = kind_of(read_object(decoder_folder(weights, origin) / "config.json"), latents) or PLAIN
+    whole = [layers for one in origin.adapters if (layers := adapter_files.whole_files(one.folder))]
+    return itself if not whole else HINT if HINT_BLOCK in whole[0] else INPAINTING

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,12 @@ class DiffusionStage(Declarations):
     def encoded(self) -> str:
         """What a list of tables calls its features."""
         return " with ".join([self.encodes_as, *self.preprocess.companions])
+
+    def read_companions(self, data: Mapping[str, Any]) -> None:
+        """Let `encode` get what belongs to pictures, as the settings of the data say."""
+        if kinds := self.companions(data):
+            companions = {name: kind(self.weights.latent_scale()) for name, kind in kinds.items()}
+            self.preprocess = replace(self.preprocess, companions=companions)
 
     @cached_property
     def network(self) -> nn.Module:

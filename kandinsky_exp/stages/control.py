@@ -34,6 +34,7 @@ class ControlStage(DecoderStage):
     requires = compatibility.starting_from(PLAIN, HINT)
     result_pipeline = HINT.result
     ragged_features = ("latents", "hint")
+    prompt_inputs = ("hint",)
     trains_whole = (adapter_files.CONV_IN, adapter_files.HINT_BLOCK)
 
     def __init__(self, weights: Weights, *, new_lr_factor: float = 10.0, **settings: Any) -> None:

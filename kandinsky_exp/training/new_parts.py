@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def learn_faster(optimizer: torch.optim.Optimizer, network: nn.Module, parts: Mapping[str, int], factor: float) -> None:
+def learn_faster(optimizer: torch.optim.Optimizer, network: nn.Module, factor: float, parts: Mapping[str, int]) -> None:
     """Let each step of an optimizer go `factor` times as far in these parts as it would.
 
     That is what a learning rate so many times as large does, also where it is of some inputs of a parameter alone,

@@ -40,6 +40,9 @@ def read(entries: Sequence[Any], settings: SampleSettings) -> tuple[list[DrawnPr
         given = {key: value for key, value in entry.items() if value is not None}
         own = replace(settings, **{key: given[key] for key in PLAIN if key in given})
         own = replace(own, negative_prompt=given.get("negative"))
+        if "hint" in given:
+            hint = given_pictures.open_picture(f"{KEY}: entry {number}: hint", given["hint"])
+            own = replace(own, hint=given_pictures.shaped(hint, (own.width, own.height)))
         if "mask" in given:
             own = _with_hole(f"{KEY}: entry {number}", given, own, notes)
         found.append(DrawnPrompt(given["prompt"], own, is_own=True))

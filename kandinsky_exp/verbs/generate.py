@@ -16,10 +16,11 @@ from kandinsky_exp.config import drawing_tasks, saved_config, validation
 from kandinsky_exp.data import given_pictures, long_texts
 from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
 from kandinsky_exp.memory import device_limits
-from kandinsky_exp.models import inpainting, mixing, pipelines
+from kandinsky_exp.models import hints, inpainting, mixing, pipelines
 from kandinsky_exp.models.components import PipelineHalf, read_object
+from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs.model_sources import ModelSource, decoder_folder, fills_holes, find_origins, load_network, use
+from kandinsky_exp.runs.model_sources import ModelSource, decoder_folder, decoder_kind, find_origins, load_network, use
 from kandinsky_exp.system import distributed, files, logs, signals
 from kandinsky_exp.system.halving import Halving
 from kandinsky_exp.system.image_grid import labelled_grid
@@ -36,6 +37,7 @@ class Given:
     Args:
         labels: of the images, one for each: the prompt, or what is mixed.
         hole: of the picture's size, mode L, white where it is drawn anew.
+        hint: what the decoder is to draw; `picture` is one whose edges are it.
         mix: texts and pictures; `names` are as they were typed.
         notes: what the user should know of it.
     """
@@ -43,6 +45,7 @@ class Given:
     labels: list[str]
     picture: Image.Image | None = None
     hole: Image.Image | None = None
+    hint: Image.Image | None = None
     mix: Sequence[str | Image.Image] = ()
     weights: Sequence[float] = ()
     names: Sequence[str] = ()
@@ -96,6 +99,8 @@ def read_given(cfg: DictConfig) -> Given:
     if cfg.mask is not None and given.picture is not None:
         hole, notes = given_pictures.open_hole("mask", cfg.mask, given.picture.size)
         given = replace(given, hole=hole, notes=notes)
+    if cfg.hint is not None:
+        given = replace(given, hint=given_pictures.open_picture("hint", cfg.hint))
     return given
 
 
@@ -120,15 +125,20 @@ def decoder_settings(cfg: DictConfig, weights: Weights, origin: ModelSource, giv
         for key in ("height", "width")
         if cfg[key] is not None and cfg[key] % multiple
     ]
-    if given.hole is not None and not fills_holes(weights, origin):
+    kind = {"inpaint": INPAINTING, "control": HINT}.get(cfg.task)
+    if kind is not None and decoder_kind(weights, origin) is not kind:
         wrong.append(
-            f"decoder: {origin.network or origin.base} is no decoder for inpainting, which task=inpaint needs; give "
-            "one, decoder=<a run with model=inpaint>, or the published one, weights=kandinsky22_inpaint"
+            f"decoder: {origin.network or origin.base} is not {kind.told}, which task={cfg.task} needs; give one, "
+            f"decoder=<a run with model={kind.model}>, or the published one, weights=kandinsky22_{kind.model}"
         )
     if wrong:
         raise ConfigError(wrong)
     native = read_object(decoder_folder(weights, origin) / "config.json")["sample_size"] * weights.latent_scale()
     size = cfg.width or native, cfg.height or native
+    hint = None if given.hint is None else given_pictures.shaped(given.hint, size)
+    if cfg.task == "control" and given.picture is not None:
+        width, height = (side // weights.latent_scale() * hints.SCALE for side in size)
+        hint = given_pictures.edges_of(given.picture, (width, height))
     return pipelines.SampleSettings(
         inference_steps=cfg.inference_steps,
         guidance_scale=cfg.guidance_scale,
@@ -137,6 +147,7 @@ def decoder_settings(cfg: DictConfig, weights: Weights, origin: ModelSource, giv
         height=size[1],
         picture=None if given.picture is None else given_pictures.fitted(given.picture, size),
         hole=None if given.hole is None else given_pictures.fitted_hole("mask", given.hole, size),
+        hint=hint,
         strength=drawing_tasks.strength_of(cfg.strength) if cfg.task == "image" else None,
     )
 
@@ -207,12 +218,14 @@ def embed(
 
 def inputs_shown(given: Given, settings: pipelines.SampleSettings) -> Shown:
     """The pictures that were drawn from, as they were: in the size that is drawn."""
-    if settings.picture is not None:
-        shown = [("original", settings.picture)]
-        if settings.hole is not None:
-            shown.append(("hole", inpainting.hole_shown(settings.picture, settings.hole)))
-        return shown
     size = settings.width, settings.height
+    shown = [] if settings.picture is None else [("original", settings.picture)]
+    if settings.picture is not None and settings.hole is not None:
+        shown.append(("hole", inpainting.hole_shown(settings.picture, settings.hole)))
+    if settings.hint is not None:
+        shown.append(("hint", settings.hint.resize(size, Image.Resampling.BOX)))
+    if shown:
+        return shown
     return [
         (Path(name).name, given_pictures.fitted(entry, size))
         for name, entry in zip(given.names, given.mix, strict=True)

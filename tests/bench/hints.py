@@ -1,12 +1,12 @@
 """Does a decoder for hints draw the hints that it is given?
 
-    python tests/bench/hints.py PICTURES FOLDER [--decoder RUN …] [--pictures 64]
+    python tests/bench/hints.py PICTURES FOLDER [--decoder RUN …] [--count 64]
 
-PICTURES is a folder of captioned pictures. Each gives a hint, its edges, and pictures are drawn for the hints: once with
-the embedding of another picture, once with the null embedding, for a picture's own embedding holds its edges, too. Edges
-of what is drawn are compared with those of the hint that was given and with those of a hint that was not. The
-difference of the two F1 scores is 0 where hints are not heeded, as of the plain tiny decoder, which sees none. FOLDER gets
-the pictures and `hints.json`. Without `--decoder` it is the one that ships, `tiny_control`.
+PICTURES is a folder of captioned pictures. Each gives a hint, its edges, and pictures are drawn for the hints: once
+with the embedding of another picture, once with the null embedding, for a picture's own embedding holds its edges, too.
+Edges of what is drawn are compared with those of the hint that was given and with those of one that was not. The
+difference of the two F1 scores is 0 where hints are not heeded, as of the plain tiny decoder, which sees none. FOLDER
+gets the pictures and `hints.json`. Without `--decoder` it is the one that ships, `tiny_control`.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("pictures", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--decoder", nargs="+", default=["tiny_control"], help="what weights.decoder takes")
-    parser.add_argument("--pictures", dest="count", type=int, default=64)
+    parser.add_argument("--count", type=int, default=64)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     cache = given.folder / "cache"

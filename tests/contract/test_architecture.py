@@ -27,7 +27,7 @@ ROOMS = {
     "system": set(),
     "data": {"system"},
     "models": {"data.file_hashes", "system", "tiny"},
-    "stages": {"data.preprocess", "models"},
+    "stages": {"data.buckets", "data.companions", "data.edges", "data.preprocess", "models"},
     "config": {"data.source_facts", "hydra_adapter", "models", "system"},
     "tracking": {"system"},
     "reports": {"system", "tracking"},

@@ -296,7 +296,10 @@ TABLE["command lines"] = [
     Bad(["encode", "list=3"], "list: has to be true or false"),
 ]
 TABLE["keys and groups"] = [
-    Bad(["model=decodr", *EMOJI], "there is no model=decodr; the choices are decoder, inpaint, prior; did you mean"),
+    Bad(
+        ["model=decodr", *EMOJI],
+        "there is no model=decodr; the choices are control, decoder, inpaint, prior; did",
+    ),
     Bad(["experiment=demo_prio"], "did you mean demo_prior?"),
     Bad(["sweep=lrs", *EMOJI], "sweep: there is no sweep=lrs; the choices are lora_rank, lr, precision, snr"),
     Bad(["trainer=3", *EMOJI], "trainer: needs a name; choose one of default"),

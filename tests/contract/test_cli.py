@@ -237,7 +237,7 @@ def test_answers_at_once_without_torch(arguments: list[str]) -> None:
 def test_help_names_the_verbs_and_the_groups(capfd: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--help") == 0
     out = capfd.readouterr().out
-    groups = ["model: decoder, inpaint, prior", "experiment: demo_decoder", "max_steps: 15000"]
+    groups = ["model: control, decoder, inpaint, prior", "experiment: demo_decoder", "max_steps: 15000"]
     for text in ["generate   make images", *groups]:
         assert text in out
 

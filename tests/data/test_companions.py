@@ -17,7 +17,7 @@ from kandinsky_exp.data.checks import check, find_bad
 from kandinsky_exp.data.companions import Edges, Hint, Hole, hole_of
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.errors import ConfigError, DataError
+from kandinsky_exp.errors import DataError
 
 # ---- edges
 
@@ -284,7 +284,7 @@ def test_settings_that_do_not_go_together(words, message, folder: Path, tmp_path
 
 def test_class_images_have_no_holes(folder: Path, tmp_path: Path) -> None:
     words = ["data=dreambooth", f"data.instance_path={folder}", "data.instance_prompt=a", "data.class_prompt=b"]
-    with pytest.raises(ConfigError, match=r"data\.class_prompt: class images have no hole of their own"):
+    with pytest.raises(DataError, match=r"data\.class_prompt: class images have no hole of their own"):
         train(tmp_path, *OWN[:1], *words, *OWN[2:], f"data.holes={tmp_path / 'beside'}", "name=dream")
 
 

@@ -88,7 +88,7 @@ def test_what_is_new_learns_as_with_a_rate_of_its_own(optimizer: type[torch.opti
             found = optimizer([{"params": groups[0]}, {"params": groups[1], "lr": 0.3}], lr=0.1, weight_decay=0.1)
         else:
             found = optimizer(network.parameters(), lr=0.1, weight_decay=0.1)
-            learn_faster(found, network, {"new.weight": 0, "new.bias": 0}, 3.0)
+            learn_faster(found, network, 3.0, {"new.weight": 0, "new.bias": 0})
         for number in range(3):
             found.zero_grad()
             x = torch.randn(5, 6, 2, 2, generator=seeded(number))
@@ -105,7 +105,7 @@ def test_only_the_new_inputs_of_a_layer_are_faster() -> None:
     network = torch.nn.Conv2d(4, 2, 1, bias=False)
     before = network.weight.detach().clone()
     found = torch.optim.SGD(network.parameters(), lr=0.5)
-    learn_faster(found, network, {"weight": 3}, 4.0)
+    learn_faster(found, network, 4.0, {"weight": 3})
     network.weight.grad = torch.ones_like(network.weight)
     found.step()
     assert torch.allclose(before - network.weight, torch.tensor([0.5, 0.5, 0.5, 2.0]).view(1, 4, 1, 1))
@@ -170,7 +170,7 @@ def test_hints_are_moved_and_cast_whatever_the_guidance(guidance: float, weights
     decoder = pipelines.decoder_pipeline(half, widened(half.load("unet"), HINT))
     settings = pipelines.SampleSettings(inference_steps=2, height=64, width=64, batch_size=2, guidance_scale=guidance)
     embeds = tuple(torch.randn(3, 64, generator=seeded(number)) for number in range(2))
-    drawn = hints.draw(decoder, embeds, hints.none(decoder, 3, settings), settings)
+    drawn = hints.draw(decoder, embeds, hints.to_draw(decoder, 3, settings), settings)
     assert [picture.size for picture in drawn] == [(64, 64)] * 3
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import yaml
 from drawing import drawn
-from PIL import Image
+from PIL import Image, ImageDraw
 from running import client, composed, problems_of, runs, train
 
 from kandinsky_exp.config import drawing_tasks
+from kandinsky_exp.data import edges, given_pictures
 from kandinsky_exp.data.given_pictures import fitted, open_picture
 from kandinsky_exp.errors import ConfigError
 
@@ -129,7 +130,9 @@ def test_a_full_mask_is_drawn_with_a_note(root: Path, capfd: pytest.CaptureFixtu
 
 def test_a_plain_decoder_fills_nothing(root: Path) -> None:
     words = ["weights=tiny", "task=inpaint", *picture(root), f"mask={root}/right.png", PROMPT]
-    with pytest.raises(ConfigError, match=r"decoder: tiny is no decoder for inpainting, .* model=inpaint>, or the pub"):
+    with pytest.raises(
+        ConfigError, match=r"decoder: tiny is not a decoder for inpainting, .* model=inpaint>, or the pub"
+    ):
         drawn(root, "plain", *words)
     Image.new("L", (100, 80)).save(root / "black.png")
     with pytest.raises(ConfigError, match=r"mask: nothing of '.*black\.png' is white"):
@@ -211,7 +214,7 @@ MIX = ["task=mix", NO_PROMPTS]
         ([*MIX, "mix=[a, b]", "mix_weights=[1, .nan]"], "mix_weights: has to be"),
         ([*MIX, "mix=[a, b]", "mix_weights=[1e308, 1e308]"], "mix_weights: they add up to inf; give numbers"),
         ([*MIX, "mix=[a, b]", "strength=0.5"], "strength: task=mix does not draw from it; remove it, or set"),
-        (["task=outpaint"], "task: has to be one of text, image, inpaint, mix, not 'outpaint'"),
+        (["task=outpaint"], "task: has to be one of text, image, inpaint, mix, control, not 'outpaint'"),
     ],
 )
 def test_settings_that_contradict_the_task(root: Path, words: list[str], problem: str) -> None:
@@ -224,3 +227,63 @@ def test_a_text_is_no_picture(root: Path) -> None:
     for text in ("a cat", "a cat. A dog", "1.5 cats", "black and/or white", "e.g. a dog"):
         cfg = composed(root, "weights=tiny", *MIX, f"mix=['{text}']", verb="generate", small=[])
         assert problems_of(cfg, "generate") == []
+
+
+# --- control
+
+
+@pytest.fixture(scope="module")
+def hint(root: Path) -> Path:
+    """A circle, in the shape of the picture and larger."""
+    file = root / "hint.png"
+    drawn_on = Image.new("RGB", (200, 160))
+    ImageDraw.Draw(drawn_on).ellipse((40, 20, 160, 140), outline="white", width=2)
+    drawn_on.save(file)
+    return file
+
+
+CONTROL = ["weights=tiny_control", "task=control", PROMPT]
+
+
+def test_a_hint_is_drawn_and_another_one_otherwise(root: Path, hint: Path) -> None:
+    """By the decoder that ships, without guidance of the prompt: it knows no circle."""
+    words = [*CONTROL, "inference_steps=15", "guidance_scale=1"]
+    first, second = drawn(root, "circle", *words, f"hint={hint}", "prompts=[a dog, a car]")
+    edges_of_photo, _ = drawn(root, "photo", *words, f"image={root}/b.png", "prompts=[a dog, a car]")
+    assert first.shape == (64, 64, 3)
+    wanted = np.asarray(given_pictures.shaped(Image.open(hint), (64, 64)).convert("L").resize((128, 128))) // 200 * 255
+    scores = [
+        edges.f1(edges.canny(np.asarray(Image.fromarray(image).resize((128, 128)))), wanted.astype(np.uint8))
+        for image in (first, second, edges_of_photo)
+    ]
+    assert min(scores[:2]) > scores[2] + 0.1
+    saved = yaml.safe_load((root / "generate" / "circle" / "config.yaml").read_text())
+    assert saved["hint"] == str(hint)
+
+
+def test_a_prompt_of_validation_may_have_a_hint(root: Path, hint: Path) -> None:
+    entry = f"{{prompt: a dog, hint: {hint}}}"
+    words = ["model=control", "data.resolution=64", "data.max_samples=6", "trainer.max_steps=1", "tracker=none"]
+    train(root, *words, "weights=tiny_control", f"validation.prompts=[a dog, {entry}]", "name=hinted")
+    one, two = ((root / "hinted" / "samples" / "step-00000001" / f"0{n}.png").read_bytes() for n in (0, 1))
+    assert one != two
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["weights=tiny", "task=control", PROMPT, "hint={root}/a.png"], "tiny is not a decoder for hints, which"),
+        (
+            ["weights=tiny_control", "task=inpaint", PROMPT, "image={root}/a.png", "mask={root}/right.png"],
+            "tiny_control is not a decoder for inpainting",
+        ),
+        ([*CONTROL], "hint: is not set; give the file of a hint, or image="),
+        ([*CONTROL, "hint={root}/a.png", "image={root}/a.png"], "hint: and image are both set; give one of them"),
+        ([*CONTROL, "hint={root}/nowhere.png"], "hint: there is no file"),
+        (["task=text", PROMPT, "hint={root}/a.png"], "hint: task=text does not draw from it; remove it, or set task="),
+        (["weights.prior=tiny_control", "weights.decoder=tiny", PROMPT], "'tiny_control' is a decoder alone; give"),
+    ],
+)
+def test_hints_that_cannot_be_drawn(root: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        drawn(root, "none", *(word.format(root=root) for word in words))

@@ -111,33 +111,30 @@ class FileRows(Indexed):
         )
 
     def with_columns(self, names: Sequence[str]) -> "FileRows":
+        extra = pa.array(map(json.dumps, self._cells(names)), pa.large_string())
+        return replace(self, columns=self.columns.append_column(EXTRA, extra))
+
+    def _cells(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Of columns of the metadata, by row; None where there is nothing."""
         rows = dict(metadata.read(Path(self.origin), names)) if self.unit else {}
         found = (rows.get(number) for number in self.columns.column("number").to_pylist())
         cells = [{name: row.get(name) if isinstance(row, dict) else None for name in names} for row in found]
         if lacking := [name for name in names if all(row[name] is None for row in cells)]:
             raise no_columns(self.origin, lacking)
-        extra = pa.array(map(json.dumps, cells), pa.large_string())
-        return replace(self, columns=self.columns.append_column(EXTRA, extra))
+        return cells
 
     def with_companions(self, columns: Mapping[str, str], folders: Mapping[str, Path]) -> "FileRows":
         found = {name: self._named(column) for name, column in columns.items()}
-        unused = dict(self.unused)
+        unused: Tally = {}
+        tally.add(unused, self.unused)
         for name, folder in folders.items():
             found[name] = self._of_same_name(name, folder, unused)
         return replace(self, beside=found, unused=unused)
 
     def _named(self, column: str) -> Beside:
         """Files that a column of the metadata names."""
-        if not self.unit:
-            raise DataError(
-                f"{self.origin}: no metadata file lists its pictures, and so none names a column {column!r}"
-            )
-        rows = dict(metadata.read(Path(self.origin), [column]))
-        cells = [rows.get(number) for number in self.columns.column("number").to_pylist()]
-        names = [row.get(column) if isinstance(row, dict) else None for row in cells]
+        names = [row[column] for row in self._cells([column])]
         files = [name if isinstance(name, str) and name else None for name in names]
-        if not any(files):
-            raise no_columns(self.origin, [column])
         if self.name == self.home and (out := [file for file in files if file and LEADS_OUT.search(file)]):
             raise DataError(f"{self.origin}: '{column}' names {out[0]}, which leads out of the folder; move it inside")
         return Beside(self.home, pa.array(files, pa.large_string()), f"'{column}' names no file")
@@ -198,7 +195,7 @@ def _reading(home: str, file: str | None) -> Callable[[], bytes]:
 
 
 def stem(name: str) -> str:
-    """A relative path without its ending, equal for names that look the same: some systems take accents apart."""
+    """A relative path without its ending, accents as one letter."""
     return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
 
 
