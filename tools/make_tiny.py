@@ -279,8 +279,8 @@ def make_hint_decoder(emoji: Emoji) -> None:
             (target / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
         data = ["data=folder", f"data.path={place}/pictures", "data.resolution=64", "data.encode_workers=0"]
         model = ["model=control", "weights=tiny", "model.new_lr_factor=3", "model.condition_dropout=0.3"]
-        steps = ["optimizer.lr=1e-3", "trainer.batch_size=16", "trainer.max_steps=3000", "trainer.ema_decay=0.995"]
-        quiet = ["validation.every=3000", "validation.reconstructions=0", "tracker=none", f"output_root={place}"]
+        steps = ["optimizer.lr=1e-3", "trainer.batch_size=16", "trainer.max_steps=2700", "trainer.ema_decay=0.995"]
+        quiet = ["validation.every=2700", "validation.reconstructions=0", "tracker=none", f"output_root={place}"]
         cli.main([*data, *model, *steps, *quiet, "name=control"])
         save_hint_decoder(Path(place, "control", "pipeline", "unet"))
 

@@ -65,6 +65,10 @@ TINY_SNIPPETS = {
         r'pipeline("\1", picture, hole, height=64, width=64, num_inference_steps=2, prior_num_inference_steps=2)'
     ),
     r"\(\(512, 512\)\)": "((64, 64))",
+    r"8 \* 512": "8 * 64",
+    r'prior\("(.+)"\), hint=hint, height=512, width=512': (
+        r'prior("\1", num_inference_steps=2), hint=hint, height=64, width=64, num_inference_steps=2'
+    ),
     r"trainer\.max_steps=\d+": "trainer.max_steps=2",
 }
 STEPS = 5000  # of a real run are one here
@@ -226,6 +230,11 @@ def folder(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     mask = Image.new("L", (80, 64))
     mask.paste(255, (20, 20, 60, 60))
     mask.save(tmp_path / "mask.png")
+    for place in ("my_holes", "my_hints", "my_pictures/holes"):
+        (tmp_path / place).mkdir()
+        for colour in colours:
+            mask.resize((64, 64)).save(tmp_path / place / f"{colour}.png")
+    mask.save(tmp_path / "edges.png")
     (tmp_path / "shards").mkdir()
     for number in range(8):
         with tarfile.open(tmp_path / "shards" / f"{number:03}.tar", "w") as shard:
@@ -243,7 +252,9 @@ def pictures(folder: Path, colours: list[str], captions: bool = False) -> None:
     folder.mkdir(parents=True)
     for colour in colours:
         Image.new("RGB", (64, 64), colour).save(folder / f"{colour}.png")
-    rows = [json.dumps({"file_name": f"{colour}.png", "text": colour}) for colour in colours]
+    rows = [
+        json.dumps({"file_name": f"{colour}.png", "text": colour, "hole": f"holes/{colour}.png"}) for colour in colours
+    ]
     if captions:
         (folder / "metadata.jsonl").write_text("\n".join(rows))
 

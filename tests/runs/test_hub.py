@@ -148,20 +148,29 @@ def test_the_code_of_the_cards_runs(hub: Hub, published: dict[str, Path]) -> Non
 
 
 @pytest.mark.parametrize("adapter", [[], ["adapter=lora", "adapter.rank=2"]], ids=["whole", "lora"])
-def test_a_result_that_fills_holes(
-    adapter: list[str], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("model", "tag", "files"),
+    [
+        ("inpaint", "inpainting", {"conv_in.safetensors"}),
+        ("control", "controlnet", {"conv_in.safetensors", "input_hint_block.safetensors"}),
+    ],
+)
+def test_a_result_that_is_drawn_from_pictures(
+    model: str, tag: str, files: set[str], adapter: list[str], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["model=inpaint", *adapter, *ON_HUB, "trainer.max_steps=1", "tracker=none"]
-    train(tmp_path, *words, "hub.push=true", f"hub.repo_id=me/i{len(adapter)}", "name=fill")
-    held = hub.repositories[f"me/i{len(adapter)}"]
-    head, body = card_of(hub, f"me/i{len(adapter)}")
-    assert "inpainting" in head["tags"]
+    words = [f"model={model}", *adapter, *ON_HUB, "trainer.max_steps=1", "tracker=none"]
+    repo = f"me/{model}{len(adapter)}"
+    train(tmp_path, *words, "hub.push=true", f"hub.repo_id={repo}", "name=fill")
+    held = hub.repositories[repo]
+    head, body = card_of(hub, repo)
+    assert tag in head["tags"]
+    assert head["pipeline_tag"] == "image-to-image"
     if adapter:
-        assert "conv_in.safetensors" in held.files
+        assert files <= held.files.keys()
         monkeypatch.chdir(tmp_path)
         verb = next(line for line in body.splitlines() if "kandinsky-exp export" in line).partition("kandinsky-exp ")[2]
         cli.main([*verb.split(), *ON_HUB])
-    for name, mode in (("picture", "RGB"), ("hole", "L")):
+    for name, mode in (("picture", "RGB"), ("hole", "L"), ("hint", "RGB")):
         Image.new(mode, (64, 64), "white").save(tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)
     assert executed(body)["image"].size == (64, 64)
