@@ -69,6 +69,10 @@ def drawn_with(decoder: str, features: Features, cache: Path) -> dict[str, list[
     return found
 
 
+def _large(picture: Image.Image) -> Image.Image:
+    return picture.resize((2 * SIDE, 2 * SIDE))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path)
@@ -89,7 +93,7 @@ def main() -> None:
             images = [
                 shown
                 for original, hint, picture in list(rows)[:SHOWN]
-                for shown in (original, Image.fromarray(hint[0].numpy()), picture)
+                for shown in (_large(original), _large(Image.fromarray(hint[0].numpy())), _large(picture))
             ]
             labels = ["picture", "hint", "drawn"] * (len(images) // 3)
             labelled_grid(images, labels, 6).save(given.folder / f"{number}-{embedding}.png")
