@@ -103,7 +103,10 @@ def weights(work: Work) -> None:
 
 
 def tiny_runs(work: Work) -> None:
-    cases: Any = itertools.product(("prior", "decoder"), ("bf16", "fp16"), VARIANTS, ("true", "false"))
+    cases: Any = [
+        *itertools.product(("prior", "decoder"), ("bf16", "fp16"), VARIANTS, ("true", "false")),
+        *itertools.product(("inpaint", "control"), ("bf16",), VARIANTS, ("true", "false")),
+    ]
     if work.quick:
         cases = [("prior", "bf16", "full", "true"), ("decoder", "bf16", "lora", "false")]
     for stage, precision, variant, cached in cases:
