@@ -31,5 +31,7 @@ def problems(good: dict[str, Any], stage: Any) -> Iterator[tuple[str, str]]:
             yield "data.hints", "is set, but data.hint=canny draws them from the pictures; set data.hint=column"
         elif name == "hole" and folder is not None and is_chosen:
             yield "data.holes", "and data.hole_column are both set; give one of them"
+        elif folder is None and column is None:
+            yield f"data.{name}s", f"is not set; give the folder with a {name} for each picture"
         elif folder is not None and not is_folder(folder):
             yield f"data.{name}s", f"'{cut(folder)}' is no folder; give the one with a {name} for each picture"

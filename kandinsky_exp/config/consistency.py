@@ -238,8 +238,9 @@ def _optimizer(good: Values) -> Found:
             yield "scheduler.warmup_steps", f"{what} warms up by itself; set optimizer.warmup_steps={warmup} instead"
         if good.get("trainer.ema_decay") is not None:
             yield "trainer.ema_decay", f"{what} averages by itself, for validation and for the result; remove it"
-        if good.get("model.new_lr_factor", 1) != 1:
-            yield "model.new_lr_factor", f"{what} averages what its steps lead to, with one rate for all; set it to 1"
+    if target.startswith(("schedulefree.", "prodigyopt.")) and good.get("model.new_lr_factor", 1) != 1:
+        how = "what its steps have led to with one rate for all"
+        yield "model.new_lr_factor", f"{target.rpartition('.')[2]} follows from {how}; set it to 1"
     lr = good.get("optimizer.lr", 1.0)
     if target.startswith("prodigyopt.") and lr < LEAST_FACTOR:
         yield "optimizer.lr", f"{lr} is a factor on the rate that Prodigy finds by itself; leave it at 1"

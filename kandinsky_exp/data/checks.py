@@ -97,7 +97,7 @@ def find_bad(source: Indexed, preprocess: Preprocess, noted: Tally | None = None
         example = source[row]
         try:
             image = example.image()
-            if preprocess.companions:
+            if preprocess.read_beside:
                 preprocess.beside(image, example.companions())
         except DataError as error:
             return str(error), ""

@@ -72,7 +72,8 @@ class Hint:
         return self.channels, size[1] // self.scale * HINT_SCALE, size[0] // self.scale * HINT_SCALE
 
     def __call__(self, own: Image.Image, picture: Image.Image, size: Size) -> Tensor:
-        if len(np.unique(np.asarray(own).reshape(-1, len(own.getbands())), axis=0)) == 1:
+        pixels = np.asarray(own)
+        if (pixels == pixels[0, 0]).all():
             raise ValueError("it shows nothing: all of its pixels are equal")
         _, height, width = self.shape(size)
         return torch.from_numpy(np.array(cropped(own, width, height)).transpose(2, 0, 1).copy())

@@ -63,8 +63,8 @@ def _connected(sure: NDArray[np.bool_], possible: NDArray[np.bool_]) -> NDArray[
     border = np.flatnonzero(reached)
     steps = np.array([row * width + column for row, column in NEIGHBOURS])
     while len(border):
-        near = np.unique((border[:, None] + steps).reshape(-1))
-        border = near[open_[near] & ~reached[near]]
+        near = (border[:, None] + steps).reshape(-1)
+        border = np.unique(near[open_[near] & ~reached[near]])
         reached[border] = True
     found: NDArray[np.bool_] = reached.reshape(possible.shape[0] + 2, width)[1:-1, 1:-1]
     return found

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kandinsky_exp.data.file_hashes import FileDigests
-from kandinsky_exp.data.pictures import open_rgb
+from kandinsky_exp.data.pictures import is_see_through, open_rgb
 from kandinsky_exp.data.sampler import order
 from kandinsky_exp.data.tally import Tally
 from kandinsky_exp.errors import DataError, cause_of
@@ -65,11 +65,14 @@ class Example:
         Raises:
             DataError: as above.
         """
-        return {name: self._picture(f"{name} of", read) for name, read in self.beside.items()}
+        return {name: self._picture(f"{name} of", read, is_opaque=True) for name, read in self.beside.items()}
 
-    def _picture(self, what: str, read: Callable[[], bytes]) -> Image.Image:
+    def _picture(self, what: str, read: Callable[[], bytes], is_opaque: bool = False) -> Image.Image:
         try:
-            return open_rgb(io.BytesIO(read()))
+            content = read()
+            if is_opaque and is_see_through(io.BytesIO(content)):
+                raise ValueError("it has transparent pixels, which have no colour; save it without them")
+            return open_rgb(io.BytesIO(content))
         except Exception as error:  # Pillow's format plug-ins raise whatever a damaged file makes them raise
             reason = cause_of(error)
         raise DataError(f"{self.where}: {what} {self.id}: {reason}; mend it or take the row out")

@@ -1,13 +1,11 @@
 """Pictures and masks that a setting names to draw from: opened, and cut to the size that is drawn."""
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
 from kandinsky_exp.data.companions import GREY
 from kandinsky_exp.data.edges import canny
-from kandinsky_exp.data.pictures import open_rgb
+from kandinsky_exp.data.pictures import is_see_through, open_rgb
 from kandinsky_exp.data.preprocess import cropped
 from kandinsky_exp.errors import ConfigError, cause_of, cut
 from kandinsky_exp.system.files import expanded
@@ -27,7 +25,7 @@ def open_picture(key: str, path: str) -> Image.Image:
     try:
         with expanded(path).open("rb") as file:
             return open_rgb(file)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # Pillow's format plug-ins raise whatever a damaged file makes them raise
         raise ConfigError(f"{key}: '{cut(path)}': {cause_of(error)}; give another picture") from error
 
 
@@ -41,7 +39,9 @@ def open_hole(key: str, path: str, size: tuple[int, int]) -> tuple[Image.Image, 
         ConfigError: it cannot be read, is of another size, or has nothing white.
     """
     grey = np.asarray(open_picture(key, path).convert("L"))
-    if _is_see_through(expanded(path)):
+    with expanded(path).open("rb") as file:
+        see_through = is_see_through(file)
+    if see_through:
         raise ConfigError(
             f"{key}: '{cut(path)}' has transparent pixels, which are neither black nor white; save it without them"
         )
@@ -59,12 +59,6 @@ def open_hole(key: str, path: str, size: tuple[int, int]) -> tuple[Image.Image, 
     if white.all():
         notes.append(f"{key}: all of '{cut(path)}' is white: nothing of the picture is kept")
     return Image.fromarray(white.astype(np.uint8) * 255), notes
-
-
-def _is_see_through(file: Path) -> bool:
-    """Whether a picture has pixels that are not opaque; `open_rgb` puts white behind them."""
-    with Image.open(file) as image:
-        return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255
 
 
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -52,6 +52,15 @@ def open_rgb(file: IO[bytes]) -> Image.Image:
     return image
 
 
+def is_see_through(file: IO[bytes]) -> bool:
+    """Whether a picture that can be read has pixels that are not opaque, behind which `open_rgb` puts white."""
+    with Image.open(file, formats=_formats()) as image:
+        if not image.has_transparency_data:
+            return False
+        lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+        return lowest != 255
+
+
 def _without_chunks(png: bytes, kinds: Collection[bytes]) -> bytes:
     """A PNG without chunks that are no pixels. Pillow refuses a picture for too much text in it."""
     kept, start = [png[: len(PNG)]], len(PNG)

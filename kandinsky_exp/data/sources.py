@@ -228,7 +228,7 @@ def with_companions(splits: Splits, kinds: Mapping[str, type[Any]], settings: Ma
     if splits.class_images is not None:
         raise DataError(f"data.class_prompt: class images have no {names[0]} of their own; leave it out")
     folders = {name: expanded(path).absolute() for name in names if (path := settings.get(f"{name}s"))}
-    columns = {name: settings[f"{name}_column"] for name in names if name not in folders}
+    columns = {name: str(settings.get(f"{name}_column")) for name in names if name not in folders}
     validation = splits.validation and splits.validation.with_companions(columns, folders)
     return replace(splits, train=splits.train.with_companions(columns, folders), validation=validation)
 

@@ -14,6 +14,7 @@ from typing import Any
 from kandinsky_exp.errors import first_line
 from kandinsky_exp.models import weight_files
 from kandinsky_exp.models.components import PipelineHalf
+from kandinsky_exp.models.decoder_kinds import KINDS
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -32,8 +33,8 @@ ENDING = re.compile(
     r"([._]lora(_linear_layer)?[._](?P<factor>A|B|down|up)(\.default)?\.weight"
     r"|\.(?P<other>alpha|lora_magnitude_vector|dora_scale)(\.default)?(\.weight)?)"
 )
-KINDS = {"A": "lora_A.weight", "down": "lora_A.weight", "B": "lora_B.weight", "up": "lora_B.weight"}
-KINDS |= {"alpha": "alpha", "lora_magnitude_vector": "lora_magnitude_vector", "dora_scale": "lora_magnitude_vector"}
+TENSORS = {"A": "lora_A.weight", "down": "lora_A.weight", "B": "lora_B.weight", "up": "lora_B.weight"}
+TENSORS |= {"alpha": "alpha", "lora_magnitude_vector": "lora_magnitude_vector", "dora_scale": "lora_magnitude_vector"}
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 STEMS: dict[str, PipelineHalf] = {
     "transformer_blocks": "prior",
@@ -114,7 +115,7 @@ def bare(name: str) -> str | None:
         return None
     module = name[: found.start()]
     module = (PREFIX if PREFIX.match(module) else FLAT_PREFIX).sub("", module).replace(".processor.", ".")
-    return f"{module}.{KINDS[found['factor'] or found['other']]}"
+    return f"{module}.{TENSORS[found['factor'] or found['other']]}"
 
 
 def _settings_problem(found: Mapping[str, Any]) -> str | None:
@@ -213,3 +214,35 @@ def base_problem(shapes: Shapes, network: Shapes) -> str | None:
             side = "inputs" if found["factor"] == "A" else "outputs"
             return f"its {module} has {ours} {side}, the base's has {theirs}: it was trained on another base"
     return None
+
+
+def whole_problem(folder: Path, base: Shapes) -> str | None:
+    """What is wrong with the layers that trained as a whole beside an adapter, or with their absence; or None.
+
+    Args:
+        base: shapes of the tensors of the network that it is to go onto.
+    """
+    files = whole_files(folder)
+    reads_hints = bool(_of_layer(base, HINT_BLOCK))
+    if reads_hints and HINT_BLOCK not in files:
+        return "it was trained on a decoder without hints; train one with model=control, or give a plain decoder"
+    for layer, file in files.items():
+        try:
+            theirs = weight_files.header(file)
+        except (OSError, ValueError):
+            return f"it belongs together with {file.name}, which is not beside it, or damaged"
+        if layer == HINT_BLOCK and not reads_hints:
+            continue  # the base gets this one
+        ours, weight = _of_layer(base, layer), f"{layer}.weight"
+        inputs = theirs.get(weight, (0, 0))[1:2]
+        if layer == CONV_IN and not reads_hints and any(inputs == (kind.inputs(ours[weight][1]),) for kind in KINDS):
+            ours[weight] = (ours[weight][0], *inputs, *ours[weight][2:])  # a plain decoder is widened
+        for name in sorted({*theirs, *ours}, reverse=True):  # weights before biases
+            if theirs.get(name) != ours.get(name):
+                shown = f"{list(theirs.get(name, ()))}, the base's {list(base.get(name, ()))}"
+                return f"its {name} is {shown}: it was trained on another base"
+    return None
+
+
+def _of_layer(shapes: Shapes, layer: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if name.startswith(f"{layer}.")}

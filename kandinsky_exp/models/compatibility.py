@@ -86,7 +86,7 @@ def _kind_problem(configs: Mapping[str, Any], kinds: tuple[DecoderKind, ...]) ->
         return f"its unet has {EMBEDDING}={json.dumps(embedding)}, not image: it is no Kandinsky 2.2 decoder; give one"
     if latents is None or channels is None:
         return None
-    found = kind_of(config, latents)
+    found = kind_of({**config, EMBEDDING: embedding}, latents)
     if found is not None:
         another = f"{found.told}; set model={found.model}, or give {' or '.join(kind.told for kind in kinds)}"
         return None if found in kinds else f"its unet has in_channels={channels}: it is {another}"

@@ -1,5 +1,7 @@
 """The decoder for hints asked for pictures: ControlNet as Kandinsky 2.2 has it, a hint beside the noisy latents."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from kandinsky_exp.models.decoder_kinds import HINT, kind_of_network
-from kandinsky_exp.models.sampling import Embeds, SampleSettings, widened_dtype
+from kandinsky_exp.models.sampling import Embeds, SampleSettings, slices, widened_dtype
 
 SCALE = 8  # pixels of a hint per latent, along each side: its block halves three times, whatever MoVQ does
 
@@ -26,13 +28,30 @@ def draw(pipeline: Any, embeds: Embeds, hints: Tensor, settings: SampleSettings)
     """
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
     images: list[Image.Image] = []
-    with widened_dtype(pipeline.movq, dtype):  # the pipeline knows one type for both
+    with widened_dtype(pipeline.movq, dtype), _decoding_in_slices(pipeline.movq):  # it knows one type for both
         for start in range(0, len(hints), settings.batch_size):
             end = min(start + settings.batch_size, len(hints))
             chunk, null, hint = (part[start:end].to(device, dtype) for part in (*embeds, hints))
             (drawn,) = pipeline(chunk, null, hint, **settings.asked(range(start, end)))
             images += drawn
     return images
+
+
+@contextmanager
+def _decoding_in_slices(movq: Any) -> Iterator[None]:
+    """The pipeline would have MoVQ decode a whole batch at once, and gives no latents."""
+    decode = movq.decode
+
+    def sliced(latents: Tensor, **how: Any) -> dict[str, Tensor]:
+        return {
+            "sample": torch.cat([decode(some, **how).sample for some in latents.tensor_split(slices(len(latents)))])
+        }
+
+    movq.decode = sliced
+    try:
+        yield
+    finally:
+        del movq.decode
 
 
 def to_draw(pipeline: Any, count: int, settings: SampleSettings) -> Tensor:

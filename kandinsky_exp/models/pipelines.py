@@ -27,6 +27,7 @@ from kandinsky_exp.models.components import (
 from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, kind_of_network
 from kandinsky_exp.models.sampling import Embeds as Embeds
 from kandinsky_exp.models.sampling import SampleSettings as SampleSettings
+from kandinsky_exp.models.sampling import slices
 from kandinsky_exp.models.weight_files import PART_FILES
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system.files import replacing_folder
@@ -165,14 +166,6 @@ def ask(part: str, network: Any, batch: int, side: int, device: torch.device) ->
         condition["hint"] = some(3, hints.SCALE * side, hints.SCALE * side)
         return network(some(config.in_channels // 2, side, side), 0, None, added_cond_kwargs=condition)
     return network(some(config.in_channels, side, side), 0, None, added_cond_kwargs=condition)
-
-
-def slices(count: int) -> int:
-    """In how many parts MoVQ decodes so many pictures: two at once, or three, hold little memory.
-
-    Not one by one: on a CPU the numbers of one alone can differ in their last bits from those in company.
-    """
-    return max(1, count // 2)
 
 
 @torch.no_grad()

@@ -60,6 +60,14 @@ class SampleSettings:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.first + index) % (1 << 63))
 
 
+def slices(count: int) -> int:
+    """In how many parts MoVQ decodes so many pictures: two at once, or three, hold little memory.
+
+    Not one by one: on a CPU the numbers of one alone can differ in their last bits from those in company.
+    """
+    return max(1, count // 2)
+
+
 @contextmanager
 def widened_dtype(network: Any, dtype: torch.dtype) -> Iterator[None]:
     """A network in a type that holds what its own does and, if it is no wider than that, this one; and back."""

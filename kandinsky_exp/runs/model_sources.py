@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 
 from kandinsky_exp.config import saved_config
 from kandinsky_exp.errors import ConfigError, cut, first_line
-from kandinsky_exp.models import adapter_files, adapter_tensors, compatibility, weight_files
-from kandinsky_exp.models.adapter_files import CONV_IN, HINT_BLOCK
+from kandinsky_exp.models import adapter_files, adapter_tensors, compatibility
+from kandinsky_exp.models.adapter_files import HINT_BLOCK
 from kandinsky_exp.models.components import NETWORKS, PARTS, SHIPPED, PipelineHalf, check_source, is_hub_id, read_object
-from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, KINDS, PLAIN, DecoderKind, kind_of
+from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, PLAIN, DecoderKind, kind_of
 from kandinsky_exp.models.weight_files import passed_over, untrusted
 from kandinsky_exp.models.weights import Weights, fetched
 from kandinsky_exp.runs.lookup import located, names_of, no_adapter, recorded_id, run_of, source_of, trained_network
@@ -231,41 +231,18 @@ def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str
         logger.warning(note)
     for side, origin in origins.items():
         part = NETWORKS[side]
+        layers = {tuple(found) for one in origin.adapters if (found := adapter_files.whole_files(one.folder))}
+        if len(layers) > 1:
+            raise ConfigError(
+                f"{keys.format(side=side)}: adapters of {INPAINTING.model} and {HINT.model}; give one kind"
+            )
         if origin.adapters:
             shapes = compatibility.expected_shapes(part, origin.network or weights.folder(part))
         for one in origin.adapters:
             key = keys.format(side=side)
             problem = adapter_files.base_problem(_shapes(one.folder, key), shapes)
-            if (problem := problem or _whole_problem(one.folder, shapes)) is not None:
+            if (problem := problem or adapter_files.whole_problem(one.folder, shapes)) is not None:
                 raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
-
-
-def _whole_problem(folder: Path, base: adapter_files.Shapes) -> str | None:
-    """What is wrong with the layers that trained as a whole beside an adapter, or with their absence."""
-    files = adapter_files.whole_files(folder)
-    reads_hints = bool(_of_layer(base, HINT_BLOCK))
-    if reads_hints and HINT_BLOCK not in files:
-        return "it was trained on a decoder without hints; train one with model=control, or give a plain decoder"
-    for layer, file in files.items():
-        try:
-            theirs = weight_files.header(file)
-        except (OSError, ValueError):
-            return f"it belongs together with {file.name}, which is not beside it, or damaged"
-        if layer == HINT_BLOCK and not reads_hints:
-            continue  # the base gets this one
-        ours, weight = _of_layer(base, layer), f"{layer}.weight"
-        inputs = theirs.get(weight, (0, 0))[1:2]
-        if layer == CONV_IN and not reads_hints and any(inputs == (kind.inputs(ours[weight][1]),) for kind in KINDS):
-            ours[weight] = (ours[weight][0], *inputs, *ours[weight][2:])  # a plain decoder is widened
-        for name in sorted({*theirs, *ours}, reverse=True):  # weights before biases
-            if theirs.get(name) != ours.get(name):
-                shown = f"{list(theirs.get(name, ()))}, the base's {list(base.get(name, ()))}"
-                return f"its {name} is {shown}: it was trained on another base"
-    return None
-
-
-def _of_layer(shapes: adapter_files.Shapes, layer: str) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, shape in shapes.items() if name.startswith(f"{layer}.")}
 
 
 def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> Any:

@@ -40,6 +40,7 @@ class InpaintStage(DecoderStage):
     result_pipeline = INPAINTING.result
     encodes_as = "decoder"
     measures = ("hole", "kept")
+    ragged_features = ("latents", "hole")
     prompt_inputs = ("image", "mask")
     trains_whole = (adapter_files.CONV_IN,)  # what it sees more than a plain one comes in there
 

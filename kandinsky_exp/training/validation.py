@@ -1,5 +1,6 @@
 """Validation: the fixed-noise loss on held-out rows, images for prompts, reconstructions and a labelled grid."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky_exp.data.encoded.workers import collate
-from kandinsky_exp.data.examples import Example
 from kandinsky_exp.data.preprocess import Preprocess, crop_resize, to_picture
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.stages.base import DiffusionStage, Features
@@ -50,6 +50,7 @@ class Validator:
     reconstructions: int
     loss: float | None = None
     _parts: dict[str, float] = field(default_factory=dict)
+    _rows: list[int] | None = None  # held out, that are redrawn
     _originals: Features = field(default_factory=dict)
     _measured: Halving = field(init=False)
     _drawn: Halving = field(init=False)
@@ -119,11 +120,11 @@ class Validator:
         stage = self.training.stage
         if self.held_out is None or self.reconstructions == 0 or not stage.redraws:
             return {}
-        rows = list(range(min(self.reconstructions, len(self.held_out))))
-        if not self._originals:  # once: a streamed source has to be walked for them
+        if self._rows is None:  # once: a streamed source has to be walked for them
             how = replace(stage.preprocess, buckets=(), resolution=self.settings.width)
-            self._originals = collate([_as_drawn(self.held_out.example(row), how) for row in rows])
-        return alike_features(self.held_out, rows) | self._originals
+            found = _as_drawn(self.held_out, how, self.reconstructions)
+            self._rows, self._originals = list(found), collate(list(found.values())) if found else {}
+        return alike_features(self.held_out, self._rows) | self._originals if self._rows else {}
 
     def _reconstruct(self, held_out: Features) -> list[Image.Image]:
         """Those pictures, drawn from their features."""
@@ -133,7 +134,10 @@ class Validator:
         return self._drawn.run(lambda size: stage.reconstruct(self._network, held_out, replace(how, batch_size=size)))
 
     def _judge(self, held_out: Features) -> dict[str, float]:
-        found = self.training.stage.judge(self._network, held_out, self._other_noise) if held_out else {}
+        if not held_out:
+            return {}
+        stage, how = self.training.stage, self._other_noise
+        found = self._drawn.run(lambda size: stage.judge(self._network, held_out, replace(how, batch_size=size)))
         return {f"validation/{name}": value for name, value in found.items()}
 
     @property
@@ -157,10 +161,21 @@ class Validator:
         return labelled_grid(images, labels, columns)
 
 
-def _as_drawn(example: Example, how: Preprocess) -> Features:
-    """The pixels of an example, and what belongs to it, as the network is asked to draw it: its middle square."""
-    image = example.image()
-    return {"pixels": crop_resize(image, *how.size(image)), **how.beside(image, example.companions())}
+def _as_drawn(held_out: FeatureReader, how: Preprocess, count: int) -> dict[int, Features]:
+    """Pixels of the first held-out pictures, and what belongs to them, as the network is asked to draw them, by row.
+
+    That is their middle square. One whose hole lies outside of it is passed over.
+    """
+    found: dict[int, Features] = {}
+    for row in range(len(held_out)):
+        if len(found) == count:
+            break
+        example = held_out.example(row)
+        image = example.image()
+        with contextlib.suppress(ValueError):
+            beside = how.beside(image, example.companions())
+            found[row] = {"pixels": crop_resize(image, *how.size(image)), **beside}
+    return found
 
 
 def alike_features(held_out: FeatureReader, rows: list[int]) -> Features:

@@ -214,6 +214,29 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
         shards(tmp_path, folder).train.with_companions({"hole": "gap"}, {})
 
 
+def test_two_pictures_have_no_hole_in_common(tmp_path: Path, folder: Path) -> None:
+    """Of paths that lead elsewhere the name alone tells the hole."""
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / place / "1.png")
+    (tmp_path / "list.csv").write_text(f"image,text\n{tmp_path}/one/1.png,a\n{tmp_path}/two/1.png,b\n")
+    train = sources.listing(tmp_path / "list.csv").train
+    with pytest.raises(
+        DataError, match=r"one/1\.png and .*two/1\.png would have the same hole; name them by data\.hole"
+    ):
+        train.with_companions({}, {"hole": tmp_path / "beside"})
+
+
+def test_a_transparent_hole_is_neither_black_nor_white(folder: Path) -> None:
+    hole = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    hole.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    hole.save(folder / "holes" / "h0.png")
+    example, other, *_ = sources.folder(folder).train.with_companions({"hole": "gap"}, {}).examples()
+    with pytest.raises(DataError, match=r"hole of 0\.png: it has transparent pixels"):
+        example.companions()
+    assert other.companions()
+
+
 def shards(tmp_path: Path, folder: Path):
     import tarfile
 
@@ -262,6 +285,27 @@ def test_holes_of_the_user_train(words, folder: Path, tmp_path: Path) -> None:
     assert any('"decoder with hole"' in table for table in tables) == ("data.cache=false" not in words)
 
 
+DOG = ["data.instance_path=.", "data.instance_prompt=a"]
+
+
+def test_pictures_of_several_shapes_have_holes_of_these(tmp_path: Path) -> None:
+    """And one whose hole lies outside of the middle is not redrawn, where the others are."""
+    root = tmp_path / "pictures"
+    (root / "holes").mkdir(parents=True)
+    lines = []
+    for number in range(8):
+        size = (256, 64) if number % 2 else (64, 256)
+        hole = Image.new("RGB", size)
+        hole.paste("white", (2, 2, 40, 40) if number < 7 else (size[0] // 2 - 20, 20, size[0] // 2 + 20, 44))
+        Image.new("RGB", size, "red").save(root / f"{number}.png")
+        hole.save(root / "holes" / f"{number}.png")
+        lines.append(f"{number}.png,picture {number},holes/{number}.png")
+    (root / "metadata.csv").write_text("file_name,text,gap\n" + "\n".join(lines) + "\n")
+    words = ["data.hole_column=gap", "data.buckets=true", "data.resolution=128", "validation.reconstructions=4"]
+    train(tmp_path, *OWN, f"data.path={root}", *words, "name=shapes", "trainer.max_steps=2", "validation.fraction=0.5")
+    assert (tmp_path / "shapes" / "pipeline").is_dir()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -274,10 +318,12 @@ def test_holes_of_the_user_train(words, folder: Path, tmp_path: Path) -> None:
         (["model=control", "data.hints=."], "data.hints: is set, but data.hint=canny draws them"),
         (["model=inpaint", "data.holes=.", "data.hole_column=gap"], "data.holes: and data.hole_column are both set"),
         (["model=inpaint", "data.holes=nowhere"], "data.holes: 'nowhere' is no folder"),
+        (["data=dreambooth", *DOG, "model=control", "data.hint=column"], "data.hints: is not set; give the folder"),
     ],
 )
 def test_settings_that_do_not_go_together(words, message, folder: Path, tmp_path: Path) -> None:
-    found = problems_of(composed(tmp_path, "data=folder", f"data.path={folder}", *words))
+    data = [] if "data=dreambooth" in words else ["data=folder", f"data.path={folder}"]
+    found = problems_of(composed(tmp_path, *data, *words))
     assert [text for text in found if message in text], found
     assert len(found) == 1
 

@@ -248,4 +248,4 @@ def test_bases_of_other_tasks(model: str, message: str, trained: Path, tmp_path:
 
 def test_a_schedule_free_optimizer_has_one_rate(tmp_path: Path) -> None:
     (problem,) = problems_of(composed(tmp_path, *MINE, "optimizer=schedule_free", "scheduler=constant"))
-    assert problem.startswith("model.new_lr_factor: a schedule-free optimizer averages")
+    assert "model.new_lr_factor: AdamWScheduleFree follows from what its steps have led to" in problem

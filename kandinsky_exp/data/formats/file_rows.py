@@ -4,12 +4,11 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import Example, Indexed, no_columns, nothing, read_file
 from kandinsky_exp.data.file_hashes import FileDigests, release, update
 from kandinsky_exp.data.formats import metadata
-from kandinsky_exp.data.formats.folders import NO_PICTURES, is_picture, walk
+from kandinsky_exp.data.formats.beside import Beside, of_same_name
 from kandinsky_exp.data.formats.metadata import CHUNK, Row
 from kandinsky_exp.data.tally import SHOWN, Tally, first_few
 from kandinsky_exp.errors import DataError
@@ -48,21 +47,6 @@ class FileRow:
     file: str | None
     captions: tuple[str, ...]
     problems: Problems = ("", "")
-
-
-@dataclass(frozen=True, eq=False)
-class Beside:
-    """Pictures that belong to those of the rows.
-
-    Args:
-        home: the folder that relative file names start from.
-        files: of each row, (n,); null where there is none.
-        absent: why.
-    """
-
-    home: str
-    files: pa.Array
-    absent: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +112,9 @@ class FileRows(Indexed):
         unused: Tally = {}
         tally.add(unused, self.unused)
         for name, folder in folders.items():
-            found[name] = self._of_same_name(name, folder, unused)
+            own = Path(self.home).name  # that of a split
+            home = folder / own if own in ("train", "validation") and (folder / own).is_dir() else folder
+            found[name] = of_same_name(name, home, self.columns.column("file").to_pylist(), unused)
         return replace(self, beside=found, unused=unused)
 
     def _named(self, column: str) -> Beside:
@@ -138,26 +124,6 @@ class FileRows(Indexed):
         if self.name == self.home and (out := [file for file in files if file and LEADS_OUT.search(file)]):
             raise DataError(f"{self.origin}: '{column}' names {out[0]}, which leads out of the folder; move it inside")
         return Beside(self.home, pa.array(files, pa.large_string()), f"'{column}' names no file")
-
-    def _of_same_name(self, name: str, folder: Path, unused: Tally) -> Beside:
-        """Files of a folder, or of its part for this split, that are called as the rows' pictures are."""
-        home = folder / Path(self.home).name
-        home = home if home.name in ("train", "validation") and home.is_dir() else folder
-        there: dict[str, str] = {}
-        for inner, prefix, files in walk(home, (), unused):
-            for file in files:
-                if not is_picture(inner / file):
-                    tally.count(unused, NO_PICTURES, f"{home.name}/{prefix}{file}")
-                elif (other := there.setdefault(stem(prefix + file), prefix + file)) != prefix + file:
-                    raise DataError(f"{home} holds both {other} and {prefix}{file}; keep one of them")
-        asked = [
-            None if file is None else stem(Path(file).name if Path(file).is_absolute() else file)
-            for file in self.columns.column("file").to_pylist()
-        ]
-        for key in there.keys() - set(asked):
-            tally.count(unused, f"not used, {name}s of no picture's name", f"{home.name}/{there[key]}")
-        paths = pa.array([there.get(key or "") for key in asked], pa.large_string())
-        return Beside(str(home), paths, f"no picture of its name lies in {home}")
 
     def left_out(self) -> Tally:
         return self.unused
@@ -192,11 +158,6 @@ class FileRows(Indexed):
 
 def _reading(home: str, file: str | None) -> Callable[[], bytes]:
     return nothing if file is None else partial(read_file, os.path.join(home, file))  # noqa: PTH118 - NUL
-
-
-def stem(name: str) -> str:
-    """A relative path without its ending, accents as one letter."""
-    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
 
 
 def _paths(home: str, files: pa.Array) -> pa.Array:

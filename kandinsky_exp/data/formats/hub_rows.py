@@ -78,6 +78,8 @@ class HubRows(Indexed):
         whole = self.whole
         for name, column in columns.items():
             whole = pictures_as_bytes(whole, self.name, column, f"data.{name}_column")
+            if _is_image(whole.features[column]) != _is_image(whole.features[self.image_column]):
+                raise DataError(f"data.{name}_column: '{column}' is no column of the kind of '{self.image_column}'")
         rows = whole.select_columns(list(dict.fromkeys([*self.rows.column_names, *columns.values()])))
         return replace(self, rows=rows, whole=whole, beside=dict(columns))
 
