@@ -143,7 +143,9 @@ class _Opener:
         Raises:
             DataError: they do not; on all.
         """
-        seen = distributed.everyones(lambda: (version("kandinsky_exp"), source.fingerprint(self.digests)))
+        seen = distributed.everyones(
+            lambda: (version("kandinsky_exp"), source.fingerprint(self.digests), self.stage.encoding_fingerprint())
+        )
         distributed.on_main_process(lambda: _refuse_difference(source.name, seen))
         return seen[0][1]
 
@@ -220,9 +222,9 @@ class _Opener:
             self.notes.append(f"{truncated:,} captions are longer than {length} tokens and were cut{named}")
 
 
-def _refuse_difference(name: str, seen: list[tuple[str, str]]) -> None:
-    """Of (version, fingerprint) of each process."""
-    for rank, (release, fingerprint) in enumerate(seen):
+def _refuse_difference(name: str, seen: list[tuple[str, str, str]]) -> None:
+    """Of (version, fingerprint of the data, that of the encoders) of each process."""
+    for rank, (release, fingerprint, encoders) in enumerate(seen):
         if release != seen[0][0]:
             raise DataError(
                 f"process {rank} has version {release} of kandinsky_exp, process 0 has {seen[0][0]}; install the same "
@@ -232,6 +234,11 @@ def _refuse_difference(name: str, seen: list[tuple[str, str]]) -> None:
             raise DataError(
                 f"data: process {rank} finds other data in {name} than process 0; all machines have to read the same "
                 "files"
+            )
+        if encoders != seen[0][2]:
+            raise DataError(
+                f"weights: process {rank} would encode with other weights, or in another precision, than process 0; "
+                "all machines have to read the same"
             )
 
 

@@ -267,11 +267,15 @@ def with_version(release: str, folder: Path, arguments: list[str]) -> None:
     command(arguments)
 
 
-def test_processes_that_see_different_data_or_have_different_versions_are_refused(listed, tmp_path):
+def test_processes_that_see_different_data_weights_or_versions_are_refused(listed, tmp_path):
     prepare(tmp_path, [])
     few = write_set(tmp_path / "few", 5)
     calls = {
         r"error: data: process 1 finds other data in .* than process 0": (command, encode_verb(tmp_path, few)),
+        r"error: weights: process 1 would encode with other weights, or in another precision, than process 0": (
+            command,
+            encode_verb(tmp_path, listed, "precision=bf16"),
+        ),
         r"error: process 1 has version 9\.9 of kandinsky_exp, process 0 has 0\.": (
             with_version,
             "9.9",
