@@ -193,9 +193,9 @@ def _wrong_key(override: Override, cfg: DictConfig, line: CommandLine, loader: C
         return None  # `validation.problems` looks at what was added
     group, _, _ = key.partition(".")
     options = group_options(loader, group, line.root) if "." in key and group in cfg else []
-    for option in options if len(options) > 1 else []:
-        if _exists(override, compose(line.root, [f"{group}={option}"])):
-            return Problem(key, f"not a setting of the {group} that is chosen; it is one of {group}={option}")
+    others = options if len(options) > 1 else []
+    if having := [name for name in others if _exists(override, compose(line.root, [f"{group}={name}"]))]:
+        return Problem(key, f"not a setting of the {group} that is chosen; it is one of {group}={', '.join(having)}")
     groups = [name for name in loader.list_groups("") if name != "hydra"]
     meant = suggestions.suggest(key, [*saved_config.dotted_keys(cfg), *groups])
     return Problem(cut(key), f"no such setting{meant or f'; for all of them: kandinsky-exp {line.verb} --cfg job'}")

@@ -85,25 +85,27 @@ def problem_of(example: Example, requires_captions: bool) -> str | None:
     return f"{example.where}: {reason}" if reason else None
 
 
-def find_bad(source: Indexed, preprocess: Preprocess, noted: Tally | None = None) -> list[tuple[int, str]]:
+def find_bad(
+    source: Indexed, requires_captions: bool, noted: Tally | None = None, preprocess: Preprocess | None = None
+) -> list[tuple[int, str]]:
     """Decode every image, several at a time: (row, problem) of every row that cannot be used.
 
     Args:
-        preprocess: tells whether captions are read, and what belongs to an image.
         noted: gets what of the others' files was not used.
+        preprocess: tells what belongs to an image, and has to be readable too.
     """
 
     def decode(row: int) -> tuple[str | None, str]:
         example = source[row]
         try:
             image = example.image()
-            if preprocess.read_beside:
+            if preprocess is not None and preprocess.read_beside:
                 preprocess.beside(image, example.companions())
         except DataError as error:
             return str(error), ""
         except ValueError as error:
             return f"{example.where}: image {example.id}: {error}", ""
-        return problem_of(example, preprocess.tokenizer is not None), image.info.get(NOTE, "")
+        return problem_of(example, requires_captions), image.info.get(NOTE, "")
 
     bad = []
     for row, (problem, note) in enumerate(in_threads(decode, len(source))):

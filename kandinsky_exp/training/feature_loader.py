@@ -179,8 +179,11 @@ class _Opener:
                 "data.cache=true"
             )
         distributed.on_all_processes(self._place_encoders)
-        noted: Tally = {}
-        bad, noted = distributed.on_main_process(lambda: (dict(find_bad(source, self.stage.preprocess, noted)), noted))
+        preprocess = self.stage.preprocess
+        reads_captions, noted = preprocess.tokenizer is not None, Tally()
+        bad, noted = distributed.on_main_process(
+            lambda: (dict(find_bad(source, reads_captions, noted, preprocess)), noted)
+        )
         if bad and not self.settings.how.skip_bad:
             raise DataError(first_few(list(bad.values())))
         rows = np.setdiff1d(np.arange(len(source)), list(bad))

@@ -21,7 +21,7 @@ TOKENS = 18  # of a caption
 
 
 class _Blind(Preprocess):
-    def __call__(self, image: Image.Image | None, caption: str | None, extra: Any = None) -> dict[str, Tensor]:
+    def __call__(self, image: Image.Image | None, caption: str | None, *others: Any) -> dict[str, Tensor]:  # type: ignore[override]
         tensors = {} if image is None else {"clip_pixels": torch.zeros(1)}
         return tensors if caption is None else tensors | self.tokenize([caption])[0][0]
 

@@ -316,7 +316,7 @@ TABLE["keys and groups"] = [
     Bad(["lr=1e-4", *EMOJI], "lr: no such setting; did you mean optimizer.lr?"),
     Bad(["max_train_steps=3", *EMOJI], "did you mean trainer.max_steps?"),
     Bad(["data=hub", "data.path=x"], "data.path: not a setting of the data that is chosen; it is one of data=folder"),
-    Bad(["model=prior", "model.vlb_weight=0", *EMOJI], "it is one of model=decoder"),
+    Bad(["model=prior", "model.vlb_weight=0", *EMOJI], "it is one of model=control, decoder, inpaint"),
     Bad(["optimizer._target_=torch.optim.AdamX", *EMOJI], "there is no 'AdamX' in torch.optim; did you mean Adam"),
     Bad(["optimizer._target_=torch.nn.Linear", *EMOJI], "optimizer"),
     Bad(["optimizer._partial_=false", *EMOJI], "optimizer._partial_: has to be true"),
@@ -358,7 +358,7 @@ TABLE["values"] = [
     Bad(['output_root="~nobody-is-called-so/x"', *EMOJI], "output_root: "),
     Bad(["encode", "output_root={tmp}/file/out", *EMOJI], "output_root: ", file("file")),
     Bad([*DRAW, "height=72"], "height: has to be a multiple of 16 for this decoder, not 72"),
-    Bad([*DRAW, "task=images"], "task: has to be one of text, image, inpaint, mix, not 'images'"),
+    Bad([*DRAW, "task=images"], "task: has to be one of text, image, inpaint, mix, control, not 'images'"),
     Bad(
         [*DRAW, "task=image", "image={tmp}/a.png", "strength=0"], "strength: has to be a number, above 0 and at most 1"
     ),
@@ -433,7 +433,7 @@ TABLE["pictures to draw from"] = [
     Bad([*IMAGE], "a.png': not an image that Pillow can read as PNG", file("a.png", "text")),
     Bad([*IMAGE], "a.png': ", file("a.png", picture()[:-200])),
     Bad([*IMAGE, "width=72"], "width: has to be a multiple of 16 for this decoder, not 72", SQUARE),
-    Bad([*FILL], "decoder: tiny is no decoder for inpainting, which task=inpaint needs; give one", both(255)),
+    Bad([*FILL], "decoder: tiny is not a decoder for inpainting, which task=inpaint needs; give one", both(255)),
     Bad([*FILL], "is 16 x 16 pixels and the picture 32 x 24; give one of the same size", both(255, (16, 16))),
     Bad([*FILL], "is white, so nothing would be drawn; paint white what shall", both(0)),
     Bad([*FILL[:-1]], "mask: is not set; give a picture of the size of image, white where", SQUARE),

@@ -248,7 +248,9 @@ def shards(tmp_path: Path, folder: Path):
 def test_a_bad_one_is_found_without_a_cache(folder: Path) -> None:
     Image.new("RGB", (64, 64)).save(folder / "holes" / "h1.png")
     train = sources.folder(folder).train.with_companions({"hole": "gap"}, {})
-    (row, problem), *others = find_bad(train, Preprocess(None, None, 64, companions={"hole": Hole(4)}))
+    (row, problem), *others = find_bad(
+        train, False, preprocess=Preprocess(None, None, 64, companions={"hole": Hole(4)})
+    )
     assert not others
     assert row == 1
     assert "its hole: it is empty" in problem
