@@ -231,11 +231,6 @@ def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str
         logger.warning(note)
     for side, origin in origins.items():
         part = NETWORKS[side]
-        layers = {tuple(found) for one in origin.adapters if (found := adapter_files.whole_files(one.folder))}
-        if len(layers) > 1:
-            raise ConfigError(
-                f"{keys.format(side=side)}: adapters of {INPAINTING.model} and {HINT.model}; give one kind"
-            )
         if origin.adapters:
             shapes = compatibility.expected_shapes(part, origin.network or weights.folder(part))
         for one in origin.adapters:
@@ -243,6 +238,9 @@ def use(weights: Weights, origins: Mapping[PipelineHalf, ModelSource], keys: str
             problem = adapter_files.base_problem(_shapes(one.folder, key), shapes)
             if (problem := problem or adapter_files.whole_problem(one.folder, shapes)) is not None:
                 raise ConfigError(f"{key}: {one.folder} does not fit {origin.base}: {problem}")
+        layers = {tuple(found) for one in origin.adapters if (found := adapter_files.whole_files(one.folder))}
+        if len(layers) > 1:
+            raise ConfigError(f"{keys.format(side=side)}: some adapters fill holes, some read hints; give one kind")
 
 
 def load_network(weights: Weights, side: PipelineHalf, origin: ModelSource) -> Any:

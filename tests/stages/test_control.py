@@ -249,3 +249,14 @@ def test_bases_of_other_tasks(model: str, message: str, trained: Path, tmp_path:
 def test_a_schedule_free_optimizer_has_one_rate(tmp_path: Path) -> None:
     (problem,) = problems_of(composed(tmp_path, *MINE, "optimizer=schedule_free", "scheduler=constant"))
     assert "model.new_lr_factor: AdamWScheduleFree follows from what its steps have led to" in problem
+
+
+def test_adapters_of_two_tasks_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = ["adapter=lora", "adapter.rank=2", "trainer.max_steps=1"]
+    for model in ("control", "inpaint"):
+        train(tmp_path, *QUIET, f"model={model}", *lora, f"name={model}")
+    both = f"decoder_adapter=[{tmp_path / 'control'},{tmp_path / 'inpaint'}]"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", both, "prompts=[a heart]", "weights=tiny", f"output_root={tmp_path}"])
+    assert end.value.code == 2
+    assert "some adapters fill holes, some read hints; give one kind" in capsys.readouterr().err
