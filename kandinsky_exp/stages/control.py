@@ -80,19 +80,21 @@ class ControlStage(DecoderStage):
     def judge(self, network: nn.Module, features: Features, settings: SampleSettings) -> dict[str, float]:
         """`hint_f1`: how much better drawn edges agree with the hint that was given than with another one.
 
-        Drawn from the null embedding, which knows nothing of the picture: its own embedding holds its edges, too.
+        Drawn from the null embedding and from another picture's: its own holds its edges, too. The hint that was not
+        given is neither picture's.
         """
-        given = features["hint"]
-        if given.shape[1] != 1 or len(given) < 2:  # only edges can be found again, and there has to be another one
+        given, embeds = features["hint"], features["image_embeds"].float()
+        if given.shape[1] != 1 or len(given) < 3:  # only edges can be found again, and there have to be others
             return {}
-        null = self._null_like(features["image_embeds"].float())
-        drawn = self._draw(network, (null, null), given, settings)
-        size = given.shape[3], given.shape[2]
-        found = [edges.canny(np.asarray(picture.resize(size, Image.Resampling.BICUBIC))) for picture in drawn]
+        null, size = self._null_like(embeds), (given.shape[3], given.shape[2])
         wanted = [hint[0].cpu().numpy() for hint in given]
-        own = sum(map(edges.f1, found, wanted)) / len(found)
-        others = sum(map(edges.f1, found, [*wanted[1:], wanted[0]])) / len(found)
-        return {"hint_f1": own - others}
+        differences = []
+        for seen in (null, embeds.roll(-1, 0)):
+            drawn = self._draw(network, (seen, null), given, settings)
+            found = [edges.canny(np.asarray(picture.resize(size, Image.Resampling.BICUBIC))) for picture in drawn]
+            for ours, own, other in zip(found, wanted, [*wanted[2:], *wanted[:2]], strict=True):
+                differences.append(edges.f1(ours, own) - edges.f1(ours, other))
+        return {"hint_f1": sum(differences) / len(differences)}
 
     def _null_like(self, embeds: Tensor) -> Tensor:
         return self.null_condition()["image_embeds"].to(embeds).expand_as(embeds)

@@ -128,7 +128,7 @@ def test_what_a_plain_decoder_has_is_not_new(weights: Weights) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("control")
-    words = ["name=edges", "validation.prompts=[a red heart]", "trainer.ema_decay=0.9", "validation.reconstructions=2"]
+    words = ["name=edges", "validation.prompts=[a red heart]", "trainer.ema_decay=0.9", "validation.reconstructions=3"]
     train(root, *MINE, *words, "data.max_samples=6")
     return root
 
@@ -143,6 +143,7 @@ def test_a_run_records_how_far_hints_are_heeded(trained: Path) -> None:
         "00.png",
         "reconstruction-00.png",
         "reconstruction-01.png",
+        "reconstruction-02.png",
         "grid.png",
     }
     record = json.loads((trained / "edges" / "run.json").read_text())
