@@ -119,6 +119,18 @@ def frozen() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny ones; what a test loads stays loaded for those of its file."""
+    from running import prepare
+
+    from kandinsky_exp.models.weights import Weights
+
+    place = tmp_path_factory.mktemp("weights")
+    prepare(place, [])
+    return Weights("tiny", "tiny", place / "cache")
+
+
 @pytest.fixture(scope="session")
 def tiny_folder() -> Path:
     """The tiny Kandinsky 2.2 as a combined diffusers folder, built once for all workers. Do not write into it."""

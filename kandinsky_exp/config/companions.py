@@ -6,6 +6,7 @@ from typing import Any
 from kandinsky_exp.errors import cut
 from kandinsky_exp.system.files import is_folder
 
+HINT_COLUMN = "hint"  # where none is named
 WITH = {"hole": "inpaint", "hint": "control"}  # which stage reads them
 
 
@@ -21,14 +22,17 @@ def problems(good: dict[str, Any], stage: Any) -> Iterator[tuple[str, str]]:
         is_chosen = good.get("data.hint") == "column" if name == "hint" else column is not None
         given = [key for key in (f"{name}s", f"{name}_column") if good.get(f"data.{key}") and key != "hint_column"]
         given += ["hint"] if name == "hint" and is_chosen else []
+        given += ["hint_column"] if name == "hint" and column not in (None, HINT_COLUMN) else []
         if not given or (made := stage()) is None:
             continue
         settings = {key.removeprefix("data."): value for key, value in good.items() if key.startswith("data.")}
         reads = made.companions({**settings, "hint": "column"})
         if name not in reads:
             yield f"data.{given[0]}", f"model={made.name} reads no {name}s; take model={model}, or leave it out"
-        elif name == "hint" and folder is not None and not is_chosen:
-            yield "data.hints", "is set, but data.hint=canny draws them from the pictures; set data.hint=column"
+        elif name == "hint" and not is_chosen:
+            yield f"data.{given[0]}", "is set, but data.hint=canny draws hints from the pictures; set data.hint=column"
+        elif {"hints", "hint_column"} <= set(given):
+            yield "data.hints", "and data.hint_column are both set; give one of them"
         elif name == "hole" and folder is not None and is_chosen:
             yield "data.holes", "and data.hole_column are both set; give one of them"
         elif folder is None and column is None:

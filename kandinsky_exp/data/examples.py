@@ -70,9 +70,10 @@ class Example:
     def _picture(self, what: str, read: Callable[[], bytes], is_opaque: bool = False) -> Image.Image:
         try:
             content = read()
+            picture = open_rgb(io.BytesIO(content))
             if is_opaque and is_see_through(io.BytesIO(content)):
                 raise ValueError("it has transparent pixels, which have no colour; save it without them")
-            return open_rgb(io.BytesIO(content))
+            return picture
         except Exception as error:  # Pillow's format plug-ins raise whatever a damaged file makes them raise
             reason = cause_of(error)
         raise DataError(f"{self.where}: {what} {self.id}: {reason}; mend it or take the row out")

@@ -6,14 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kandinsky_exp.models.decoder_kinds import INPAINTING, kind_of_network
 from kandinsky_exp.models.sampling import Embeds, SampleSettings, widened_dtype
 
 EMPTY = (128, 128, 128)  # what stands in a hole where a picture with one is shown
-
-
-def is_for_inpainting(network: Any) -> bool:
-    return kind_of_network(network) is INPAINTING
 
 
 def fill(

@@ -1,6 +1,5 @@
 """Validation: the fixed-noise loss on held-out rows, images for prompts, reconstructions and a labelled grid."""
 
-import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -99,9 +98,9 @@ class Validator:
         for index, (image, prompt) in enumerate(zip(drawn, self.prompts, strict=True)):
             image.save(folder / f"{index:02d}.png")
             self.tracker.log_image(f"validation/{index:02d}", image, step, prompt.text)
-        for index, image in enumerate(redrawn):
+        for index, (row, image) in enumerate(zip(self._rows or [], redrawn, strict=True) if redrawn else []):
             image.save(folder / f"reconstruction-{index:02d}.png")
-            self.tracker.log_image(f"reconstruction/{index:02d}", image, step, f"held-out image {index}")
+            self.tracker.log_image(f"reconstruction/{index:02d}", image, step, f"held-out image {row}")
         lines = [" ".join(prompt.text.split()) for prompt in self.prompts[: len(drawn)]]
         (folder / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8", "replace")
         grid = self._grid(drawn, held_out if redrawn else {}, redrawn)
@@ -155,16 +154,16 @@ class Validator:
             empty = -len(drawn) % columns
             images, labels = [*images, *[Image.new("RGB", redrawn[0].size, "white")] * empty], labels + [""] * empty
             names = ["", *(f", {name}" for name in inputs), ", redrawn"]
-            for index, image in enumerate(redrawn):
+            for index, (row, image) in enumerate(zip(self._rows or [], redrawn, strict=True)):
                 images += [to_picture(held_out["pixels"][index]), *(shown[index] for shown in inputs.values()), image]
-                labels += [f"held out {index}{name}" for name in names]
+                labels += [f"held out {row}{name}" for name in names]
         return labelled_grid(images, labels, columns)
 
 
 def _as_drawn(held_out: FeatureReader, how: Preprocess, count: int) -> dict[int, Features]:
     """Pixels of the first held-out pictures, and what belongs to them, as the network is asked to draw them, by row.
 
-    That is their middle square. One whose hole lies outside of it is passed over.
+    That is their middle square. One whose hole lies outside of it is passed over, and named.
     """
     found: dict[int, Features] = {}
     for row in range(len(held_out)):
@@ -172,9 +171,12 @@ def _as_drawn(held_out: FeatureReader, how: Preprocess, count: int) -> dict[int,
             break
         example = held_out.example(row)
         image = example.image()
-        with contextlib.suppress(ValueError):
+        try:
             beside = how.beside(image, example.companions())
-            found[row] = {"pixels": crop_resize(image, *how.size(image)), **beside}
+        except ValueError as error:
+            logger.warning("%s is not redrawn in its middle square: %s", example.id, error)
+            continue
+        found[row] = {"pixels": crop_resize(image, *how.size(image)), **beside}
     return found
 
 

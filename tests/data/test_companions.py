@@ -317,7 +317,12 @@ def test_pictures_of_several_shapes_have_holes_of_these(tmp_path: Path) -> None:
         ),
         (["model=prior", "data.holes=."], "data.holes: model=prior reads no holes; take model=inpaint"),
         (["model=inpaint", "data.hint=column"], "data.hint: model=inpaint reads no hints; take model=control"),
-        (["model=control", "data.hints=."], "data.hints: is set, but data.hint=canny draws them"),
+        (["model=control", "data.hints=."], "data.hints: is set, but data.hint=canny draws hints"),
+        (["model=control", "data.hint_column=depth"], "data.hint_column: is set, but data.hint=canny draws hints"),
+        (
+            ["model=control", "data.hint=column", "data.hint_column=a", "data.hints=."],
+            "data.hints: and data.hint_column",
+        ),
         (["model=inpaint", "data.holes=.", "data.hole_column=gap"], "data.holes: and data.hole_column are both set"),
         (["model=inpaint", "data.holes=nowhere"], "data.holes: 'nowhere' is no folder"),
         (["data=dreambooth", *DOG, "model=control", "data.hint=column"], "data.hints: is not set; give the folder"),

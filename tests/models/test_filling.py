@@ -3,10 +3,8 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image, ImageDraw
-from running import prepare
 
 from kandinsky_exp.models import inpainting, pipelines
 from kandinsky_exp.models.decoder_kinds import INPAINTING
@@ -15,13 +13,6 @@ from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.models.widening import widened
 
 SETTINGS = SampleSettings(inference_steps=2, height=64, width=64, seed=1)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    place = tmp_path_factory.mktemp("weights")
-    prepare(place, [])
-    return Weights("tiny", "tiny", place / "cache")
 
 
 def test_masks_are_changed_in_place_and_ours_are_not(weights: Weights) -> None:

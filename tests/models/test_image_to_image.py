@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, KandinskyV22Img2ImgPipeline
 from PIL import Image
-from running import prepare
 
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.decoder_kinds import HINT, INPAINTING, DecoderKind
@@ -17,13 +16,6 @@ from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.models.widening import widened
 
 SETTINGS = SampleSettings(inference_steps=4, height=64, width=64, seed=3, strength=0.5)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    place = tmp_path_factory.mktemp("weights")
-    prepare(place, [])
-    return Weights("tiny", "tiny", place / "cache")
 
 
 @pytest.fixture(scope="module")

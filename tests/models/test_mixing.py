@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import KandinskyV22PriorEmb2EmbPipeline
 from PIL import Image
-from running import prepare
 
 from kandinsky_exp.models import mixing, pipelines
 from kandinsky_exp.models.pipelines import SampleSettings
@@ -14,13 +12,6 @@ from kandinsky_exp.models.weights import Weights
 
 SETTINGS = SampleSettings(inference_steps=3, seed=5)
 PICTURE = Image.radial_gradient("L").convert("RGB")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    place = tmp_path_factory.mktemp("weights")
-    prepare(place, [])
-    return Weights("tiny", "tiny", place / "cache")
 
 
 def test_it_is_the_published_mean(weights: Weights) -> None:

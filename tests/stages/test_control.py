@@ -33,13 +33,6 @@ def seeded(number: int = 0) -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    place = tmp_path_factory.mktemp("weights")
-    prepare(place, [])
-    return Weights("tiny", "tiny", place / "cache")
-
-
-@pytest.fixture(scope="module")
 def features(weights: Weights) -> dict[str, torch.Tensor]:
     return {
         "latents": torch.randn(4, 4, 16, 24, generator=seeded(1)),
@@ -197,7 +190,9 @@ def test_an_adapter_brings_its_layers_along(tmp_path: Path, capsys: pytest.Captu
     adapter = tmp_path / "adapter" / "adapter"
     block = load_file(adapter / "input_hint_block.safetensors")
     words = ["weights=tiny", f"output_root={tmp_path}"]
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "hint.png")
     drawing = ["prompts=[a heart]", "inference_steps=2", "prior_inference_steps=2"]
+    drawing += ["task=control", f"hint={tmp_path / 'hint.png'}"]
     cli.main(["export", f"adapter={tmp_path / 'adapter'}", "name=merged", *words])
     merged = tmp_path / "export" / "merged" / "pipeline"
     assert json.loads((merged / "model_index.json").read_text())["_class_name"] == HINT.result

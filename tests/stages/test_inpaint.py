@@ -80,13 +80,6 @@ def test_a_rows_own_generator_draws_its_hole() -> None:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    place = tmp_path_factory.mktemp("weights")
-    prepare(place, [])
-    return Weights("tiny", "tiny", place / "cache")
-
-
-@pytest.fixture(scope="module")
 def features(weights: Weights) -> dict[str, torch.Tensor]:
     return {
         "latents": torch.randn(4, 4, 16, 24, generator=seeded(1)),
