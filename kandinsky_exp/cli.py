@@ -24,7 +24,20 @@ from omegaconf.errors import OmegaConfBaseException
 from hydra_plugins.kandinsky_optuna.sweeper import OptunaSweeper
 from kandinsky_exp import hydra_adapter
 from kandinsky_exp.config import command_line, hydra_errors, suggestions, validation
-from kandinsky_exp.errors import ConfigError, Interrupted, Pruned, RunFailure, UserError, cut, reason_of
+from kandinsky_exp.errors import (
+    ConfigError,
+    Interrupted,
+    OutOfMemory,
+    Pruned,
+    RunFailure,
+    UserError,
+    cut,
+    first_cause,
+    first_line,
+    is_of_host,
+    is_out_of_memory,
+    reason_of,
+)
 from kandinsky_exp.sweeps import job_process, launch, supervise
 from kandinsky_exp.system import garbage, launch_environment, redaction, terminal
 
@@ -214,6 +227,7 @@ def _settled(line: command_line.CommandLine, trains: bool) -> command_line.Comma
 
 def _report(error: BaseException, verbose: bool) -> int:
     """Print what went wrong, with a traceback where it helps; return the exit code."""
+    error = _no_memory(error) or error
     known = isinstance(error, (UserError, RunFailure, Interrupted, KeyboardInterrupt))
     if verbose or not known:
         print(redaction.masked("".join(traceback.format_exception(error))), file=sys.stderr, end="")
@@ -227,6 +241,15 @@ def _report(error: BaseException, verbose: bool) -> int:
             message = "\n  ".join([f"error: {len(error.problems)} settings are wrong", *error.problems])
         print(f"process {rank}: " * (rank != "0") + redaction.masked(message), file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
+
+
+def _no_memory(error: BaseException) -> OutOfMemory | None:
+    """What to tell where memory ended outside of training, which has an advice of its own."""
+    cause = first_cause(error)
+    if isinstance(error, (UserError, RunFailure)) or not is_out_of_memory(cause):
+        return None
+    where = "the machine" if is_of_host(cause) else "the device"
+    return OutOfMemory(f"{where} has no memory left ({first_line(cause)}): leave it more, or ask for less at once")
 
 
 def _tells(error: BaseException) -> bool:

@@ -126,6 +126,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_of_host(error) or (not isinstance(error, OSError) and bool(OF_DEVICE.search(str(error))))
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What an exception was raised from in the first place: Hydra wraps what goes wrong in what it builds."""
+    return error if error.__cause__ is None else first_cause(error.__cause__)
+
+
 def is_of_host(error: BaseException) -> bool:
     """Whether it is the host's memory."""
     if isinstance(error, OSError):

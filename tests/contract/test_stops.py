@@ -20,6 +20,7 @@ from commands import Forked, start
 from running import SMALL, client, composed, history, network, prepare, runs, same, train
 from safetensors.torch import load_file
 
+from kandinsky_exp import cli
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import Interrupted
 from kandinsky_exp.memory import savings
@@ -170,16 +171,16 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
 
 
 def little_memory() -> None:
-    """A gibibyte more than the libraries take."""
-    most = psutil.Process().memory_info().vms + (1 << 30)
+    """Some more than the libraries take, of which Arrow reserves one gibibyte at once."""
+    most = psutil.Process().memory_info().vms + (5 << 29)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def test_no_memory_names_three_settings(tmp_path: Path) -> None:
-    """The address space has room for the libraries, and not for the activations of 512 images."""
+    """The address space has room for the libraries, and not for the activations of 1024 images."""
     train(tmp_path, "model=decoder", "tracker=none", "trainer.max_steps=1")
     process = start(tmp_path, "model=decoder", "name=d", "tracker=none", "data.max_samples=null", *ENDLESS,
-                    "trainer.batch_size=512", limit=little_memory)  # fmt: skip
+                    "trainer.batch_size=1024", limit=little_memory)  # fmt: skip
     output = process.finish()
     assert process.code == 1, output
     assert "Traceback" not in output
@@ -188,8 +189,45 @@ def test_no_memory_names_three_settings(tmp_path: Path) -> None:
     assert "What lowers it most for this run: " in message
     advice = message.partition("for this run: ")[2].strip().split("; ")
     assert len(advice) == 3
-    assert any("trainer.batch_size=256 trainer.grad_accumulation=2" in line for line in advice)
+    assert any("trainer.batch_size=512 trainer.grad_accumulation=2" in line for line in advice)
     assert record(tmp_path / "d")["status"] == "FAILED"
+
+
+SOURCE = """
+from kandinsky_exp.data.splits import Splits
+
+def source() -> Splits:
+    {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "raise MemoryError('malloc of size 576 failed')",
+            "the machine has no memory left (malloc of size 576 failed)",
+        ),
+        (
+            "raise RuntimeError('CUDA error: out of memory')",
+            "the device has no memory left (CUDA error: out of memory)",
+        ),
+        ("import mmap; mmap.mmap(-1, 1 << 60)", "the machine has no memory left ([Errno 12] Cannot allocate memory)"),
+    ],
+)
+def test_no_memory_before_anything_trains_is_one_message(
+    line: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"greedy_{tmp_path.name}"  # a module of each test
+    (tmp_path / f"{name}.py").write_text(SOURCE.format(line))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    overrides = ["model=prior", f"data._target_={name}.source", f"trusted_modules=[{name}]"]
+    with pytest.raises(SystemExit) as left:
+        cli.main([*SMALL, f"output_root={tmp_path}", "tracker=none", *overrides])
+    printed = capsys.readouterr().err
+    assert left.value.code == 1, printed
+    assert f"error: {told}: leave it more, or ask for less at once" in printed
+    assert "Traceback" not in printed
 
 
 def use(**given: int) -> savings.Use:
