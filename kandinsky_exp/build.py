@@ -118,7 +118,7 @@ def data(cfg: DictConfig) -> Splits:
     try:
         splits = instantiate({"_target_": settings["_target_"], **arguments})
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error  # noqa: B904 - neither has another
     cls = stage_class(cfg)
     splits = sources.with_columns(splits, sorted(cls.extra_inputs))
     splits = sources.with_companions(splits, cls.companions(settings), settings)

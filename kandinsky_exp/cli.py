@@ -78,6 +78,9 @@ VERBS: dict[str, Verb] = {
     ),
     "encode": Verb("kandinsky_exp.verbs.encode:encode", "encode a data set once, for all runs; list and remove"),
     "generate": Verb("kandinsky_exp.verbs.generate:generate", "make images from prompts, pictures, masks and mixtures"),
+    "evaluate": Verb(
+        "kandinsky_exp.verbs.evaluate:evaluate", "is it better? draw held-out captions and measure the pictures"
+    ),
     "export": Verb(
         "kandinsky_exp.verbs.export:export",
         "merge an adapter with its base into a pipeline",

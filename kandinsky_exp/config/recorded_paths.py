@@ -8,13 +8,13 @@ from kandinsky_exp.system import files
 
 PATHS = frozenset(
     {"output_root", "data.path", "data.validation_path", "data.instance_path", "data.class_path"}
-    | {"data.holes", "data.hints", "image", "mask", "hint"}
+    | {"data.holes", "data.hints", "image", "mask", "hint", "encoder"}
     | {"validation.prompts.image", "validation.prompts.mask", "validation.prompts.hint"}
 )
 # What may be something else as well (a hub id, `auto`, a list of prompts): paths where there is such a file or folder.
 WHERE_THERE = frozenset(
     {"weights.prior", "weights.decoder", "data.name", "checkpoint.resume", "validation.prompts", "prompts", "base"}
-    | {"prior", "decoder", "prior_adapter", "decoder_adapter", "adapter.source", "mix"}
+    | {"prior", "decoder", "prior_adapter", "decoder_adapter", "adapter.source", "mix", "run"}
 )
 WORDS = frozenset({"tiny", "tiny_control", "auto", "never", "???"})
 Values = Mapping[str, Any]

@@ -206,6 +206,10 @@ class Validation(Group):
     reconstructions: CountOrZero
 
 
+class HeldOut(Group):
+    fraction: BelowOne
+
+
 class Tracker(Group):
     name: Literal["mlflow", "none"]
     uri: Text | None

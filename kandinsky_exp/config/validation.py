@@ -55,10 +55,11 @@ def problems(cfg: DictConfig, verb: str, trusted: Collection[str] = (), *, quick
     except OmegaConfBaseException as error:
         return [Problem(error.full_key or "config", f"{first_line(error)}; name a key that exists")]
     schema = SCHEMAS[verb]
-    if verb == "encode" and (values.get("list") or values.get("remove")):
-        # It reads no data then: what has to be given need not be. Nor does it build anything, and a second is long.
+    lists = verb == "encode" and (values.get("list") or values.get("remove"))
+    if lists or (verb == "evaluate" and values.get("run") is not None):
+        # It reads no data then, or the run's: what has to be given need not be.
         values["data"] = {key: "." if value == "???" else value for key, value in values["data"].items()}
-        quick = True
+    quick = quick or bool(lists)  # it builds nothing, and a second is long
     found = [*_check_group(values, schema)]
     wrong = {problem.key for problem in found}
     good = {key: value for key, value in saved_config.leaves(values) if key not in wrong and value != "???"}

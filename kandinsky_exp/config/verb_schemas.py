@@ -60,6 +60,32 @@ class Generate(schema.Group):
     log_to_run: bool
 
 
+class Evaluate(schema.Group):
+    run: schema.Text | None
+    name: schema.Name | None
+    output_root: schema.Text
+    seed: schema.Seed
+    model: schema.Model
+    weights: schema.Weights
+    data: schema.Data
+    precision: schema.Precision
+    tracker: schema.Tracker
+    prior: schema.Text | None
+    decoder: schema.Text | None
+    prior_adapter: schema.Names | None
+    decoder_adapter: schema.Names | None
+    adapter_scale: schema.Number | list[schema.Number]
+    num_images: schema.Count | None
+    guidance_scale: schema.PositiveOrZero
+    inference_steps: schema.Count
+    prior_guidance_scale: schema.PositiveOrZero
+    prior_inference_steps: schema.Steps
+    batch_size: schema.Count
+    encoder: schema.Text | None
+    validation: schema.HeldOut
+    trusted_modules: schema.Modules | None = None
+
+
 class Encode(schema.Group):
     output_root: schema.Text
     seed: schema.Seed
@@ -113,5 +139,5 @@ class Compare(schema.Group):
 
 
 SCHEMAS: dict[str, type[schema.Group]] = {
-    root.__name__.lower(): root for root in (Train, Plan, Generate, Encode, Export, Push, Ui, Compare)
+    root.__name__.lower(): root for root in (Train, Plan, Generate, Evaluate, Encode, Export, Push, Ui, Compare)
 }

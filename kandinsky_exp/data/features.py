@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kandinsky_exp.data.encoded.columns import Array
 from kandinsky_exp.data.encoded.layout import MASK
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.encoded.workers import Features
@@ -93,6 +94,13 @@ class CachedFeatures(VisitedRows):
 
     def _read(self, index: int, epoch: int, mirror: bool) -> Features:
         return self.table.row(int(self.rows[index]), partial(choose_caption, self.seed, epoch, index), int(mirror))
+
+    def has(self, name: str) -> bool:
+        return self.table.has(name)
+
+    def feature(self, index: int, name: str) -> Array:
+        """One feature of a row's picture, not mirrored."""
+        return self.table.feature(int(self.rows[index]), name)
 
     def tokens(self, visit: Visit) -> int:
         """Of the caption that a visit shows."""

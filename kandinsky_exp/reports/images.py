@@ -1,5 +1,6 @@
 """The validation images of several runs, small enough for one file: prompt × run × step."""
 
+import base64
 import hashlib
 import io
 import json
@@ -202,9 +203,19 @@ def reduced(data: bytes, side: int) -> bytes:
     with Image.open(io.BytesIO(data), formats=("PNG", "WEBP")) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("too many pixels")
-        picture = image.convert("RGB")
+        return thumbnail(image, side)
+
+
+def thumbnail(image: Image.Image, side: int) -> bytes:
+    """An image as WebP, its longer side at most `side` pixels."""
+    picture = image.convert("RGB")
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     is_tiny = max(picture.size) <= 96  # each pixel is seen
     picture.save(buffer, "WEBP", lossless=is_tiny, quality=82)
     return buffer.getvalue()
+
+
+def data_uri(image: bytes) -> str:
+    """A WebP file as the address of an image in a page that needs no other file."""
+    return f"data:image/webp;base64,{base64.b64encode(image).decode()}"

@@ -1,6 +1,5 @@
 """A report over runs: one HTML file that needs nothing else, and pictures for a README; a sweep's run has them too."""
 
-import base64
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -114,13 +113,8 @@ class Column:
     is_code: bool = False
 
 
-def page(title: str, runs: Sequence[Run], grid: images.ImageGrid) -> str:
-    """The whole report.
-
-    Args:
-        runs: at least one; each keeps its colour in all figures.
-    """
-    figures = [*losses(runs), *scores(runs)]
+def rendered(template: str, **values: Any) -> str:
+    """A page from its template in `page/`."""
     templates = Environment(
         loader=PackageLoader("kandinsky_exp.reports", "page"),
         autoescape=True,
@@ -129,7 +123,18 @@ def page(title: str, runs: Sequence[Run], grid: images.ImageGrid) -> str:
         lstrip_blocks=True,
     )
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-    return templates.get_template("page.html").render(
+    return templates.get_template(template).render(**values)
+
+
+def page(title: str, runs: Sequence[Run], grid: images.ImageGrid) -> str:
+    """The whole report.
+
+    Args:
+        runs: at least one; each keeps its colour in all figures.
+    """
+    figures = [*losses(runs), *scores(runs)]
+    return rendered(
+        "page.html",
         title=title,
         summary=_summary(runs),
         notes=_notes(runs),
@@ -145,7 +150,7 @@ def page(title: str, runs: Sequence[Run], grid: images.ImageGrid) -> str:
             "labels": [run.label for run in runs],
             "figures": [asdict(figure) for figure in figures],
             "steps": grid.steps,
-            "images": [f"data:image/webp;base64,{base64.b64encode(image).decode()}" for image in grid.images],
+            "images": [images.data_uri(image) for image in grid.images],
             "cells": {f"{row},{run}": sorted(cell.items()) for (row, run), cell in grid.cells.items()},
         },
         plotly=get_plotlyjs(),
@@ -173,6 +178,10 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
+def _measured(value: float | None) -> Cell:
+    return Cell(None) if value is None else Cell(f"{value:.4g}", repr(value))
+
+
 def _columns(runs: Sequence[Run]) -> Iterator[Column]:
     """All columns of the table but the first, the run's name."""
     yield Column("status", "status", [Cell(run.status, style=run.status) for run in runs])
@@ -185,4 +194,7 @@ def _columns(runs: Sequence[Run]) -> Iterator[Column]:
         texts = [None if value is None else as_text(value) for value in values]
         styles = ["best" if field == "best" and rank(runs, run) == 0 else "" for run in runs]
         yield Column(name, name, [*map(Cell, texts, map(repr, values), styles)], is_number=True)
+    for name in dict.fromkeys(name for run in runs for name in run.evaluation):
+        found = [run.evaluation.get(name) for run in runs]
+        yield Column(name, f"evaluation/{name}", [_measured(value) for value in found], is_number=True)
     yield Column("MLflow run id", "MLflow run id", [Cell(run.run_id) for run in runs], is_code=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION, SPEED = "train/loss", "validation/loss", "train/samples_per_second"
 QUARTILES = tuple(f"train/loss_t{part}" for part in range(4))
 CURVES = (TRAIN, VALIDATION, *QUARTILES, SPEED)
+EVALUATION = "evaluation/"
 PAGE = 1000  # runs in one answer of the store
 SAID_ELSEWHERE = {"name", "model._target_"}  # parameters that the columns run and stage tell
 
@@ -50,6 +51,7 @@ class Run:
         stage: prior or decoder, "" where it was never said.
         params: as MLflow has them, text by dotted key; empty where a run ended before it told any.
         curves: by metric; metrics without a point are left out.
+        evaluation: what `evaluate` measured last, by metric.
     """
 
     run_id: str
@@ -59,6 +61,7 @@ class Run:
     params: dict[str, str] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     scores: Scores = Scores()
+    evaluation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,11 @@ def _read_run(client: "MlflowClient", run_id: str) -> Run:
             latest = max([latest, *(point.timestamp for point in points)])
             curves[key] = in_order(points)
     run = Run(run_id, info.run_name or run_id, info.status, data.tags.get("stage", ""), dict(data.params), curves)
+    run.evaluation = {
+        key.removeprefix(EVALUATION): value
+        for key, value in data.metrics.items()
+        if key.startswith(EVALUATION) and not key.endswith(("_low", "_high"))
+    }
     end = info.end_time or latest
     run.scores = scores(curves, (end - info.start_time) / 1000 if end > (info.start_time or 0) else None)
     return run

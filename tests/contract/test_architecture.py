@@ -35,6 +35,7 @@ ROOMS = {
     "training": {"data", "models", "runs", "stages", "system", "tracking"},
     "run_settings": {"models", "system", "training"},
     "build": {"config", "data", "models", "run_settings", "stages", "system", "training"},
+    "evaluation": {"data", "models", "reports", "system", "tracking", "training"},
     "sweeps": {"build", "config", "hydra_adapter", "reports", "runs", "system", "tracking"},
     "memory": {"build", "config", "data", "models", "run_settings", "stages", "system", "training"},
 }
@@ -49,7 +50,7 @@ OUTER = {
     "__main__": {"cli"},
 }
 KNOW_OMEGACONF = {
-    *("config", "sweeps", "memory", "runs.lookup", "runs.model_sources", "verbs"),
+    *("config", "sweeps", "memory", "runs.lookup", "runs.model_sources", "runs.subjects", "verbs"),
     *("cli", "hydra_adapter", "run", "preflight", "results", "records", "build", "run_settings"),
 }
 CLEAR_OF_FRAMEWORKS = ("stages", "data", "models")

@@ -29,6 +29,7 @@ from running import train
 
 from kandinsky_exp import cli
 from kandinsky_exp import run as _run  # noqa: F401
+from kandinsky_exp.verbs import evaluate as _evaluate  # noqa: F401
 from kandinsky_exp.verbs import generate as _generate  # noqa: F401 - what a verb imports takes seconds, once
 
 LONGEST = 700  # characters of a message about one mistake
@@ -754,6 +755,24 @@ TABLE["weights"] = [
     Bad([*EMOJI, "weights.decoder={root}/done"], "subfolder 'unet' is missing"),
 ]
 RESUME = [*PRIOR, "name=new"]
+MEASURE = ["evaluate", "weights=tiny"]
+TABLE["what is measured"] = [
+    Bad(MEASURE, "data.path: is not set"),
+    Bad(
+        [*MEASURE, "run={tmp}/nowhere"], "is no run, checkpoint or sweep; give one, or prior=, decoder= and data.path="
+    ),
+    Bad([*MEASURE, "run={root}/done"], "pictures are held out, and it takes 16 to measure; give more pictures"),
+    Bad([*MEASURE, "run={root}/done", "data.path={tmp}"], "data.path: a run is evaluated with its own data; leave it"),
+    Bad([*MEASURE, "run={root}/done", "prior=tiny"], "done is the prior; leave one of them out"),
+    Bad([*MEASURE, "run={root}/done", "encoder={tmp}"], "has no config.json of a vision model of transformers"),
+    Bad(
+        [*MEASURE, "data=emoji", "num_images=99"], "num_images: 99 is more than the 16 held-out captions; give at most"
+    ),
+    Bad([*MEASURE, "data=emoji", "decoder=tiny_control"], "decoder: it draws hints, and captions alone say nothing"),
+    Bad([*MEASURE, "data.path={tmp}/data", "validation.fraction=0"], "nothing is held out", data(rows("a", "b", "c"))),
+    Bad([*MEASURE, "run={root}/done/checkpoints/step-00000099"], "holds no trained prior"),
+    Bad([*MEASURE, "data=emoji", "num_images=0"], "num_images: has to be"),
+]
 GO_ON = [*PRIOR, "name=done", "data.max_samples=6", "trainer.max_steps=3"]
 STEP = "{tmp}/run/checkpoints/step-00000002"
 TABLE["runs and checkpoints"] = [

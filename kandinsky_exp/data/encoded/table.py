@@ -137,6 +137,16 @@ class FeatureTable:
             features[MASK] = torch.ones(len(text[ragged[0]]), dtype=torch.bool)
         return features
 
+    def feature(self, index: int, name: str) -> Array:
+        """One feature of an image, still mapped, without a look at its checksum."""
+        part, row = self._place(index)
+        found: Array = part.images.cell(name, row)
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether its images have this feature."""
+        return len(self) > 0 and self._any.images.has(name)
+
     def tokens(self, index: int, choose: Callable[[int], int]) -> int:
         """How many the caption of a row has, of a table whose captions have a length."""
         part, row = self._place(index)

@@ -1,0 +1,1 @@
+"""Is it better? Metrics of drawn pictures, and the report on them."""
