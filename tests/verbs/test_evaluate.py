@@ -90,7 +90,7 @@ def test_stopped_it_goes_on_and_comes_out_the_same(root: Path) -> None:
     process = Forked(command, ["evaluate", *QUICK, *words, f"output_root={root}", "name=stopped"])
     process.wait_until(lambda: (pictures / "00002.png").is_file())
     os.kill(process.pid, signal.SIGSTOP)
-    with pytest.raises(ConfigError, match="name: another process evaluates in .*stopped"):
+    with pytest.raises(ConfigError, match=r"name: another process evaluates in .*stopped"):
         evaluated(root, "stopped", *words)
     process.signal(signal.SIGTERM)
     os.kill(process.pid, signal.SIGCONT)
