@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import os
 import sys
 import uuid
@@ -92,6 +93,8 @@ def prepare(
     report = build.check_data(cfg, splits)
     if splits.is_divided and isinstance(splits.train, Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # raises where there are too few images
+    if splits.validation is None and not (splits.dividable and cfg.validation.fraction):
+        run_settings.check_nothing_held_out(cfg)
     root, name = location(cfg)
     cls = build.stage_class(cfg)
     space = run_folder.claim(root, name, cls.name, cfg.checkpoint.resume, held)
@@ -162,5 +165,7 @@ def location(cfg: DictConfig) -> tuple[Path, str | None]:
 
 def is_finished(cfg: DictConfig, count: int, space: run_folder.RunFolder) -> bool:
     """Whether an earlier start has done all that is asked for, as far as that is known without the data."""
-    steps = run_settings.total_steps(cfg, space.record.rows, count)
-    return space.is_resumed and space.record.status == "FINISHED" and space.record.step >= steps
+    steps, ended = run_settings.total_steps(cfg, space.record.rows, count), space.record.patience
+    is_out_of_patience = ended is not None and (cfg.validation.patience or math.inf) <= ended
+    is_at_its_end = space.record.step >= steps or is_out_of_patience
+    return space.is_resumed and space.record.status == "FINISHED" and is_at_its_end

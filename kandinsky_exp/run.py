@@ -21,6 +21,7 @@ from kandinsky_exp.tracking.tracker import Status, Tracker, tracked
 from kandinsky_exp.training import checkpoint, class_images, loop, nonfinite
 from kandinsky_exp.training.callbacks import Callbacks
 from kandinsky_exp.training.feature_loader import Readers, open_readers
+from kandinsky_exp.training.progress import Progress
 from kandinsky_exp.training.seeding import NoiseSource
 from kandinsky_exp.training.validation import Validator
 
@@ -52,7 +53,9 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 with savings.explain_out_of_memory(cfg, opened.accelerator.device, stage):
                     training, callbacks = set_up(opened, tracker, stage, data)
                     train_loss = train(opened, training, callbacks, data)
-                finish(opened, training, callbacks.validator.loss if data.held_out is not None else train_loss)
+                finish(
+                    opened, training, callbacks, callbacks.validator.loss if data.held_out is not None else train_loss
+                )
         share(opened)  # also of a finished run: an earlier start may have been stopped in the middle of it
         loss = opened.space.record.validation_loss
         return float("nan") if loss is None else loss
@@ -103,6 +106,8 @@ def set_up(opened: OpenRun, tracker: Tracker, stage: DiffusionStage, data: Reade
         behind=cfg.checkpoint.behind,
         order=data.train.order,
         judge=optuna_study.judge(cfg, steps),
+        progress=Progress(cfg.validation.patience),
+        keeps_best=cfg.checkpoint.result == "best",
     )
     if space.start is not None:
         callbacks.restored(checkpoint.load(training, space.start, accelerator))
@@ -131,10 +136,23 @@ def train(opened: OpenRun, training: loop.Training, callbacks: Callbacks, data: 
         )
 
 
-def finish(opened: OpenRun, training: loop.Training, loss: float | None) -> None:
-    """Write the result, and note the loss that `run` returns."""
-    distributed.on_main_process(lambda: results.save(opened.accelerator, opened.space, training, opened.weights))
-    opened.space.record.validation_loss = loss
+def finish(opened: OpenRun, training: loop.Training, callbacks: Callbacks, loss: float | None) -> None:
+    """Write the result, and note the loss that `run` returns: that of the weights in the result."""
+    record, progress = opened.space.record, callbacks.progress
+    record.patience = progress.patience if progress.ended is not None else None
+    if progress.ended is not None:
+        callbacks.tracker.set_tags({"stopped_early": f"step {training.step}: {progress.ended}"})
+        logger.info("step %d: stopped early: %s", training.step, progress.ended)
+    takes_best = opened.cfg.checkpoint.result == "best"
+    best = distributed.on_main_process(lambda: results.best(opened.space)) if takes_best else None
+    distributed.on_main_process(lambda: results.save(opened.accelerator, opened.space, training, opened.weights, best))
+    record.result_step = None
+    if best is not None:
+        record.result_step, loss = best.step, best.loss
+        callbacks.tracker.set_tags({"result_step": str(best.step)})
+        if progress.start is not None and best.loss > progress.start:
+            logger.warning("no step has a lower validation loss than the start had (%.5f)", progress.start)
+    record.validation_loss = loss
 
 
 def share(opened: OpenRun) -> None:
@@ -147,9 +165,9 @@ def share(opened: OpenRun) -> None:
 def nothing_left(opened: OpenRun) -> None:
     if opened.accelerator.is_main_process:
         records.deliver_left(opened.cfg, opened.space)
+    longer = "trainer.max_steps" if opened.space.record.patience is None else "validation.patience"
     logger.info(
-        "%s is finished: nothing left to do. Raise trainer.max_steps to train on, or choose another name",
-        opened.space.folder,
+        "%s is finished: nothing left to do. Raise %s to train on, or choose another name", opened.space.folder, longer
     )
 
 

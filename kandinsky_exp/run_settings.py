@@ -6,6 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
+from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.system import host_memory, text_files
 from kandinsky_exp.system.files import expanded
@@ -33,6 +34,17 @@ def drawn_prompts(cfg: DictConfig) -> tuple[list[validation_prompts.DrawnPrompt]
         ConfigError: a picture or a mask cannot be used.
     """
     return validation_prompts.read(entries(cfg.validation.prompts), sample_settings(cfg))
+
+
+def check_nothing_held_out(cfg: DictConfig) -> None:
+    """Raises ConfigError for settings that want a validation loss, of which there will be none."""
+    wanted = {
+        "validation.patience": cfg.validation.patience is not None,
+        "checkpoint.result": cfg.checkpoint.result == "best",
+    }
+    if found := [key for key, is_set in wanted.items() if is_set]:
+        advice = "nothing is held out, so there is no validation loss; set validation.fraction, or leave it out"
+        raise ConfigError([f"{key}: {advice}" for key in found])
 
 
 def asked(cfg: DictConfig, reads_captions: bool) -> list[tuple[str, str]]:

@@ -191,6 +191,7 @@ class Checkpoint(Group):
     every: Count
     keep: Count
     behind: bool
+    result: Literal["last", "best"]
     resume: Text
 
 
@@ -204,6 +205,7 @@ class Validation(Group):
     batch_size: Count
     draws: Count
     reconstructions: CountOrZero
+    patience: Count | None
 
 
 class HeldOut(Group):

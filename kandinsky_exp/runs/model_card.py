@@ -140,6 +140,8 @@ def _origins(result: Result) -> Iterator[tuple[str, str]]:
 
 def _settings(result: Result) -> Iterator[tuple[str, str]]:
     yield "optimizer steps", _escaped(result.record.step)
+    if result.record.result_step is not None:
+        yield "weights of step", f"{_escaped(result.record.result_step)}, which had the best validation loss"
     groups = ADAPTER | SHOWN if result.is_adapter else SHOWN
     for key in (*(f"{group}.{name}" for group, names in groups.items() for name in names), "seed"):
         if result.params.get(key) is not None:

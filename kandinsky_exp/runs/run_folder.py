@@ -29,6 +29,8 @@ class Record:
         status: RUNNING, FINISHED, FAILED or KILLED.
         stage: what trains in the folder; `sweep` for a folder of jobs.
         part: of Kandinsky that trains; None of a run from before it was recorded.
+        patience: `validation.patience`, where it ended the run before its last step.
+        result_step: whose weights the result holds, where it is not the last step.
         validation_loss: what `run` returned, once finished.
         best_loss: the lowest validation loss so far.
         rows: images that train; None before they were counted.
@@ -55,6 +57,8 @@ class Record:
     split: str | None = None
     rules: int | None = None
     part: str | None = None
+    patience: int | None = None
+    result_step: int | None = None
 
     @property
     def half(self) -> PipelineHalf:

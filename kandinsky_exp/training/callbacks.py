@@ -10,6 +10,7 @@ from kandinsky_exp.runs import run_folder
 from kandinsky_exp.system import distributed, host_memory
 from kandinsky_exp.training import checkpoint, loop
 from kandinsky_exp.training.async_checkpoint import CheckpointWriter
+from kandinsky_exp.training.progress import Progress
 from kandinsky_exp.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ class Callbacks:
         behind: write them in a thread while training goes on.
         order: of the visits, for `state.json`.
         judge: whether to give the run up, by a step and its validation loss.
+        progress: of the validation losses.
+        keeps_best: write a checkpoint wherever the validation loss is the best so far.
     """
 
     def __init__(
@@ -35,9 +38,11 @@ class Callbacks:
         behind: bool,
         order: dict[str, Any],
         judge: Callable[[int, float], bool] | None = None,
+        progress: Progress | None = None,
+        keeps_best: bool = False,
     ) -> None:
         self.space, self.validator, self.settings, self.judge = space, validator, settings, judge
-        self.order = order
+        self.order, self.progress, self.keeps_best = order, progress or Progress(), keeps_best
         self.training, self.accelerator, self.tracker = validator.training, validator.accelerator, validator.tracker
         self.writer = CheckpointWriter(space.checkpoints, keep, behind, self.recorded)
         self.settled = self.writer.settled
@@ -45,6 +50,8 @@ class Callbacks:
 
     def restored(self, state: dict[str, Any]) -> None:
         """Know what was measured at the checkpoint that is gone on from; that of another run counts for nothing."""
+        if not self.space.is_fork and "progress" in state:
+            self.progress.restore(state["progress"])
         if state["validated"] and not self.space.is_fork:
             self.validated = self.training.step
             self.validator.loss = state["validation_loss"]
@@ -66,10 +73,23 @@ class Callbacks:
         loss, best = self.validator.loss, self.space.record.best_loss
         if loss is not None:
             self.space.record.best_loss = loss if best is None else min(loss, best)
+            self.progress.validated(step, loss)
             judge = self.judge
             if judge is not None and distributed.on_main_process(lambda: judge(step, loss)):
                 self.tracker.set_tags({"pruned": f"step {step}"})
                 raise Pruned(step, loss)
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """Of a step that was validated: it is the best, or the last one."""
+        return self.ended or (self.keeps_best and self.progress.best is not None and self.progress.stale == 0)
+
+    @property
+    def ended(self) -> bool:
+        return self.progress.ended is not None
+
+    def trained(self, loss: float) -> None:
+        self.progress.trained(loss)
 
     def checkpoint(self, step: int) -> None:
         distributed.on_main_process(lambda: self._save(self.validated == step))
@@ -85,6 +105,7 @@ class Callbacks:
                 validation_loss=self.validator.loss if validated else None,
                 total_batch=self.settings.total_batch,
                 order=self.order,
+                progress=self.progress.state(),
             )
         )
 

@@ -8,6 +8,7 @@ A folder is written under another name and renamed when it is whole; older ones 
 import contextlib
 import inspect
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def snapshot(
     validation_loss: float | None,
     total_batch: int,
     order: dict[str, Any],
+    progress: dict[str, Any] | None = None,
 ) -> Snapshot:
     """The state at this step, not copied yet.
 
@@ -96,6 +98,7 @@ def snapshot(
         validation_loss: the fixed-noise loss at this very step, None where it was not measured.
         total_batch: samples per optimizer step, over all processes.
         order: of the visits, for `state.json`.
+        progress: of the validation losses, likewise.
 
     Raises:
         RunFailure: its tensors would not have the names of the bare network.
@@ -108,6 +111,8 @@ def snapshot(
     state: dict[str, Any] = {"step": training.step, "validated": validated, "validation_loss": validation_loss}
     state["optimizer"] = type(ema.bare(training.optimizer)).__name__
     state |= {"total_batch": total_batch, "processes": accelerator.num_processes, **order}
+    if progress is not None:
+        state["progress"] = progress
     if (averages := ema.averages(training)) is not None:
         names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         networks[f"{part}_ema"] = training.stage.snapshot(network, dict(zip(names, averages, strict=True)))
@@ -220,8 +225,13 @@ def _match_strides(optimizer: Any) -> None:
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the one with the best validation loss."""
     found = complete(root)
-    losses = {folder: loss for folder, state in found.items() if (loss := state.get("validation_loss")) is not None}
-    best = min(losses, key=lambda folder: losses[folder], default=None)
+    best = best_of(found)
     for folder in list(found)[: max(len(found) - keep, 0)]:
         if folder != best:
             shutil.rmtree(folder)
+
+
+def best_of(found: Mapping[Path, Mapping[str, Any]]) -> Path | None:
+    """The one of some checkpoints with the lowest validation loss; None where none was measured."""
+    losses = {folder: loss for folder, state in found.items() if (loss := state.get("validation_loss")) is not None}
+    return min(losses, key=lambda folder: losses[folder], default=None)

@@ -86,6 +86,17 @@ class Callbacks(Protocol):
 
     def checkpoint(self, step: int) -> None: ...
 
+    def trained(self, loss: float) -> None:
+        """Told of each training loss that is logged."""
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """Whether the step that was just validated is to be saved, whatever `checkpoint_every` says."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the step that was just validated is the last one."""
+
     def wait(self) -> None:
         """Until what these began in the background is done; raises what went wrong with it."""
 
@@ -124,7 +135,7 @@ def train(
     quiet = not settings.progress
     bar = tqdm(total=settings.max_steps, initial=training.step, unit="step", disable=quiet, dynamic_ncols=True)
     with bar, stop.deferred(), events.settled(), closing(batches), failing(training):
-        while training.step < settings.max_steps:
+        while training.step < settings.max_steps and not events.ended:
             with saved_on_failure(save_alone):
                 meter.add(optimizer_step(training, batches, noise, accelerator, settings))
             training.step += 1
@@ -135,7 +146,7 @@ def train(
             if logs or validates or saves:
                 agreement.now()  # reading would wait for the device, for ever where a process is gone
             if logs:
-                report(meter.read(step, training.rate()), step, settings.max_steps, tracker, bar)
+                events.trained(report(meter.read(step, training.rate()), step, settings.max_steps, tracker, bar))
             elif validates or saves:
                 meter.check(step, training.rate())
             stopping = agreement.now() if logs or validates or saves else agreement.ahead()
@@ -143,6 +154,7 @@ def train(
                 if validates and stopping is None:
                     with saved_on_failure(saver.save_whole_step):
                         stopping = validated_or_stopped(events, step, stop, agreement, accelerator)
+                    saves = saves or (stopping is None and events.wants_checkpoint)
                 if saves or (stopping is not None and saver.saved != step):
                     saver.save()
             if stopping is not None:
@@ -269,8 +281,12 @@ def validated_or_stopped(
     return stop.signal_number
 
 
-def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, bar: "tqdm[Any]") -> None:
-    """Metrics to the tracker; on a terminal a bar with steps/s, ETA and loss, elsewhere plain lines."""
+def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, bar: "tqdm[Any]") -> float:
+    """Metrics to the tracker; on a terminal a bar with steps/s, ETA and loss, elsewhere plain lines.
+
+    Returns:
+        The training loss.
+    """
     tracker.log_metrics(metrics, step)
     bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", lr=f"{metrics['train/lr']:.1e}")
     if bar.disable:
@@ -284,3 +300,4 @@ def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, b
             metrics["train/samples_per_second"],
             tqdm.format_interval((total - step) * metrics["train/step_seconds"]),
         )
+    return metrics["train/loss"]

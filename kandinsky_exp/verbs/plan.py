@@ -98,7 +98,8 @@ class Planner:
 
     def _disk(self) -> Iterator[str]:
         checkpoint, kept = self.estimate.checkpoint_bytes(), self.cfg.checkpoint
-        count = min(math.ceil(self.steps / kept.every), kept.keep + 2)  # with the best, and one that is being written
+        written_ones = math.ceil(self.steps / kept.every) + (kept.result == "best")
+        count = min(written_ones, kept.keep + 2)  # with the best, and one that is being written
         result = self.dry_run.sizes().saved
         written = sum(found.bytes for found in self.caches)
         free = disk.free(files.output_root(self.cfg.output_root))

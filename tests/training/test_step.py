@@ -186,6 +186,10 @@ class Nothing:
 
     def checkpoint(self, step: int) -> None: ...
 
+    def trained(self, loss: float) -> None: ...
+
+    wants_checkpoint = ended = False
+
     def wait(self) -> None: ...
 
     def settled(self) -> contextlib.AbstractContextManager[None]:
