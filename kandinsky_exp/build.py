@@ -73,7 +73,7 @@ def fetch(cfg: DictConfig, parts: Weights, also: Collection[str] = ()) -> list[s
     """
     cls = stage_class(cfg)
     needed = {cls.part, *cls.encoders, *side_parts(cls.half), *also}
-    if run_settings.prompts(cfg.validation.prompts):
+    if run_settings.texts_drawn(cfg):
         needed |= {part for some in cls.draws_with for one in some for part in side_parts(PARTS[one][0])}
     if cfg.adapter.name == "none":
         needed |= set(result_parts(cls.half, cls.result_pipeline))

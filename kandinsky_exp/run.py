@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from kandinsky_exp import build, records, results, run_settings
 from kandinsky_exp.config import validation
 from kandinsky_exp.errors import Interrupted, Pruned, UserError, reason_of
+from kandinsky_exp.evaluation.in_training import DrawnMetrics
 from kandinsky_exp.memory import savings
 from kandinsky_exp.preflight import OpenRun, is_finished, open_run
 from kandinsky_exp.runs import forking, resuming, run_folder
@@ -97,6 +98,7 @@ def set_up(opened: OpenRun, tracker: Tracker, stage: DiffusionStage, data: Reade
         run_settings.sample_settings(cfg),
         draws=cfg.validation.draws,
         reconstructions=cfg.validation.reconstructions,
+        drawn_metrics=drawn_metrics(opened, data),
     )
     callbacks = Callbacks(
         space,
@@ -115,6 +117,14 @@ def set_up(opened: OpenRun, tracker: Tracker, stage: DiffusionStage, data: Reade
     records.record_data(space, data)
     records.describe(cfg, accelerator, tracker, space, opened.weights, data)
     return training, callbacks
+
+
+def drawn_metrics(opened: OpenRun, data: Readers) -> DrawnMetrics | None:
+    cfg, names = opened.cfg, list(opened.cfg.validation.metrics)
+    if not names or data.held_out is None:
+        return None
+    count, seed = run_settings.MEASURED, cfg.validation.seed
+    return DrawnMetrics(names, count, opened.weights, data.held_out, seed, opened.accelerator.device)
 
 
 def train(opened: OpenRun, training: loop.Training, callbacks: Callbacks, data: Readers) -> float | None:

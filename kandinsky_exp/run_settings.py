@@ -13,6 +13,8 @@ from kandinsky_exp.system.files import expanded
 from kandinsky_exp.training import validation_prompts
 from kandinsky_exp.training.loop import LoopSettings
 
+MEASURED = 64  # captions that a validation draws for `validation.metrics`
+
 
 def prompts(value: Any) -> list[str]:
     """The texts of a list of prompts, or the lines of the text file that a string names."""
@@ -39,12 +41,18 @@ def drawn_prompts(cfg: DictConfig) -> tuple[list[validation_prompts.DrawnPrompt]
 def check_nothing_held_out(cfg: DictConfig) -> None:
     """Raises ConfigError for settings that want a validation loss, of which there will be none."""
     wanted = {
+        "validation.metrics": bool(cfg.validation.metrics),
         "validation.patience": cfg.validation.patience is not None,
         "checkpoint.result": cfg.checkpoint.result == "best",
     }
     if found := [key for key, is_set in wanted.items() if is_set]:
         advice = "nothing is held out, so there is no validation loss; set validation.fraction, or leave it out"
         raise ConfigError([f"{key}: {advice}" for key in found])
+
+
+def texts_drawn(cfg: DictConfig) -> int:
+    """How many texts a validation draws: prompts, and captions that are measured."""
+    return len(entries(cfg.validation.prompts)) + (MEASURED if cfg.validation.metrics else 0)
 
 
 def asked(cfg: DictConfig, reads_captions: bool) -> list[tuple[str, str]]:

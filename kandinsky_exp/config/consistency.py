@@ -50,7 +50,9 @@ def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
         # What is wrong with the prior's source itself is wrong for every stage, which encodes with what is in there.
         if found != list(_weights(good, ["prior"], {})) and (made := stage()) is not None:
             sides = {components.PARTS[part][0] for part in (made.part, *made.encoders)}
-            if good.get("validation.prompts"):  # else nothing will be drawn, and no other source is opened
+            if good.get("validation.prompts") or good.get(
+                "validation.metrics"
+            ):  # else nothing will be drawn, and no other source is opened
                 sides |= components.NETWORKS.keys()
             found = list(_weights(good, sides, {**compatibility.REQUIRED, made.half: made.requires}))
         yield from found
@@ -154,6 +156,7 @@ def together(good: Values, stage: Stage, source: SourceFacts) -> Found:
     yield from _publishing(good)
     yield from _adapter(good)
     yield from _training(good, stage)
+    yield from _validation(good, stage)
     yield from _optimizer(good)
     yield from _reading(good, source)
     yield from companions.problems(good, stage)
@@ -224,6 +227,11 @@ def _training(good: Values, stage: Stage) -> Found:
     for group in ("model", "optimizer", "scheduler"):
         if good.get(f"{group}._partial_") is False:
             yield f"{group}._partial_", "has to be true: the run hands over the rest; remove it"
+
+
+def _validation(good: Values, stage: Stage) -> Found:
+    if good.get("validation.metrics") and "hint" in getattr(stage(), "prompt_inputs", ()):
+        yield "validation.metrics", "captions alone say nothing of a decoder that draws hints; leave it out"
 
 
 def _optimizer(good: Values) -> Found:

@@ -206,6 +206,7 @@ class Validation(Group):
     draws: Count
     reconstructions: CountOrZero
     patience: Count | None
+    metrics: list[Literal["clip_score", "cmmd"]]
 
 
 class HeldOut(Group):

@@ -14,7 +14,7 @@ from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.models.components import read_object
 from kandinsky_exp.models.weights import Weights
 
-BATCH = 32
+BATCH = 16  # pictures, or captions, at once
 OWN = "Kandinsky's own image encoder"
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
+from kandinsky_exp.evaluation import encoders as judges
 from kandinsky_exp.memory.dry_run import DryRun
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.stages.base import DiffusionStage
@@ -184,16 +185,21 @@ class Estimate:
     def _drawing(self) -> Iterator[Parts]:
         count, own = self._draws(), self.stage.part
         rows = pipelines.rows_at_once(count, self.cfg.validation.guidance_scale > 1)
-        prompts = run_settings.prompts(self.cfg.validation.prompts)
+        prompts = run_settings.texts_drawn(self.cfg)
         for parts in self.stage.draws_with if count else ():
             if prompts or own in parts:  # what is redrawn needs no embedding of a prompt
                 frozen = [*(self.stage.stays_loaded if self.on_host else ()), *(part for part in parts if part != own)]
                 needs = [self.dry_run.answering(part, rows[part], part == own) for part in parts]
                 yield from self._scene(self.steady, dict.fromkeys(frozen), *needs)
 
+        if self.cfg.validation.metrics:
+            parts = ("text_encoder", "image_encoder")
+            needs = [self.dry_run.answering(part, judges.BATCH) for part in parts]
+            yield from self._scene(self.steady, dict.fromkeys(parts), *needs)
+
     def _draws(self) -> int:
         """Images at once."""
-        prompts = len(run_settings.prompts(self.cfg.validation.prompts))
+        prompts = run_settings.texts_drawn(self.cfg)
         redrawn = self.cfg.validation.reconstructions if self.stage.redraws else 0
         redrawn = min(redrawn, redrawn if self.held_out is None else self.held_out)
         return min(int(self.cfg.validation.batch_size), max(prompts, redrawn))

@@ -282,11 +282,7 @@ def validated_or_stopped(
 
 
 def report(metrics: dict[str, float], step: int, total: int, tracker: Tracker, bar: "tqdm[Any]") -> float:
-    """Metrics to the tracker; on a terminal a bar with steps/s, ETA and loss, elsewhere plain lines.
-
-    Returns:
-        The training loss.
-    """
+    """Metrics to the tracker; a bar with steps/s, ETA and loss on a terminal, lines elsewhere. Returns the loss."""
     tracker.log_metrics(metrics, step)
     bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", lr=f"{metrics['train/lr']:.1e}")
     if bar.disable:

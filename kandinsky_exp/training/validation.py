@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ class Validator:
     Args:
         folder: where `samples/` go; its subfolders are named after the step.
         reconstructions: how many held-out images a decoder redraws from their own embeddings.
+        drawn_metrics: measures pictures of held-out captions, which it has drawn by what it is given.
     """
 
     training: loop.Training
@@ -47,6 +48,7 @@ class Validator:
     settings: SampleSettings
     draws: int
     reconstructions: int
+    drawn_metrics: Callable[[Callable[[list[str]], list[Image.Image]]], dict[str, float]] | None = None
     loss: float | None = None
     _parts: dict[str, float] = field(default_factory=dict)
     _rows: list[int] | None = None  # held out, that are redrawn
@@ -88,7 +90,10 @@ class Validator:
             drawn = self._drawn.run(self._sample)
         held_out = self._shown()
         redrawn = self._reconstruct(held_out)
-        if judged := self._judge(held_out):
+        judged = self._judge(held_out)
+        if self.drawn_metrics is not None:
+            judged |= {f"validation/{name}": value for name, value in self.drawn_metrics(self._of_captions).items()}
+        if judged:
             self.tracker.log_metrics(judged, step)
         network.train()
         if not drawn and not redrawn:
@@ -113,6 +118,10 @@ class Validator:
         for texts, settings in validation_prompts.alike(self.prompts):
             images += stage.sample(network, texts, replace(settings, batch_size=size))
         return images
+
+    def _of_captions(self, captions: list[str]) -> list[Image.Image]:
+        stage, how = self.training.stage, self.settings
+        return self._drawn.run(lambda size: stage.sample(self._network, captions, replace(how, batch_size=size)))
 
     def _shown(self) -> Features:
         """Features of the first held-out pictures, with their pixels and what belongs to them as they are drawn."""

@@ -37,7 +37,7 @@ ROOMS = {
     "build": {"config", "data", "models", "run_settings", "stages", "system", "training"},
     "evaluation": {"data", "models", "reports", "system", "tracking", "training"},
     "sweeps": {"build", "config", "hydra_adapter", "reports", "runs", "system", "tracking"},
-    "memory": {"build", "config", "data", "models", "run_settings", "stages", "system", "training"},
+    "memory": {"build", "config", "data", "evaluation", "models", "run_settings", "stages", "system", "training"},
 }
 # The story of a run and what is typed: they may import all of the above, and what is named.
 OUTER = {
