@@ -51,7 +51,7 @@ def test_what_nobody_compares_by_is_a_tag(tmp_path: Path) -> None:
         "validation.",
     )
     trains = {key for key in flat if key.startswith(groups) and not key.endswith("_partial_")}
-    assert trains | {"seed", "checkpoint.every", "checkpoint.behind"} == set(params)
+    assert trains | {"seed", "checkpoint.every", "checkpoint.behind", "checkpoint.result"} == set(params)
 
 
 def test_a_run_from_python_says_nothing() -> None:
