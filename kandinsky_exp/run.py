@@ -36,7 +36,8 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         trusted_modules: modules of one's own that `_target_` may name too; the config alone cannot add any.
 
     Returns:
-        The last fixed-noise validation loss, lower is better; the last `train/loss` where nothing is held out.
+        What `sweep.objective` names: by default the last fixed-noise validation loss, lower is better, or the last
+        `train/loss` where nothing is held out.
 
     Raises:
         UserError: the config, data, weights, checkpoint or store is not usable; nothing was trained.
@@ -54,12 +55,10 @@ def run(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
                 with savings.explain_out_of_memory(cfg, opened.accelerator.device, stage):
                     training, callbacks = set_up(opened, tracker, stage, data)
                     train_loss = train(opened, training, callbacks, data)
-                finish(
-                    opened, training, callbacks, callbacks.validator.loss if data.held_out is not None else train_loss
-                )
+                finish(opened, training, callbacks, train_loss)
         share(opened)  # also of a finished run: an earlier start may have been stopped in the middle of it
-        loss = opened.space.record.validation_loss
-        return float("nan") if loss is None else loss
+        value = opened.space.record.objective(cfg.sweep.objective)
+        return float("nan") if value is None else value
 
 
 def load(opened: OpenRun) -> tuple[DiffusionStage, Readers]:
@@ -146,9 +145,10 @@ def train(opened: OpenRun, training: loop.Training, callbacks: Callbacks, data: 
         )
 
 
-def finish(opened: OpenRun, training: loop.Training, callbacks: Callbacks, loss: float | None) -> None:
-    """Write the result, and note the loss that `run` returns: that of the weights in the result."""
-    record, progress = opened.space.record, callbacks.progress
+def finish(opened: OpenRun, training: loop.Training, callbacks: Callbacks, train_loss: float | None) -> None:
+    """Write the result, and note how good its weights are: what `run` returns."""
+    record, progress, validator = opened.space.record, callbacks.progress, callbacks.validator
+    loss = train_loss if validator.held_out is None else validator.loss
     record.patience = progress.patience if progress.ended is not None else None
     if progress.ended is not None:
         callbacks.tracker.set_tags({"stopped_early": f"step {training.step}: {progress.ended}"})
@@ -163,6 +163,9 @@ def finish(opened: OpenRun, training: loop.Training, callbacks: Callbacks, loss:
         if progress.start is not None and best.loss > progress.start:
             logger.warning("no step has a lower validation loss than the start had (%.5f)", progress.start)
     record.validation_loss = loss
+    record.metrics = dict(progress.metrics if best is None else progress.best_metrics)
+    if train_loss is not None:
+        record.metrics["train/loss"] = train_loss
 
 
 def share(opened: OpenRun) -> None:

@@ -65,6 +65,7 @@ class OptunaSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
+        self.objective = str(config.sweep.objective)
         self.sweep_dir, self.loader = Path(config.hydra.sweep.dir), hydra_context.config_loader
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -93,7 +94,7 @@ class OptunaSweeper(Sweeper):
         if problem := optuna_study.location_problem(self.storage):
             raise ConfigError(problem)
         study = optuna_study.begun(self.storage, self.study_name)
-        if study is not None and (found := optuna_study.differences(study, self.direction, space)):
+        if study is not None and (found := optuna_study.differences(study, self.direction, space, self.objective)):
             raise ConfigError(found)
 
     def sweep(self, arguments: list[str]) -> None:
@@ -132,6 +133,7 @@ class OptunaSweeper(Sweeper):
         study = optuna.create_study(
             storage=storage, study_name=self.study_name, direction=self.direction, load_if_exists=True
         )
+        study.set_user_attr(optuna_study.OBJECTIVE, self.objective)
         # A study that goes on would draw its first values once more with the same seed.
         sampler, grid = self._sampler(space, count_asked(study))
         if sampler is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp.config import companions, drawing_tasks, prompt_entries, targets
+from kandinsky_exp.config import companions, drawing_tasks, measured, prompt_entries, targets
 from kandinsky_exp.data.source_facts import SourceFacts
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models import compatibility, components, weight_files
@@ -156,7 +156,7 @@ def together(good: Values, stage: Stage, source: SourceFacts) -> Found:
     yield from _publishing(good)
     yield from _adapter(good)
     yield from _training(good, stage)
-    yield from _validation(good, stage)
+    yield from measured.problems(good, stage)
     yield from _optimizer(good)
     yield from _reading(good, source)
     yield from companions.problems(good, stage)
@@ -227,11 +227,6 @@ def _training(good: Values, stage: Stage) -> Found:
     for group in ("model", "optimizer", "scheduler"):
         if good.get(f"{group}._partial_") is False:
             yield f"{group}._partial_", "has to be true: the run hands over the rest; remove it"
-
-
-def _validation(good: Values, stage: Stage) -> Found:
-    if good.get("validation.metrics") and "hint" in getattr(stage(), "prompt_inputs", ()):
-        yield "validation.metrics", "captions alone say nothing of a decoder that draws hints; leave it out"
 
 
 def _optimizer(good: Values) -> Found:

@@ -229,6 +229,8 @@ class Hub(Group):
 class Sweep(Group):
     devices: Literal["auto"] | list[int | str] | None
     max_jobs: Count
+    objective: Text
+    direction: Literal["minimize", "maximize"]
     trial: CountOrZero | None
 
 

@@ -189,11 +189,14 @@ def _columns(runs: Sequence[Run]) -> Iterator[Column]:
     for param in varied(runs):
         is_number = all(value is None or number(value) is not None for value in param.values)
         yield Column(param.name, param.key, [Cell(value) for value in param.values], is_number)
+    objectives = {run.objective for run in runs}
+    objective = "val. loss" if len(objectives) > 1 or run_data.VALIDATION in objectives else runs[0].objective
     for name, (field, as_text) in SCORES.items():
         values = [getattr(run.scores, field) for run in runs]
         texts = [None if value is None else as_text(value) for value in values]
         styles = ["best" if field == "best" and rank(runs, run) == 0 else "" for run in runs]
-        yield Column(name, name, [*map(Cell, texts, map(repr, values), styles)], is_number=True)
+        shown = name.replace("val. loss", objective)
+        yield Column(shown, shown, [*map(Cell, texts, map(repr, values), styles)], is_number=True)
     for name in dict.fromkeys(name for run in runs for name in run.evaluation):
         found = [run.evaluation.get(name) for run in runs]
         yield Column(name, f"evaluation/{name}", [_measured(value) for value in found], is_number=True)

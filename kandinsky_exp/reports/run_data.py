@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION, SPEED = "train/loss", "validation/loss", "train/samples_per_second"
 QUARTILES = tuple(f"train/loss_t{part}" for part in range(4))
 CURVES = (TRAIN, VALIDATION, *QUARTILES, SPEED)
+OBJECTIVE, DIRECTION = "config.sweep.objective", "config.sweep.direction"  # tags
 EVALUATION = "evaluation/"
 PAGE = 1000  # runs in one answer of the store
 SAID_ELSEWHERE = {"name", "model._target_"}  # parameters that the columns run and stage tell
@@ -27,8 +28,8 @@ class Scores:
     """How a run went; None for what is not known of it.
 
     Args:
-        best, best_step: lowest validation loss, and where it was.
-        last: last validation loss.
+        best, best_step: lowest validation loss, or best value of the objective, and where it was.
+        last: the last one.
         train: last training loss.
         seconds: from the run's start to its end, or to its last point where it has no end.
         speed: samples per second, median over the run's points.
@@ -52,6 +53,7 @@ class Run:
         params: as MLflow has them, text by dotted key; empty where a run ended before it told any.
         curves: by metric; metrics without a point are left out.
         evaluation: what `evaluate` measured last, by metric.
+        objective, maximizes: what its sweep ranks by, and whether larger is better.
     """
 
     run_id: str
@@ -62,6 +64,8 @@ class Run:
     curves: dict[str, Curve] = field(default_factory=dict)
     scores: Scores = Scores()
     evaluation: dict[str, float] = field(default_factory=dict)
+    objective: str = VALIDATION
+    maximizes: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def _read_run(client: "MlflowClient", run_id: str) -> Run:
     info, data = found.info, found.data
     curves: dict[str, Curve] = {}
     latest = 0
-    for key in CURVES:
+    objective = data.tags.get(OBJECTIVE, VALIDATION)
+    for key in dict.fromkeys((*CURVES, objective)):
         if key in data.metrics:
             points = client.get_metric_history(run_id, key)
             latest = max([latest, *(point.timestamp for point in points)])
@@ -116,7 +121,9 @@ def _read_run(client: "MlflowClient", run_id: str) -> Run:
         if key.startswith(EVALUATION) and not key.endswith(("_low", "_high"))
     }
     end = info.end_time or latest
-    run.scores = scores(curves, (end - info.start_time) / 1000 if end > (info.start_time or 0) else None)
+    run.objective, run.maximizes = objective, data.tags.get(DIRECTION) == "maximize"
+    seconds = (end - info.start_time) / 1000 if end > (info.start_time or 0) else None
+    run.scores = scores(curves, seconds, objective, run.maximizes)
     return run
 
 
@@ -126,11 +133,13 @@ def in_order(points: Sequence[Any]) -> Curve:
     return sorted(by_step.items())
 
 
-def scores(curves: Mapping[str, Curve], seconds: float | None) -> Scores:
-    validation = finite(curves.get(VALIDATION, []))
+def scores(
+    curves: Mapping[str, Curve], seconds: float | None, objective: str = VALIDATION, maximizes: bool = False
+) -> Scores:
+    validation = finite(curves.get(objective, []))
     train = finite(curves.get(TRAIN, []))
     speeds = sorted(value for _, value in finite(curves.get(SPEED, [])))
-    best_step, best = min(validation, key=lambda point: point[1], default=(None, None))
+    best_step, best = (max if maximizes else min)(validation, key=lambda point: point[1], default=(None, None))
     return Scores(
         best=best,
         best_step=best_step,
@@ -168,7 +177,8 @@ def rank(runs: Sequence[Run], one: Run) -> float:
     if one.scores.best is None:
         return math.inf
     same = (run.scores.best for run in runs if run.stage == one.stage)
-    return sum(best is not None and best < one.scores.best for best in same)
+    sign = -1 if one.maximizes else 1
+    return sum(best is not None and sign * best < sign * one.scores.best for best in same)
 
 
 def completed(runs: Sequence[Run]) -> Iterator[tuple[int, float]]:

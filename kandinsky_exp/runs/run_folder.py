@@ -31,6 +31,7 @@ class Record:
         part: of Kandinsky that trains; None of a run from before it was recorded.
         patience: `validation.patience`, where it ended the run before its last step.
         result_step: whose weights the result holds, where it is not the last step.
+        metrics: of these weights, as they were recorded, once finished.
         validation_loss: what `run` returned, once finished.
         best_loss: the lowest validation loss so far.
         rows: images that train; None before they were counted.
@@ -59,6 +60,11 @@ class Record:
     part: str | None = None
     patience: int | None = None
     result_step: int | None = None
+    metrics: dict[str, float] | None = None
+
+    def objective(self, key: str) -> float | None:
+        """What a sweep ranks a finished run by; None where it was not measured."""
+        return self.validation_loss if key == "validation/loss" else (self.metrics or {}).get(key)
 
     @property
     def half(self) -> PipelineHalf:

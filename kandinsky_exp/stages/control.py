@@ -34,6 +34,7 @@ class ControlStage(DecoderStage):
     requires = compatibility.starting_from(PLAIN, HINT)
     result_pipeline = HINT.result
     ragged_features = ("latents", "hint")
+    judges = ("hint_f1",)
     prompt_inputs = ("hint",)
     trains_whole = (adapter_files.CONV_IN, adapter_files.HINT_BLOCK)
 

@@ -32,6 +32,7 @@ class Declarations(ABC):
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # of 4-dimensional weights, on the CPU
     encodes_as: ClassVar[str]  # the stage whose encoded features serve it too; its own name, unless it is given
     trains_whole: ClassVar[tuple[str, ...]] = ()  # layers that train as they are beside an adapter
+    judges: ClassVar[tuple[str, ...]] = ()  # names of the metrics that `judge` gives
     prompt_inputs: ClassVar[tuple[str, ...]] = ()  # what else validation may draw a prompt from: image, mask, hint
     measures: ClassVar[tuple[str, ...]] = ()  # parts of the loss that are metrics: `train/loss_hole`, if `hole` is one
 

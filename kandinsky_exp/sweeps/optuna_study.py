@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Judge = Callable[[int, float], bool]
 MISSING = 'hydra/sweeper: optuna is not installed; pip install "kandinsky-exp[sweep]"'
 
+OBJECTIVE = "objective"  # attribute of a study: the metric that its values are
+
 
 def storage(location: str) -> "BaseStorage":
     """The storage at a data base's URL, or in a journal file, which parallel jobs may share over a network's disk too.
@@ -74,13 +76,17 @@ def begun(location: str, name: str) -> "optuna.Study | None":
         return None
 
 
-def differences(study: "optuna.Study", direction: str, space: "Mapping[str, BaseDistribution]") -> list[str]:
+def differences(
+    study: "optuna.Study", direction: str, space: "Mapping[str, BaseDistribution]", objective: str
+) -> list[str]:
     """What this start cannot go on with, as `key: ...` messages."""
     from optuna.distributions import check_distribution_compatibility
 
     before, problems = study.direction.name.lower(), {}
     if before != direction:
         problems["hydra.sweeper.direction"] = f"the study began with {before}; keep that, or choose another name"
+    if (known := study.user_attrs.get(OBJECTIVE, "validation/loss")) != objective:
+        problems["sweep.objective"] = f"the study began with {known}; keep that, or choose another name"
     for trial in study.get_trials(deepcopy=False):
         for key in trial.distributions.keys() & space.keys():
             try:
@@ -108,13 +114,14 @@ def judge(cfg: DictConfig, steps: int) -> Judge | None:
     study = optuna.load_study(study_name=settings.study_name, storage=storage(settings.storage), pruner=pruner)
     numbered = study.get_trials(deepcopy=False)[cfg.sweep.trial]
     trial = optuna.trial.Trial(study, numbered._trial_id)
+    sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1  # a loss is better where it is lower
 
     def is_hopeless(step: int, loss: float) -> bool:
         if step == 0 or not math.isfinite(loss):
             return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run that goes on reports some steps once more
-            trial.report(loss, step)
+            trial.report(sign * loss, step)
         return step < steps and trial.should_prune()
 
     return is_hopeless

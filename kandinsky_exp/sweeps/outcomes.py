@@ -32,7 +32,8 @@ class Outcome:
         folder: of the run, inside that of the sweep.
         name: what it varies, as MLflow shows it: `lr=1e-05 snr=5`.
         varied: what it varies, as it was typed, by dotted key.
-        score: the best validation loss, lower is better; None where nothing was measured.
+        score: the objective's value, of the validation loss the best one; None where nothing was measured.
+        objective, maximizes: what the sweep ranks by, and whether larger is better.
         is_training: nothing was held out: the score is the last training loss.
         stage: that it trained.
         seconds: of all starts together.
@@ -48,6 +49,8 @@ class Outcome:
     varied: dict[str, str] = field(default_factory=dict)
     status: Status = "RUNNING"
     score: float | None = None
+    objective: str = "validation/loss"
+    maximizes: bool = False
     is_training: bool = False
     stage: str | None = None
     seconds: float = 0.0

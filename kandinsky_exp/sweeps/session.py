@@ -165,7 +165,8 @@ def rows(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Column names and a row of texts for each job."""
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.varied))
     kinds = sorted({outcome.is_training for outcome in outcomes if outcome.score is not None}) or [False]
-    losses = [LOSSES[kind] for kind in kinds]
+    others = [outcome.objective for outcome in outcomes if outcome.objective != Outcome.objective]
+    losses = [others[0] if others else LOSSES[kind] for kind in kinds]
     names = ["job", *short_names(keys).values(), "status", *losses, "time", "run id"]
     lines = [
         [
@@ -203,7 +204,8 @@ def best_jobs(outcomes: list[Outcome]) -> list[str]:
         alike = [job for job in outcomes if (job.stage or "", job.is_training) == (stage, is_training)]
         scored = [(job.score, job) for job in alike if job.score is not None and job.status == "FINISHED"]
         if scored:
-            score, job = min(scored, key=lambda item: item[0])
+            best = max if scored[0][1].maximizes else min
+            score, job = best(scored, key=lambda item: item[0])
             of = f" {stage}" if len(stages) > 1 and stage else ""
             lines.append(f"{'lowest last training loss' if is_training else 'best'}{of}: {job.name} ({score:.5g})")
     return lines

@@ -127,7 +127,8 @@ def finished(cfg: DictConfig, folder: Path) -> float | None:
     )
     if saved != now:
         return None
-    return math.nan if record.validation_loss is None else record.validation_loss
+    value = record.objective(cfg.sweep.objective)
+    return math.nan if value is None else value
 
 
 def complete(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) -> None:
@@ -139,6 +140,10 @@ def complete(outcome: Outcome, answer: Answer, cfg: DictConfig, folder: Path) ->
     if record is not None:
         outcome.run_id, outcome.score, outcome.token = record.run_id, record.best_loss, None
         outcome.stage = record.stage
+    outcome.objective, outcome.maximizes = cfg.sweep.objective, cfg.sweep.direction == "maximize"
+    if outcome.objective != Outcome.objective:
+        outcome.score = None if record is None else record.objective(outcome.objective)
+        return
     outcome.is_training = outcome.score is None and answer.value is not None and math.isfinite(answer.value)
     if outcome.is_training:
         outcome.score = answer.value

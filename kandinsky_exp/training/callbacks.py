@@ -73,7 +73,7 @@ class Callbacks:
         loss, best = self.validator.loss, self.space.record.best_loss
         if loss is not None:
             self.space.record.best_loss = loss if best is None else min(loss, best)
-            self.progress.validated(step, loss)
+            self.progress.validated(step, loss, self.validator.measured)
             judge = self.judge
             if judge is not None and distributed.on_main_process(lambda: judge(step, loss)):
                 self.tracker.set_tags({"pruned": f"step {step}"})

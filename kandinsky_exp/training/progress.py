@@ -3,9 +3,11 @@
 import itertools
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+KEPT = ("start", "best", "best_step", "stale", "metrics", "best_metrics")
 RISES = 3  # validations in a row that tell overfitting from noise
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,7 @@ class Progress:
         start: loss before the first step, which is no result of training: the others do not compare with it.
         best, best_step: the lowest loss, and where it was.
         stale: validations since then.
+        metrics, best_metrics: what the last and the best validation recorded; on the main process alone.
     """
 
     patience: int | None = None
@@ -26,6 +29,8 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     stale: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    best_metrics: dict[str, float] = field(default_factory=dict)
     _trained: list[float] = field(default_factory=list)  # training losses since the last validation
     _curves: list[tuple[float, float]] = field(default_factory=list)  # (training, validation loss) of the last ones
     _is_told: bool = False
@@ -34,12 +39,17 @@ class Progress:
         """Note a training loss that was logged."""
         self._trained.append(loss)
 
-    def validated(self, step: int, loss: float) -> None:
-        """Note a validation loss; one that is not finite is not better than any."""
+    def validated(self, step: int, loss: float, metrics: Mapping[str, float] | None = None) -> None:
+        """Note a validation: one whose loss is not finite is not better than any.
+
+        Args:
+            metrics: that it recorded.
+        """
+        self.metrics = dict(metrics or {})
         if step == 0:
             self.start = loss
         elif math.isfinite(loss) and (self.best is None or loss < self.best):
-            self.best, self.best_step, self.stale = loss, step, 0
+            self.best, self.best_step, self.stale, self.best_metrics = loss, step, 0, self.metrics
         else:
             self.stale += 1
         if self._trained:
@@ -77,9 +87,10 @@ class Progress:
         )
 
     def state(self) -> dict[str, Any]:
-        """For `state.json`: what decides when the run ends."""
-        return {"start": self.start, "best": self.best, "best_step": self.best_step, "stale": self.stale}
+        """For `state.json`: what decides when the run ends, and what it is ranked by."""
+        return {name: getattr(self, name) for name in KEPT}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; one of an earlier version knows nothing of it."""
-        self.start, self.best, self.best_step, self.stale = (state[key] for key in self.state())
+        for name in KEPT:
+            setattr(self, name, state[name])

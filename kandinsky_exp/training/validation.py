@@ -50,6 +50,7 @@ class Validator:
     reconstructions: int
     drawn_metrics: Callable[[Callable[[list[str]], list[Image.Image]]], dict[str, float]] | None = None
     loss: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)  # that the last one recorded, on the main process
     _parts: dict[str, float] = field(default_factory=dict)
     _rows: list[int] | None = None  # held out, that are redrawn
     _originals: Features = field(default_factory=dict)
@@ -81,7 +82,8 @@ class Validator:
 
     def _show(self, step: int) -> None:
         if self.held_out is not None and self.loss is not None:
-            self.tracker.log_metrics({"validation/loss": self.loss, **self._parts}, step)
+            self.measured = {"validation/loss": self.loss, **self._parts}
+            self.tracker.log_metrics(self.measured, step)
             logger.info("step %d: validation loss %.5f", step, self.loss)
         network = self._network.eval()
         drawn: list[Image.Image] = []
@@ -95,6 +97,7 @@ class Validator:
             judged |= {f"validation/{name}": value for name, value in self.drawn_metrics(self._of_captions).items()}
         if judged:
             self.tracker.log_metrics(judged, step)
+            self.measured |= judged
         network.train()
         if not drawn and not redrawn:
             return

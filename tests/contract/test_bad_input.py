@@ -755,6 +755,17 @@ TABLE["weights"] = [
     Bad([*EMOJI, "weights.decoder={root}/done"], "subfolder 'unet' is missing"),
 ]
 RESUME = [*PRIOR, "name=new"]
+TABLE["what a sweep ranks by"] = [
+    Bad(
+        [*PRIOR, "sweep.objective=validation/los"],
+        "sweep.objective: this run does not record validation/los; it record",
+    ),
+    Bad([*PRIOR, "sweep.objective=validation/cmmd"], "does not record validation/cmmd; set validation.metrics=[cmmd]"),
+    Bad([*PRIOR, "sweep.objective=validation/loss_hole"], "sweep.objective: this run does not record"),
+    Bad([*PRIOR, "sweep.direction=up"], "sweep.direction: has to be one of minimize, maximize"),
+    Bad([*PRIOR, "checkpoint.result=first"], "checkpoint.result: has to be one of last, best"),
+    Bad([*PRIOR, "validation.patience=0"], "validation.patience: has to be a whole number, at least 1"),
+]
 MEASURE = ["evaluate", "weights=tiny"]
 TABLE["what is measured"] = [
     Bad(MEASURE, "data.path: is not set"),

@@ -290,6 +290,8 @@ def test_a_trial_that_draws_the_same_is_told_and_the_table_keeps_its_numbers(
     # A later start cannot change what the study began with.
     for word, answer in {
         "hydra.sweeper.direction=maximize": "hydra.sweeper.direction: the study began with minimize",
+        "sweep.direction=maximize": "hydra.sweeper.direction: the study began with minimize",
+        "sweep.objective=train/loss": "sweep.objective: the study began with validation/loss; keep that",
         "trainer.batch_size=3,5": "trainer.batch_size: the study began with other values, and cannot change them",
     }.items():
         assert swept(tmp_path, *settings, word, "hydra.sweeper.n_trials=7") == 2

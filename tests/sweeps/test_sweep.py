@@ -24,6 +24,7 @@ from sweeping import LAUNCHERS, PRIOR, family, signalled, swept, wait
 
 from kandinsky_exp import cli
 from kandinsky_exp.config import hydra_errors
+from kandinsky_exp.reports import run_data
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import devices, job_process, outcomes, session
 from kandinsky_exp.system import files, threads
@@ -360,6 +361,21 @@ def test_the_best_job_is_the_best_of_its_stage() -> None:
     assert session.table(jobs, 2).splitlines()[-1] == "best: job1 (0.2)"
     both = [*jobs, outcome(2, 0.02, stage="decoder"), outcome(3, 0.01, stage="decoder"), outcome(4, None)]
     assert session.table(both, 5).splitlines()[-2:] == ["best decoder: job3 (0.01)", "best prior: job1 (0.2)"]
+
+
+def test_jobs_are_ranked_by_the_objective(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rates = ["optimizer.lr=1e-5,1e-1", "trainer.max_steps=2", "validation.every=9"]
+    assert swept(tmp_path, *rates, "name=s", "sweep.objective=train/loss", "sweep.direction=maximize") == 0
+    printed = capfd.readouterr()
+    jobs = {job.varied["optimizer.lr"]: job for job in outcomes.JobFolder(tmp_path / "s").outcomes()}
+    assert all(job.objective == "train/loss" and job.maximizes for job in jobs.values())
+    best = max(jobs.values(), key=lambda job: job.score or 0)
+    assert f"best: {best.name} ({best.score:.5g})" in printed.out + printed.err
+    page = (tmp_path / "s" / "report" / "report.html").read_text()
+    assert ">best train/loss<" in page
+    assert "best val. loss" not in page
+    read = run_data.read(client(tmp_path), [str(job.run_id) for job in jobs.values()])
+    assert [run_data.rank(read, run) for run in read] == [float(job is not best) for job in jobs.values()]
 
 
 def test_a_training_loss_is_not_called_the_best_loss() -> None:

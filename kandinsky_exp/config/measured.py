@@ -1,0 +1,26 @@
+"""Settings that name metrics: what a validation measures, and what a sweep ranks by."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kandinsky_exp.errors import cut
+
+DRAWN = ("clip_score", "cmmd")  # of pictures that are drawn for it
+LOSSES = ("validation/loss", "train/loss")  # of every run
+
+
+def problems(good: dict[str, Any], stage: Callable[[], Any]) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong; what to do), see `consistency`."""
+    drawn = good.get("validation.metrics") or []
+    if drawn and "hint" in getattr(stage(), "prompt_inputs", ()):
+        yield "validation.metrics", "captions alone say nothing of a decoder that draws hints; leave it out"
+    objective = good.get("sweep.objective", LOSSES[0])
+    if objective in LOSSES or (made := stage()) is None:
+        return
+    names = [*(f"loss_{name}" for name in made.measures), *made.judges, *drawn]
+    recorded = [*LOSSES, *(f"validation/{name}" for name in names)]
+    if objective not in recorded:
+        how = f"it records {', '.join(recorded)}"
+        if objective in [f"validation/{name}" for name in DRAWN]:
+            how = f"set validation.metrics=[{objective.partition('/')[2]}]"
+        yield "sweep.objective", f"this run does not record {cut(objective)}; {how}"
