@@ -26,9 +26,9 @@ class Measured:
     count: int
 
     def __str__(self) -> str:
-        if self.low is None or self.value == self.low:
+        if self.low is None or self.low == self.high:
             return f"{self.value:.3g}"
-        margin = self.value - self.low
+        margin = max(self.value - self.low, (self.high or self.value) - self.value)
         digits = max(0, 1 - math.floor(math.log10(margin)))  # of the margin two count, and no more of the value
         return f"{self.value:.{digits}f} ± {margin:.{digits}f}"
 

@@ -1,7 +1,7 @@
 """From embeddings to the numbers of a report: each with the interval that its sample leaves open."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -125,6 +125,13 @@ def _among(drawn: Tensor, real: Tensor, seed: int) -> dict[str, Measured]:
     count = len(drawn)
     spread = torch.tensor([of_half(*pair) for pair in zip(halves(count, seed), halves(count, seed + 1), strict=True)])
     return {
-        "precision": measured(values[0], lambda: spread[:, 0], count),
-        "recall": measured(values[1], lambda: spread[:, 1], count),
+        "precision": _share(measured(values[0], lambda: spread[:, 0], count)),
+        "recall": _share(measured(values[1], lambda: spread[:, 1], count)),
     }
+
+
+def _share(found: Measured) -> Measured:
+    """With an interval from 0 to 1."""
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))

@@ -37,7 +37,7 @@ NAMES = {
     "LOCAL_RANK": ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
     "LOCAL_WORLD_SIZE": ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 }
-TOGETHER = ("train", "encode", "plan")  # verbs that know of several processes
+TOGETHER = ("train", "encode", "plan", "evaluate")  # verbs that know of several processes
 PLACE = ("MASTER_ADDR", "MASTER_PORT")
 NUMBERS = (*NAMES, "MASTER_PORT")
 BY_HAND = "start it with `python -m torch.distributed.run` or `accelerate launch`, which set all of these, or unset it"

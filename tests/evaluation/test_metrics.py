@@ -53,6 +53,12 @@ def test_a_set_against_itself_is_at_its_floor_and_a_shifted_one_far_above() -> N
     assert metrics.cmmd(cloud(200, 1, shift=6), real) > 10 * floor.high
 
 
+def test_an_interval_of_a_share_is_one_of_shares() -> None:
+    found = measuring.measure(embedded(cloud(40, 1, spread=0.3), cloud(40, 0)), [[0, 1]], 0).metrics
+    assert (found["precision"].value, found["precision"].high) == (1.0, 1.0)
+    assert found["recall"].low == 0.0
+
+
 def embedded(drawn: Tensor, real: Tensor, train: Tensor | None = None) -> Embedded:
     return Embedded(drawn, real, real, cloud(300, 99) if train is None else train)
 

@@ -193,7 +193,7 @@ def test_a_refused_environment_ends_each_verb_before_anything_loads(tmp_path: Pa
 
 
 def test_what_one_process_does_is_refused_to_several(tmp_path: Path) -> None:
-    verbs = [verb for verb in cli.VERBS if verb not in ("train", "encode", "plan")]
+    verbs = [verb for verb in cli.VERBS if verb not in launch_environment.TOGETHER]
     first, second = ({**LAUNCHED, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
     by_mpi = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     started = [

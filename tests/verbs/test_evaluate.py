@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Forked, command
+from commands import Forked, command, launched
 from PIL import Image
 from running import client, composed, shared, train
 
@@ -103,6 +103,17 @@ def test_stopped_it_goes_on_and_comes_out_the_same(root: Path) -> None:
     assert before == {file: file.stat().st_mtime_ns for file in before}  # none was drawn again
     for file in pictures.iterdir():
         assert file.read_bytes() == (root / "evaluate" / "whole" / "pictures" / file.name).read_bytes()
+
+
+def test_two_processes_draw_together(root: Path) -> None:
+    words = [f"run={root}/d", "tracker=none", "batch_size=2", "num_images=8"]
+    typed = ["evaluate", *QUICK, *words, f"output_root={root}", "name=two"]
+    both = [Forked(command, typed, environment=told) for told in launched(2)]
+    printed = [process.finish() for process in both]
+    assert [process.code for process in both] == [0, 0], printed
+    assert all("drawing 6 pictures" in text or "drawing 5 pictures" in text for text in printed[:1])
+    two = json.loads((root / "evaluate" / "two" / "metrics.json").read_text())
+    assert two == evaluated(root, "alone", *words)
 
 
 def test_a_checkpoint_is_measured_at_its_step(root: Path) -> None:
