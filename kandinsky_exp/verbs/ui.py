@@ -28,6 +28,7 @@ ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # nosec B104 # what means all 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PRIVATE = ("10.*", "192.168.*", *(f"172.{number}.*" for number in range(16, 32)))
 BEST_FIRST = {"orderByKey": "metrics.`validation/loss`", "orderByAsc": "true"}
+UNASKED = ("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "MLFLOW_ENABLE_AI_GATEWAY")  # services, on unless a variable says no
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -145,7 +146,7 @@ def server(cfg: DictConfig, uri: str, log: IO[bytes]) -> Iterator["subprocess.Po
         stderr=log,
         start_new_session=True,
         # The address may hold a password, and command lines are for everybody to read.
-        env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ, "MLFLOW_BACKEND_STORE_URI": uri},
+        env={**dict.fromkeys(UNASKED, "false"), **os.environ, "MLFLOW_BACKEND_STORE_URI": uri},
     )
     try:
         yield process

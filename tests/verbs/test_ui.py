@@ -55,6 +55,7 @@ def ask(base: str, path: str, **body: Any) -> Any:
 def check_shown(base: str, experiment_id: str) -> None:
     """What the page asks the server for is there."""
     assert b"<title>MLflow" in get(f"{base}/")
+    assert json.loads(get(f"{base}/ajax-api/3.0/mlflow/server-info"))["features_enabled"] == {"gateway": False}
     (run,) = ask(base, "runs/search", experiment_ids=[experiment_id])["runs"]
     artifact = f"{base}/get-artifact?run_uuid={run['info']['run_id']}&path="
     assert get(f"{artifact}report.html") == b"<h1>a report</h1>"
