@@ -42,8 +42,7 @@ def accelerator(cfg: DictConfig, grad_accumulation: int = 1) -> Accelerator:
         ConfigError: the precision cannot work on this device, or the environment or a launcher decides against the
             config.
     """
-    torch.set_float32_matmul_precision("high" if cfg.precision.tf32 else "highest")  # also after a run with another
-    torch.backends.cudnn.allow_tf32 = cfg.precision.tf32
+    accelerators.allow_tf32(cfg.precision.tf32)  # also after a run with another
     # `cudnn.benchmark` stays off: it may choose other kernels at each start, and a run that goes on computes the same.
     return accelerators.make(cfg.precision.mixed_precision, grad_accumulation, cfg.precision.tf32)
 

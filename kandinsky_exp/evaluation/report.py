@@ -1,6 +1,7 @@
 """What an evaluation leaves: one HTML file that needs nothing else, a picture, and `metrics.json`."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from kandinsky_exp.system import files
 from kandinsky_exp.system.image_grid import labelled_grid
 
 REPORT, METRICS, GRID = "report.html", "metrics.json", "grid.png"
+UNFIT = re.compile(r"[^\w.\- ]")  # in the name of a metric
 SHOWN = 24  # captions of which pictures are in the report
 SIDE = 192  # pixels of a picture in it
 
@@ -136,7 +138,7 @@ def flat(row: Row) -> dict[str, float]:
     """The metrics of a run's record, by key: those of another encoder than Kandinsky's have its name within."""
     found = {}
     for encoder, result in row.results.items():
-        prefix = "evaluation" if encoder == OWN else f"evaluation/{encoder}"
+        prefix = "evaluation" if encoder == OWN else f"evaluation/{UNFIT.sub('_', encoder)}"
         for key, value in result.metrics.items():
             found[f"{prefix}/{key}"] = value.value
             if value.low is not None and value.high is not None:

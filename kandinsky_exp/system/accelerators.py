@@ -23,6 +23,12 @@ TYPES = ("NO", "MULTI_CPU", "MULTI_GPU")  # of what Accelerate makes: the networ
 logger = logging.getLogger(__name__)
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether matrix products and convolutions of float32 may be rounded to TF32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def make(mixed_precision: str, grad_accumulation: int, tf32: bool) -> Accelerator:
     """Precision, accumulation and compilation are the config's, whatever the environment says.
 

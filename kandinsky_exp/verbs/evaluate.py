@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from kandinsky_exp import build
-from kandinsky_exp.config import validation
+from kandinsky_exp.config import saved_config, validation
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
 from kandinsky_exp.evaluation import drawing, report, rows
@@ -32,10 +32,9 @@ from kandinsky_exp.models.components import PARTS, read_object
 from kandinsky_exp.models.decoder_kinds import HINT
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs.lookup import is_sweep
 from kandinsky_exp.runs.model_sources import decoder_folder, decoder_kind, load_network, use
 from kandinsky_exp.runs.subjects import Subject, find_subjects
-from kandinsky_exp.system import distributed, files, logs, signals
+from kandinsky_exp.system import accelerators, distributed, files, logs, signals
 from kandinsky_exp.tracking import store, store_probe
 from kandinsky_exp.training.feature_loader import Readers, open_readers
 from kandinsky_exp.training.feature_reader import FeatureReader, ReadSettings
@@ -89,7 +88,8 @@ def evaluate(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         with logs.logging_to(None, accelerator.is_main_process), memory_told(OutOfMemory, OUT_OF_MEMORY):
             for subject in subjects:
                 one = prepare(cfg, subject, accelerator)
-                folder = folder or distributed.on_main_process(partial(claimed, cfg, one, held))
+                title = subject.name if len(subjects) == 1 else Path(cfg.run).name
+                folder = folder or distributed.on_main_process(partial(claimed, cfg, one, title, held))
                 place = folder if len(subjects) == 1 else folder / subject.name
                 found.append(drawn_row(cfg, one, place, other))
             if accelerator.is_main_process:
@@ -113,6 +113,7 @@ def prepare(cfg: DictConfig, subject: Subject, accelerator: Accelerator) -> Eval
         ConfigError: there are too few held-out pictures, or captions, or the decoder cannot draw from captions.
     """
     own = subject.cfg
+    accelerators.allow_tf32(own.precision.tf32)
     device_limits.check_precision(own, accelerator.device)
     weights = build.weights(own)
     use(weights, subject.origins)
@@ -181,9 +182,10 @@ def _how(cfg: DictConfig, subject: Subject, weights: Weights) -> tuple[SampleSet
             "decoder: it draws hints, and captions alone say nothing of it; its runs record validation/hint_f1"
         )
     native = read_object(decoder_folder(weights, origin) / "config.json")["sample_size"] * weights.latent_scale()
-    trained = subject.cfg.data.resolution if origin.run_folder is not None and subject.run_id is not None else native
+    home = origin.run_folder
+    trained = None if home is None else saved_config.value(home, "data.resolution")
     multiple = weights.size_multiple()
-    size = -(-int(trained) // multiple) * multiple
+    size = -(-int(trained or native) // multiple) * multiple
     prior = SampleSettings(cfg.prior_inference_steps, cfg.prior_guidance_scale, cfg.seed, cfg.batch_size)
     decoder = SampleSettings(cfg.inference_steps, cfg.guidance_scale, cfg.seed, cfg.batch_size, size, size)
     return prior, decoder
@@ -192,10 +194,11 @@ def _how(cfg: DictConfig, subject: Subject, weights: Weights) -> tuple[SampleSet
 # --- drawing and measuring
 
 
-def claimed(cfg: DictConfig, one: Evaluation, held: contextlib.ExitStack) -> Path:
+def claimed(cfg: DictConfig, one: Evaluation, title: str, held: contextlib.ExitStack) -> Path:
     """The folder of this evaluation, made where it is not there; one of the same facts is gone on with.
 
     Args:
+        title: what is evaluated.
         held: keeps others out of it.
 
     Raises:
@@ -203,8 +206,7 @@ def claimed(cfg: DictConfig, one: Evaluation, held: contextlib.ExitStack) -> Pat
     """
     facts = _facts(cfg, one)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:6]
-    subject = one.subject.name if cfg.run is None or not is_sweep(files.expanded(cfg.run)) else Path(cfg.run).name
-    folder = files.output_root(cfg.output_root) / "evaluate" / (cfg.name or f"{subject}-{digest}")
+    folder = files.output_root(cfg.output_root) / "evaluate" / (cfg.name or f"{title}-{digest}")
     known = files.json_object(folder / ABOUT)
     if known is not None and known != facts:
         different = ", ".join(sorted(key for key in facts.keys() | known.keys() if known.get(key) != facts.get(key)))
