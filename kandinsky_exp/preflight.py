@@ -93,8 +93,8 @@ def prepare(
     report = build.check_data(cfg, splits)
     if splits.is_divided and isinstance(splits.train, Indexed):
         sources.held_out(len(splits.train), cfg.validation.fraction, cfg.seed)  # raises where there are too few images
-    if splits.validation is None and not (splits.dividable and cfg.validation.fraction):
-        run_settings.check_nothing_held_out(cfg)
+    if (held_out := splits.known_held_out(cfg.validation.fraction)) is not None:
+        run_settings.check_held_out(cfg, held_out)
     root, name = location(cfg)
     cls = build.stage_class(cfg)
     space = run_folder.claim(root, name, cls.name, cfg.checkpoint.resume, held)

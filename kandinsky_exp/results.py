@@ -12,38 +12,48 @@ from kandinsky_exp import records
 from kandinsky_exp.errors import RunFailure
 from kandinsky_exp.models import adapters, pipelines, weight_files
 from kandinsky_exp.models.weights import Weights
-from kandinsky_exp.runs import hub
-from kandinsky_exp.runs.run_folder import RunFolder
+from kandinsky_exp.runs import hub, integrity
+from kandinsky_exp.runs.run_folder import Record, RunFolder
 from kandinsky_exp.tracking import registry
+from kandinsky_exp.tracking.tracker import Tracker
 from kandinsky_exp.training import checkpoint, ema
 from kandinsky_exp.training.loop import Training
+from kandinsky_exp.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Best:
-    """The checkpoint with the lowest validation loss."""
+    """The checkpoint with the lowest validation loss.
+
+    Args:
+        metrics: that its validation recorded.
+    """
 
     folder: Path
     step: int
     loss: float
+    metrics: dict[str, float]
 
 
 def best(space: RunFolder) -> Best:
-    """Of a run that has ended.
+    """Of a run that has ended; a damaged one is passed over, and named.
 
     Raises:
         RunFailure: none was validated.
     """
     found = checkpoint.complete(space.checkpoints)
-    folder = checkpoint.best_of(found)
-    if folder is None:
-        raise RunFailure(
-            f"checkpoint.result=best: no checkpoint in {space.checkpoints} was validated; the same command with "
-            "checkpoint.result=last takes the last weights"
-        )
-    return Best(folder, found[folder]["step"], found[folder]["validation_loss"])
+    for folder in checkpoint.by_loss(found):
+        if (problem := integrity.damage(folder)) is None:
+            state = found[folder]
+            metrics = state.get("progress", {}).get("metrics", {})  # an earlier version kept none
+            return Best(folder, state["step"], state["validation_loss"], metrics)
+        logger.warning("%s is damaged (%s): the result cannot be of it", folder, problem)
+    raise RunFailure(
+        f"checkpoint.result=best: no whole checkpoint in {space.checkpoints} was validated; the same command with "
+        "checkpoint.result=last takes the last weights"
+    )
 
 
 def save(
@@ -75,6 +85,36 @@ def save(
             pipelines.save_result(weights, stage.half, stage.result_pipeline, result, write)
     told = "" if best is None else f" (step {best.step}, the best: validation loss {best.loss:.5f})"
     logger.info("result: %s%s", result, told)
+
+
+def note_end(record: Record, tracker: Tracker, progress: Progress, step: int, best: Best | None) -> None:
+    """Tell and record why a run ended and whose weights its result holds, where that is not simply its last step.
+
+    What was true at an earlier end, and is no longer, is corrected.
+    """
+    tags = {}
+    if progress.ended is not None:
+        tags["stopped_early"] = f"step {step}: {progress.ended}"
+        logger.info("step %d: stopped early: %s", step, progress.ended)
+    elif record.patience is not None:
+        tags["stopped_early"] = f"no: it went on to step {step}"
+    if best is not None or record.result_step is not None:
+        tags["result_step"] = str(step if best is None else best.step)
+    if tags:
+        tracker.set_tags(tags)
+    record.patience = progress.patience if progress.ended is not None else None
+    record.result_step = None if best is None else best.step
+    if best is None:
+        return
+    if progress.best is not None and progress.best < best.loss:
+        logger.warning(
+            "the best validation loss was %.5f at step %d, which has no whole checkpoint: the result is of step %d",
+            progress.best,
+            progress.best_step,
+            best.step,
+        )
+    if progress.start is not None and best.loss > progress.start:
+        logger.warning("no step has a lower validation loss than the start had (%.5f)", progress.start)
 
 
 def share(cfg: DictConfig, space: RunFolder) -> None:

@@ -120,6 +120,7 @@ def set_up(opened: OpenRun, tracker: Tracker, stage: DiffusionStage, data: Reade
 
 def drawn_metrics(opened: OpenRun, data: Readers) -> DrawnMetrics | None:
     cfg, names = opened.cfg, list(opened.cfg.validation.metrics)
+    run_settings.check_held_out(cfg, 0 if data.held_out is None else len(data.held_out))
     if not names or data.held_out is None:
         return None
     count, seed = run_settings.MEASURED, cfg.validation.seed
@@ -148,22 +149,13 @@ def train(opened: OpenRun, training: loop.Training, callbacks: Callbacks, data: 
 def finish(opened: OpenRun, training: loop.Training, callbacks: Callbacks, train_loss: float | None) -> None:
     """Write the result, and note how good its weights are: what `run` returns."""
     record, progress, validator = opened.space.record, callbacks.progress, callbacks.validator
-    loss = train_loss if validator.held_out is None else validator.loss
-    record.patience = progress.patience if progress.ended is not None else None
-    if progress.ended is not None:
-        callbacks.tracker.set_tags({"stopped_early": f"step {training.step}: {progress.ended}"})
-        logger.info("step %d: stopped early: %s", training.step, progress.ended)
     takes_best = opened.cfg.checkpoint.result == "best"
     best = distributed.on_main_process(lambda: results.best(opened.space)) if takes_best else None
     distributed.on_main_process(lambda: results.save(opened.accelerator, opened.space, training, opened.weights, best))
-    record.result_step = None
-    if best is not None:
-        record.result_step, loss = best.step, best.loss
-        callbacks.tracker.set_tags({"result_step": str(best.step)})
-        if progress.start is not None and best.loss > progress.start:
-            logger.warning("no step has a lower validation loss than the start had (%.5f)", progress.start)
-    record.validation_loss = loss
-    record.metrics = dict(progress.metrics if best is None else progress.best_metrics)
+    results.note_end(record, callbacks.tracker, progress, training.step, best)
+    last = train_loss if validator.held_out is None else validator.loss
+    record.validation_loss = last if best is None else best.loss
+    record.metrics = dict(progress.metrics if best is None else best.metrics)
     if train_loss is not None:
         record.metrics["train/loss"] = train_loss
 

@@ -14,6 +14,7 @@ from kandinsky_exp.training import validation_prompts
 from kandinsky_exp.training.loop import LoopSettings
 
 MEASURED = 64  # captions that a validation draws for `validation.metrics`
+FEWEST = 16  # held-out pictures that say anything
 
 
 def prompts(value: Any) -> list[str]:
@@ -38,16 +39,22 @@ def drawn_prompts(cfg: DictConfig) -> tuple[list[validation_prompts.DrawnPrompt]
     return validation_prompts.read(entries(cfg.validation.prompts), sample_settings(cfg))
 
 
-def check_nothing_held_out(cfg: DictConfig) -> None:
-    """Raises ConfigError for settings that want a validation loss, of which there will be none."""
-    wanted = {
-        "validation.metrics": bool(cfg.validation.metrics),
+def check_held_out(cfg: DictConfig, count: int) -> None:
+    """Raises ConfigError for settings that want more held-out pictures than there are."""
+    metrics = {"validation.metrics": bool(cfg.validation.metrics)}
+    others = {
         "validation.patience": cfg.validation.patience is not None,
         "checkpoint.result": cfg.checkpoint.result == "best",
     }
-    if found := [key for key, is_set in wanted.items() if is_set]:
+    problems = []
+    if count == 0:
         advice = "nothing is held out, so there is no validation loss; set validation.fraction, or leave it out"
-        raise ConfigError([f"{key}: {advice}" for key in found])
+        problems = [f"{key}: {advice}" for key, is_set in {**others, **metrics}.items() if is_set]
+    elif count < FEWEST and cfg.validation.metrics:
+        advice = f"it takes {FEWEST} to measure; raise validation.fraction, or leave it out"
+        problems = [f"validation.metrics: {count} pictures are held out, and {advice}"]
+    if problems:
+        raise ConfigError(problems)
 
 
 def texts_drawn(cfg: DictConfig) -> int:

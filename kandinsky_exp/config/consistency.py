@@ -50,9 +50,8 @@ def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
         # What is wrong with the prior's source itself is wrong for every stage, which encodes with what is in there.
         if found != list(_weights(good, ["prior"], {})) and (made := stage()) is not None:
             sides = {components.PARTS[part][0] for part in (made.part, *made.encoders)}
-            if good.get("validation.prompts") or good.get(
-                "validation.metrics"
-            ):  # else nothing will be drawn, and no other source is opened
+            # Without prompts or captions nothing will be drawn, and no other source is opened.
+            if good.get("validation.prompts") or good.get("validation.metrics"):
                 sides |= components.NETWORKS.keys()
             found = list(_weights(good, sides, {**compatibility.REQUIRED, made.half: made.requires}))
         yield from found

@@ -1,11 +1,11 @@
 """Settings that name metrics: what a validation measures, and what a sweep ranks by."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
+from kandinsky_exp.config import schema
 from kandinsky_exp.errors import cut
 
-DRAWN = ("clip_score", "cmmd")  # of pictures that are drawn for it
 LOSSES = ("validation/loss", "train/loss")  # of every run
 
 
@@ -21,6 +21,6 @@ def problems(good: dict[str, Any], stage: Callable[[], Any]) -> Iterator[tuple[s
     recorded = [*LOSSES, *(f"validation/{name}" for name in names)]
     if objective not in recorded:
         how = f"it records {', '.join(recorded)}"
-        if objective in [f"validation/{name}" for name in DRAWN]:
+        if objective in [f"validation/{name}" for name in get_args(schema.DrawnMetric)]:
             how = f"set validation.metrics=[{objective.partition('/')[2]}]"
         yield "sweep.objective", f"this run does not record {cut(objective)}; {how}"

@@ -195,6 +195,9 @@ class Checkpoint(Group):
     resume: Text
 
 
+DrawnMetric = Literal["clip_score", "cmmd"]  # of pictures that are drawn for it
+
+
 class Validation(Group):
     every: Count
     prompts: DrawnPrompts
@@ -206,7 +209,7 @@ class Validation(Group):
     draws: Count
     reconstructions: CountOrZero
     patience: Count | None
-    metrics: list[Literal["clip_score", "cmmd"]]
+    metrics: list[DrawnMetric]
 
 
 class HeldOut(Group):

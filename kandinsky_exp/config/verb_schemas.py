@@ -29,7 +29,9 @@ class Plan(Train):
     device_memory: schema.Positive | None = None
 
 
-class Generate(schema.Group):
+class Drawing(schema.Group):
+    """What draws, and how."""
+
     name: schema.Name | None
     output_root: schema.Text
     seed: schema.Seed
@@ -41,6 +43,13 @@ class Generate(schema.Group):
     prior_adapter: schema.Names | None
     decoder_adapter: schema.Names | None
     adapter_scale: schema.Number | list[schema.Number]
+    guidance_scale: schema.PositiveOrZero
+    inference_steps: schema.Count
+    prior_guidance_scale: schema.PositiveOrZero
+    prior_inference_steps: schema.Steps
+
+
+class Generate(Drawing):
     task: Literal["text", "image", "inpaint", "mix", "control"]
     prompts: schema.Prompts
     image: schema.Text | None
@@ -51,35 +60,16 @@ class Generate(schema.Group):
     mix_weights: list[schema.Number] | None
     negative_prompt: str
     num_images: schema.Count
-    guidance_scale: schema.PositiveOrZero
-    inference_steps: schema.Count
-    prior_guidance_scale: schema.PositiveOrZero
-    prior_inference_steps: schema.Steps
     height: schema.Side | None
     width: schema.Side | None
     log_to_run: bool
 
 
-class Evaluate(schema.Group):
+class Evaluate(Drawing):
     run: schema.Text | None
-    name: schema.Name | None
-    output_root: schema.Text
-    seed: schema.Seed
     model: schema.Model
-    weights: schema.Weights
     data: schema.Data
-    precision: schema.Precision
-    tracker: schema.Tracker
-    prior: schema.Text | None
-    decoder: schema.Text | None
-    prior_adapter: schema.Names | None
-    decoder_adapter: schema.Names | None
-    adapter_scale: schema.Number | list[schema.Number]
     num_images: schema.Count | None
-    guidance_scale: schema.PositiveOrZero
-    inference_steps: schema.Count
-    prior_guidance_scale: schema.PositiveOrZero
-    prior_inference_steps: schema.Steps
     batch_size: schema.Count
     encoder: schema.Text | None
     validation: schema.HeldOut

@@ -1,6 +1,6 @@
 """Captions and prompts that are longer than the text encoder's 77 tokens, and up to where they are read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,3 +48,11 @@ def prompt_notes(tokenizer: Any, prompts: Iterable[tuple[str, str]]) -> list[str
         for (key, text), (_, beginning) in zip(asked, read, strict=True)
         if beginning is not None
     ]
+
+
+def captions_note(tokenizer: Any, captions: Sequence[str]) -> list[str]:
+    """A line on how many captions are too long, where some are."""
+    read = Preprocess(None, tokenizer, None).tokenize(captions)
+    count, length = sum(beginning is not None for _, beginning in read), tokenizer.model_max_length
+    told = f"{count:,} of {len(captions):,} captions are longer than {length} tokens: what follows counts for nothing"
+    return [told] if count else []

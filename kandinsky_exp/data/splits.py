@@ -32,6 +32,16 @@ class Splits:
         """Whether `validation.fraction` decides which images train."""
         return self.validation is None and self.dividable
 
+    def known_held_out(self, fraction: float) -> int | None:
+        """How many rows are held out, as far as that is known before they are read.
+
+        Args:
+            fraction: of a set that is divided.
+        """
+        if self.validation is not None:
+            return self.validation.count
+        return None if self.dividable and fraction else 0
+
     def fingerprint(self, digests: FileDigests) -> str | None:
         """Follows the content of all that trains; None while class images are missing."""
         train = self.train.fingerprint(digests)

@@ -1,9 +1,7 @@
 """Draw the pictures that are measured: each once, whatever stops in between."""
 
 import logging
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,16 +9,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from kandinsky_exp.models import pipelines
 from kandinsky_exp.models.pipelines import Embeds, SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
 from kandinsky_exp.system.halving import Halving
+from kandinsky_exp.system.telling import told
 
 VARIED, VARIANTS = 16, 4  # captions that are drawn several times, and how often, for `diversity`
-EVERY_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
@@ -106,7 +103,7 @@ def draw(
     network = networks.decoder().to(device)
     with weights.lent(("movq",), device):
         pipeline, halving = pipelines.decoder_pipeline(weights, network), Halving("the decoder", size)
-        for chunk in _told(todo):
+        for chunk in told(todo, "pictures", "drew", logger.info, len):
             settings = replace(how[1], first=chunk.start)
             images = halving.run(partial(_decoded, pipeline, embeds[chunk], settings))
             for number, image in zip(chunk, images, strict=True):
@@ -132,27 +129,13 @@ def _embedded(
 
         def embed(chunk: range) -> Embeds:
             asked = [texts[number] for number in chunk]
-            found: Embeds = halving.run(
+            made: Embeds = halving.run(
                 lambda batch: pipelines.embed_prompts(
                     pipeline, asked, replace(how, first=chunk.start, batch_size=batch)
                 )
             )
-            return found[0].cpu(), found[1].cpu()
+            return made[0].cpu(), made[1].cpu()
 
-        return {chunk: embed(chunk) for chunk in chunks}
-
-
-def _told(chunks: Sequence[range]) -> Iterator[range]:
-    """The chunks one by one: a bar with the time left on a terminal, a line about every ten seconds elsewhere."""
-    total, done = sum(map(len, chunks)), 0
-    started = said = time.monotonic()
-    with tqdm(total=total, unit="picture", desc="drawing", disable=not sys.stderr.isatty()) as bar:
-        for chunk in chunks:
-            yield chunk
-            done += len(chunk)
-            bar.update(len(chunk))
-            now = time.monotonic()
-            if bar.disable and now - said > EVERY_SECONDS:
-                said = now
-                left = tqdm.format_interval((now - started) / done * (total - done))
-                logger.info("drew %d of %d pictures, about %s left", done, total, left)
+        found = {chunk: embed(chunk) for chunk in chunks}
+    network.to("cpu")  # the decoder needs its room
+    return found

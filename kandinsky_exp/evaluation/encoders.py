@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.errors import ConfigError, first_line
+from kandinsky_exp.errors import ConfigError, first_line, is_out_of_memory
 from kandinsky_exp.models.components import read_object
 from kandinsky_exp.models.weights import Weights
 
@@ -85,6 +85,8 @@ class FolderEncoder:
                 f"encoder: {folder} needs a package that is not installed: {first_line(error)}"
             ) from error
         except Exception as error:  # whatever a library makes of a model of another kind
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"encoder: {folder} cannot embed pictures ({first_line(error)}); give a vision model with its "
                 "preprocessor_config.json"
@@ -109,8 +111,9 @@ def _of_transformers(folder: Path) -> tuple[Any, Any, Any]:
     # `AutoModel` knows none with a projection, and its embeddings are the projected ones.
     name = str((read_object(folder / "config.json").get("architectures") or [""])[0])
     cls = getattr(transformers, name) if name.endswith("WithProjection") else transformers.AutoModel
-    model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    process = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)  # nosec B615 # a folder
+    local = {"local_files_only": True, "trust_remote_code": False}  # else a terminal is asked whether code may run
+    model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
+    process = transformers.AutoImageProcessor.from_pretrained(folder, **local)  # nosec B615 # a folder
     # What is missing is filled with random numbers; a classifier has no pooler, and its first token does as well.
     is_pooled = not (missing := sorted(info["missing_keys"]))
     if others := [key for key in missing if "pooler" not in key]:
@@ -137,6 +140,9 @@ def _vector(output: Any, is_pooled: bool) -> Tensor:
 
 def _of_timm(folder: Path) -> tuple[Any, Any, Any]:
     import timm  # type: ignore[import-not-found, unused-ignore]
+
+    if not (folder / "model.safetensors").is_file():  # it would take a pickle
+        raise ValueError("it has no model.safetensors")
 
     class Processed:
         """What a processor of transformers gives."""

@@ -26,9 +26,9 @@ class Measured:
     count: int
 
     def __str__(self) -> str:
-        if self.low is None or self.low == self.high:
+        if self.low is None or self.high is None or self.low == self.high:
             return f"{self.value:.3g}"
-        margin = max(self.value - self.low, (self.high or self.value) - self.value)
+        margin = max(self.value - self.low, self.high - self.value)
         digits = max(0, 1 - math.floor(math.log10(margin)))  # of the margin two count, and no more of the value
         return f"{self.value:.{digits}f} ± {margin:.{digits}f}"
 
@@ -43,8 +43,8 @@ def measured(value: float, spread: Callable[[], Tensor], count: int) -> Measured
     """A value with its interval.
 
     The deviation of a statistic over random halves, drawn without replacement, is that of the statistic itself over
-    samples of the whole size (half-sampling; Politis, Romano and Wolf 1999, section 2.4: with b = n / 2 the factor for
-    drawing from a finite set is 1). No picture is drawn twice, so nothing is compared with itself.
+    samples of the whole size: the variance of a mean is s² / (n/2) times 1 - (n/2) / n, which is s² / n (subsampling:
+    Politis, Romano and Wolf 1999). No picture is drawn twice, so nothing is compared with itself.
 
     Args:
         spread: gives the statistic of each half, (D,).

@@ -9,7 +9,6 @@ from torch import Tensor
 from kandinsky_exp.evaluation import metrics
 from kandinsky_exp.evaluation.intervals import DRAWS, Measured, halves, mean, measured
 
-FEWEST = 16  # real pictures that say anything
 CLOSEST = 10  # pairs that are shown
 
 

@@ -1,6 +1,7 @@
 """The pictures that drawn ones are measured against: their embeddings, captions and files."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,10 +14,12 @@ from kandinsky_exp.data.examples import Example, Indexed
 from kandinsky_exp.data.features import CachedFeatures
 from kandinsky_exp.data.sampler import choose_caption
 from kandinsky_exp.evaluation.encoders import OwnEncoder, PictureEncoder
+from kandinsky_exp.system.telling import told
 from kandinsky_exp.training.feature_reader import FeatureReader
 
 EMBEDS = "image_embeds"  # the feature of that name, of all stages of the package
 AT_ONCE = 64  # pictures in memory
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class RealPictures:
     """Some rows of what trains, or of what is held out.
 
     Args:
-        rows: of the reader.
+        rows: of the reader, ascending.
     """
 
     reader: FeatureReader
@@ -38,10 +41,10 @@ class RealPictures:
         dataset = self.reader.dataset
         if isinstance(encoder, OwnEncoder) and isinstance(dataset, CachedFeatures) and dataset.has(EMBEDS):
             return torch.from_numpy(np.stack([dataset.feature(row, EMBEDS) for row in self.rows])).float()
-        parts = []
-        for start in range(0, len(self.rows), AT_ONCE):
-            some = self.examples(self.rows[start : start + AT_ONCE])
-            parts.append(encoder([example.image() for example in some]))
+        examples, parts = self.examples(self.rows), []
+        starts = range(0, len(self.rows), AT_ONCE)
+        for _ in told(starts, "real pictures", "embedded", logger.info, lambda start: min(AT_ONCE, len(self) - start)):
+            parts.append(encoder([example.image() for example in islice(examples, AT_ONCE)]))
         return torch.cat(parts)
 
     def captions(self) -> list[str]:
@@ -53,17 +56,21 @@ class RealPictures:
         ]
 
     def pictures(self, rows: Sequence[int]) -> list[Image.Image]:
-        return [example.image() for example in self.examples(rows)]
+        """Of any rows of the reader, each of which may be asked for several times."""
+        some = sorted(set(rows))
+        found = {row: example.image() for row, example in zip(some, self.examples(some), strict=True)}
+        return [found[row] for row in rows]
 
-    def examples(self, rows: Sequence[int]) -> list[Example]:
-        """Rows as their source has them; a source that is read in one sweep is walked once."""
+    def examples(self, rows: Sequence[int]) -> Iterator[Example]:
+        """Ascending rows as their source has them; a source that is read in one sweep is walked once."""
         source, places = self.reader.source, [self.reader.dataset.source_row(row) for row in rows]
         if isinstance(source, Indexed):
-            return [source[place] for place in places]
+            yield from (source[place] for place in places)
+            return
         wanted = set(places)
-        walked = enumerate(islice(source.examples(), max(places, default=-1) + 1))
-        found = {place: example for place, example in walked if place in wanted}
-        return [found[place] for place in places]
+        yield from (
+            example for place, example in enumerate(islice(source.examples(), places[-1] + 1)) if place in wanted
+        )
 
 
 def some_of(reader: FeatureReader, count: int, seed: int) -> RealPictures:

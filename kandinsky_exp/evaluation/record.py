@@ -31,4 +31,4 @@ def record(uri: str, told: Sequence[tuple[str, int, Row]], written: Sequence[Pat
             for path in written:
                 client.log_artifact(run_id, str(path), f"{FOLDER}/{path.parent.name}")
         except Exception as error:  # of whatever kind of store it is
-            logger.warning("MLflow: run %s did not get the metrics of this evaluation (%s)", run_id, reason(error))
+            logger.warning("MLflow: run %s did not get all of this evaluation (%s)", run_id, reason(error))

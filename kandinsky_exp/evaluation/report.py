@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from kandinsky_exp.evaluation.encoders import OWN
-from kandinsky_exp.evaluation.measuring import CLOSEST, Result
+from kandinsky_exp.evaluation.measuring import Result
 from kandinsky_exp.reports import images
 from kandinsky_exp.reports.report import rendered
 from kandinsky_exp.system import files
@@ -19,6 +19,7 @@ from kandinsky_exp.system.image_grid import labelled_grid
 REPORT, METRICS, GRID = "report.html", "metrics.json", "grid.png"
 UNFIT = re.compile(r"[^\w.\- ]")  # in the name of a metric
 SHOWN = 24  # captions of which pictures are in the report
+MOST_SHOWN = 400  # of all models together, so that the file stays small
 SIDE = 192  # pixels of a picture in it
 
 MEANINGS = {
@@ -94,15 +95,7 @@ def write(folder: Path, title: str, rows: Sequence[Row], notes: Sequence[str]) -
         notes=[JUDGE, *notes],
         tables=[_table(name, ranked) for name in ranked[0].results],
         meanings=MEANINGS,
-        rows=[
-            {
-                "name": row.name,
-                "verdict": row.verdict,
-                "closest": [_pair(shown) for shown in row.closest],
-                "drawn": [_pair(shown) for shown in row.drawn],
-            }
-            for row in ranked
-        ],
+        rows=[_section(row, max(4, MOST_SHOWN // len(ranked))) for row in ranked],
     )
     files.write_atomically(folder / REPORT, page)
     best = ranked[0]
@@ -149,13 +142,23 @@ def flat(row: Row) -> dict[str, float]:
 def _summary(rows: Sequence[Row]) -> str:
     count = rows[0].own.metrics["nearest_train"].count
     models = "one model" if len(rows) == 1 else f"{len(rows)} models, by CMMD, the best first"
-    return f"{models}, {count:,} held-out captions each; {CLOSEST} closest pairs"
+    return f"{models}; {count:,} held-out captions were drawn"
 
 
 def _table(encoder: str, rows: Sequence[Row]) -> dict[str, Any]:
     names = list(rows[0].results[encoder].metrics)
     cells = [{"name": row.name, "cells": [row.results[encoder].metrics[name] for name in names]} for row in rows]
     return {"encoder": encoder, "metrics": names, "rows": cells}
+
+
+def _section(row: Row, most: int) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "verdict": row.verdict,
+        "count": row.own.metrics["nearest_train"].count,
+        "closest": [_pair(shown) for shown in row.closest[:most]],
+        "drawn": [_pair(shown) for shown in row.drawn[:most]],
+    }
 
 
 def _pair(shown: Shown) -> dict[str, Any]:

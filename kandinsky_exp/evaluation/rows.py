@@ -28,6 +28,7 @@ class Measures:
 
     Args:
         captioned: held-out pictures of the captions that were drawn.
+        train, held_out: what trained, and what did not.
         other: an encoder beside Kandinsky's own.
         seed: of what is drawn by lot.
     """

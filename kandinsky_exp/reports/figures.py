@@ -181,7 +181,8 @@ def scores(runs: Sequence[Run]) -> list[Figure]:
     if not found:
         return []
     indices, values = [index for index, _ in found], [value for _, value in found]
-    title = "best validation loss" if has_validated(runs) else "last training loss"
+    objective = "validation loss" if runs[0].objective == VALIDATION else runs[0].objective
+    title = f"best {objective}" if has_validated(runs) else "last training loss"
     columns = [Column("stage", "stage", tuple(run.stage or None for run in runs)), *varied(runs)]
     axes = [axis for column in columns if (axis := _axis(column, indices)) is not None]
     scatters = [_scatter(runs, indices, values, axis, title, number) for number, axis in enumerate(axes)]

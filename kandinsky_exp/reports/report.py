@@ -189,8 +189,7 @@ def _columns(runs: Sequence[Run]) -> Iterator[Column]:
     for param in varied(runs):
         is_number = all(value is None or number(value) is not None for value in param.values)
         yield Column(param.name, param.key, [Cell(value) for value in param.values], is_number)
-    objectives = {run.objective for run in runs}
-    objective = "val. loss" if len(objectives) > 1 or run_data.VALIDATION in objectives else runs[0].objective
+    objective = "val. loss" if runs[0].objective == run_data.VALIDATION else runs[0].objective
     for name, (field, as_text) in SCORES.items():
         values = [getattr(run.scores, field) for run in runs]
         texts = [None if value is None else as_text(value) for value in values]

@@ -54,6 +54,7 @@ class Run:
         curves: by metric; metrics without a point are left out.
         evaluation: what `evaluate` measured last, by metric.
         objective, maximizes: what its sweep ranks by, and whether larger is better.
+        seconds: see `Scores`.
     """
 
     run_id: str
@@ -66,6 +67,7 @@ class Run:
     evaluation: dict[str, float] = field(default_factory=dict)
     objective: str = VALIDATION
     maximizes: bool = False
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ def read(client: "MlflowClient", run_ids: Sequence[str]) -> list[Run]:
         MlflowException: the store does not have one of them.
     """
     runs = [_read_run(client, run_id) for run_id in run_ids]
+    if len({(run.objective, run.maximizes) for run in runs}) > 1:  # values of different metrics do not compare
+        for run in runs:
+            run.objective, run.maximizes = VALIDATION, False
+    for run in runs:
+        run.scores = scores(run.curves, run.seconds, run.objective, run.maximizes)
     names = Counter(run.label for run in runs)
     for run in runs:
         if names[run.label] > 1:
@@ -122,8 +129,7 @@ def _read_run(client: "MlflowClient", run_id: str) -> Run:
     }
     end = info.end_time or latest
     run.objective, run.maximizes = objective, data.tags.get(DIRECTION) == "maximize"
-    seconds = (end - info.start_time) / 1000 if end > (info.start_time or 0) else None
-    run.scores = scores(curves, seconds, objective, run.maximizes)
+    run.seconds = (end - info.start_time) / 1000 if end > (info.start_time or 0) else None
     return run
 
 

@@ -89,7 +89,9 @@ def _subject(cfg: DictConfig, folder: Path, trusted: Collection[str], typed: Col
     assert isinstance(asked, DictConfig)  # nosec B101 # narrows the type
     inside = [part for part in (folder, *folder.parents) if re.fullmatch(r"step-\d+", part.name)]
     name = home.name if not inside else f"{home.name}-{inside[0].name}"
-    step = record.step if not inside else int(inside[0].name.removeprefix("step-"))
+    step = record.result_step or record.step
+    if inside:
+        step = int(inside[0].name.removeprefix("step-"))
     settings = _settings_of_run(cfg, home, typed)
     allowlist.remember(settings, allowlist.user_modules(cfg, trusted))
     return Subject(name, settings, find_origins(asked), record.split is None, step, record.run_id)
@@ -99,20 +101,18 @@ def _settings_of_run(cfg: DictConfig, home: Path, typed: Collection[str]) -> Dic
     """The config of a run as far as it tells what its data is, at the place of this command's outputs."""
     saved = saved_config.read(home)
     saved = saved if isinstance(saved, dict) else {}
-    groups = [group for key in ("data", "model", "validation") if isinstance(group := saved.get(key), dict)]
-    if len(groups) < 3 or "${" in str(groups):
+    if not all(isinstance(saved.get(key), dict) for key in ("data", "model", "validation", "precision")):
         raise ConfigError(f"run: {home / saved_config.NAME} is not the config of a run; give another")
-    data, model, validation = groups
     known = {key: cfg.data[key] for key in Data.beside if key in cfg.data}
-    is_typed = any(word.partition(".")[0] == "precision" for word in typed)
-    return OmegaConf.create(
-        {
-            "data": {**known, **data},  # an earlier version had fewer keys
-            "model": model,
-            "validation": {"fraction": validation.get("fraction", 0.0)},
-            "precision": cfg.precision if is_typed else saved.get("precision", cfg.precision),
-            "seed": saved.get("seed", 0),
-            "weights": cfg.weights,
-            "output_root": cfg.output_root,
-        }
-    )
+    of_run = {
+        "data": {**known, **saved["data"]},  # an earlier version had fewer keys
+        "model": saved["model"],
+        "validation": {"fraction": saved["validation"].get("fraction", 0.0)},
+        "precision": saved["precision"],
+        "seed": saved.get("seed", 0),
+    }
+    if "${" in str(of_run):  # a run writes none, and what is in a file resolves nothing
+        raise ConfigError(f"run: {home / saved_config.NAME} has interpolations; write their values instead")
+    if any(word.partition(".")[0] == "precision" for word in typed):
+        of_run["precision"] = cfg.precision
+    return OmegaConf.create({**of_run, "weights": cfg.weights, "output_root": cfg.output_root})

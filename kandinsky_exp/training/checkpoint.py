@@ -7,6 +7,7 @@ A folder is written under another name and renamed when it is whole; older ones 
 
 import contextlib
 import inspect
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -225,13 +226,14 @@ def _match_strides(optimizer: Any) -> None:
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the one with the best validation loss."""
     found = complete(root)
-    best = best_of(found)
+    best = next(iter(by_loss(found)), None)
     for folder in list(found)[: max(len(found) - keep, 0)]:
         if folder != best:
             shutil.rmtree(folder)
 
 
-def best_of(found: Mapping[Path, Mapping[str, Any]]) -> Path | None:
-    """The one of some checkpoints with the lowest validation loss; None where none was measured."""
-    losses = {folder: loss for folder, state in found.items() if (loss := state.get("validation_loss")) is not None}
-    return min(losses, key=lambda folder: losses[folder], default=None)
+def by_loss(found: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
+    """Those of some checkpoints that have a validation loss, the lowest first."""
+    losses = {folder: state.get("validation_loss") for folder, state in found.items()}
+    measured = {folder: loss for folder, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return sorted(measured, key=lambda folder: measured[folder])

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,13 +12,13 @@ import torch
 
 from kandinsky_exp.data import long_texts
 from kandinsky_exp.data.dreambooth import MADE, ClassImages, drawn_name
-from kandinsky_exp.data.encoded.progress import EVERY_SECONDS
 from kandinsky_exp.errors import ConfigError, DataError, cause_of, memory_told
 from kandinsky_exp.models import compatibility, pipelines
 from kandinsky_exp.models.components import PARTS, check_source, is_hub_id, side_parts
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.system import files
+from kandinsky_exp.system.telling import told
 
 OUT_OF_MEMORY = (
     "drawing class images ran out of memory ({}); set precision=fp16 or bf16, or give pictures of the class in "
@@ -184,12 +183,8 @@ def draw(
         embeds = [pipelines.embed_prompts(prior, [prompt], replace(how, first=number)) for number in numbers]
         del prior  # it holds the parts
     with weights.lent(("unet", "movq"), device):
-        said = time.monotonic()
-        decoder = pipelines.decoder_pipeline(weights)
-        for done, number in enumerate(numbers, start=1):
-            (image,) = pipelines.decode(decoder, embeds[done - 1], replace(how, first=number))
+        decoder, made = pipelines.decoder_pipeline(weights), dict(zip(numbers, embeds, strict=True))
+        for number in told(numbers, "class images", "drew", logger.info):
+            (image,) = pipelines.decode(decoder, made[number], replace(how, first=number))
             with files.replacing(folder / drawn_name(number)) as aside:
                 image.save(aside, "PNG")
-            if time.monotonic() - said > EVERY_SECONDS:
-                said = time.monotonic()
-                logger.info("drew %d of %d class images", done, len(numbers))

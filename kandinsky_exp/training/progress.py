@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KEPT = ("start", "best", "best_step", "stale", "metrics", "best_metrics")
+KEPT = ("start", "best", "best_step", "stale", "metrics")
 RISES = 3  # validations in a row that tell overfitting from noise
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class Progress:
         start: loss before the first step, which is no result of training: the others do not compare with it.
         best, best_step: the lowest loss, and where it was.
         stale: validations since then.
-        metrics, best_metrics: what the last and the best validation recorded; on the main process alone.
+        metrics: what the last validation recorded; on the main process alone.
     """
 
     patience: int | None = None
@@ -30,7 +30,6 @@ class Progress:
     best_step: int = 0
     stale: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    best_metrics: dict[str, float] = field(default_factory=dict)
     _trained: list[float] = field(default_factory=list)  # training losses since the last validation
     _curves: list[tuple[float, float]] = field(default_factory=list)  # (training, validation loss) of the last ones
     _is_told: bool = False
@@ -49,7 +48,7 @@ class Progress:
         if step == 0:
             self.start = loss
         elif math.isfinite(loss) and (self.best is None or loss < self.best):
-            self.best, self.best_step, self.stale, self.best_metrics = loss, step, 0, self.metrics
+            self.best, self.best_step, self.stale = loss, step, 0
         else:
             self.stale += 1
         if self._trained:

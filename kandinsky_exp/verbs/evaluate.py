@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,11 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import build
 from kandinsky_exp.config import saved_config, validation
-from kandinsky_exp.data.splits import Splits
-from kandinsky_exp.errors import ConfigError, OutOfMemory, memory_told
+from kandinsky_exp.data import long_texts
+from kandinsky_exp.errors import ConfigError, OutOfMemory, UserError, memory_told
 from kandinsky_exp.evaluation import drawing, report, rows
 from kandinsky_exp.evaluation.drawing import Networks, Plan
 from kandinsky_exp.evaluation.encoders import FolderEncoder, PictureEncoder
-from kandinsky_exp.evaluation.measuring import FEWEST
 from kandinsky_exp.evaluation.real_pictures import RealPictures, some_of
 from kandinsky_exp.evaluation.record import record
 from kandinsky_exp.evaluation.report import Row
@@ -32,6 +31,7 @@ from kandinsky_exp.models.components import PARTS, read_object
 from kandinsky_exp.models.decoder_kinds import HINT
 from kandinsky_exp.models.pipelines import SampleSettings
 from kandinsky_exp.models.weights import Weights
+from kandinsky_exp.run_settings import FEWEST
 from kandinsky_exp.runs.model_sources import decoder_folder, decoder_kind, load_network, use
 from kandinsky_exp.runs.subjects import Subject, find_subjects
 from kandinsky_exp.system import accelerators, distributed, files, logs, signals
@@ -41,7 +41,7 @@ from kandinsky_exp.training.feature_reader import FeatureReader, ReadSettings
 
 OUT_OF_MEMORY = "evaluating ran out of memory ({}); set precision=bf16, or a smaller batch_size"
 MOST = 256  # captions, unless num_images says otherwise
-ABOUT = "evaluation.json"  # what the pictures of a folder follow from
+ABOUT, PICTURES, LOCK = "evaluation.json", "pictures", ".lock"  # what the pictures follow from; their folder; its lock
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +57,7 @@ class Evaluation:
     captions: list[str]
     how: tuple[SampleSettings, SampleSettings]
     accelerator: Accelerator
+    notes: list[str]
 
 
 def evaluate(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
@@ -82,25 +83,53 @@ def evaluate(cfg: DictConfig, trusted_modules: Collection[str] = ()) -> float:
         subjects, notes = distributed.on_main_process(lambda: find_subjects(cfg, trusted_modules, typed_keys()))
         files.make_root(files.output_root(cfg.output_root))
         other = None if cfg.encoder is None else FolderEncoder(files.expanded(cfg.encoder), accelerator.device)
-        if any(subject.run_id for subject in subjects) and cfg.tracker.name != "none":
-            store_probe.probe(store.chosen_uri(cfg.tracker.uri, cfg.output_root))
-        folder, found = None, list[Row]()
+        if is_recorded := cfg.tracker.name != "none" and any(subject.run_id for subject in subjects):
+            uri = store.chosen_uri(cfg.tracker.uri, cfg.output_root)
+            distributed.on_main_process(lambda: store_probe.probe(uri))
         with logs.logging_to(None, accelerator.is_main_process), memory_told(OutOfMemory, OUT_OF_MEMORY):
-            for subject in subjects:
-                one = prepare(cfg, subject, accelerator)
-                title = subject.name if len(subjects) == 1 else Path(cfg.run).name
-                folder = folder or distributed.on_main_process(partial(claimed, cfg, one, title, held))
-                place = folder if len(subjects) == 1 else folder / subject.name
-                found.append(drawn_row(cfg, one, place, other))
+            folder, measured = measure_all(cfg, subjects, notes, other, accelerator, held)
             if accelerator.is_main_process:
-                assert folder is not None  # nosec B101 # there is a subject
-                notes += one.readers.notes if len(subjects) == 1 else []
-                written = report.write(folder, folder.name, found, notes)
-                recorded = [(one.run_id, one.step, row) for one, row in zip(subjects, found, strict=True) if one.run_id]
-                if recorded and cfg.tracker.name != "none":
-                    record(store.chosen_uri(cfg.tracker.uri, cfg.output_root), recorded, written)
+                found = [row for _, row in measured]
+                written = report.write(folder, folder.name, found, list(dict.fromkeys(notes)))
+                if is_recorded:
+                    record(uri, [(one.run_id, one.step, row) for one, row in measured if one.run_id], written)
                 print(*written, sep="\n")
-        return min(row.own.metrics["cmmd"].value for row in found)
+        return min(row.own.metrics["cmmd"].value for _, row in measured)
+
+
+def measure_all(
+    cfg: DictConfig,
+    subjects: list[Subject],
+    notes: list[str],
+    other: PictureEncoder | None,
+    accelerator: Accelerator,
+    held: contextlib.ExitStack,
+) -> tuple[Path, list[tuple[Subject, Row]]]:
+    """The folder, and a row for each model; of several, one that cannot be measured is left out, and named in `notes`.
+
+    Raises:
+        UserError: none can be measured.
+    """
+    folder: Path | None = None
+    found = []
+    for subject in subjects:
+        try:
+            one = prepare(cfg, subject, accelerator)
+        except UserError as error:
+            if len(subjects) == 1:
+                raise
+            notes.append(f"{subject.name} is left out: {error}")
+            logger.warning(notes[-1])
+            continue
+        notes += one.notes
+        facts = distributed.on_main_process(partial(drawn_from, cfg, one))
+        title = subject.name if len(subjects) == 1 else Path(cfg.run).name
+        folder = folder or distributed.on_main_process(partial(claimed, cfg, title, facts, held))
+        place = folder if len(subjects) == 1 else folder / subject.name
+        found.append((subject, drawn_row(one, facts, place, other)))
+    if folder is None:
+        raise ConfigError(f"run: no job of {cfg.run} can be measured; {notes[-1]}")
+    return folder, found
 
 
 # --- what it is measured against
@@ -119,10 +148,9 @@ def prepare(cfg: DictConfig, subject: Subject, accelerator: Accelerator) -> Eval
     use(weights, subject.origins)
     how = _how(cfg, subject, weights)
     splits = distributed.on_all_processes(lambda: build.data(own))
-    if (count := known_before(splits, own.validation.fraction)) is not None:
+    if (count := splits.known_held_out(own.validation.fraction)) is not None:
         check_enough(cfg, count)
-    for note in distributed.on_all_processes(lambda: build.check_data(own, splits)).notes:
-        logger.warning(note)
+    notes = list(distributed.on_all_processes(lambda: build.check_data(own, splits)).notes)
     stage = build.bare_stage(own, weights)
     settings = ReadSettings(
         build.cache_folder(cfg),
@@ -144,7 +172,14 @@ def prepare(cfg: DictConfig, subject: Subject, accelerator: Accelerator) -> Eval
         raise ConfigError(
             f"data: {empty:,} of {len(captions):,} held-out pictures have no caption to draw from; add them"
         )
-    return Evaluation(subject, weights, readers, held_out, captioned, captions, how, accelerator)
+    notes += [*readers.notes, *long_texts.captions_note(weights.load("tokenizer"), captions)]
+    if len(captions) < len(held_out):
+        notes.append(f"{len(captions):,} of {len(held_out):,} held-out captions were drawn (num_images)")
+    if len(held_out) > rows.MOST_REAL:
+        notes.append(f"{rows.MOST_REAL:,} of {len(held_out):,} held-out pictures were measured, drawn by the seed")
+    for note in notes:
+        logger.warning(note)
+    return Evaluation(subject, weights, readers, held_out, captioned, captions, how, accelerator, notes)
 
 
 def typed_keys() -> list[str]:
@@ -167,13 +202,6 @@ def check_enough(cfg: DictConfig, held_out: int) -> None:
         )
 
 
-def known_before(splits: Splits, fraction: float) -> int | None:
-    """How many pictures are held out, as far as that is known before they are encoded."""
-    if splits.validation is not None:
-        return splits.validation.count
-    return None if splits.dividable and fraction else 0
-
-
 def _how(cfg: DictConfig, subject: Subject, weights: Weights) -> tuple[SampleSettings, SampleSettings]:
     """How the prior and the decoder draw."""
     origin = subject.origins["decoder"]
@@ -183,9 +211,9 @@ def _how(cfg: DictConfig, subject: Subject, weights: Weights) -> tuple[SampleSet
         )
     native = read_object(decoder_folder(weights, origin) / "config.json")["sample_size"] * weights.latent_scale()
     home = origin.run_folder
-    trained = None if home is None else saved_config.value(home, "data.resolution")
+    trained = "" if home is None else saved_config.value(home, "data.resolution") or ""
     multiple = weights.size_multiple()
-    size = -(-int(trained or native) // multiple) * multiple
+    size = -(-(int(trained) if trained.isdigit() else native) // multiple) * multiple
     prior = SampleSettings(cfg.prior_inference_steps, cfg.prior_guidance_scale, cfg.seed, cfg.batch_size)
     decoder = SampleSettings(cfg.inference_steps, cfg.guidance_scale, cfg.seed, cfg.batch_size, size, size)
     return prior, decoder
@@ -194,34 +222,43 @@ def _how(cfg: DictConfig, subject: Subject, weights: Weights) -> tuple[SampleSet
 # --- drawing and measuring
 
 
-def claimed(cfg: DictConfig, one: Evaluation, title: str, held: contextlib.ExitStack) -> Path:
-    """The folder of this evaluation, made where it is not there; one of the same facts is gone on with.
+def claimed(cfg: DictConfig, title: str, facts: Mapping[str, Any], held: contextlib.ExitStack) -> Path:
+    """The folder of all that is evaluated, made where it is not there, and kept to this process.
 
     Args:
         title: what is evaluated.
-        held: keeps others out of it.
+        facts: of the first model.
+        held: gives it back.
 
     Raises:
-        ConfigError: it holds another one, or another process is there.
+        ConfigError: something else is there, or another process.
     """
-    facts = _facts(cfg, one)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:6]
     folder = files.output_root(cfg.output_root) / "evaluate" / (cfg.name or f"{title}-{digest}")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).exists():
+        raise ConfigError(f"name: {folder} exists already and is no evaluation; give another name")
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(files.occupied(folder, LOCK, "evaluates in"))
+    return folder
+
+
+def check_place(folder: Path, facts: dict[str, Any]) -> None:
+    """A model's own folder: what was drawn there before was drawn from the same facts.
+
+    Raises:
+        ConfigError: it was not.
+    """
     known = files.json_object(folder / ABOUT)
     if known is not None and known != facts:
         different = ", ".join(sorted(key for key in facts.keys() | known.keys() if known.get(key) != facts.get(key)))
         raise ConfigError(
             f"name: {folder} holds another evaluation ({different} differ); give another name, or remove it"
         )
-    if known is None and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"name: {folder} exists already and is no evaluation; give another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(files.occupied(folder, ".lock", "evaluates in"))
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     files.write_atomically(folder / ABOUT, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    return folder
 
 
-def _facts(cfg: DictConfig, one: Evaluation) -> dict[str, Any]:
+def drawn_from(cfg: DictConfig, one: Evaluation) -> dict[str, Any]:
     """All that the pictures follow from."""
     trained = {
         f"{side} {number}": sorted(folder.glob("*.safetensors"))
@@ -244,11 +281,10 @@ def _facts(cfg: DictConfig, one: Evaluation) -> dict[str, Any]:
     }
 
 
-def drawn_row(cfg: DictConfig, one: Evaluation, folder: Path, other: PictureEncoder | None) -> Row:
+def drawn_row(one: Evaluation, facts: dict[str, Any], folder: Path, other: PictureEncoder | None) -> Row:
     """Draw and measure a subject; all processes draw, and the first one's row counts."""
-    plan, pictures, weights, device = Plan(one.captions), folder / "pictures", one.weights, one.accelerator.device
-    facts = distributed.on_main_process(lambda: _checked_job(folder, _facts(cfg, one)))
-    pictures.mkdir(parents=True, exist_ok=True)
+    plan, pictures, weights, device = Plan(one.captions), folder / PICTURES, one.weights, one.accelerator.device
+    distributed.on_main_process(lambda: check_place(folder, facts))
     networks = Networks(
         lambda: load_network(weights, "prior", one.subject.origins["prior"]),
         lambda: load_network(weights, "decoder", one.subject.origins["decoder"]),
@@ -257,16 +293,7 @@ def drawn_row(cfg: DictConfig, one: Evaluation, folder: Path, other: PictureEnco
     drawing.draw(plan, pictures, weights, networks, one.how, device, share)
     one.accelerator.wait_for_everyone()
     weights.release(PARTS)
-    against = Measures(one.readers.train, one.held_out, one.captioned, weights, other, cfg.seed, device)
+    seed = one.how[1].seed
+    against = Measures(one.readers.train, one.held_out, one.captioned, weights, other, seed, device)
     about = {**facts, "step": one.subject.step}
     return distributed.on_main_process(lambda: rows.row_of(one.subject.name, plan, pictures, against, about))
-
-
-def _checked_job(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Of a sweep, of which the folder's own file knows the first job alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = files.json_object(folder / ABOUT)
-    if known is not None and known != facts:
-        raise ConfigError(f"name: {folder} holds another evaluation; give another name, or remove it")
-    files.write_atomically(folder / ABOUT, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    return facts

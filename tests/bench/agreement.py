@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SIDES = ("published", "ours")
 
@@ -96,7 +97,7 @@ def published(plan: Plan, stage: str, seed: int) -> list[float]:
     return losses
 
 
-def published_arguments(plan: Plan, seed: int) -> list[str]:
+def published_arguments(plan: Plan, seed: int, **others: Any) -> list[str]:
     settings = {
         "pretrained_prior_model_name_or_path": plan.pipeline("prior"),
         "pretrained_decoder_model_name_or_path": plan.pipeline("decoder"),
@@ -113,6 +114,7 @@ def published_arguments(plan: Plan, seed: int) -> list[str]:
         "lr_warmup_steps": 0,
         "adam_weight_decay": 0.0,
         "max_grad_norm": 1.0,
+        **others,
     }
     return [f"--{name}={value}" for name, value in settings.items()]
 

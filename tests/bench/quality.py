@@ -26,43 +26,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SIDES = ("published", "ours")
+import agreement
+from agreement import SIDES
+
 STAGES = {"prior": "prior", "decoder": "unet"}
 SHOWN = ("clip_score", "cmmd", "precision", "recall", "diversity", "nearest_train")
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}  # 97.5 % quantiles of Student's t, by degrees of freedom
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What all runs share, and where it lies.
+class Plan(agreement.Plan):
+    """What all runs share, and what they train on.
 
     Args:
         data: a folder with `train/` and `validation/`.
     """
 
-    references: Path
     data: Path
-    work: Path
-    steps: int
-    batch: int
-    lr: float
 
-    def pipeline(self, stage: str) -> Path:
-        return self.work / f"tiny-{stage}"
+    @property
+    def pictures(self) -> Path:
+        return self.data / "train"
 
     def result(self, side: str, stage: str, seed: int) -> Path:
         """A pipeline with what was trained."""
         return self.work / f"{side}-{stage}-{seed}"
-
-
-def write_pipelines(plan: Plan) -> None:
-    """The tiny weights as two folders, prior and decoder: the published scripts read no combined one."""
-    from kandinsky_exp.models import pipelines
-    from kandinsky_exp.models.weights import Weights
-
-    weights = Weights("tiny", "tiny", cache_folder=plan.work / "cache")
-    pipelines.prior_pipeline(weights).save_pretrained(plan.pipeline("prior"))
-    pipelines.decoder_pipeline(weights).save_pretrained(plan.pipeline("decoder"))
 
 
 def recoloured(data: Path, folder: Path) -> Path:
@@ -89,29 +77,17 @@ def published(plan: Plan, stage: str, seed: int) -> Path:
     It may fail at its final save, after training: it looks for the other half of the pipeline on the hub.
     """
     output = plan.work / f"published-output-{stage}-{seed}"
-    settings = {
-        "pretrained_prior_model_name_or_path": plan.pipeline("prior"),
-        "pretrained_decoder_model_name_or_path": plan.pipeline("decoder"),
-        "train_data_dir": plan.data / "train",
-        "cache_dir": plan.work / f"datasets-{stage}-{seed}",
-        "output_dir": output,
-        "resolution": 64,
-        "seed": seed,
-        "train_batch_size": plan.batch,
-        "max_train_steps": plan.steps,
-        "checkpointing_steps": plan.steps,
-        "learning_rate": plan.lr,
-        "lr_scheduler": "constant",
-        "lr_warmup_steps": 0,
-        "adam_weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-    }
     script = plan.references / f"train_text_to_image_{stage}.py"
-    sys.argv = [str(script), *(f"--{name}={value}" for name, value in settings.items())]
+    # A cache of its own, for several run at a time.
+    own = {"output_dir": output, "cache_dir": plan.work / f"datasets-{stage}-{seed}"}
+    sys.argv = [
+        str(script),
+        *agreement.published_arguments(plan, seed, checkpointing_steps=plan.steps, **own),
+    ]
     try:
         runpy.run_path(str(script), run_name="__main__")
     except Exception as error:
-        print(f"the published {stage} script ended with {type(error).__name__}")
+        print(f"the published {stage} script ended with {type(error).__name__}: {error}")
     return output / f"checkpoint-{plan.steps}" / STAGES[stage]
 
 
@@ -232,14 +208,14 @@ def main() -> None:
     data = (arguments.data or EMOJI).absolute()
     if arguments.recolour:
         data = work / "recoloured" if arguments.one else recoloured(data, work / "recoloured")
-    plan = Plan(arguments.reference.absolute(), data, work, arguments.steps, arguments.batch, arguments.lr)
+    plan = Plan(arguments.reference.absolute(), work, arguments.steps, arguments.batch, arguments.lr, data)
     if arguments.one:
         side, stage, seed = arguments.one
         one(plan, side, stage, int(seed))
         return
     work.mkdir(parents=True, exist_ok=True)
     if not plan.pipeline("decoder").exists():
-        write_pipelines(plan)
+        agreement.write_pipelines(plan)
     runs = [(side, stage, seed) for seed in range(arguments.seeds) for side in SIDES for stage in STAGES]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda run: trained(plan, *run), runs))

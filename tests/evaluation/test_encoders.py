@@ -116,6 +116,23 @@ def test_a_folder_of_another_kind_is_refused(config: dict[str, str] | None, told
         FolderEncoder(tmp_path, CPU)
 
 
+def test_code_in_the_folder_is_not_run_and_not_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')")
+    about = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match="cannot embed pictures"):
+        FolderEncoder(tmp_path, CPU)
+
+
+def test_no_memory_is_no_fault_of_the_folder(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "vit", made("vit"), "ViTImageProcessorPil")
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, "hidden_size": 2**23}))  # a layer of 256 TiB
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        FolderEncoder(folder, CPU)
+
+
 def test_timm_is_asked_for_where_it_is_missing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     with pytest.raises(ConfigError, match="needs a package that is not installed: No module named 'timm'"):

@@ -273,6 +273,19 @@ def test_activations_follow_batch_checkpointing_and_resolution(tmp_path: Path, a
     assert large.answering("unet", 2) > 3 * small.answering("unet", 2)
 
 
+def test_pictures_that_are_measured_are_planned(tmp_path: Path, accelerator: Accelerator) -> None:
+    """They are drawn in full batches, and then judged by encoders that a run of features has let go."""
+    words = ["model=prior", "data.max_samples=null", "validation.batch_size=8"]
+    nothing, measures = (
+        Planner(settings(tmp_path, *words, *more), accelerator) for more in ([], ["validation.metrics=[cmmd]"])
+    )
+    drawn = [{phase.name: phase for phase in planner.phases} for planner in (nothing, measures)]
+    (new,) = drawn[1].keys() - drawn[0].keys()
+    assert drawn[1][new].parts["parts that draw"] > 0
+    image_encoder = measures.estimate._size(["image_encoder"])
+    assert max(sum(parts.values()) for parts in measures.estimate._drawing()) >= image_encoder
+
+
 @pytest.mark.parametrize("model", ["prior", pytest.param("decoder", marks=pytest.mark.soak)])
 def test_class_images_are_drawn_encoded_and_shown(model: str, tmp_path: Path, accelerator: Accelerator) -> None:
     pictures = ["data=dreambooth", f"data.instance_path={EMOJI / 'validation'}", "data.instance_prompt=a sks thing"]

@@ -94,3 +94,14 @@ def test_results_are_drawn_from_and_compared(old: Old) -> None:
     report = (old.root / "compare" / "three" / "report.html").read_text("utf-8")
     assert all(old.record(name)["run_id"] in report for name in ("full", "lora", "waiting"))
     assert "a dog" in report
+
+
+def test_one_is_evaluated_and_goes_on_to_its_best(old: Old, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its config has fewer keys, and its checkpoints know no progress; it held out fewer pictures than it takes."""
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", f"run={old.root}/full", "weights=tiny", f"output_root={old.root}"])
+    assert "pictures are held out, and it takes 16 to measure" in capfd.readouterr().err
+    old.command("full", LATER, "checkpoint.result=best")
+    record = old.record("full")
+    assert record["status"] == "FINISHED"
+    assert record["result_step"] in (4, 6)

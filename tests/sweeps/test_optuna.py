@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from sweeping import LAUNCHERS, PRIOR, family, signalled, swept
+from sweeping import LAUNCHERS, PRIOR, client, family, signalled, swept
 
 optuna = pytest.importorskip("optuna", reason="LOUD: optuna is not installed")
 
@@ -107,13 +107,17 @@ def test_a_trial_that_fails_costs_a_trial(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_a_hopeless_job_is_given_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The second rate is far too high, and its first validation loss tells; the study is in a data base."""
+@pytest.mark.parametrize("ranked", [[], ["sweep.objective=train/loss", "sweep.direction=maximize"]])
+def test_a_hopeless_job_is_given_up(ranked: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second rate is far too high, and its first validation loss tells, whatever the sweep is ranked by.
+
+    The study is in a data base.
+    """
     storage = f"sqlite:///{tmp_path}/studies.db"
     settings = [
         f"hydra.sweeper.storage={storage}",
         *OPTUNA, "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1",
-        "name=s", "trainer.max_steps=4", "validation.every=2", "hydra.sweeper.seed=0",
+        "name=s", "trainer.max_steps=4", "validation.every=2", "hydra.sweeper.seed=0", *ranked,
     ]  # fmt: skip
     assert swept(tmp_path, *settings, "optimizer.lr=3e-3") == 2  # a grid of one value is no sweep
     assert swept(tmp_path, *settings, "optimizer.lr=3e-3,1e2") == 0
@@ -129,6 +133,11 @@ def test_a_hopeless_job_is_given_up(tmp_path: Path, capfd: pytest.CaptureFixture
     assert "PRUNED" in capfd.readouterr().out
     assert outcomes["0.003"].status == "FINISHED"
     assert math.isfinite(outcomes["0.003"].score or math.nan)
+    (finished,) = [trial for trial in study(tmp_path, storage).trials if trial.state.name == "COMPLETE"]
+    history = client(tmp_path).get_metric_history(
+        children["lr=0.003"].info.run_id, "train/loss" if ranked else "validation/loss"
+    )
+    assert finished.value == history[-1].value
 
 
 @pytest.mark.slow

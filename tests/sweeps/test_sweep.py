@@ -24,7 +24,7 @@ from sweeping import LAUNCHERS, PRIOR, family, signalled, swept, wait
 
 from kandinsky_exp import cli
 from kandinsky_exp.config import hydra_errors
-from kandinsky_exp.reports import run_data
+from kandinsky_exp.reports import figures, run_data
 from kandinsky_exp.runs import run_folder
 from kandinsky_exp.sweeps import devices, job_process, outcomes, session
 from kandinsky_exp.system import files, threads
@@ -371,11 +371,17 @@ def test_jobs_are_ranked_by_the_objective(tmp_path: Path, capfd: pytest.CaptureF
     assert all(job.objective == "train/loss" and job.maximizes for job in jobs.values())
     best = max(jobs.values(), key=lambda job: job.score or 0)
     assert f"best: {best.name} ({best.score:.5g})" in printed.out + printed.err
+    read = run_data.read(client(tmp_path), [str(job.run_id) for job in jobs.values()])
     page = (tmp_path / "s" / "report" / "report.html").read_text()
     assert ">best train/loss<" in page
     assert "best val. loss" not in page
-    read = run_data.read(client(tmp_path), [str(job.run_id) for job in jobs.values()])
+    assert "best train/loss" in figures.scores(read)[0].title
     assert [run_data.rank(read, run) for run in read] == [float(job is not best) for job in jobs.values()]
+    # Beside a run that is ranked by another metric, all are ranked by what they have in common.
+    client(tmp_path).set_tag(str(best.run_id), "config.sweep.objective", "validation/loss")
+    mixed = run_data.read(client(tmp_path), [str(job.run_id) for job in jobs.values()])
+    assert {run.objective for run in mixed} == {"validation/loss"}
+    assert not any(run.maximizes for run in mixed)
 
 
 def test_a_training_loss_is_not_called_the_best_loss() -> None:

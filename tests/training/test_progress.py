@@ -3,15 +3,18 @@
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from running import client, network, runs, same, train
 
+from kandinsky_exp import results
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError
 from kandinsky_exp.runs import integrity
-from kandinsky_exp.runs.run_folder import read_record
+from kandinsky_exp.runs.run_folder import RunFolder, read_record
+from kandinsky_exp.tracking.tracker import NullTracker
 from kandinsky_exp.training import checkpoint
 from kandinsky_exp.training.progress import Progress
 
@@ -99,6 +102,8 @@ def test_a_run_out_of_patience_is_finished_and_stays_so(tmp_path: Path, capfd: p
     record = read_record(tmp_path / "p")
     assert record is not None
     assert (record.step, record.patience) == (12, None)
+    (run,) = runs(tmp_path)
+    assert run.data.tags["stopped_early"] == "no: it went on to step 12"  # what is recorded stays true
 
 
 def test_stopped_and_resumed_it_ends_at_the_same_step(tmp_path: Path) -> None:
@@ -125,6 +130,8 @@ def test_the_result_holds_the_best_weights_and_says_so(more: list[str], tmp_path
     best = min(states, key=lambda folder: states[folder])
     assert record.result_step == int(best.name.removeprefix("step-"))
     assert loss == record.validation_loss == states[best]
+    assert record.metrics is not None
+    assert record.metrics["validation/loss"] == loss  # of these weights
     (run,) = runs(tmp_path)
     assert run.data.tags["result_step"] == str(record.result_step)
     history = {
@@ -138,7 +145,24 @@ def test_the_result_holds_the_best_weights_and_says_so(more: list[str], tmp_path
         assert file.read_bytes() == (result / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("setting", ["validation.patience=2", "checkpoint.result=best"])
+def test_the_result_is_of_the_best_checkpoint_that_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, *WORSE, "name=p", "checkpoint.every=4")
+    record = read_record(tmp_path / "p")
+    assert record is not None
+    space = RunFolder(tmp_path / "p", record)
+    first, second, *_ = checkpoint.by_loss(found := checkpoint.complete(space.checkpoints))
+    (first / "prior" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    best = results.best(space)
+    assert (best.folder, best.loss) == (second, found[second]["validation_loss"])
+    assert best.metrics["validation/loss"] == best.loss
+    assert f"{first} is damaged" in caplog.text
+    shutil.rmtree(first)  # as by a run that kept no best checkpoints before
+    results.note_end(record, NullTracker(), Progress(best=0.1, best_step=3), 12, results.best(space))
+    assert f"0.10000 at step 3, which has no whole checkpoint: the result is of step {best.step}\n" in caplog.text
+    assert record.result_step == best.step
+
+
+@pytest.mark.parametrize("setting", ["validation.patience=2", "checkpoint.result=best", "validation.metrics=[cmmd]"])
 def test_without_held_out_pictures_it_is_refused(setting: str, tmp_path: Path) -> None:
     data = ["data=folder", f"data.path={EMOJI}/train", "data.resolution=64", "validation.fraction=0"]
     with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: nothing is held out"):

@@ -4,18 +4,25 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from commands import Forked, command, launched
 from PIL import Image
 from running import client, composed, shared, train
 
+from kandinsky_exp.data.examples import Example, Source, nothing
+from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError
+from kandinsky_exp.evaluation.real_pictures import RealPictures
 from kandinsky_exp.reports import report, run_data
 from kandinsky_exp.runs.run_folder import RECORD, Record, read_record
+from kandinsky_exp.runs.subjects import find_subjects
+from kandinsky_exp.training.feature_reader import FeatureReader
 from kandinsky_exp.verbs.evaluate import evaluate
 
 QUICK = ["weights=tiny", "inference_steps=2", "prior_inference_steps=2"]
@@ -33,12 +40,10 @@ def root() -> Path:
         train(folder, "model=prior", "name=p", *ALL, "tracker=none")
         jobs = folder / "s"
         shutil.copytree(folder / "cache", jobs / "cache")
-        for rate in ("0.3", "1e-3", "1e-5"):  # the first one spoils the network
+        for rate in ("0.3", "1e-3", "1e-4", "1e-5"):  # the first one spoils the network
             train(jobs, "model=decoder", f"name=lr{rate}", f"optimizer.lr={rate}", *ALL, "tracker=none")
-        record = read_record(jobs / "lr1e-5")
-        assert record is not None
-        shutil.copytree(jobs / "lr1e-5", jobs / "lr1e-4")
-        shutil.rmtree(jobs / "lr1e-4" / "pipeline")
+        shutil.copytree(jobs / "lr1e-5", jobs / "lr1e-6")
+        shutil.rmtree(jobs / "lr1e-6" / "pipeline")
         (jobs / RECORD).write_text(json.dumps({**vars(Record()), "stage": "sweep"}))
 
     return shared("evaluate", make)
@@ -116,13 +121,68 @@ def test_two_processes_draw_together(root: Path) -> None:
     assert two == evaluated(root, "alone", *words)
 
 
+def test_a_run_is_found_by_its_name_and_by_its_id(root: Path, tmp_path: Path) -> None:
+    record = read_record(root / "d")
+    assert record is not None
+    for text in (f"{root}/d", "d", str(record.run_id)):
+        cfg = composed(root, "weights=tiny", f"run={text}", verb="evaluate", small=[])
+        ((subject,), notes) = find_subjects(cfg, [], [])
+        assert (subject.name, subject.step, subject.run_id, notes) == ("d", 4, record.run_id, [])
+        assert subject.cfg.data.max_samples is None
+        assert subject.origins["decoder"].run_folder == root / "d"
+    # Of a run whose result is its best step's, that is the step that is measured.
+    shutil.copytree(root / "d", tmp_path / "d")
+    (tmp_path / "d" / RECORD).write_text(json.dumps({**vars(record), "result_step": 2}))
+    cfg = composed(root, "weights=tiny", f"run={tmp_path}/d", verb="evaluate", small=[])
+    assert find_subjects(cfg, [], [])[0][0].step == 2
+    config = tmp_path / "d" / "config.yaml"
+    config.write_text(config.read_text().replace("resolution: 64", "resolution: ${oc.env:HOME}"))
+    with pytest.raises(ConfigError, match=r"run: .*config.yaml has interpolations"):
+        find_subjects(cfg, [], [])
+
+
+def test_of_a_sweep_what_cannot_be_measured_is_left_out(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "s", tmp_path / "s", ignore=shutil.ignore_patterns("lr1e-[36]", "lr0.3", "cache"))
+    config = tmp_path / "s" / "lr1e-4" / "config.yaml"
+    config.write_text(config.read_text().replace("max_samples: null", "max_samples: 12"))
+    found = evaluated(root, "some", f"run={tmp_path}/s", "num_images=8", "tracker=none")
+    assert [model["name"] for model in found["models"]] == ["lr1e-5"]
+    assert any("lr1e-4 is left out: data: 12 pictures are held out" in note for note in found["notes"])
+
+
+class Streamed(Source):
+    """Is walked, and counts how often."""
+
+    name, count, walks = "stream", 9, 0
+
+    def examples(self, start: int = 0) -> Iterator[Example]:
+        self.walks += 1
+        yield from (Example(f"{n}", (f"caption {n}",), nothing, "here") for n in range(start, 9))
+
+    def __getitem__(self, row: int) -> Example:
+        raise AssertionError("it has to be walked for each row")
+
+    def fingerprint(self, digests: FileDigests) -> str:
+        return ""
+
+
+def test_a_stream_is_walked_once_for_many_rows() -> None:
+    source = Streamed()
+    dataset = SimpleNamespace(source_row=lambda row: row + 1)
+    reader = cast(FeatureReader, SimpleNamespace(source=source, dataset=dataset))
+    assert [example.id for example in RealPictures(reader, range(9)).examples([1, 3, 6])] == ["2", "4", "7"]
+    assert source.walks == 1
+
+
 def test_a_checkpoint_is_measured_at_its_step(root: Path) -> None:
     (model,) = evaluated(root, "step", f"run={root}/d/checkpoints/step-00000002", "tracker=none")["models"]
     assert (model["name"], model["step"]) == ("d-step-00000002", 2)
 
 
 def test_a_prior_is_measured_with_the_decoder_that_it_started_from(root: Path) -> None:
-    (model,) = evaluated(root, "prior", f"run={root}/p", "num_images=8")["models"]
+    found = evaluated(root, "prior", f"run={root}/p", "num_images=8")
+    assert "8 of 16 held-out captions were drawn (num_images)" in found["notes"]
+    (model,) = found["models"]
     assert own(model)["metrics"]["clip_score"]["count"] == 8
     assert own(model)["metrics"]["nearest_heldout"]["count"] == 16
 
@@ -132,8 +192,8 @@ def test_the_jobs_of_a_sweep_are_ranked(root: Path) -> None:
     scores = [own(model)["metrics"]["cmmd"]["value"] for model in found["models"]]
     assert scores == sorted(scores)
     assert [model["name"] for model in found["models"]][-1] == "lr0.3"
-    assert len(found["models"]) == 3
-    assert any(note.startswith("lr1e-4 is left out: run: ") for note in found["notes"])
+    assert len(found["models"]) == 4
+    assert any(note.startswith("lr1e-6 is left out: run: ") for note in found["notes"])
     page = (root / "evaluate" / "sweep" / "report.html").read_text()
     assert page.index('<th scope="row">lr1e-') < page.index('<th scope="row">lr0.3')
 
@@ -171,7 +231,7 @@ def test_a_name_belongs_to_one_evaluation(root: Path) -> None:
     [
         (["run={root}/d", "num_images=17"], "num_images: 17 is more than the 16 held-out captions"),
         (["run={root}/nowhere"], "run: '.*nowhere' is no run, checkpoint or sweep"),
-        (["run={root}/s/lr1e-4"], "run: .* is finished, but its result is gone"),
+        (["run={root}/s/lr1e-6"], "run: .* is finished, but its result is gone"),
         (["run={root}/d", "decoder=tiny"], "decoder: run=.*d is the decoder; leave one of them out"),
         (["run={root}/d", "encoder={root}"], "encoder: .* has no config.json of a vision model"),
         (["data=emoji", "decoder=tiny_control"], "decoder: it draws hints"),

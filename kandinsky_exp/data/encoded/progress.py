@@ -7,8 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kandinsky_exp.system.logs import Log
-
-EVERY_SECONDS = 10.0
+from kandinsky_exp.system.telling import EVERY_SECONDS
 
 
 class ProgressBar:

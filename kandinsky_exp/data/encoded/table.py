@@ -138,10 +138,12 @@ class FeatureTable:
         return features
 
     def feature(self, index: int, name: str) -> Array:
-        """One feature of an image, still mapped, without a look at its checksum."""
-        part, row = self._place(index)
-        found: Array = part.images.cell(name, row)
-        return found
+        """One feature of an image.
+
+        Raises:
+            DataError: what is stored does not agree with its checksum.
+        """
+        return np.array(self._image(index)[name])
 
     def has(self, name: str) -> bool:
         """Whether its images have this feature."""
