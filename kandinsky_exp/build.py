@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from kandinsky_exp import run_settings
 from kandinsky_exp.config import allowlist, targets
 from kandinsky_exp.config.verb_schemas import Encode, Train
-from kandinsky_exp.data import checks, source_facts, sources
+from kandinsky_exp.data import checks, sets, source_facts
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
 from kandinsky_exp.data.sampler import Order
@@ -107,7 +108,7 @@ def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
 
 
 def data(cfg: DictConfig) -> Splits:
-    """The configured source, cut down to `max_samples`.
+    """The configured source, and the sets that are held out beside it, cut down to `max_samples`.
 
     Raises:
         DataError: it cannot be read.
@@ -119,9 +120,8 @@ def data(cfg: DictConfig) -> Splits:
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error  # noqa: B904 - neither has another
     cls = stage_class(cfg)
-    splits = sources.with_columns(splits, sorted(cls.extra_inputs))
-    splits = sources.with_companions(splits, cls.companions(settings), settings)
-    return sources.subset(splits, cfg.data.max_samples, cfg.seed)
+    fit = partial(sets.fitted, columns=sorted(cls.extra_inputs), companions=cls.companions(settings), seed=cfg.seed)
+    return replace(fit(splits, settings), sets=sets.held_out(run_settings.further_sets(cfg), settings, fit))
 
 
 def check_data(cfg: DictConfig, splits: Splits) -> checks.DataSummary:

@@ -149,6 +149,7 @@ def describe(
         ("training", data.train),
         ("class", data.train.class_images),
         ("validation", data.held_out),
+        *((f"validation: {name}", reader) for name, reader in data.sets.items()),
     ):
         if reader is not None:
             name, origin = reader.source.provenance

@@ -97,6 +97,7 @@ def set_up(opened: OpenRun, tracker: Tracker, stage: DiffusionStage, data: Reade
         run_settings.sample_settings(cfg),
         draws=cfg.validation.draws,
         reconstructions=cfg.validation.reconstructions,
+        sets=data.sets,
         drawn_metrics=drawn_metrics(opened, data),
     )
     callbacks = Callbacks(

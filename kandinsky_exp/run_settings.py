@@ -30,6 +30,12 @@ def entries(value: Any) -> list[Any]:
     return list(plain)
 
 
+def further_sets(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """The entries of `validation.sets`, where the verb has any."""
+    entries = OmegaConf.select(cfg, "validation.sets")
+    return {} if entries is None else {str(name): dict(entry) for name, entry in entries.items()}
+
+
 def drawn_prompts(cfg: DictConfig) -> tuple[list[validation_prompts.DrawnPrompt], list[str]]:
     """What validation draws, and what the user should know of it.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kandinsky_exp.config import companions, drawing_tasks, measured, prompt_entries, targets
+from kandinsky_exp.config import companions, drawing_tasks, measured, prompt_entries, set_entries, targets
 from kandinsky_exp.data.source_facts import SourceFacts
 from kandinsky_exp.errors import cut
 from kandinsky_exp.models import compatibility, components, weight_files
@@ -44,6 +44,7 @@ def files(good: Values, stage: Stage, source: SourceFacts) -> Found:
             yield key, problem
     yield from drawing_tasks.problems(good)
     yield from prompt_entries.problems(good, stage)
+    yield from set_entries.problems(good, stage)
     if "model._target_" in good:  # `generate` takes more kinds of sources and looks at them itself
         strict = {**compatibility.REQUIRED, "decoder": compatibility.starting_from(PLAIN)}
         found = list(_weights(good, components.NETWORKS, strict))

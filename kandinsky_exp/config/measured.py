@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-from kandinsky_exp.config import schema
+from kandinsky_exp.config import schema, set_entries
 from kandinsky_exp.errors import cut
 
 LOSSES = ("validation/loss", "train/loss")  # of every run
@@ -17,7 +17,9 @@ def problems(good: dict[str, Any], stage: Callable[[], Any]) -> Iterator[tuple[s
     objective = good.get("sweep.objective", LOSSES[0])
     if objective in LOSSES or (made := stage()) is None:
         return
-    names = [*(f"loss_{name}" for name in made.measures), *made.judges, *drawn]
+    losses = [*(f"loss_{name}" for name in made.measures)]
+    names = [*losses, *made.judges, *drawn]
+    names += [f"{name}/{loss}" for name in set_entries.entries(good) for loss in ("loss", *losses)]
     recorded = [*LOSSES, *(f"validation/{name}" for name in names)]
     if objective not in recorded:
         how = f"it records {', '.join(recorded)}"

@@ -1,5 +1,6 @@
 """Paths in the configs of runs: recorded as absolute ones, and compared after a project was moved."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,26 @@ WHERE_THERE = frozenset(
     | {"prior", "decoder", "prior_adapter", "decoder_adapter", "adapter.source", "mix", "run"}
 )
 WORDS = frozenset({"tiny", "tiny_control", "auto", "never", "???"})
+OF_A_SET = re.compile(r"^validation\.sets\.[^.]+\.")
 Values = Mapping[str, Any]
+
+
+def _is_among(key: str, paths: frozenset[str]) -> bool:
+    """Whether a dotted key names a path; what an entry of `validation.sets` says means what it means of `data`."""
+    return OF_A_SET.sub("data.", key) in paths
 
 
 def absolute(values: Any, key: str = "") -> Any:
     """Nested settings with absolute paths."""
     if isinstance(values, dict):
         return {name: absolute(value, f"{key}.{name}" if key else str(name)) for name, value in values.items()}
-    if isinstance(values, list) and key in PATHS | WHERE_THERE:
+    if isinstance(values, list) and _is_among(key, PATHS | WHERE_THERE):
         texts = not key.endswith("prompts")  # prompts are no paths, but mappings among them name some
         return [absolute(value, key) if texts or isinstance(value, dict) else value for value in values]
     if not isinstance(values, str) or values in WORDS or "://" in values or values.startswith("pipe:"):
         return values
-    return str(_whole(values)) if key in PATHS or (key in WHERE_THERE and files.exists(values)) else values
+    is_path = _is_among(key, PATHS) or (_is_among(key, WHERE_THERE) and files.exists(values))
+    return str(_whole(values)) if is_path else values
 
 
 def _whole(path: str) -> Path:
@@ -54,7 +62,7 @@ def moved(path: str, old_root: str, new_root: Path) -> Path | None:
 def as_before(now: Values, before: Values) -> dict[str, Any]:
     """Flat settings, the same paths written as they were: relative, or at the place from which all has moved."""
     roots = str(before.get("output_root", "")), Path(str(now.get("output_root", "")))
-    known = (PATHS | WHERE_THERE) & before.keys()
+    known = _known(before)
     return {
         key: before[key] if key in known and _alike(before[key], value, roots) else value for key, value in now.items()
     }
@@ -63,8 +71,12 @@ def as_before(now: Values, before: Values) -> dict[str, Any]:
 def news(now: Values, before: Values) -> dict[str, Any]:
     """Flat settings without the paths that mean what they meant before."""
     same = as_before(now, before)
-    known = (PATHS | WHERE_THERE) & before.keys()
+    known = _known(before)
     return {key: value for key, value in now.items() if key not in known or same[key] != before[key]}
+
+
+def _known(before: Values) -> set[str]:
+    return {key for key in before if _is_among(key, PATHS | WHERE_THERE)}
 
 
 def _alike(was: Any, now: Any, roots: tuple[str, Path]) -> bool:

@@ -210,6 +210,7 @@ class Validation(Group):
     reconstructions: CountOrZero
     patience: Count | None
     metrics: list[DrawnMetric]
+    sets: dict[str, Any] | None = None  # see `set_entries`
 
 
 class HeldOut(Group):

@@ -17,6 +17,7 @@ class DataSummary:
     """Counts over both splits; None for what is only known once a stream has been read.
 
     Args:
+        sets: of the further held-out ones, by name.
         notes: what a user should know, a line each, such as what lies where the pictures do and is not used.
     """
 
@@ -24,8 +25,15 @@ class DataSummary:
     validation_images: int | None
     captions: int | None
     notes: tuple[str, ...] = ()
+    sets: tuple[tuple[str, int | None], ...] = ()
 
     def __str__(self) -> str:
+        sets = "".join(
+            f"; {name}: {'a stream' if count is None else f'{count:,} held out'}" for name, count in self.sets
+        )
+        return self._trained() + sets
+
+    def _trained(self) -> str:
         if self.images is None:
             return "images in shards, read as a stream"
         held_out = f" + {self.validation_images:,} held out" if self.validation_images else ""
@@ -43,17 +51,18 @@ def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Dat
     Raises:
         DataError: listing the first rows without an image file, or with a missing or empty caption.
     """
-    problems = [problem for source in splits.both for problem in _problems(source, requires_captions, skip)]
+    problems = [problem for source in splits.all for problem in _problems(source, requires_captions, skip)]
     if problems:
         raise DataError(first_few(problems))
     known = [source for source in splits.both if isinstance(source, Indexed)]
     captions = sum(int(source.caption_counts().sum()) for source in known)
     held_out = _count(splits.validation) if splits.validation is not None else 0
+    sets = tuple((name, _count(source)) for name, source in splits.sets.items())
     unused: Tally = {}
-    for part in (*splits.both, splits.class_images):
+    for part in (*splits.all, splits.class_images):
         tally.add(unused, part.left_out() if part is not None else {})
     captions_known = captions if len(known) == len(splits.both) else None
-    return DataSummary(_count(splits.train), held_out, captions_known, tuple(tally.lines(unused)))
+    return DataSummary(_count(splits.train), held_out, captions_known, tuple(tally.lines(unused)), sets)
 
 
 def _count(source: Source) -> int | None:

@@ -199,12 +199,18 @@ def without_padding(features: Features, mask: Tensor | None, ragged: Collection[
     return {name: value[:, :longest] if name in (MASK, *ragged) else value for name, value in features.items()}
 
 
-def shared_pictures(train: VisitedRows, held_out: VisitedRows) -> list[str]:
-    """A note where a validation split of the user's shows pictures that train; of tables, where it costs nothing."""
+def shared_pictures(
+    train: VisitedRows, held_out: VisitedRows, what: str = "held-out images", loss: str = "the validation loss"
+) -> list[str]:
+    """A note where a validation split of the user's shows pictures that train; of tables, where it costs nothing.
+
+    Args:
+        what, loss: the split and its loss, as the note calls them.
+    """
     tables = [part.table.pictures() for part in (train, held_out) if isinstance(part, CachedFeatures)]
     if len(tables) < 2 or tables[0] is None or tables[1] is None:
         return []
     trained = set(map(bytes, tables[0]))
     count = sum(bytes(picture) in trained for picture in tables[1])
-    note = f"{count:,} of the {len(tables[1]):,} held-out images train, too: the validation loss is partly theirs"
+    note = f"{count:,} of the {len(tables[1]):,} {what} train, too: {loss} is partly theirs"
     return [note] if count else []

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kandinsky_exp.data.dreambooth import ClassImages
 from kandinsky_exp.data.examples import Source
@@ -16,16 +16,23 @@ class Splits:
     Args:
         class_images: pictures that train beside the others, so that what they show stays as it was.
         dividable: whether a part of `train` may be held out where there is no validation split.
+        sets: further ones that are held out, by name.
     """
 
     train: Source
     validation: Source | None
     class_images: ClassImages | None = None
     dividable: bool = True
+    sets: dict[str, Source] = field(default_factory=dict)
 
     @property
     def both(self) -> Sequence[Source]:
         return [self.train] + ([self.validation] if self.validation is not None else [])
+
+    @property
+    def all(self) -> Sequence[Source]:
+        """Of which each is encoded into a table of its own, class images aside."""
+        return [*self.both, *self.sets.values()]
 
     @property
     def is_divided(self) -> bool:

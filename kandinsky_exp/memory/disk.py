@@ -46,7 +46,7 @@ class Cache:
 def of_caches(cfg: DictConfig, dry_run: DryRun, splits: Splits | AnnouncedSplits) -> Iterator[Cache]:
     """Without a look at the content of images and encoders: what has changed meanwhile is encoded anew."""
     preprocess, kept = dry_run.stage.preprocess, splits.class_images
-    for source in splits.both:
+    for source in splits.all:
         yield _cache(cfg, dry_run, source.name, source.count, *_captions(preprocess, source))
     if kept is not None:  # of which some may have to be drawn, in a folder that has no name yet
         yield _cache(cfg, dry_run, str(kept.folder), kept.count, 1.0, _tokens(preprocess, [kept.prompt]))

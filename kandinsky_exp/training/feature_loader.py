@@ -33,6 +33,7 @@ class Readers:
     """A data set, ready to train from.
 
     Args:
+        sets: further ones that are held out, by name.
         source: fingerprint of the set as it was given, before anything was held out.
         notes: what a user should know of it, a line each.
         skipped: what was wrong with the examples that were left out.
@@ -41,13 +42,15 @@ class Readers:
 
     train: FeatureReader
     held_out: FeatureReader | None
+    sets: dict[str, FeatureReader]
     source: str
     notes: list[str]
     skipped: list[str]
     cut: list[str]
 
     def __str__(self) -> str:
-        return f"{len(self.train):,} images train, {len(self.held_out) if self.held_out else 'none'} held out"
+        sets = "".join(f", {len(reader):,} of {name}" for name, reader in self.sets.items())
+        return f"{len(self.train):,} images train, {len(self.held_out) if self.held_out else 'none'} held out{sets}"
 
 
 def open_readers(
@@ -64,9 +67,9 @@ def open_readers(
     opener = _Opener(stage, settings, accelerator, encoders, log)
     train = opener.open(splits.train)
     if splits.class_images is not None:
-        beside = opener.open(splits.class_images.source())
-        content = together(train.fingerprint, beside.fingerprint)
-        train = replace(train, class_images=beside, class_weight=splits.class_images.weight, fingerprint=content)
+        kept = opener.open(splits.class_images.source())
+        content = together(train.fingerprint, kept.fingerprint)
+        train = replace(train, class_images=kept, class_weight=splits.class_images.weight, fingerprint=content)
     content = train.fingerprint
     held_out = None
     if splits.validation is not None:
@@ -75,7 +78,10 @@ def open_readers(
     elif splits.dividable and settings.fraction != 0:
         rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
         train, held_out = _part(train, rest, "rest"), _part(train, held, "held out")
-    return Readers(train, held_out or None, content, opener.notes, opener.skipped, opener.cut)
+    beside = {name: opener.open(source) for name, source in splits.sets.items()}
+    for name, reader in beside.items():
+        opener.notes += shared_pictures(train.dataset, reader.dataset, f"images of {name}", f"validation/{name}/loss")
+    return Readers(train, held_out or None, beside, content, opener.notes, opener.skipped, opener.cut)
 
 
 def encode_part(
@@ -94,7 +100,7 @@ def encode_part(
     opener = _Opener(stage, settings, accelerator, encoders, log)
     beside = [] if splits.class_images is None else [splits.class_images.source()]
     before, said = 0, []
-    for source in (*splits.both, *beside):
+    for source in (*splits.all, *beside):
         parts = opener.parts(source)
         if number < before + parts:
             opener.encode(source, source.fingerprint(opener.digests), number - before)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ class Validator:
     Args:
         folder: where `samples/` go; its subfolders are named after the step.
         reconstructions: how many held-out images a decoder redraws from their own embeddings.
+        sets: further held-out rows by name, each with a curve of its own.
         drawn_metrics: measures pictures of held-out captions, which it has drawn by what it is given.
     """
 
@@ -48,10 +49,11 @@ class Validator:
     settings: SampleSettings
     draws: int
     reconstructions: int
+    sets: Mapping[str, FeatureReader] = field(default_factory=dict)
     drawn_metrics: Callable[[Callable[[list[str]], list[Image.Image]]], dict[str, float]] | None = None
     loss: float | None = None
     measured: dict[str, float] = field(default_factory=dict)  # that the last one recorded, on the main process
-    _parts: dict[str, float] = field(default_factory=dict)
+    _losses: dict[str, float] = field(default_factory=dict)
     _rows: list[int] | None = None  # held out, that are redrawn
     _originals: Features = field(default_factory=dict)
     _measured: Halving = field(init=False)
@@ -63,17 +65,25 @@ class Validator:
 
     def __call__(self, step: int) -> None:
         with ema.averaged_weights(self.training), uncompiled(self._network):
+            self._losses = {}
             if self.held_out is not None:
-                self.loss, self._parts = fixed_noise_loss(
-                    self.training.stage,
-                    self._network,
-                    self.held_out,
-                    accelerator=self.accelerator,
-                    seed=self.settings.seed,
-                    draws=self.draws,
-                    batches=self._measured,
-                )
+                self._losses = self._loss_of(self.held_out, "validation")
+                self.loss = self._losses["validation/loss"]
+            for name, rows in self.sets.items():
+                self._losses |= self._loss_of(rows, f"validation/{name}")
             distributed.on_main_process(lambda: self._show(step))
+
+    def _loss_of(self, rows: FeatureReader, prefix: str) -> dict[str, float]:
+        loss, parts = fixed_noise_loss(
+            self.training.stage,
+            self._network,
+            rows,
+            accelerator=self.accelerator,
+            seed=self.settings.seed,
+            draws=self.draws,
+            batches=self._measured,
+        )
+        return {f"{prefix}/loss": loss, **{f"{prefix}/loss_{name}": value for name, value in parts.items()}}
 
     @property
     def _network(self) -> nn.Module:
@@ -81,10 +91,12 @@ class Validator:
         return bare
 
     def _show(self, step: int) -> None:
-        if self.held_out is not None and self.loss is not None:
-            self.measured = {"validation/loss": self.loss, **self._parts}
+        if self._losses:
+            self.measured = dict(self._losses)
             self.tracker.log_metrics(self.measured, step)
-            logger.info("step %d: validation loss %.5f", step, self.loss)
+            told = {"": "validation/loss", **{f" of {name}": f"validation/{name}/loss" for name in self.sets}}
+            said = [f"loss{name} {self._losses[key]:.5f}" for name, key in told.items() if key in self._losses]
+            logger.info("step %d: validation %s", step, ", ".join(said))
         network = self._network.eval()
         drawn: list[Image.Image] = []
         if self.prompts:
@@ -219,7 +231,7 @@ def fixed_noise_loss(
     draws: int,
     batches: Halving,
 ) -> tuple[float, dict[str, float]]:
-    """Mean unweighted loss over held-out rows, and metrics of what the stage measures.
+    """Mean unweighted loss over held-out rows, and means of what the stage measures, by name.
 
     Noise and timesteps depend on (seed, row, draw) alone, and the draws of a row fall into equal parts of the timestep
     range, so that the estimate falls smoothly. It does not depend on batch size or number of processes (beyond
@@ -245,7 +257,7 @@ def fixed_noise_loss(
     total = distributed.on_all_processes(lambda: batches.run(summed))
     network.train()
     loss, number, *parts = accelerator.reduce(total, reduction="sum").tolist()
-    return loss / number, metrics.means(stage.measures, parts, "validation/loss_")
+    return loss / number, metrics.means(stage.measures, parts, "")
 
 
 def spread_timesteps(seed: int, rows: list[int], draw: int, draws: int, num_timesteps: int) -> Tensor:

@@ -55,6 +55,7 @@ class Planner:
         self.python = psutil.Process().memory_info().rss  # before anything is made, with all that a run imports
         self.capacity = capacity(cfg, accelerator.device, accelerator.num_processes)
         splits = known(cfg)
+        self.is_announced = isinstance(splits, source_facts.AnnouncedSplits)
         self.train, self.held_out = rows(cfg, splits)
         self.dry_run = DryRun(cfg, accelerator)  # what is learned from it counts for other settings, too
         self.caches = list(disk.of_caches(cfg, self.dry_run, splits)) if cfg.data.cache else []
@@ -129,6 +130,8 @@ class Planner:
     # --- what to do where it does not fit
 
     def _warnings(self) -> Iterator[str]:
+        if self.is_announced and run_settings.further_sets(self.cfg):
+            yield "note: validation.sets are not counted, for the data set on the hub was not fetched"
         needed = max(phase.needed for phase in self.phases)
         if needed <= self.capacity:
             if max(phase.needed * (1 + phase.accuracy) for phase in self.phases) > self.capacity:

@@ -1,0 +1,61 @@
+"""Sets of pictures by name, each from a source of its own: the entries of `validation.sets`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kandinsky_exp.data import source_facts, sources
+from kandinsky_exp.data.examples import Source
+from kandinsky_exp.data.splits import Splits
+from kandinsky_exp.errors import DataError
+
+SOURCES: dict[str, Callable[..., Splits]] = {
+    "folder": sources.folder,
+    "list": sources.listing,
+    "webdataset": sources.webdataset,
+    "hub": sources.hub,
+}
+
+
+def fitted(
+    splits: Splits,
+    settings: Mapping[str, Any],
+    *,
+    columns: Sequence[str],
+    companions: Mapping[str, type[Any]],
+    seed: int,
+) -> Splits:
+    """A data set as a stage reads it: with its columns and the pictures that belong to others, cut down.
+
+    Args:
+        settings: of `data`: `max_samples`, and the columns or folders of `companions`, see `sources.with_companions`.
+
+    Raises:
+        DataError: these are not there.
+    """
+    read = sources.with_companions(sources.with_columns(splits, columns), companions, settings)
+    return sources.subset(read, settings["max_samples"], seed)
+
+
+def held_out(
+    entries: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], fit: Callable[..., Splits]
+) -> dict[str, Source]:
+    """Further held-out sets: of each entry the validation split where it has one, and else all of it.
+
+    Args:
+        entries: by name; arguments of its `source`, one of `SOURCES`, and settings of its own for `fit`.
+        settings: of `data`, which hold where an entry has none.
+        fit: see `fitted`.
+
+    Raises:
+        DataError: one cannot be read; the message begins with its name.
+    """
+    found = {}
+    for name, entry in entries.items():
+        function = SOURCES[entry.get("source", "folder")]
+        try:
+            splits = function(**source_facts.arguments(function, dict(entry)))
+            only = Splits(splits.train if splits.validation is None else splits.validation, None)
+            found[name] = fit(only, {**settings, **entry}).train
+        except DataError as error:
+            raise DataError(f"validation.sets.{name}.{str(error).removeprefix('data.')}") from error
+    return found

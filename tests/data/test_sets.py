@@ -1,0 +1,137 @@
+"""`validation.sets`: further held-out sets, each with its own source, its own table and its own curve."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from running import composed, history, problems_of, runs, train
+from test_split import shards
+
+from kandinsky_exp.data.sources import EMOJI
+from kandinsky_exp.errors import ConfigError, DataError
+from kandinsky_exp.run import run
+
+SHORT = ["model=prior", "name=p", "trainer.max_steps=2", "validation.every=2", "checkpoint.every=2"]
+VALIDATION = {"path": str(EMOJI / "validation")}
+
+
+def sets(**entries: dict[str, Any]) -> str:
+    text = yaml.safe_dump(entries, default_flow_style=True, width=10_000).strip()
+    return f"validation.sets={text}"
+
+
+def test_each_set_has_a_curve_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """That of the validation split, once more, is the run's own; a set that trains is told."""
+    words = ["data.max_samples=null", sets(again=VALIDATION, trained={"path": str(EMOJI / "train")})]
+    loss = train(tmp_path, *SHORT, *words)
+    (made,) = runs(tmp_path)
+    own, again, trained = (
+        history(tmp_path, made.info.run_id, f"validation/{name}loss") for name in ("", "again/", "trained/")
+    )
+    assert own == again
+    assert own.keys() == trained.keys() == {0, 2}
+    assert own != trained
+    assert loss == own[2]
+    told = capfd.readouterr().err
+    assert "64 images + 16 held out, 80 captions; again: 16 held out; trained: 64 held out" in told
+    assert "64 of the 64 images of trained train, too: validation/trained/loss is partly theirs" in told
+    assert f"step 2: validation loss {own[2]:.5f}, loss of again {again[2]:.5f}, loss of trained" in told
+
+
+def test_a_run_without_held_out_pictures_has_the_curves_of_its_sets(tmp_path: Path) -> None:
+    data = ["data=folder", f"data.path={EMOJI}/train", "data.resolution=64", "validation.fraction=0"]
+    train(tmp_path, *SHORT, *data, sets(other=VALIDATION))
+    (made,) = runs(tmp_path)
+    assert history(tmp_path, made.info.run_id, "validation/other/loss").keys() == {0, 2}
+    assert "validation/loss" not in made.data.metrics
+
+
+def test_sets_may_change_when_a_run_goes_on_and_others_rank_by_them(tmp_path: Path) -> None:
+    train(tmp_path, *SHORT)
+    words = [*SHORT, sets(new=VALIDATION), "trainer.max_steps=4", "sweep.objective=validation/new/loss"]
+    value = train(tmp_path, *words)
+    (made,) = runs(tmp_path)
+    curve = history(tmp_path, made.info.run_id, "validation/new/loss")
+    assert curve.keys() == {4}
+    assert value == curve[4]
+
+
+def test_what_a_stage_measures_is_measured_of_each_set(tmp_path: Path) -> None:
+    train(tmp_path, *SHORT, "model=inpaint", "validation.reconstructions=0", sets(other=VALIDATION))
+    (made,) = runs(tmp_path)
+    parts = {key for key in made.data.metrics if key.startswith("validation/")}
+    names = ("loss", "loss_hole", "loss_kept")
+    assert parts == {f"validation/{place}{name}" for place in ("", "other/") for name in names}
+
+
+def test_sets_of_every_source_are_recorded(tmp_path: Path) -> None:
+    picture = next((EMOJI / "train").rglob("*.png"))
+    (tmp_path / "list.csv").write_text(f"image,words\n{picture},a face\n")
+    shards(tmp_path)
+    words = sets(
+        one={"source": "list", "path": str(tmp_path / "list.csv"), "caption_column": "words"},
+        streamed={"source": "webdataset", "path": [str(tmp_path / "set.tar")]},
+        served={"source": "hub", "name": str(EMOJI / "validation"), "split": "train"},
+    )
+    train(tmp_path, *SHORT, words)
+    (made,) = runs(tmp_path)
+    names = ["one", "streamed", "served"]
+    assert {f"validation/{name}/loss" for name in names} <= made.data.metrics.keys()
+    contexts = {tag.value for data in made.inputs.dataset_inputs for tag in data.tags if tag.key.endswith("context")}
+    assert contexts == {"training", "validation", *(f"validation: {name}" for name in names)}
+
+
+def test_paths_of_sets_are_recorded_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(EMOJI / "validation", tmp_path / "mine" / "faces")
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path, *SHORT, sets(faces={"path": "mine/faces"}))
+    saved = yaml.safe_load((tmp_path / "p" / "config.yaml").read_text())
+    assert saved["validation"]["sets"] == {"faces": {"path": str(tmp_path / "mine" / "faces")}}
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"a": {"path": "nowhere"}}, r"validation.sets.a.path: there is no folder 'nowhere' here; check the path"),
+        ({"a": {"source": "list", "path": "."}}, r"validation.sets.a.path: there is no file '.' here; check the path"),
+        (
+            {"a": {"source": "emoji"}},
+            r"validation.sets.a.source: has to be one of folder, list, webdataset, hub, not 'emoji'",
+        ),
+        ({"a": {"path": ".", "weight": 2}}, "validation.sets.a.weight: source=folder takes no such thing; it takes "),
+        ({"a": {"path": ".", "caption_colum": "b"}}, "did you mean caption_column?"),
+        (
+            {"a": {"caption_column": "text"}},
+            "validation.sets.a.path: is not set; give it, validation.sets={…: {path: …}}",
+        ),
+        (
+            {"a": "pictures"},
+            "validation.sets.a: is no set of pictures; write 'validation.sets={a: {path: my_pictures}}'",
+        ),
+        ({"a": {}}, "validation.sets.a: is no set of pictures; write 'validation.sets={a: {path: my_pictures}}'"),
+        ({"a b": {"path": "."}}, "validation.sets: 'a b' is no name for a curve; take letters, digits, - and _"),
+        ({"loss": {"path": "."}}, "validation.sets: 'loss' is the name of a metric; take another"),
+        ({"cmmd": {"path": "."}}, "validation.sets: 'cmmd' is the name of a metric; take another"),
+        ({"a": {"path": ".", "holes": "."}}, "validation.sets.a.holes: model=prior reads no holes; take model=inpaint"),
+    ],
+)
+def test_entries_that_cannot_be_used(entries: dict[str, Any], told: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(composed(tmp_path, *SHORT, sets(**entries)))
+    assert told in problem
+
+
+def test_a_set_without_pictures_or_captions_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"^validation.sets.none.path: .*empty"):
+        run(composed(tmp_path, *SHORT, sets(none={"path": str(tmp_path / "empty")})))
+    with pytest.raises(DataError, match="words"):
+        run(composed(tmp_path, *SHORT, sets(mute={**VALIDATION, "caption_column": "words"})))
+
+
+def test_an_objective_of_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sweep.objective: this run does not record validation/b/loss; it records .*/a/"
+    ):
+        run(composed(tmp_path, *SHORT, sets(a=VALIDATION), "sweep.objective=validation/b/loss"))
