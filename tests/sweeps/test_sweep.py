@@ -375,7 +375,8 @@ def test_jobs_are_ranked_by_the_objective(tmp_path: Path, capfd: pytest.CaptureF
     page = (tmp_path / "s" / "report" / "report.html").read_text()
     assert ">best train/loss<" in page
     assert "best val. loss" not in page
-    assert "best train/loss" in figures.scores(read)[0].title
+    (scatter,) = figures.scores(read)
+    assert scatter.spec["layout"]["yaxis"]["title"]["text"] == "best train/loss"
     assert [run_data.rank(read, run) for run in read] == [float(job is not best) for job in jobs.values()]
     # Beside a run that is ranked by another metric, all are ranked by what they have in common.
     client(tmp_path).set_tag(str(best.run_id), "config.sweep.objective", "validation/loss")
