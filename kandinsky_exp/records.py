@@ -149,8 +149,10 @@ def describe(
         ("training", data.train),
         ("class", data.train.class_images),
         ("validation", data.held_out),
-        *((f"validation: {name}", reader) for name, reader in data.sets.items()),
     ):
         if reader is not None:
             name, origin = reader.source.provenance
             tracker.log_dataset(name, reader.fingerprint, origin, len(reader), context)
+    for name, reader in data.sets.items():  # by its own name: MLflow takes equal data of equal name for one
+        _, origin = reader.source.provenance
+        tracker.log_dataset(name, reader.fingerprint, origin, len(reader), f"validation: {name}")

@@ -31,9 +31,10 @@ def entries(value: Any) -> list[Any]:
 
 
 def further_sets(cfg: DictConfig) -> dict[str, dict[str, Any]]:
-    """The entries of `validation.sets`, where the verb has any."""
-    entries = OmegaConf.select(cfg, "validation.sets")
-    return {} if entries is None else {str(name): dict(entry) for name, entry in entries.items()}
+    """The entries of `validation.sets`, where the verb has any, without what is null."""
+    found = OmegaConf.select(cfg, "validation.sets")
+    plain: Any = {} if found is None else OmegaConf.to_container(found, resolve=True)
+    return {name: {key: value for key, value in entry.items() if value is not None} for name, entry in plain.items()}
 
 
 def drawn_prompts(cfg: DictConfig) -> tuple[list[validation_prompts.DrawnPrompt], list[str]]:

@@ -4,6 +4,7 @@ A key with a default may be absent. An `OpenNode` is built through its `_target_
 arguments and are checked against its signature (`targets`). Defaults and explanations of the keys are in conf/.
 """
 
+import re
 import typing
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,20 @@ Modules = list[Module]
 Names = list[Text] | Text
 Prompts = list[Text] | Text
 DrawnPrompts = list[Text | dict[str, Any]] | Text  # mappings: see `prompt_entries`
+
+
+def _are_sets(sets: dict[str, Any]) -> bool:
+    fits = re.compile(r"[A-Za-z0-9_-]{1,60}").fullmatch
+    return all(
+        fits(str(name)) and isinstance(entry, dict) and entry and "???" not in entry.values()
+        for name, entry in sets.items()
+    )
+
+
+PictureSets = Annotated[
+    dict[str, Any],
+    Rule(_are_sets, "sets of pictures by name, of letters, digits, - and _: '{night: {path: night_pictures}}'"),
+]  # see `set_entries`
 
 
 # --- groups
@@ -210,7 +225,7 @@ class Validation(Group):
     reconstructions: CountOrZero
     patience: Count | None
     metrics: list[DrawnMetric]
-    sets: dict[str, Any] | None = None  # see `set_entries`
+    sets: PictureSets | None = None
 
 
 class HeldOut(Group):

@@ -1,6 +1,5 @@
 """Check the entries of `validation.sets`: what each of them reads, and what its curve is called."""
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
@@ -11,19 +10,18 @@ from kandinsky_exp.errors import cut
 from kandinsky_exp.system.files import is_file, is_folder
 
 KEY = "validation.sets"
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Entry(schema.Group):
     """What every entry may say."""
 
     source: Literal["folder", "list", "webdataset", "hub"] = "folder"
-    image_column: schema.Text | None = None
-    caption_column: schema.Text | None = None
-    hole_column: schema.Text | None = None
-    holes: schema.Text | None = None
-    hint_column: schema.Text | None = None
-    hints: schema.Text | None = None
+    image_column: schema.Text = ""
+    caption_column: schema.Text = ""
+    hole_column: schema.Text = ""
+    holes: schema.Text = ""
+    hint_column: schema.Text = ""
+    hints: schema.Text = ""
 
 
 class Local(Entry):
@@ -37,21 +35,21 @@ class Shards(Entry):
 class Hub(Entry):
     name: schema.Text
     split: schema.Text = "train"
-    validation_split: schema.Text | None = None
-    revision: schema.Text | None = None
-    subset: schema.Text | None = None
+    validation_split: schema.Text = ""
+    revision: schema.Text = ""
+    subset: schema.Text = ""
 
 
 KINDS = {"folder": Local, "list": Local, "webdataset": Shards, "hub": Hub}
 
 
 def entries(good: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By name, from {dotted key: value}; what is no mapping has no keys."""
+    """By name, from {dotted key: value}, without what is null."""
     found: dict[str, dict[str, Any]] = {}
     for key, value in good.items():
-        if key.startswith(f"{KEY}."):
+        if key.startswith(f"{KEY}.") and value is not None:
             name, _, setting = key.removeprefix(f"{KEY}.").partition(".")
-            found.setdefault(name, {}).update({setting: value} if setting else {})
+            found.setdefault(name, {})[setting] = value
     return found
 
 
@@ -63,16 +61,13 @@ def problems(good: dict[str, Any], stage: Callable[[], Any]) -> Iterator[tuple[s
         stage: gives the class of the stage, None where there is none that is good.
     """
     for name, entry in entries(good).items():
-        key = f"{KEY}.{name}"
-        if not NAME.fullmatch(name):
-            yield KEY, f"'{cut(name)}' is no name for a curve; take letters, digits, - and _"
-        elif _is_metric(name, stage):
+        if _is_metric(name, stage):
             yield KEY, f"'{cut(name)}' is the name of a metric; take another"
-        elif not entry:
-            yield key, f"is no set of pictures; write '{KEY}={{{name}: {{path: my_pictures}}}}'"
         else:
-            yield from _problems(key, entry)
-            yield from _companions(key, entry, good, stage)
+            yield from _problems(f"{KEY}.{name}", entry)
+            yield from _companions(f"{KEY}.{name}", entry, good, stage)
+            if entry.get("source") == "webdataset" and good.get("data.cache") is False:
+                yield f"{KEY}.{name}", "shards are read as a stream; set data.cache=true, or leave it out"
 
 
 def _is_metric(name: str, stage: Callable[[], Any]) -> bool:
@@ -104,9 +99,19 @@ def _problems(key: str, entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _companions(
     key: str, entry: dict[str, Any], good: dict[str, Any], stage: Callable[[], Any]
 ) -> Iterator[tuple[str, str]]:
-    """Of holes and hints, which the stage has to read."""
-    named = {f"data.{name}": value for name, value in entry.items() if name.startswith(("hole", "hint"))}
-    if named:
-        shared = {"data.hint": good.get("data.hint", "canny")} if any("hint" in name for name in named) else {}
-        for name, problem in companions.problems({**named, **shared}, stage):
-            yield name.replace("data.", f"{key}.", 1), problem
+    """Of holes and hints: given for a set where they are given for what trains."""
+    for name, model in companions.WITH.items():
+        folder, column = good.get(f"data.{name}s"), good.get(f"data.{name}_column")
+        is_given = good.get("data.hint") == "column" if name == "hint" else bool(folder or column)
+        own = [setting for setting in (f"{name}s", f"{name}_column") if setting in entry]
+        made = stage()
+        if own and made is not None and name not in made.companions({f"{name}s": "x", "hint": "column"}):
+            yield f"{key}.{own[0]}", f"model={made.name} reads no {name}s; take model={model}, or leave it out"
+        elif own and not is_given:
+            yield f"{key}.{own[0]}", f"what trains has no {name}s of its own; set them in data, or leave it out"
+        elif len(own) == 2:
+            yield f"{key}.{own[0]}", f"and {own[1]} are both set; give one of them"
+        elif is_given and folder and not own:
+            yield f"{key}.{name}s", f"is not set; give the folder with a {name} for each of its pictures"
+        elif f"{name}s" in own and not is_folder(entry[f"{name}s"]):
+            yield f"{key}.{name}s", f"'{cut(str(entry[f'{name}s']))}' is no folder"

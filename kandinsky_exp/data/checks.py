@@ -7,7 +7,7 @@ from kandinsky_exp.data import tally
 from kandinsky_exp.data.examples import Example, Indexed, Source, in_threads
 from kandinsky_exp.data.pictures import NOTE
 from kandinsky_exp.data.preprocess import Preprocess
-from kandinsky_exp.data.splits import Splits
+from kandinsky_exp.data.splits import Splits, told_of
 from kandinsky_exp.data.tally import Tally, first_few
 from kandinsky_exp.errors import DataError
 
@@ -51,7 +51,9 @@ def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Dat
     Raises:
         DataError: listing the first rows without an image file, or with a missing or empty caption.
     """
-    problems = [problem for source in splits.all for problem in _problems(source, requires_captions, skip)]
+    problems = [problem for source in splits.both for problem in _problems(source, requires_captions, skip)]
+    for name, source in splits.sets.items():
+        problems += [told_of(name, problem) for problem in _problems(source, requires_captions, skip)]
     if problems:
         raise DataError(first_few(problems))
     known = [source for source in splits.both if isinstance(source, Indexed)]

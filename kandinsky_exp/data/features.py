@@ -123,8 +123,13 @@ class CachedFeatures(VisitedRows):
         return np.unique(self.shapes(), axis=0, return_inverse=True)[1].reshape(-1)
 
     def pictures(self, source: Source) -> Rows | None:
+        stored = self.stored_pictures()
+        return super().pictures(source) if stored is None else stored
+
+    def stored_pictures(self) -> Rows | None:
+        """As `pictures`, where the table has it."""
         stored = self.table.pictures()
-        return super().pictures(source) if stored is None else stored[np.asarray(self.rows)]
+        return None if stored is None else stored[np.asarray(self.rows)]
 
 
 class OnlineExamples(VisitedRows):
@@ -207,10 +212,12 @@ def shared_pictures(
     Args:
         what, loss: the split and its loss, as the note calls them.
     """
-    tables = [part.table.pictures() for part in (train, held_out) if isinstance(part, CachedFeatures)]
-    if len(tables) < 2 or tables[0] is None or tables[1] is None:
+    if not (isinstance(train, CachedFeatures) and isinstance(held_out, CachedFeatures)):
         return []
-    trained = set(map(bytes, tables[0]))
-    count = sum(bytes(picture) in trained for picture in tables[1])
-    note = f"{count:,} of the {len(tables[1]):,} {what} train, too: {loss} is partly theirs"
+    shown, others = (part.stored_pictures() for part in (train, held_out))
+    if shown is None or others is None:
+        return []
+    trained = set(map(bytes, shown))
+    count = sum(bytes(picture) in trained for picture in others)
+    note = f"{count:,} of the {len(others):,} {what} train, too: {loss} is partly theirs"
     return [note] if count else []

@@ -5,7 +5,7 @@ from typing import Any
 
 from kandinsky_exp.data import source_facts, sources
 from kandinsky_exp.data.examples import Source
-from kandinsky_exp.data.splits import Splits
+from kandinsky_exp.data.splits import Splits, told_of
 from kandinsky_exp.errors import DataError
 
 SOURCES: dict[str, Callable[..., Splits]] = {
@@ -43,19 +43,21 @@ def held_out(
 
     Args:
         entries: by name; arguments of its `source`, one of `SOURCES`, and settings of its own for `fit`.
-        settings: of `data`, which hold where an entry has none.
+        settings: of `data`, which hold where an entry has none; but a folder of holes or hints is one set's alone.
         fit: see `fitted`.
 
     Raises:
         DataError: one cannot be read; the message begins with its name.
     """
     found = {}
+    shared = {key: value for key, value in settings.items() if key not in ("holes", "hints")}
     for name, entry in entries.items():
         function = SOURCES[entry.get("source", "folder")]
+        asked = {"validation_split": None, **entry} if "split" in entry else entry  # else a split of that name counts
         try:
-            splits = function(**source_facts.arguments(function, dict(entry)))
+            splits = function(**source_facts.arguments(function, dict(asked)))
             only = Splits(splits.train if splits.validation is None else splits.validation, None)
-            found[name] = fit(only, {**settings, **entry}).train
+            found[name] = fit(only, {**shared, **entry}).train
         except DataError as error:
-            raise DataError(f"validation.sets.{name}.{str(error).removeprefix('data.')}") from error
+            raise DataError(told_of(name, str(error))) from error
     return found

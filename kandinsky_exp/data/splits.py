@@ -1,6 +1,7 @@
 """The splits of a data set: what trains, class images that train beside it, what is held out."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,14 @@ class Splits:
         if self.class_images is None:
             return train
         return None if self.class_images.missing() else together(train, self.class_images.source().fingerprint(digests))
+
+
+def told_of(name: str, message: str) -> str:
+    """What is wrong with a further set: in place of the settings of `data` it has those of its entry."""
+    own = re.sub(
+        r"\bdata\.(?=path|name|split|image_column|caption_column|hole|hint)", f"validation.sets.{name}.", message
+    )
+    return own if own.startswith(f"validation.sets.{name}") else f"validation.sets.{name}: {own}"
 
 
 def together(train: str, beside: str) -> str:

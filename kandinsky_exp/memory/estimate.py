@@ -178,8 +178,10 @@ class Estimate:
         yield steady | {"optimizer's step": self.dry_run.optimizer().temporary}
 
     def _validation(self) -> Iterator[Parts]:
-        if self.held_out != 0:
-            batch = min(self.cfg.validation.batch_size, self.held_out or self.cfg.validation.batch_size)
+        sets = run_settings.further_sets(self.cfg)
+        if self.held_out != 0 or sets:
+            most = self.cfg.validation.batch_size
+            batch = most if sets else min(most, self.held_out or most)
             yield self.steady | {"activations": self.dry_run.validation(batch)}
 
     def _drawing(self) -> Iterator[Parts]:

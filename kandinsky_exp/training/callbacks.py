@@ -71,6 +71,7 @@ class Callbacks:
         self.validator(step)
         self.validated = step
         loss, best = self.validator.loss, self.space.record.best_loss
+        self.progress.metrics = dict(self.validator.measured)
         if loss is not None:
             self.space.record.best_loss = loss if best is None else min(loss, best)
             self.progress.validated(step, loss, self.validator.measured)

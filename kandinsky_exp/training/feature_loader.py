@@ -80,6 +80,8 @@ def open_readers(
         train, held_out = _part(train, rest, "rest"), _part(train, held, "held out")
     beside = {name: opener.open(source) for name, source in splits.sets.items()}
     for name, reader in beside.items():
+        if not len(reader):
+            raise DataError(f"validation.sets.{name}: none of its pictures can be used; mend them, or leave it out")
         opener.notes += shared_pictures(train.dataset, reader.dataset, f"images of {name}", f"validation/{name}/loss")
     return Readers(train, held_out or None, beside, content, opener.notes, opener.skipped, opener.cut)
 
@@ -100,7 +102,7 @@ def encode_part(
     opener = _Opener(stage, settings, accelerator, encoders, log)
     beside = [] if splits.class_images is None else [splits.class_images.source()]
     before, said = 0, []
-    for source in (*splits.all, *beside):
+    for source in (*splits.both, *beside):
         parts = opener.parts(source)
         if number < before + parts:
             opener.encode(source, source.fingerprint(opener.digests), number - before)

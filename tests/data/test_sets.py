@@ -4,17 +4,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from running import composed, history, problems_of, runs, train
 from test_split import shards
 
+from kandinsky_exp import build
+from kandinsky_exp.data.examples import Indexed
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError, DataError
 from kandinsky_exp.run import run
 
 SHORT = ["model=prior", "name=p", "trainer.max_steps=2", "validation.every=2", "checkpoint.every=2"]
 VALIDATION = {"path": str(EMOJI / "validation")}
+
+
+def contents(count: int) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((EMOJI / "train").rglob("*.png"))[:count]]
 
 
 def sets(**entries: dict[str, Any]) -> str:
@@ -42,9 +51,11 @@ def test_each_set_has_a_curve_of_its_own(tmp_path: Path, capfd: pytest.CaptureFi
 
 def test_a_run_without_held_out_pictures_has_the_curves_of_its_sets(tmp_path: Path) -> None:
     data = ["data=folder", f"data.path={EMOJI}/train", "data.resolution=64", "validation.fraction=0"]
-    train(tmp_path, *SHORT, *data, sets(other=VALIDATION))
+    value = train(tmp_path, *SHORT, *data, sets(other=VALIDATION), "sweep.objective=validation/other/loss")
     (made,) = runs(tmp_path)
-    assert history(tmp_path, made.info.run_id, "validation/other/loss").keys() == {0, 2}
+    curve = history(tmp_path, made.info.run_id, "validation/other/loss")
+    assert curve.keys() == {0, 2}
+    assert value == curve[2]
     assert "validation/loss" not in made.data.metrics
 
 
@@ -106,27 +117,101 @@ def test_paths_of_sets_are_recorded_absolute(tmp_path: Path, monkeypatch: pytest
             {"a": {"caption_column": "text"}},
             "validation.sets.a.path: is not set; give it, validation.sets={…: {path: …}}",
         ),
-        (
-            {"a": "pictures"},
-            "validation.sets.a: is no set of pictures; write 'validation.sets={a: {path: my_pictures}}'",
-        ),
-        ({"a": {}}, "validation.sets.a: is no set of pictures; write 'validation.sets={a: {path: my_pictures}}'"),
-        ({"a b": {"path": "."}}, "validation.sets: 'a b' is no name for a curve; take letters, digits, - and _"),
+        *[
+            (
+                entry,
+                "validation.sets: has to be a mapping, sets of pictures by name,",
+            )
+            for entry in ({"a": "pictures"}, {"a": {}}, {"a b": {"path": "."}}, {"a.b": {}}, {"a" * 61: {"path": "."}})
+        ],
         ({"loss": {"path": "."}}, "validation.sets: 'loss' is the name of a metric; take another"),
         ({"cmmd": {"path": "."}}, "validation.sets: 'cmmd' is the name of a metric; take another"),
         ({"a": {"path": ".", "holes": "."}}, "validation.sets.a.holes: model=prior reads no holes; take model=inpaint"),
+        ({"a": {"path": "."}, "b": {"path": "???"}}, "validation.sets: has to be a mapping, sets of pictures by name"),
     ],
 )
 def test_entries_that_cannot_be_used(entries: dict[str, Any], told: str, tmp_path: Path) -> None:
-    (problem,) = problems_of(composed(tmp_path, *SHORT, sets(**entries)))
-    assert told in problem
+    first, *_ = problems_of(composed(tmp_path, *SHORT, sets(**entries)))
+    assert told in first
+
+
+def test_a_set_has_holes_and_hints_where_what_trains_has_them(tmp_path: Path) -> None:
+    inpaint, folder = ["model=inpaint", "data=folder", f"data.path={EMOJI}", "data.resolution=64"], str(tmp_path)
+    cases = [
+        ([f"data.holes={folder}"], {}, "is not set; give the folder with a hole for each of its pictures"),
+        ([], {"holes": folder}, "what trains has no holes of its own; set them in data, or leave it out"),
+        ([f"data.holes={folder}"], {"holes": "nowhere"}, "'nowhere' is no folder"),
+        (
+            [f"data.holes={folder}"],
+            {"holes": folder, "hole_column": "x"},
+            "and hole_column are both set; give one of them",
+        ),
+    ]
+    for words, entry, told in cases:
+        (problem,) = problems_of(composed(tmp_path, *inpaint, *words, sets(a={**VALIDATION, **entry})))
+        assert problem == f"validation.sets.a.holes: {told}"
+    assert not problems_of(
+        composed(tmp_path, *inpaint, f"data.holes={folder}", sets(a={**VALIDATION, "holes": folder}))
+    )
+
+
+def test_each_set_has_its_own_holes(tmp_path: Path) -> None:
+    """Not those of what trains, whose files may have the same names."""
+    pictures = sorted((EMOJI / "validation").rglob("*.png"))[:4]
+    for place, grey in (("day", 0), ("night", 255)):
+        (tmp_path / place).mkdir()
+        (tmp_path / f"{place} holes").mkdir()
+        for index, picture in enumerate(pictures):
+            shutil.copy(picture, tmp_path / place / f"{index}.png")
+            (tmp_path / place / f"{index}.txt").write_text("a picture")
+            hole = Image.new("L", (64, 64), 0)
+            hole.paste(255, (0, 0, 16 + grey // 16, 16))
+            hole.save(tmp_path / f"{place} holes" / f"{index}.png")
+    words = ["model=inpaint", "data=folder", f"data.path={tmp_path}/day", f"data.holes={tmp_path}/day holes"]
+    night = {"path": str(tmp_path / "night"), "holes": str(tmp_path / "night holes")}
+    splits = build.data(composed(tmp_path, *words, "data.resolution=64", sets(night=night)))
+    found = splits.sets["night"]
+    assert isinstance(found, Indexed)
+    assert found[0].companions()["hole"].getbbox() == (0, 0, 31, 16)
+
+
+def test_columns_that_are_null_are_those_of_the_source(tmp_path: Path) -> None:
+    cfg = composed(tmp_path, *SHORT, sets(a={**VALIDATION, "image_column": None, "caption_column": None}))
+    assert not problems_of(cfg)
+    assert build.data(cfg).sets["a"].count == 12  # data.max_samples of the tests
+
+
+def test_shards_need_a_table(tmp_path: Path) -> None:
+    shards(tmp_path)
+    entry = {"source": "webdataset", "path": str(tmp_path / "set.tar")}
+    (problem,) = problems_of(composed(tmp_path, *SHORT, "data.cache=false", sets(a=entry)))
+    assert problem == "validation.sets.a: shards are read as a stream; set data.cache=true, or leave it out"
+
+
+def test_a_split_that_is_named_is_the_one(tmp_path: Path) -> None:
+    for name, count in (("train", 5), ("validation", 3), ("test", 2)):
+        rows = [{"image": {"bytes": picture, "path": None}, "text": "a"} for picture in contents(count)]
+        (tmp_path / "set").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / f"{name}.parquet")
+    hub = {"source": "hub", "name": str(tmp_path / "set")}
+    made = build.data(composed(tmp_path, *SHORT, sets(whole=hub, named={**hub, "split": "test"})))
+    assert {name: source.count for name, source in made.sets.items()} == {"whole": 3, "named": 2}
+
+
+def test_a_set_of_which_nothing_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "torn" / "a.txt").write_text("a")
+    words = ["data.cache=false", "data.on_error=skip", sets(torn={"path": str(tmp_path / "torn")})]
+    with pytest.raises(DataError, match=r"validation.sets.torn: "):
+        train(tmp_path, *SHORT, *words)
 
 
 def test_a_set_without_pictures_or_captions_is_refused_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"^validation.sets.none.path: .*empty"):
         run(composed(tmp_path, *SHORT, sets(none={"path": str(tmp_path / "empty")})))
-    with pytest.raises(DataError, match="words"):
+    with pytest.raises(DataError, match=r"validation.sets.mute.*validation.sets.mute.caption_column"):
         run(composed(tmp_path, *SHORT, sets(mute={**VALIDATION, "caption_column": "words"})))
 
 
