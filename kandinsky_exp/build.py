@@ -22,9 +22,10 @@ from kandinsky_exp.config.verb_schemas import Encode, Train
 from kandinsky_exp.data import checks, sets, source_facts
 from kandinsky_exp.data.buckets import bucket_sizes, note_on_sizes
 from kandinsky_exp.data.encoded.encode_loop import EncodeSettings
+from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.sampler import Order
 from kandinsky_exp.data.splits import Splits
-from kandinsky_exp.errors import ConfigError, UserError, first_line
+from kandinsky_exp.errors import ConfigError, UserError
 from kandinsky_exp.models import adapters, compatibility
 from kandinsky_exp.models.components import PARTS, result_parts, side_parts
 from kandinsky_exp.models.weights import Weights
@@ -108,20 +109,34 @@ def target_settings(cfg: DictConfig, key: str) -> dict[str, Any]:
 
 
 def data(cfg: DictConfig) -> Splits:
-    """The configured source, and the sets that are held out beside it, cut down to `max_samples`.
+    """The configured source, cut down to `max_samples`, and the sets that are held out beside it.
 
     Raises:
         DataError: it cannot be read.
     """
+    return replace(main_set(cfg), sets=further_sets(cfg, run_settings.further_sets(cfg)))
+
+
+def main_set(cfg: DictConfig) -> Splits:
+    """The configured source alone, see `data`."""
     settings = target_settings(cfg, "data")
     arguments = source_facts.arguments(get_method(settings["_target_"]), settings)
     try:
         splits = instantiate({"_target_": settings["_target_"], **arguments})
     except InstantiationException as error:  # Hydra's, around the one that tells the user what to do
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error  # noqa: B904 - neither has another
+    return _fit(cfg, settings)(splits, settings)
+
+
+def further_sets(cfg: DictConfig, entries: dict[str, dict[str, Any]]) -> dict[str, Source]:
+    """Those of these entries of `validation.sets`, see `data`."""
+    settings = target_settings(cfg, "data")
+    return sets.held_out(entries, settings, _fit(cfg, settings))
+
+
+def _fit(cfg: DictConfig, settings: dict[str, Any]) -> partial[Splits]:
     cls = stage_class(cfg)
-    fit = partial(sets.fitted, columns=sorted(cls.extra_inputs), companions=cls.companions(settings), seed=cfg.seed)
-    return replace(fit(splits, settings), sets=sets.held_out(run_settings.further_sets(cfg), settings, fit))
+    return partial(sets.fitted, columns=sorted(cls.extra_inputs), companions=cls.companions(settings), seed=cfg.seed)
 
 
 def check_data(cfg: DictConfig, splits: Splits) -> checks.DataSummary:
@@ -217,29 +232,6 @@ def training(cfg: DictConfig, made: DiffusionStage, device: Accelerator, total_s
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # Accelerate knows no other name for it
         prepared, prepared_optimizer = device.prepare(network, optimizer)
     return Training(made, prepared, prepared_optimizer, scheduler, ema)
-
-
-def try_optimizer(cfg: DictConfig, device: torch.device) -> str:
-    """One step over one small matrix, so that what cannot work here is told before anything loads.
-
-    Returns:
-        The name of its class, by which a checkpoint knows it.
-
-    Raises:
-        ConfigError: it has no kernels for this device, wants another torch, or refuses its settings.
-    """
-    weight = torch.nn.Parameter(torch.ones(64, 64, device=device))  # of smaller ones an 8-bit state would be in 32
-    weight.grad = torch.ones_like(weight)
-    made = make_optimizer(cfg, [weight], device)
-    try:
-        made.step()
-    except Exception as error:  # whatever a library's kernels raise
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError(
-            f"optimizer: {cfg.optimizer._target_} does not work on this device, {device.type} ({reason}); take "
-            "another, e.g. optimizer=adamw"
-        ) from error
-    return type(made).__name__
 
 
 def make_optimizer(cfg: DictConfig, trainable: list[torch.nn.Parameter], device: torch.device) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
@@ -21,6 +22,7 @@ from kandinsky_exp.data.encoded.layout import PICTURE_RULES
 from kandinsky_exp.data.examples import Indexed
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.splits import Splits
+from kandinsky_exp.errors import ConfigError, first_line
 from kandinsky_exp.memory import device_limits
 from kandinsky_exp.models.weights import Weights
 from kandinsky_exp.runs import forking, hub, resuming, run_folder
@@ -55,7 +57,7 @@ def open_run(cfg: DictConfig) -> Iterator[OpenRun]:
         contextlib.ExitStack() as held,
     ):
         distributed.on_all_processes(lambda: device_limits.check_training(cfg, accelerator.device))
-        optimizer = distributed.on_all_processes(lambda: build.try_optimizer(cfg, accelerator.device))
+        optimizer = distributed.on_all_processes(lambda: try_optimizer(cfg, accelerator.device))
         weights = build.weights(cfg)
         splits = distributed.on_all_processes(lambda: build.data(cfg))
         count = accelerator.num_processes
@@ -124,6 +126,29 @@ def prepare(
         files.write_atomically(space.folder / "config.yaml", saved_config.to_yaml(cfg))
     print(f"{space.folder}\n{report}", file=sys.stderr)
     return space
+
+
+def try_optimizer(cfg: DictConfig, device: torch.device) -> str:
+    """One step over one small matrix, so that what cannot work here is told before anything loads.
+
+    Returns:
+        The name of its class, by which a checkpoint knows it.
+
+    Raises:
+        ConfigError: it has no kernels for this device, wants another torch, or refuses its settings.
+    """
+    weight = torch.nn.Parameter(torch.ones(64, 64, device=device))  # of smaller ones an 8-bit state would be in 32
+    weight.grad = torch.ones_like(weight)
+    made = build.make_optimizer(cfg, [weight], device)
+    try:
+        made.step()
+    except Exception as error:  # whatever a library's kernels raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(
+            f"optimizer: {cfg.optimizer._target_} does not work on this device, {device.type} ({reason}); take "
+            "another, e.g. optimizer=adamw"
+        ) from error
+    return type(made).__name__
 
 
 def has_trained_on(cfg: DictConfig, splits: Splits) -> bool:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from kandinsky_exp.config import grammar, saved_config, suggestions, validation
+from kandinsky_exp.config import grammar, saved_config, set_entries, suggestions, validation
 from kandinsky_exp.config.command_line import SEARCH_PATH, CommandLine, group_options
 from kandinsky_exp.errors import ConfigError, Problem, cut
 from kandinsky_exp.hydra_adapter import condense
@@ -191,6 +191,8 @@ def _wrong_key(override: Override, cfg: DictConfig, line: CommandLine, loader: C
         return Problem(key, f"exists already; write {cut(_text(override).lstrip('+'))}, without the +")
     if exists or override.is_add() or override.is_force_add():
         return None  # `validation.problems` looks at what was added
+    if key.startswith(f"{set_entries.KEY}."):
+        return Problem(cut(key), f"write the sets in one: '{set_entries.KEY}={{night: {{path: night_pictures}}}}'")
     group, _, _ = key.partition(".")
     options = group_options(loader, group, line.root) if "." in key and group in cfg else []
     others = options if len(options) > 1 else []

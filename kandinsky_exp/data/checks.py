@@ -61,7 +61,7 @@ def check(splits: Splits, requires_captions: bool, *, skip: bool = False) -> Dat
     held_out = _count(splits.validation) if splits.validation is not None else 0
     sets = tuple((name, _count(source)) for name, source in splits.sets.items())
     unused: Tally = {}
-    for part in (*splits.all, splits.class_images):
+    for part in (*splits.both, *splits.sets.values(), splits.class_images):
         tally.add(unused, part.left_out() if part is not None else {})
     captions_known = captions if len(known) == len(splits.both) else None
     return DataSummary(_count(splits.train), held_out, captions_known, tuple(tally.lines(unused)), sets)

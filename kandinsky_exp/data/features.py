@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -205,19 +205,21 @@ def without_padding(features: Features, mask: Tensor | None, ragged: Collection[
 
 
 def shared_pictures(
-    train: VisitedRows, held_out: VisitedRows, what: str = "held-out images", loss: str = "the validation loss"
+    training: Sequence[VisitedRows],
+    held_out: VisitedRows,
+    what: str = "held-out images",
+    loss: str = "the validation loss",
 ) -> list[str]:
     """A note where a validation split of the user's shows pictures that train; of tables, where it costs nothing.
 
     Args:
         what, loss: the split and its loss, as the note calls them.
     """
-    if not (isinstance(train, CachedFeatures) and isinstance(held_out, CachedFeatures)):
+    shown = [rows.stored_pictures() if isinstance(rows, CachedFeatures) else None for rows in (held_out, *training)]
+    others, *known = [None if pictures is None else list(map(bytes, pictures)) for pictures in shown]
+    if others is None:
         return []
-    shown, others = (part.stored_pictures() for part in (train, held_out))
-    if shown is None or others is None:
-        return []
-    trained = set(map(bytes, shown))
-    count = sum(bytes(picture) in trained for picture in others)
+    trained = {picture for pictures in known for picture in pictures or []}
+    count = sum(picture in trained for picture in others)
     note = f"{count:,} of the {len(others):,} {what} train, too: {loss} is partly theirs"
     return [note] if count else []

@@ -29,10 +29,6 @@ class AnnouncedSplits:
         return [self.train] + ([self.validation] if self.validation is not None else [])
 
     @property
-    def all(self) -> list[Announced]:
-        return self.both
-
-    @property
     def is_divided(self) -> bool:
         return self.validation is None
 

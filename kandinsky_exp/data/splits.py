@@ -31,11 +31,6 @@ class Splits:
         return [self.train] + ([self.validation] if self.validation is not None else [])
 
     @property
-    def all(self) -> Sequence[Source]:
-        """Of which each is encoded into a table of its own, class images aside."""
-        return [*self.both, *self.sets.values()]
-
-    @property
     def is_divided(self) -> bool:
         """Whether `validation.fraction` decides which images train."""
         return self.validation is None and self.dividable

@@ -67,10 +67,8 @@ class RealPictures:
         if isinstance(source, Indexed):
             yield from (source[place] for place in places)
             return
-        wanted = set(places)
-        yield from (
-            example for place, example in enumerate(islice(source.examples(), places[-1] + 1)) if place in wanted
-        )
+        wanted, end = set(places), max(places, default=-1) + 1
+        yield from (example for place, example in enumerate(islice(source.examples(), end)) if place in wanted)
 
 
 def some_of(reader: FeatureReader, count: int, seed: int) -> RealPictures:

@@ -1,7 +1,7 @@
 """Disk space: what the encoded features of a run will take, and what is free."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,12 @@ class Cache:
         return 0 if self.is_there else int(OF_A_TABLE + (self.images or 0) * self.each)
 
 
-def of_caches(cfg: DictConfig, dry_run: DryRun, splits: Splits | AnnouncedSplits) -> Iterator[Cache]:
+def of_caches(
+    cfg: DictConfig, dry_run: DryRun, splits: Splits | AnnouncedSplits, sets: Iterable[Source | Announced]
+) -> Iterator[Cache]:
     """Without a look at the content of images and encoders: what has changed meanwhile is encoded anew."""
     preprocess, kept = dry_run.stage.preprocess, splits.class_images
-    for source in splits.all:
+    for source in (*splits.both, *sets):
         yield _cache(cfg, dry_run, source.name, source.count, *_captions(preprocess, source))
     if kept is not None:  # of which some may have to be drawn, in a folder that has no name yet
         yield _cache(cfg, dry_run, str(kept.folder), kept.count, 1.0, _tokens(preprocess, [kept.prompt]))

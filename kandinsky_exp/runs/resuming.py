@@ -92,6 +92,8 @@ def check(space: RunFolder, before: Values, now: Values, facts: Facts) -> None:
     before = {**ABSENT, **before} if before else before
     same = recorded_paths.as_before(now, before)
     different = {key: (value, now[key]) for key, value in before.items() if key in now and value != same[key]}
+    of_sets = [key for key in before.keys() ^ now.keys() if before and _is_in(key, ("validation.sets",))]
+    different |= {key: (was, is_now) for key in sorted(of_sets) if (was := before.get(key)) != (is_now := now.get(key))}
     if space.start is None or space.is_fork:  # it begins anew, whatever it was
         space.changed = different
         return

@@ -159,7 +159,7 @@ def _work(task: Task, sending: connection.Connection, output: list[connection.Co
 def _end_with_parent() -> None:
     """Stop as for SIGTERM when the supervising process is gone: nobody would wait for this one."""
     parent = multiprocessing.parent_process()
-    assert parent is not None
+    assert parent is not None  # nosec B101 # narrows the type
 
     def watch() -> None:
         connection.wait([parent.sentinel])

@@ -74,7 +74,7 @@ class Callbacks:
         self.progress.metrics = dict(self.validator.measured)
         if loss is not None:
             self.space.record.best_loss = loss if best is None else min(loss, best)
-            self.progress.validated(step, loss, self.validator.measured)
+            self.progress.validated(step, loss)
             judge = self.judge
             if judge is not None and distributed.on_main_process(lambda: judge(step, loss)):
                 self.tracker.set_tags({"pruned": f"step {step}"})

@@ -15,7 +15,7 @@ from kandinsky_exp.data.encoded.cache import encode_table, parts_of, table_folde
 from kandinsky_exp.data.encoded.layout import command
 from kandinsky_exp.data.encoded.table import FeatureTable
 from kandinsky_exp.data.examples import Indexed, Source
-from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Rows, shared_pictures
+from kandinsky_exp.data.features import CachedFeatures, OnlineExamples, Rows, VisitedRows, shared_pictures
 from kandinsky_exp.data.file_hashes import FileDigests
 from kandinsky_exp.data.long_texts import cut_captions
 from kandinsky_exp.data.splits import Splits, together
@@ -74,7 +74,7 @@ def open_readers(
     held_out = None
     if splits.validation is not None:
         held_out = opener.open(splits.validation)
-        opener.notes += shared_pictures(train.dataset, held_out.dataset)
+        opener.notes += shared_pictures(_shown(train), held_out.dataset)
     elif splits.dividable and settings.fraction != 0:
         rest, held = sources.held_out(len(train), settings.fraction, settings.seed, opener.pictures(train))
         train, held_out = _part(train, rest, "rest"), _part(train, held, "held out")
@@ -82,7 +82,7 @@ def open_readers(
     for name, reader in beside.items():
         if not len(reader):
             raise DataError(f"validation.sets.{name}: none of its pictures can be used; mend them, or leave it out")
-        opener.notes += shared_pictures(train.dataset, reader.dataset, f"images of {name}", f"validation/{name}/loss")
+        opener.notes += shared_pictures(_shown(train), reader.dataset, f"images of {name}", f"validation/{name}/loss")
     return Readers(train, held_out or None, beside, content, opener.notes, opener.skipped, opener.cut)
 
 
@@ -113,6 +113,11 @@ def encode_part(
         f"data.part: {number} is beyond the {before:,} parts of this data ({', '.join(said)}), which begin with 0; "
         f"'data.part=range({before})' with --multirun makes all of them"
     )
+
+
+def _shown(train: FeatureReader) -> list[VisitedRows]:
+    """All that trains."""
+    return [train.dataset, *([] if train.class_images is None else [train.class_images.dataset])]
 
 
 def _part(whole: FeatureReader, rows: Rows, name: str) -> FeatureReader:

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +37,8 @@ class Progress:
         """Note a training loss that was logged."""
         self._trained.append(loss)
 
-    def validated(self, step: int, loss: float, metrics: Mapping[str, float] | None = None) -> None:
-        """Note a validation: one whose loss is not finite is not better than any.
-
-        Args:
-            metrics: that it recorded.
-        """
-        self.metrics = dict(metrics or {})
+    def validated(self, step: int, loss: float) -> None:
+        """Note a validation: one whose loss is not finite is not better than any."""
         if step == 0:
             self.start = loss
         elif math.isfinite(loss) and (self.best is None or loss < self.best):

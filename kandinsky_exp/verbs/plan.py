@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from kandinsky_exp import build, run_settings
 from kandinsky_exp.config import allowlist, targets, validation
-from kandinsky_exp.data import source_facts, sources
+from kandinsky_exp.data import sets, source_facts, sources
+from kandinsky_exp.data.examples import Source
 from kandinsky_exp.data.splits import Splits
 from kandinsky_exp.memory import device_limits, disk, savings
 from kandinsky_exp.memory.dry_run import DryRun
@@ -55,10 +56,9 @@ class Planner:
         self.python = psutil.Process().memory_info().rss  # before anything is made, with all that a run imports
         self.capacity = capacity(cfg, accelerator.device, accelerator.num_processes)
         splits = known(cfg)
-        self.is_announced = isinstance(splits, source_facts.AnnouncedSplits)
         self.train, self.held_out = rows(cfg, splits)
         self.dry_run = DryRun(cfg, accelerator)  # what is learned from it counts for other settings, too
-        self.caches = list(disk.of_caches(cfg, self.dry_run, splits)) if cfg.data.cache else []
+        self.caches = list(disk.of_caches(cfg, self.dry_run, splits, known_sets(cfg))) if cfg.data.cache else []
         self.draws_class = splits.class_images is not None and bool(splits.class_images.missing())
         self.estimate = self._estimate(cfg, self.dry_run)
         self.steps = run_settings.total_steps(cfg, self.train, accelerator.num_processes)
@@ -113,8 +113,9 @@ class Planner:
     def _features(self, written: int) -> str:
         if not self.caches:
             return "no encoded features"
-        if any(found.images is None for found in self.caches):
-            return f"encoded features of {self.caches[0].each / 1e3:,.1f} kB an image"
+        if unknown := [found for found in self.caches if found.images is None]:
+            known = f"{gb(written)} encoded features and " if written > len(unknown) * disk.OF_A_TABLE else ""
+            return f"{known}encoded features of {unknown[0].each / 1e3:,.1f} kB an image"
         return f"{gb(written)} encoded features" if written else "encoded features are there already"
 
     def _steps(self) -> str:
@@ -130,8 +131,6 @@ class Planner:
     # --- what to do where it does not fit
 
     def _warnings(self) -> Iterator[str]:
-        if self.is_announced and run_settings.further_sets(self.cfg):
-            yield "note: validation.sets are not counted, for the data set on the hub was not fetched"
         needed = max(phase.needed for phase in self.phases)
         if needed <= self.capacity:
             if max(phase.needed * (1 + phase.accuracy) for phase in self.phases) > self.capacity:
@@ -168,8 +167,16 @@ def known(cfg: DictConfig) -> Splits | source_facts.AnnouncedSplits:
     settings = build.target_settings(cfg, "data")
     source = targets.source_facts(settings["_target_"], allowlist.user_modules(cfg))
     if source.announced is None or files.is_folder(settings[source.hub_id]):
-        return build.data(cfg)
+        return build.main_set(cfg)
     return source.announced(**source_facts.arguments(source.announced, settings), limit=cfg.data.max_samples)
+
+
+def known_sets(cfg: DictConfig) -> list[Source | source_facts.Announced]:
+    """Those of `validation.sets`, likewise."""
+    entries = run_settings.further_sets(cfg)
+    on_hub = sets.announced(entries, cfg.data.max_samples)
+    here = build.further_sets(cfg, {name: entry for name, entry in entries.items() if name not in on_hub})
+    return [*here.values(), *on_hub.values()]
 
 
 def rows(cfg: DictConfig, splits: Splits | source_facts.AnnouncedSplits) -> tuple[int | None, int | None]:

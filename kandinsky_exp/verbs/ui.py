@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import socket
-import subprocess
+import subprocess  # nosec B404 # starts mlflow alone
 import sys
 import tempfile
 import time
@@ -139,7 +139,7 @@ def serve(cfg: DictConfig, uri: str, experiment_id: str, came: list[int]) -> Non
 @contextlib.contextmanager
 def server(cfg: DictConfig, uri: str, log: IO[bytes]) -> Iterator["subprocess.Popen[bytes]"]:
     """MLflow's server, which starts processes of its own: in a group that ends as one."""
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # nosec B603 # a list of words, without a shell
         command(cfg),
         stdin=subprocess.DEVNULL,
         stdout=log,

@@ -10,13 +10,14 @@ import pytest
 import yaml
 from PIL import Image
 from running import composed, history, problems_of, runs, train
-from test_split import shards
+from test_split import opened, shards
 
-from kandinsky_exp import build
+from kandinsky_exp import build, cli
 from kandinsky_exp.data.examples import Indexed
 from kandinsky_exp.data.sources import EMOJI
 from kandinsky_exp.errors import ConfigError, DataError
 from kandinsky_exp.run import run
+from kandinsky_exp.verbs import plan
 
 SHORT = ["model=prior", "name=p", "trainer.max_steps=2", "validation.every=2", "checkpoint.every=2"]
 VALIDATION = {"path": str(EMOJI / "validation")}
@@ -60,6 +61,7 @@ def test_a_run_without_held_out_pictures_has_the_curves_of_its_sets(tmp_path: Pa
 
 
 def test_sets_may_change_when_a_run_goes_on_and_others_rank_by_them(tmp_path: Path) -> None:
+    """One that came, changed or went is told."""
     train(tmp_path, *SHORT)
     words = [*SHORT, sets(new=VALIDATION), "trainer.max_steps=4", "sweep.objective=validation/new/loss"]
     value = train(tmp_path, *words)
@@ -67,6 +69,11 @@ def test_sets_may_change_when_a_run_goes_on_and_others_rank_by_them(tmp_path: Pa
     curve = history(tmp_path, made.info.run_id, "validation/new/loss")
     assert curve.keys() == {4}
     assert value == curve[4]
+    log = (tmp_path / "p" / "train.log").read_text()
+    assert f"validation.sets.new.path None → {EMOJI}/validation" in log
+    train(tmp_path, *SHORT, "trainer.max_steps=5")
+    log = (tmp_path / "p" / "train.log").read_text()
+    assert f"validation.sets.new.path {EMOJI}/validation → None" in log
 
 
 def test_what_a_stage_measures_is_measured_of_each_set(tmp_path: Path) -> None:
@@ -173,6 +180,44 @@ def test_each_set_has_its_own_holes(tmp_path: Path) -> None:
     found = splits.sets["night"]
     assert isinstance(found, Indexed)
     assert found[0].companions()["hole"].getbbox() == (0, 0, 31, 16)
+
+
+def test_a_plan_counts_the_sets(tmp_path: Path) -> None:
+    """Those of the hub are asked for, and not fetched."""
+    local = {"near": VALIDATION, "copy": {"source": "hub", "name": str(EMOJI / "validation"), "split": "train"}}
+    cfg = composed(tmp_path, *SHORT, "data.max_samples=null", sets(**local))
+    assert [source.count for source in plan.known_sets(cfg)] == [16, 16]
+    cfg = composed(tmp_path, *SHORT, sets(far={"source": "hub", "name": "nobody/nothing"}))
+    with pytest.raises(DataError, match=r"^validation.sets.far.name: .*nobody/nothing"):
+        plan.known_sets(cfg)
+
+
+def test_class_images_train_too(tmp_path: Path) -> None:
+    """What a set shares with them is told as well."""
+    for place, which in (("subject", slice(0, 2)), ("class", slice(2, 6))):
+        (tmp_path / place).mkdir()
+        for index, picture in enumerate(contents(8)[which]):
+            (tmp_path / place / f"{index}.png").write_bytes(picture)
+            (tmp_path / place / f"{index}.txt").write_text("a thing")
+    words = ["data=dreambooth", f"data.instance_path={tmp_path}/subject", "data.instance_prompt=a sks thing"]
+    words += ["data.class_prompt=a thing", f"data.class_path={tmp_path}/class", "data.num_class_images=4"]
+    notes = opened(tmp_path, *words, sets(beside={"path": str(tmp_path / "class")})).notes
+    assert notes == ["4 of the 4 images of beside train, too: validation/beside/loss is partly theirs"]
+
+
+def test_pictures_that_are_held_out_do_not_train(tmp_path: Path) -> None:
+    shutil.copytree(EMOJI / "validation", tmp_path / "pictures")
+    words = ["data=folder", f"data.path={tmp_path}/pictures", "validation.fraction=0.5"]
+    notes = opened(tmp_path, *words, sets(same={"path": str(tmp_path / "pictures")})).notes
+    assert notes == ["8 of the 16 images of same train, too: validation/same/loss is partly theirs"]
+
+
+def test_a_part_of_an_entry_is_told_how_to_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data=emoji", "validation.sets.night.path=pictures", f"output_root={tmp_path}"])
+    assert ended.value.code == 2
+    told = "error: validation.sets.night.path: write the sets in one: 'validation.sets={night: {path: night_pictures}}'"
+    assert told in capfd.readouterr().err
 
 
 def test_columns_that_are_null_are_those_of_the_source(tmp_path: Path) -> None:

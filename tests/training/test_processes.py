@@ -17,6 +17,7 @@ from running import SMALL, history, prepare, runs, train
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kandinsky_exp import cli
+from kandinsky_exp.data.sources import EMOJI
 
 COMMAND = [sys.executable, "-m", "kandinsky_exp"]
 # `accelerate launch --cpu` starts one process, whatever number it is given: torch's launcher, which it uses on GPUs.
@@ -103,7 +104,8 @@ def real_launcher(root: Path, *settings: str) -> str:
 )
 def test_two_processes_train_one_run(stage: str, launched: Callable[..., str], tmp_path: Path) -> None:
     settings = [f"model={stage}", "trainer.batch_size=2", "trainer.log_every=1", "validation.prompts=[a dog]",
-                "trainer.grad_accumulation=2", "trainer.ema_decay=0.9"]  # fmt: skip
+                "trainer.grad_accumulation=2", "trainer.ema_decay=0.9",
+                f"validation.sets={{again: {{path: {EMOJI}/validation}}}}"]  # fmt: skip
     output = launched(tmp_path, *settings)
     (found,) = runs(tmp_path)
     assert found.info.status == "FINISHED", output
@@ -117,6 +119,7 @@ def test_two_processes_train_one_run(stage: str, launched: Callable[..., str], t
     alone = tmp_path / "alone"
     train(alone, f"model={stage}", "trainer.max_steps=1", "validation.reconstructions=0")
     shared = history(tmp_path, found.info.run_id, "validation/loss")[0]
+    assert shared == history(tmp_path, found.info.run_id, "validation/again/loss")[0]  # the same pictures
     assert shared == pytest.approx(history(alone, runs(alone)[0].info.run_id, "validation/loss")[0], rel=1e-4)
 
 
